@@ -1,0 +1,35 @@
+"""The errors pycomm raises. Each message states the fact, both sides of it, and what to do.
+
+They also derive from the built-in error a caller would catch anyway (`TimeoutError`, `ConnectionError`, `ValueError`)."""
+
+
+class PycommError(RuntimeError):
+    """Anything pycomm refuses or fails at."""
+
+
+class TopologyError(PycommError, ValueError):
+    """A topology that contradicts itself, or that a planner cannot use."""
+
+
+class ScheduleError(PycommError):
+    """A schedule that does not do what its collective promises; the message names transfer, round and chunk."""
+
+
+class InvalidArgument(PycommError, ValueError):
+    """A wrong argument, found before anything was sent."""
+
+
+class PeerTimeout(PycommError, TimeoutError):
+    """A peer did not answer before the deadline; the message names it, the op and how far the op had come."""
+
+
+class PeerLost(PycommError, ConnectionError):
+    """A peer's process ended, or its connection broke, while it was needed."""
+
+
+class CollectiveMismatch(PycommError):
+    """Two ranks called different collectives, or the same one with other arguments; the message names both."""
+
+
+class GroupClosed(PycommError):
+    """The group was closed, or broke in an earlier call; the message repeats why."""

@@ -1,0 +1,214 @@
+#include "core/group.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace pycomm {
+namespace {
+
+std::vector<uint64_t> even_counts(uint64_t numel, int size) {
+  return std::vector<uint64_t>(static_cast<size_t>(size), numel / static_cast<uint64_t>(size));
+}
+
+uint64_t sum(const std::vector<uint64_t>& counts) {
+  uint64_t total = 0;
+  for (const uint64_t count : counts) total += count;
+  return total;
+}
+
+bool splits(Collective collective) {
+  return collective == Collective::reduce_scatter || collective == Collective::all_gather ||
+         collective == Collective::gather || collective == Collective::scatter || collective == Collective::all_to_all;
+}
+
+}  // namespace
+
+Group::Group(std::string name, int rank, int size, std::shared_ptr<Engine> engine, Planner planner,
+             std::chrono::milliseconds timeout)
+    : name_(std::move(name)),
+      rank_(rank),
+      size_(size),
+      engine_(std::move(engine)),
+      planner_(std::move(planner)),
+      timeout_(timeout) {}
+
+Group::~Group() = default;
+
+Clock::time_point Group::deadline(std::optional<std::chrono::milliseconds> timeout) const {
+  const auto limit = timeout.value_or(timeout_);
+  // A caller's "for ever" (c10d uses years) must not overflow the clock.
+  return Clock::now() + std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
+}
+
+void Group::check(const Call& call) const {
+  const std::string where = std::string(name_of(call.collective)) + " in group '" + name_ + "': ";
+  const auto refuse = [&](const std::string& text) { throw Error(Code::invalid_argument, where + text); };
+  if (rooted(call.collective) && (call.root < 0 || call.root >= size_))
+    refuse("root " + std::to_string(call.root) + " is not a rank of a group of " + std::to_string(size_));
+  if (splits(call.collective)) {
+    const auto n = static_cast<size_t>(size_);
+    for (const auto* counts : {&call.counts, &call.recv_counts})
+      if (!counts->empty() && counts->size() != n)
+        refuse(std::to_string(counts->size()) + " counts for " + std::to_string(size_) + " ranks; give one per rank");
+    if (call.counts.empty() && call.numel % n != 0)
+      refuse(std::to_string(call.numel) + " elements do not divide by " + std::to_string(size_) +
+             " ranks; pad the tensor, or give counts");
+    if (!call.counts.empty() && call.collective != Collective::all_to_all && sum(call.counts) != call.numel)
+      refuse("counts add up to " + std::to_string(sum(call.counts)) + " elements, the tensor has " +
+             std::to_string(call.numel));
+    if (call.collective == Collective::all_to_all && call.counts.empty() != call.recv_counts.empty())
+      refuse("give both input and output counts, or neither");
+  }
+  if (reduces(call.collective)) {
+    const bool complex = call.dtype == DType::complex64 || call.dtype == DType::complex128;
+    const bool floating = call.dtype == DType::float16 || call.dtype == DType::bfloat16 ||
+                          call.dtype == DType::float32 || call.dtype == DType::float64;
+    const bool bitwise = call.op == ReduceOp::band || call.op == ReduceOp::bor || call.op == ReduceOp::bxor;
+    if ((floating && bitwise) || (complex && call.op != ReduceOp::sum && call.op != ReduceOp::avg) ||
+        call.dtype == DType::bytes || (call.dtype == DType::boolean && call.op == ReduceOp::avg))
+      refuse(std::string("op ") + name_of(call.op) + " has no meaning for " + name_of(call.dtype));
+  }
+}
+
+const std::string& Group::choose(const Call& call, uint64_t nbytes) {
+  if (!call.algorithm.empty()) return call.algorithm;
+  const auto key = std::make_pair(call.collective, rooted(call.collective) ? call.root : 0);
+  std::unique_lock lock(cache_mutex_);
+  auto found = choices_.find(key);
+  if (found == choices_.end()) {
+    lock.unlock();
+    Choices planned{planner_.choices(key.first, key.second)};
+    PYCOMM_CHECK(!planned.table.empty(), "the choice table is empty");
+    lock.lock();
+    found = choices_.emplace(key, std::move(planned)).first;
+  }
+  for (const auto& [max_nbytes, algorithm] : found->second.table)
+    if (nbytes <= max_nbytes) return algorithm;
+  return found->second.table.back().second;
+}
+
+const Program* Group::program(Collective collective, const std::string& algorithm, int root) {
+  const auto key = std::make_tuple(collective, algorithm, rooted(collective) ? root : 0);
+  std::unique_lock lock(cache_mutex_);
+  auto found = programs_.find(key);
+  if (found == programs_.end()) {
+    lock.unlock();
+    auto planned = std::make_unique<Program>(planner_.program(collective, algorithm, std::get<2>(key)));
+    planned->finish();
+    PYCOMM_CHECK(planned->rank == rank_ && planned->n_ranks == size_, "a program of another rank or group");
+    lock.lock();
+    found = programs_.emplace(key, std::move(planned)).first;
+  }
+  return found->second.get();
+}
+
+Launch Group::bind(const Call& call) {
+  check(call);
+  const size_t element = size_of(call.dtype);
+  const bool exchange = call.collective == Collective::all_to_all;
+  const bool uneven = !call.counts.empty();
+  Launch launch;
+  launch.dtype = call.dtype;
+  launch.op = call.op;
+  launch.input = call.input;
+  launch.output = call.output;
+  launch.deadline = deadline(call.timeout);
+
+  Fingerprint& print = launch.fingerprint;
+  print.rank = rank_;
+  print.collective = call.collective;
+  print.dtype = call.dtype;
+  print.op = reduces(call.collective) ? call.op : ReduceOp::sum;
+  print.root = rooted(call.collective) ? call.root : 0;
+  print.numel = exchange && uneven ? 0 : call.numel;
+  print.has_counts = uneven;
+  if (uneven && !exchange) print.counts_hash = fnv1a(call.counts.data(), call.counts.size() * sizeof(uint64_t));
+
+  const uint64_t nbytes = call.numel * element;
+  const uint64_t native_limit = engine_->native_nbytes(call.collective);
+  if (call.algorithm == "native" && (uneven || nbytes > native_limit))
+    throw Error(Code::invalid_argument, std::string("the native path of ") + name_of(call.collective) +
+                                            " takes at most " + std::to_string(native_limit) +
+                                            " bytes and even counts; leave the algorithm to the group");
+  const bool native = size_ > 1 && !uneven && native_limit > 0 && nbytes <= native_limit &&
+                      (call.algorithm.empty() || call.algorithm == "native");
+  if (!native && call.collective != Collective::barrier) {
+    // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could forward it.
+    const std::string& algorithm = exchange && uneven && call.algorithm.empty() ? "pairwise" : choose(call, nbytes);
+    if (exchange && uneven && algorithm != "pairwise")
+      throw Error(Code::invalid_argument, "all_to_all with uneven counts runs 'pairwise', not '" + algorithm +
+                                              "': a rank in between does not know the size of what it forwards");
+    launch.program = program(call.collective, algorithm, call.root);
+  } else if (!native) {
+    // A barrier across hosts is an all_reduce of nothing: every rank's hello must have reached every rank's program.
+    launch.program = program(Collective::all_reduce, choose({.collective = Collective::all_reduce}, 0), 0);
+  }
+  const std::string_view algorithm = launch.program ? std::string_view(launch.program->algorithm) : "native";
+  print.algorithm_hash = fnv1a(algorithm.data(), algorithm.size());
+  std::memcpy(print.algorithm, algorithm.data(), std::min(algorithm.size(), sizeof(print.algorithm)));
+
+  switch (call.collective) {
+    case Collective::all_reduce:
+    case Collective::reduce:
+    case Collective::broadcast:
+    case Collective::barrier:
+      launch.input_nbytes = launch.output_nbytes = nbytes;
+      if (launch.program) launch.layout = Layout::cut(call.numel, element, launch.program->n_chunks);
+      break;
+    case Collective::reduce_scatter:
+    case Collective::scatter:
+    case Collective::all_gather:
+    case Collective::gather: {
+      const bool whole_input = call.collective == Collective::reduce_scatter || call.collective == Collective::scatter;
+      const uint64_t piece = uneven ? call.counts[static_cast<size_t>(rank_)] * element : nbytes / static_cast<uint64_t>(size_);
+      launch.input_nbytes = whole_input ? nbytes : piece;
+      launch.output_nbytes = whole_input ? piece : nbytes;
+      if (launch.program) {
+        const auto counts = uneven ? call.counts : even_counts(call.numel, size_);
+        launch.layout = Layout::pieces(counts, element, rank_, whole_input, !whole_input);
+      }
+      break;
+    }
+    case Collective::all_to_all: {
+      launch.input_nbytes = uneven ? sum(call.counts) * element : nbytes;
+      launch.output_nbytes = uneven ? sum(call.recv_counts) * element : nbytes;
+      if (!launch.program) break;
+      const auto send = uneven ? call.counts : even_counts(call.numel, size_);
+      const auto recv = uneven ? call.recv_counts : send;
+      launch.layout = Layout::exchange(send, recv, element, rank_);
+      if (uneven) {
+        launch.link_send_counts = send;
+        launch.link_recv_counts = recv;
+      }
+      break;
+    }
+  }
+  return launch;
+}
+
+void Group::run(const Call& call) { engine_->run(bind(call)); }
+
+std::shared_ptr<Work> Group::start(const Call& call, std::shared_ptr<void> keep_alive) {
+  return engine_->start(bind(call), std::move(keep_alive));
+}
+
+std::shared_ptr<Work> Group::send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                                  std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive) {
+  if (peer < 0 || peer >= size_ || peer == rank_)
+    throw Error(Code::invalid_argument, "send in group '" + name_ + "': rank " + std::to_string(rank_) +
+                                            " cannot send to rank " + std::to_string(peer) + " in a group of " +
+                                            std::to_string(size_));
+  return engine_->send(data, nbytes, peer, tag, deadline(timeout), std::move(keep_alive));
+}
+
+std::shared_ptr<Work> Group::recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                                  std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive) {
+  if (peer < -1 || peer >= size_ || peer == rank_)
+    throw Error(Code::invalid_argument, "recv in group '" + name_ + "': rank " + std::to_string(rank_) +
+                                            " cannot receive from rank " + std::to_string(peer) + " in a group of " +
+                                            std::to_string(size_));
+  return engine_->recv(data, nbytes, peer, tag, deadline(timeout), std::move(keep_alive));
+}
+
+}  // namespace pycomm

@@ -1,0 +1,83 @@
+// Group: one rank's membership in a set of ranks. It checks a call's arguments, finds the program (asked from Python once per
+// collective, algorithm and root, then kept), binds it to memory and hands it to the engine.
+// Thread safety: all members.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/engine.h"
+
+namespace pycomm {
+
+// A collective as its caller states it. Sizes in elements of dtype.
+struct Call {
+  Collective collective;
+  DType dtype = DType::bytes;
+  ReduceOp op = ReduceOp::sum;
+  int root = 0;
+  const void* input = nullptr;  // nullptr: this rank gives nothing (broadcast and scatter away from the root)
+  void* output = nullptr;       // nullptr: this rank gets nothing
+  uint64_t numel = 0;           // elements of the whole tensor: the larger of what goes in and what comes out
+  std::vector<uint64_t> counts;       // pieces' elements where they are uneven; all ranks give the same. all_to_all: what this
+  std::vector<uint64_t> recv_counts;  // rank sends to each, and receives from each
+  std::string algorithm;              // empty: the choice table decides
+  std::optional<std::chrono::milliseconds> timeout;
+};
+
+// What Python plans. Called without the group's locks, at most once per key; deterministic, so every rank gets the same.
+struct Planner {
+  // ((max_nbytes, algorithm), ...), ascending; the last has UINT64_MAX.
+  std::function<std::vector<std::pair<uint64_t, std::string>>(Collective, int root)> choices;
+  std::function<Program(Collective, const std::string& algorithm, int root)> program;
+};
+
+class Group {
+ public:
+  Group(std::string name, int rank, int size, std::shared_ptr<Engine> engine, Planner planner,
+        std::chrono::milliseconds timeout);
+  ~Group();
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  const std::string& name() const { return name_; }
+  Engine& engine() { return *engine_; }
+  std::chrono::milliseconds timeout() const { return timeout_; }
+  void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
+
+  void run(const Call& call);
+  std::shared_ptr<Work> start(const Call& call, std::shared_ptr<void> keep_alive);
+  std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                             std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive);
+  std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                             std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive);
+
+ private:
+  struct Choices {
+    std::vector<std::pair<uint64_t, std::string>> table;
+  };
+  Launch bind(const Call& call);
+  void check(const Call& call) const;
+  const std::string& choose(const Call& call, uint64_t nbytes);
+  const Program* program(Collective collective, const std::string& algorithm, int root);
+  Clock::time_point deadline(std::optional<std::chrono::milliseconds> timeout) const;
+
+  const std::string name_;
+  const int rank_;
+  const int size_;
+  std::shared_ptr<Engine> engine_;
+  Planner planner_;
+  std::chrono::milliseconds timeout_;
+  std::mutex cache_mutex_;  // never held while Python plans: a planner needs the GIL
+  std::map<std::pair<Collective, int>, Choices> choices_;
+  std::map<std::tuple<Collective, std::string, int>, std::unique_ptr<Program>> programs_;
+};
+
+}  // namespace pycomm

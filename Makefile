@@ -1,0 +1,85 @@
+# make run | test | lint | tsan | asan | build | clean. Each does its own set-up; a second run starts in seconds.
+#
+#   PYTHON=python3.12 make test           the interpreter that .venv is made from
+#   TORCH_VERSION=2.12.0 make test        the torch in .venv (2.11 to 2.15)
+#   PYCOMM_PYTHON=/path/python make test  no .venv: that interpreter, with the torch it has
+#   PYCOMM_CUDA=0|1 make test             without | with the CUDA sources (default: where nvcc is found)
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+BUILD_TOOLS := "setuptools>=77" wheel ninja
+export PYCOMM_WERROR := 1
+
+ifdef PYCOMM_PYTHON
+  PY := $(PYCOMM_PYTHON)
+  BIN := $(shell $(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+  STAMPS := build/stamps/$(subst /,_,$(PYCOMM_PYTHON))
+else
+  PY := .venv/bin/python
+  BIN := $(CURDIR)/.venv/bin
+  STAMPS := .venv/stamps
+endif
+export PATH := $(BIN):$(PATH)
+
+TORCH := $(STAMPS)/torch-$(TORCH_VERSION)
+BUILT := $(STAMPS)/built-torch-$(TORCH_VERSION)-cuda$(PYCOMM_CUDA)
+INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
+# Folders too: their times change when a file is added or removed.
+SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
+CC_FILES := $(filter %.cc %.cu %.h %.cuh,$(SOURCES) $(wildcard tests/cc/*))
+
+.PHONY: run test lint format tsan asan build clean
+.DELETE_ON_ERROR:
+
+run: build
+	pycomm launch --hosts 2 --ranks-per-host 2 -- python -m training run default
+
+test: build build/cc-plain/CMakeCache.txt
+	cmake --build build/cc-plain
+	ctest --test-dir build/cc-plain --output-on-failure
+	$(PY) -m pytest -q tests
+
+lint: build
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run -Werror $(CC_FILES)
+
+format: build
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CC_FILES)
+
+# setarch -R: ThreadSanitizer's fixed shadow mapping cannot live with every address layout that the kernel may draw.
+tsan: build/cc-thread/CMakeCache.txt
+asan: build/cc-address/CMakeCache.txt
+tsan asan:
+	cmake --build $(<D)
+	setarch -R ctest --test-dir $(<D) --output-on-failure
+
+build: $(BUILT) $(INSTALLED)
+
+clean:
+	rm -rf build .venv/stamps/built* pycomm/_C*.so
+
+# torch is pinned, never resolved: a free choice would take the newest, with gigabytes of CUDA.
+$(TORCH):
+ifndef PYCOMM_PYTHON
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q torch==$(TORCH_VERSION)
+endif
+	$(PY) -m pip install -q $(BUILD_TOOLS)
+	mkdir -p $(STAMPS) && rm -f $(STAMPS)/* && touch $@
+
+$(BUILT): $(TORCH) setup.py $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	rm -f $(STAMPS)/built-* && touch $@
+
+# The module is built by now; this links the checkout into the environment and brings the other packages.
+$(INSTALLED): $(TORCH) pyproject.toml setup.py | $(BUILT)
+	$(PY) -m pip install -q --no-build-isolation -e '.[train,bench,dev]'
+	touch $@
+
+build/cc-%/CMakeCache.txt: $(INSTALLED)
+	cmake -S csrc -B $(@D) -G Ninja -DPYCOMM_SANITIZE=$(*:plain=)

@@ -26,8 +26,8 @@ TORCH := $(STAMPS)/torch-$(TORCH_VERSION)
 BUILT := $(STAMPS)/built-torch-$(TORCH_VERSION)-cuda$(PYCOMM_CUDA)
 INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 # Folders too: their times change when a file is added or removed.
-SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh')
-CC_FILES := $(filter %.cc %.cu %.h %.cuh,$(SOURCES) $(wildcard tests/cc/*))
+SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
+CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
 
 .PHONY: run test lint format tsan asan build clean
 .DELETE_ON_ERROR:

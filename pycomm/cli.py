@@ -1,0 +1,140 @@
+"""The `pycomm` command: one table of subcommands, each a function from its arguments to an exit code.
+
+A subcommand imports what it needs when it runs, so that `pycomm explain` works with numpy alone and `pycomm launch`
+starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pycomm.errors import PycommError
+
+
+@dataclass(frozen=True)
+class Command:
+    """help: one line for `pycomm --help`. run: takes the arguments after the name, returns the exit code."""
+
+    help: str
+    run: Callable[[Sequence[str]], int]
+
+
+def _launch(argv: Sequence[str]) -> int:
+    from pycomm import launch
+
+    return launch.main(argv)
+
+
+def _explain(argv: Sequence[str]) -> int:
+    from pycomm import explain, launch
+    from pycomm.topology import Topology
+
+    parser = argparse.ArgumentParser(
+        prog="pycomm explain",
+        description="Which schedule a collective of this size would run, why, and what the others would cost.",
+        epilog="Without a layout: 2 hosts of 2 ranks. "
+        "Example: pycomm explain all_reduce 64MiB --hosts 2 --ranks-per-host 2",
+    )
+    parser.add_argument("collective", help="all_reduce, broadcast, all_to_all, ...")
+    parser.add_argument("nbytes", help="bytes of the tensor on one rank: 1000000, 64KiB, 1.5GiB, ...")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks, all on one host")
+    parser.add_argument("--hosts", metavar="H", help="hosts: a count, or the ranks of each, such as 3,1")
+    parser.add_argument("--ranks-per-host", type=int, metavar="R", help="ranks on each host")
+    parser.add_argument("--topology", metavar="FILE", help="a topology in TOML, instead of the options above")
+    options = parser.parse_args(argv)
+    layout = (options.ranks, options.hosts, options.ranks_per_host)
+    if options.topology is not None:
+        if layout != (None, None, None):
+            parser.error("--topology describes the hosts and ranks already; leave --ranks and --hosts out")
+        topology = Topology.load(options.topology)
+    elif layout == (None, None, None):
+        topology = Topology.emulated([2, 2])
+    else:
+        topology = Topology.emulated(launch.parse_layout(*layout))
+    print(explain.explain(topology, options.collective, explain.parse_nbytes(options.nbytes)))
+    return 0
+
+
+def _info(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser(
+        prog="pycomm info", description="Versions, the extension, and what this machine offers."
+    ).parse_args(argv)
+    rows = [
+        ("pycomm", version()),
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+        ("machine", f"{platform.machine()}, Linux {platform.release()}, {len(os.sched_getaffinity(0))} cores"),
+        *((name, _distribution_version(name)) for name in ("numpy", "torch")),
+    ]
+    if importlib.util.find_spec("torch") is None:
+        rows.append(("extension", "not loaded: it needs torch; planning and explain work without"))
+    else:
+        rows += _extension_rows()
+    for name, value in rows:
+        print(f"{name:<12}{value}")
+    return 0
+
+
+def _extension_rows() -> list[tuple[str, str]]:
+    """What the C++ extension says about itself, or why it cannot be loaded."""
+    try:
+        import torch  # noqa: F401  (the extension links against its libraries)
+
+        from pycomm import _C
+    except ImportError as error:
+        return [("extension", f"not loaded: {error}")]
+    rows = [("extension", str(_C.__file__))]
+    cuda_info = getattr(_C, "cuda_info", None)
+    rows.append(("cuda", "not compiled in" if cuda_info is None else str(cuda_info())))
+    return rows
+
+
+def _distribution_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def version() -> str:
+    """pycomm's version, as installed."""
+    return _distribution_version("pycomm")
+
+
+COMMANDS: dict[str, Command] = {
+    "launch": Command("start the ranks of a program on this machine, on one or several emulated hosts", _launch),
+    "explain": Command("which schedule a collective would run, why, and what the others would cost", _explain),
+    "info": Command("versions, the extension, and what this machine offers", _info),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns its exit code; 2 where the command line is wrong, as argparse has it."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    width = max(map(len, COMMANDS)) + 2
+    parser = argparse.ArgumentParser(
+        prog="pycomm",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pycomm [--version] <command> ...",
+        description="Communication for distributed training.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
+        + "\n\n`pycomm <command> --help` describes one of them.",
+    )
+    parser.add_argument("--version", action="version", version=f"pycomm {version()}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    name = parser.parse_args(argv[:1]).command
+    if name is None:
+        parser.print_help()
+        return 2
+    try:
+        return COMMANDS[name].run(argv[1:])
+    except (PycommError, OSError) as error:
+        print(f"pycomm {name}: error: {error}", file=sys.stderr)
+        return 2

@@ -1,7 +1,7 @@
 """Planners by collective and algorithm: each is a function (topology, root=0) -> Schedule.
 
-Where a collective has no root the planner takes it only so that all can be called alike. Ties in predicted time go to
-the planner named first."""
+A planner of a collective without a root takes one only so that all are called alike. Where predicted times tie, the
+one named first is chosen."""
 
 from __future__ import annotations
 
@@ -9,20 +9,65 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from pycomm.planners import ring, tree
+from pycomm.planners import bruck, direct, halving_doubling, hierarchical, pairwise, ring, scatter_gather, tree
 from pycomm.schedule import Schedule
 from pycomm.topology import Topology
 
 Planner = Callable[[Topology, int], Schedule]
 
+
+def _table(**planners: Planner) -> Mapping[str, Planner]:
+    return MappingProxyType(planners)
+
+
 PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
     {
-        "all_reduce": MappingProxyType({"ring": ring.ring_all_reduce, "tree": tree.tree_all_reduce}),
-        "reduce_scatter": MappingProxyType({"ring": ring.ring_reduce_scatter}),
-        "all_gather": MappingProxyType({"ring": ring.ring_all_gather}),
-        "broadcast": MappingProxyType({"tree": tree.tree_broadcast, "chain": ring.chain_broadcast}),
-        "reduce": MappingProxyType({"tree": tree.tree_reduce, "chain": ring.chain_reduce}),
-        "gather": MappingProxyType({"tree": tree.tree_gather}),
-        "scatter": MappingProxyType({"tree": tree.tree_scatter}),
+        "all_reduce": _table(
+            pairwise=pairwise.pairwise_all_reduce,
+            ring=ring.ring_all_reduce,
+            halving_doubling=halving_doubling.halving_doubling_all_reduce,
+            tree=tree.tree_all_reduce,
+            hierarchical=hierarchical.hierarchical_all_reduce,
+            leader=hierarchical.leader_all_reduce,
+        ),
+        "reduce_scatter": _table(
+            pairwise=pairwise.pairwise_reduce_scatter,
+            ring=ring.ring_reduce_scatter,
+            halving_doubling=halving_doubling.halving_doubling_reduce_scatter,
+            hierarchical=hierarchical.hierarchical_reduce_scatter,
+        ),
+        "all_gather": _table(
+            pairwise=pairwise.pairwise_all_gather,
+            ring=ring.ring_all_gather,
+            halving_doubling=halving_doubling.halving_doubling_all_gather,
+            hierarchical=hierarchical.hierarchical_all_gather,
+        ),
+        "broadcast": _table(
+            tree=tree.tree_broadcast,
+            chain=ring.chain_broadcast,
+            scatter_gather=scatter_gather.scatter_gather_broadcast,
+            hierarchical=hierarchical.hierarchical_broadcast,
+        ),
+        "reduce": _table(
+            tree=tree.tree_reduce,
+            chain=ring.chain_reduce,
+            scatter_gather=scatter_gather.scatter_gather_reduce,
+            hierarchical=hierarchical.hierarchical_reduce,
+        ),
+        "gather": _table(
+            direct=direct.direct_gather,
+            tree=tree.tree_gather,
+            hierarchical=hierarchical.hierarchical_gather,
+        ),
+        "scatter": _table(
+            direct=direct.direct_scatter,
+            tree=tree.tree_scatter,
+            hierarchical=hierarchical.hierarchical_scatter,
+        ),
+        "all_to_all": _table(
+            pairwise=pairwise.pairwise_all_to_all,
+            bruck=bruck.bruck_all_to_all,
+            hierarchical=hierarchical.hierarchical_all_to_all,
+        ),
     }
 )

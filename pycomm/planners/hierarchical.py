@@ -1,0 +1,144 @@
+"""Two levels: each byte crosses a host link as seldom as possible, and shared memory does the rest.
+
+Rail-wise: the k-th rank of every host forms rail k, and the rails carry their parts across hosts at the same time. A
+host with fewer ranks plays several rails with one rank, so hosts may be uneven and ranks scattered.
+Leader-wise: one rank of each host speaks for it; fewer messages, for small sizes.
+Source: Traff & Hunold, Decomposing MPI collectives for exploiting multi-lane communication, CLUSTER 2020."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pycomm.planners import shapes
+from pycomm.schedule import Schedule, Transfers, in_parallel, in_sequence, place, reverse, transfers
+from pycomm.topology import Topology
+
+Rail = Sequence[Sequence[int]]  # for each host, the chunks that begin at its rank of this rail
+
+
+def hierarchical_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise: reduce_scatter inside, all_reduce of each part across, all_gather inside. On N hosts every host sends
+    and gets 2(N-1)/N of the tensor, however many ranks it has."""
+    n_hosts, n_rails = len(topology.hosts), _n_rails(topology)
+    gather = _gather(topology, [[[rail * n_hosts + host] for host in range(n_hosts)] for rail in range(n_rails)])
+    rows = in_sequence(reverse(gather, reduce=True), gather)
+    return Schedule("all_reduce", "hierarchical", topology.n_ranks, n_rails * n_hosts, root, rows)
+
+
+def hierarchical_reduce_scatter(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise: reduce inside, then across, so that each host gets each of its chunks once from every other host."""
+    rows = reverse(_gather(topology, _own_chunks(topology)), reduce=True)
+    return Schedule("reduce_scatter", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
+
+
+def hierarchical_all_gather(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise: all_gather across, then inside, so that each host gets every chunk of the others once."""
+    rows = _gather(topology, _own_chunks(topology))
+    return Schedule("all_gather", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
+
+
+def leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: reduce inside, halving_doubling all_reduce across the leaders, broadcast inside."""
+    n_hosts = len(topology.hosts)
+    hosts = _leaders(topology, root)
+    across = place(shapes.halving_gather(n_hosts), [ranks[0] for ranks in hosts], np.arange(n_hosts))
+    inside = _broadcast_inside(hosts, range(n_hosts))
+    rows = in_sequence(reverse(inside, reduce=True), reverse(across, reduce=True), across, inside)
+    return Schedule("all_reduce", "leader", topology.n_ranks, n_hosts, root, rows)
+
+
+def hierarchical_broadcast(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: a tree across the hosts, then a tree in each; every host but the root's gets the tensor once."""
+    return Schedule("broadcast", "hierarchical", topology.n_ranks, 1, root, _broadcast(topology, root))
+
+
+def hierarchical_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """The broadcast backwards: every host but the root's sends the tensor once."""
+    return Schedule(
+        "reduce", "hierarchical", topology.n_ranks, 1, root, reverse(_broadcast(topology, root), reduce=True)
+    )
+
+
+def hierarchical_scatter(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: the root gives each leader its host's chunks, and each leader hands them out: 2 rounds."""
+    return Schedule("scatter", "hierarchical", topology.n_ranks, topology.n_ranks, root, _scatter(topology, root))
+
+
+def hierarchical_gather(topology: Topology, root: int = 0) -> Schedule:
+    """The scatter backwards: 2 rounds; one message from each host to the root."""
+    rows = reverse(_scatter(topology, root), reduce=False)
+    return Schedule("gather", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
+
+
+def hierarchical_all_to_all(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise: inside each host a piece goes to the rank on its receiver's rail, which carries it across together with
+    those of its neighbours: as many bytes between hosts as pairwise, in fewer and larger messages."""
+    n, n_hosts = topology.n_ranks, len(topology.hosts)
+    host, local = topology.host_index, topology.local_rank
+    members = np.zeros((n_hosts, _n_rails(topology)), np.int64)
+    members[host, local] = np.arange(n)
+    host_ranks = np.bincount(host)
+    src, dst = (index.ravel() for index in np.mgrid[:n, :n])
+    via = members[host[src], local[dst] % host_ranks[host[src]]]
+    inside = (local[via] - local[src]) % host_ranks[host[src]]
+    across = (host[dst] - host[src]) % n_hosts
+    chunk = src * n + dst
+    moves, crosses = inside > 0, across > 0
+    rows = in_sequence(
+        transfers(inside[moves] - 1, src[moves], via[moves], chunk[moves]),
+        transfers(across[crosses] - 1, via[crosses], dst[crosses], chunk[crosses]),
+    )
+    return Schedule("all_to_all", "hierarchical", n, n * n, root, rows)
+
+
+def _n_rails(topology: Topology) -> int:
+    return max(len(host.ranks) for host in topology.hosts)
+
+
+def _own_chunks(topology: Topology) -> list[Rail]:
+    return [[host.ranks[rail : rail + 1] for host in topology.hosts] for rail in range(_n_rails(topology))]
+
+
+def _gather(topology: Topology, rails: Sequence[Rail]) -> Transfers:
+    """Along every rail across hosts, then inside every host."""
+    across = in_parallel(
+        place(_across(len(topology.hosts)), [host.ranks[k % len(host.ranks)] for host in topology.hosts], rail)
+        for k, rail in enumerate(rails)
+    )
+    whole = [np.concatenate([np.asarray(chunks, np.int64) for chunks in rail]) for rail in rails]
+    inside = in_parallel(
+        place(shapes.pairwise_gather(size), host.ranks, [np.concatenate(whole[local::size]) for local in range(size)])
+        for host in topology.hosts
+        for size in [len(host.ranks)]
+    )
+    return in_sequence(across, inside)
+
+
+def _across(n_hosts: int) -> Transfers:
+    """Both shapes load every host alike; halving takes fewer rounds but is even only for powers of two."""
+    return shapes.halving_gather(n_hosts) if n_hosts & (n_hosts - 1) == 0 else shapes.ring_gather(n_hosts)
+
+
+def _leaders(topology: Topology, root: int) -> list[tuple[int, ...]]:
+    """Each host's ranks, leader first, the root's host first: the root leads it, the first rank leads any other."""
+    at = int(topology.host_index[root])
+    others = [host.ranks for host in topology.hosts[at + 1 :] + topology.hosts[:at]]
+    return [(root, *(rank for rank in topology.hosts[at].ranks if rank != root)), *others]
+
+
+def _broadcast(topology: Topology, root: int) -> Transfers:
+    hosts = _leaders(topology, root)
+    across = place(shapes.tree_broadcast(len(hosts)), [ranks[0] for ranks in hosts], [[0]])
+    return in_sequence(across, _broadcast_inside(hosts, [0]))
+
+
+def _broadcast_inside(hosts: Sequence[Sequence[int]], chunks: Sequence[int]) -> Transfers:
+    return in_parallel(place(shapes.tree_broadcast(len(ranks)), ranks, [chunks]) for ranks in hosts)
+
+
+def _scatter(topology: Topology, root: int) -> Transfers:
+    hosts = _leaders(topology, root)
+    across = place(shapes.direct_scatter(len(hosts)), [ranks[0] for ranks in hosts], hosts)
+    return in_sequence(across, in_parallel(place(shapes.direct_scatter(len(ranks)), ranks, ranks) for ranks in hosts))

@@ -35,9 +35,9 @@ CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*)
 run: build
 	pycomm launch --hosts 2 --ranks-per-host 2 -- python -m training run default
 
-test: build build/cc-plain/CMakeCache.txt
-	cmake --build build/cc-plain
-	ctest --test-dir build/cc-plain --output-on-failure
+test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
+	cmake --build build/cc-plain$(PYCOMM_CUDA)
+	ctest --test-dir build/cc-plain$(PYCOMM_CUDA) --output-on-failure
 	$(PY) -m pytest -q tests
 
 lint: build
@@ -81,5 +81,7 @@ $(INSTALLED): $(TORCH) pyproject.toml setup.py | $(BUILT)
 	$(PY) -m pip install -q --no-build-isolation -e '.[train,bench,dev]'
 	touch $@
 
+# The plain build has the CUDA sources too, where the module has them; a sanitizer sees the engine alone.
 build/cc-%/CMakeCache.txt: $(INSTALLED)
-	cmake -S csrc -B $(@D) -G Ninja -DPYCOMM_SANITIZE=$(*:plain=)
+	cmake -S csrc -B $(@D) -G Ninja -DPYCOMM_SANITIZE=$(filter thread address,$*) \
+	  $(if $(filter plain%,$*),-DPYCOMM_CUDA_HOME="$$($(PY) setup.py cuda_home)")

@@ -1,6 +1,7 @@
-// The C++ tests' harness: TEST(name) { ... } registers, main() runs those whose name contains argv[1] (all without it).
-// An EXPECT that fails is printed and counted, from any thread, and the test goes on; ASSERT_TRUE leaves the test.
-// Each test has kDeadlineS seconds; one that hangs is named and ends the process, since its threads cannot be stopped.
+// The C++ tests' harness: TEST(name) { ... } registers, main() runs those whose name contains
+// argv[1] (all without it). An EXPECT that fails is printed and counted, from any thread, and the
+// test goes on; ASSERT_TRUE leaves the test, from its own thread only. Each test has kDeadlineS
+// seconds; one that hangs is named and ends the process, since its threads cannot be stopped.
 #pragma once
 
 #include <unistd.h>
@@ -61,7 +62,8 @@ void expect_throws(Function&& function, const char* text, const char* file, int 
   try {
     function();
   } catch (const std::exception& e) {
-    if (!std::strstr(e.what(), text)) fail(file, line, std::string("threw '") + e.what() + "' without '" + text + "'");
+    if (!std::strstr(e.what(), text))
+      fail(file, line, std::string("threw '") + e.what() + "' without '" + text + "'");
     return;
   }
   fail(file, line, std::string("did not throw; expected an exception with '") + text + "'");
@@ -94,7 +96,8 @@ inline int run_all(const char* filter) {
     failures ? ++failed : ++passed;
   }
   std::printf("%d passed, %d failed\n", passed, failed);
-  return failed || passed + failed == 0;  // nothing ran: a filter that matches nothing is no success
+  return failed ||
+         passed + failed == 0;  // nothing ran: a filter that matches nothing is no success
 }
 
 }  // namespace testing
@@ -105,14 +108,15 @@ inline int run_all(const char* filter) {
   static void test_##name()
 #define EXPECT_TRUE(...) \
   ((__VA_ARGS__) ? void() : ::testing::fail(__FILE__, __LINE__, "is false: " #__VA_ARGS__))
-#define ASSERT_TRUE(...)                                                 \
-  do {                                                                   \
-    if (!(__VA_ARGS__)) {                                                \
-      ::testing::fail(__FILE__, __LINE__, "is false: " #__VA_ARGS__);    \
-      throw ::testing::Abandoned{};                                      \
-    }                                                                    \
+#define ASSERT_TRUE(...)                                              \
+  do {                                                                \
+    if (!(__VA_ARGS__)) {                                             \
+      ::testing::fail(__FILE__, __LINE__, "is false: " #__VA_ARGS__); \
+      throw ::testing::Abandoned{};                                   \
+    }                                                                 \
   } while (0)
 #define EXPECT_EQ(a, b) ::testing::expect_eq((a), (b), #a " == " #b, __FILE__, __LINE__)
-#define EXPECT_THROWS(text, ...) ::testing::expect_throws([&] { __VA_ARGS__; }, text, __FILE__, __LINE__)
+#define EXPECT_THROWS(text, ...) \
+  ::testing::expect_throws([&] { __VA_ARGS__; }, text, __FILE__, __LINE__)
 
 int main(int argc, char** argv) { return ::testing::run_all(argc > 1 ? argv[1] : ""); }

@@ -1,0 +1,71 @@
+// What the torch layer sees of CUDA: kernels to launch on a stream, and what this machine has. No
+// CUDA header is needed to include this one: a stream is a cudaStream_t passed as void*.
+//
+// Nothing here runs at import: the CUDA runtime starts with the first call, and without a GPU each
+// says so in its result. Launches are asynchronous, on the calling thread's current device; memory
+// must stay until the stream has passed. They hold no state, so any thread may call them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/status.h"
+#include "cuda/block_format.h"
+
+namespace pycomm::cuda {
+
+// dst[i] = a[i] (op) b[i] for float32, float16 and bfloat16 with sum, product, min or max, computed
+// in fp32 and rounded once; avg combines as sum. min and max propagate NaN. dst may be a or b. Any
+// numel and alignment; 16 bytes at a time where dst, a and b are equally aligned.
+Status reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, ReduceOp op,
+              void* stream);
+
+// src to its quantised form of quantised_nbytes(numel) (block_format.h). REQUIRES: dst is 16-byte
+// aligned.
+Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
+                void* stream);
+
+// And back: dst[i] = value, or dst[i] += value where accumulate. REQUIRES: src is 16-byte aligned.
+Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
+                  bool accumulate, void* stream);
+
+struct Tensor {
+  void* data;
+  size_t numel;
+};
+
+// bucket = scale * the tensors, one after the other without gaps; unpack is the way back. Any
+// number of tensors, 0 included.
+Status pack(void* bucket, std::span<const Tensor> tensors, float scale, DType dtype, void* stream);
+Status unpack(const void* bucket, std::span<const Tensor> tensors, float scale, DType dtype,
+              void* stream);
+
+struct Device {
+  std::string name;
+  int major, minor;  // compute capability
+  int n_multiprocessors;
+  size_t memory_nbytes;
+};
+
+// What `pycomm info` prints. Versions are 0 where there is none; problems are empty where all is
+// well.
+struct Info {
+  int runtime_version = 0;  // the CUDA runtime inside the module: 13000 is 13.0
+  int driver_version = 0;   // the newest CUDA that the driver serves
+  std::vector<Device> devices;
+  std::string device_problem;
+  std::string nccl_path;
+  int nccl_version = 0;  // 21805 is 2.18.5
+  std::vector<std::pair<std::string, bool>> nccl_features;
+  std::string nccl_problem;
+};
+
+// nccl_wheel: path of the libnccl.so.2 that torch's wheels brought, or empty. Never fails.
+Info info(const std::string& nccl_wheel);
+
+}  // namespace pycomm::cuda

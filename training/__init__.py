@@ -1,0 +1,5 @@
+"""The bundled trainer: a GPT trained over data, tensor and expert parallel ranks that communicate through pycomm alone.
+
+Read it in this order: `config` (what a run is), `mesh` (who talks to whom), `sharding` and `parallel` (how a layer is
+cut), `model` and `moe`, `optimizer`, then `trainer`, one step of which uses all of them.
+"""

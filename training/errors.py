@@ -1,0 +1,26 @@
+"""What the trainer refuses: each message states the fact, both sides of it, and what to do."""
+
+from __future__ import annotations
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or go on, for a reason that its user can remove."""
+
+
+class ConfigError(TrainingError, ValueError):
+    """A preset, key or value that does not exist or does not fit the others."""
+
+
+class DataError(TrainingError):
+    """Training data that is missing, empty, too small or not what it says it is."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that is damaged, incomplete, or of another model."""
+
+
+class DivergenceError(TrainingError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+BY_NAME = {kind.__name__: kind for kind in (TrainingError, ConfigError, DataError, CheckpointError, DivergenceError)}

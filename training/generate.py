@@ -1,0 +1,46 @@
+"""Text from a trained model, one token after another, in any layout: all ranks compute, rank 0 draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from training.config import SampleConfig
+from training.trainer import Trainer
+
+
+def generate(trainer: Trainer, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
+    """config.n_tokens tokens that follow prompt (at least one token), the same on every rank.
+
+    Each token costs one forward over the context: no keys or values are kept between tokens."""
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens = list(prompt)
+    for _ in range(config.n_tokens):
+        logits = trainer.next_token_logits(tokens)
+        token = torch.tensor([choose(logits, config.temperature, config.top_k, generator)])
+        trainer.mesh.world.broadcast(token, 0)  # hosts may round differently; one of them decides
+        tokens.append(int(token))
+        yield tokens[-1]
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """A token drawn from logits [V] / temperature, among the top_k likeliest (0: all); temperature 0: the likeliest."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], float("-inf"))
+    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+
+
+def sample_text(trainer: Trainer, config: SampleConfig) -> str:
+    """The prompt and what the model makes of it, as text where tokens are bytes, as numbers where they are not.
+
+    An empty prompt begins with a line break. For numbers, the prompt is token ids separated by spaces."""
+    if trainer.config.model.vocab_size == 256:
+        prompt = list(config.prompt.encode() or b"\n")
+        return bytes([*prompt, *generate(trainer, prompt, config)]).decode("utf-8", errors="replace")
+    prompt = [int(word) for word in config.prompt.split() if word.isdigit()] or [0]
+    return " ".join(map(str, [*prompt, *generate(trainer, prompt, config)]))

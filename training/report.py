@@ -1,0 +1,83 @@
+"""The end of a run in words: what was learnt, and what was communicated for it."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+import torch
+
+from training.metrics import peak_memory_bytes
+from training.trainer import StepResult, Trainer
+
+
+@dataclass
+class Totals:
+    """Sums over the steps of this process's part of the run."""
+
+    n_steps: int = 0
+    n_tokens: int = 0
+    step_s: float = 0.0
+    blocked_s: float = 0.0
+    busy_s: float = 0.0
+    bytes_inside_hosts: int = 0
+    bytes_between_hosts: int = 0
+
+    def add(self, result: StepResult) -> None:
+        self.n_steps += 1
+        self.n_tokens += result.n_tokens
+        self.step_s += result.step_s
+        self.blocked_s += result.blocked_s
+        self.busy_s += result.busy_s
+        self.bytes_inside_hosts += result.bytes_inside_hosts
+        self.bytes_between_hosts += result.bytes_between_hosts
+
+    @property
+    def hidden_share(self) -> float:
+        """The part of the engines' busy time in which no rank waited for them, 0 to 1."""
+        return max(0.0, 1.0 - self.blocked_s / self.busy_s) if self.busy_s > 0 else 0.0
+
+
+def max_peak_memory(trainer: Trainer) -> int:
+    """Bytes of the rank that needed most; all ranks together."""
+    peak = torch.tensor([peak_memory_bytes()])
+    trainer.mesh.world.all_reduce(peak, "max")
+    return int(peak)
+
+
+def training_paragraph(trainer: Trainer, totals: Totals, eval_loss: float, peak_bytes: int) -> str:
+    """What was trained, how fast and how well."""
+    size = trainer.mesh.world.size
+    ranks = "1 rank" if size == 1 else f"{size} ranks ({trainer.mesh.layout})"
+    return _fill(
+        f"Trained {trainer.n_parameters:,} parameters on {ranks} to step {trainer.progress.step}: {totals.n_steps} "
+        f"steps and {totals.n_tokens:,} tokens in {totals.step_s:.0f} s, {totals.n_tokens / totals.step_s:,.0f} tokens/s. "
+        f"Held-out loss {eval_loss:.4f} nats a token. Peak memory of a rank {peak_bytes / 2**20:.0f} MiB."
+    )
+
+
+def communication_paragraph(trainer: Trainer, totals: Totals) -> str:
+    """Bytes inside and between hosts, how much of it was hidden, and which schedule carried the gradients and why."""
+    world = trainer.mesh.world
+    if world.size == 1:
+        return "Communication: none; there was one rank."
+    n_hosts = len(set(world.group.host_ids))
+    buckets = trainer.optimizer.bucket_sizes()
+    text = _fill(
+        f"Communication: a step moved {_mib(totals.bytes_inside_hosts / totals.n_steps)} inside hosts and "
+        f"{_mib(totals.bytes_between_hosts / totals.n_steps)} between them, all {world.size} ranks on {n_hosts} "
+        f"{'host' if n_hosts == 1 else 'hosts'} together. Engines were busy {totals.busy_s / world.size:.1f} s a rank, "
+        f"{totals.hidden_share:.0%} of it hidden behind compute; a rank waited "
+        f"{totals.blocked_s / (totals.step_s * world.size):.0%} of its time. Gradients went in {len(buckets)} buckets "
+        f"a step, the largest of {max(nbytes for _, nbytes in buckets) / 1024:.0f} KiB, by the schedule below."
+    )
+    group, nbytes = max((bucket for bucket in buckets if bucket[0].size > 1), key=lambda bucket: bucket[1])
+    return f"{text}\n\n{textwrap.indent(group.group.explain('all_reduce', nbytes).rstrip(), '  ')}"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.2f} MiB"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False)

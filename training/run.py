@@ -1,0 +1,177 @@
+"""A run from start to end: resume, train, evaluate, save, and leave a sample, a curve and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from training.config import Config
+from training.errors import CheckpointError
+from training.generate import sample_text
+from training.metrics import MetricsFile, ProgressLine, peak_memory_bytes, plot_losses, read_metrics
+from training.report import Totals, communication_paragraph, max_peak_memory, training_paragraph
+from training.trainer import StepResult, Trainer
+
+if TYPE_CHECKING:
+    from pycomm.group import Group
+
+INTERRUPTED = 130  # the exit status of a run that Ctrl-C ended, as shells have it
+_SAME_KEYSTROKE_S = 1.0  # a terminal and a launcher may both pass on one Ctrl-C
+
+
+def run(config: Config, world: Group) -> int:
+    """Trains until config.train.steps, from the run's newest checkpoint if there is one; returns the exit status.
+
+    A run that is complete is not trained further: its report is shown again, with a fresh evaluation and sample."""
+    console = Console(quiet=world.rank != 0, highlight=False)
+    share_cores(world)
+    trainer = Trainer(config, world)
+    resumed = trainer.resume()
+    first_step = trainer.progress.step + 1
+    console.print(
+        f"{config.name}: {trainer.n_parameters:,} parameters, {trainer.mesh.layout}, "
+        f"{trainer.corpus.n_tokens:,} tokens of {config.data.path}; "
+        + (f"resumed at step {trainer.progress.step}" if resumed else "a new run")
+    )
+    if trainer.progress.step >= config.train.steps:
+        console.print(f"It is complete: {config.train.steps} steps were asked for. Train further with --train.steps N.")
+        _finish(trainer, console, trainer.evaluate(), None)
+        return 0
+    totals = Totals()
+    metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step) if world.rank == 0 else None
+    with contextlib.closing(metrics) if metrics else contextlib.nullcontext(), _stop_on_signal(trainer):
+        eval_loss = _train(trainer, console, metrics, totals)
+    if eval_loss is None:
+        console.print(
+            f"Interrupted after step {trainer.progress.step}; the checkpoint is complete. Run again to resume."
+        )
+        return INTERRUPTED
+    _finish(trainer, console, eval_loss, totals)
+    return 0
+
+
+def _train(trainer: Trainer, console: Console, metrics: MetricsFile | None, totals: Totals) -> float | None:
+    """Steps until the end, saving on the way and at the end; the last held-out loss, None when asked to stop."""
+    train = trainer.config.train
+    world_size = trainer.mesh.world.size
+    eval_loss = None
+    with ProgressLine(console, train.steps, world_size) as line:
+        while trainer.progress.step < train.steps:
+            result = trainer.train_step()
+            totals.add(result)
+            record = _record(result, world_size)
+            done = result.step == train.steps
+            if done or result.step % train.eval_every == 0:
+                eval_loss = trainer.evaluate()
+                record["eval_loss"] = eval_loss
+                line.evaluated(eval_loss)
+            if metrics is not None:
+                metrics.write(record)
+            line.show(result)
+            if done or result.stopping or result.step % train.checkpoint_every == 0:
+                trainer.save()
+            if result.stopping and not done:
+                return None
+    return eval_loss
+
+
+def _record(result: StepResult, world_size: int) -> dict[str, float | int]:
+    record = dataclasses.asdict(result)
+    del record["stopping"]
+    return {
+        **record,
+        "tokens_per_s": result.n_tokens / result.step_s,
+        "exposed_share": result.exposed_share(world_size),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _finish(trainer: Trainer, console: Console, eval_loss: float, totals: Totals | None) -> None:
+    """The sample, the loss curve and the report; totals None: the report that the run left, if it did."""
+    config, directory = trainer.config, trainer.config.run_dir
+    text = sample_text(trainer, config.sample)
+    peak_bytes = max_peak_memory(trainer)
+    if trainer.mesh.world.rank != 0:
+        return
+    report_path, curve_path, sample_path = (directory / name for name in ("report.txt", "loss.png", "sample.txt"))
+    if totals is not None:
+        paragraphs = (
+            training_paragraph(trainer, totals, eval_loss, peak_bytes),
+            communication_paragraph(trainer, totals),
+        )
+        _replace(report_path, "\n\n".join(paragraphs) + "\n")
+    _replace(sample_path, text + "\n")
+    plot_losses(read_metrics(directory / "metrics.jsonl"), curve_path, config.name)
+    console.rule("sample")
+    console.print(text, markup=False, soft_wrap=True)
+    console.rule("report")
+    if totals is None:
+        console.print(f"Held-out loss {eval_loss:.4f} nats a token. The report of the process that trained last:\n")
+    if report_path.exists():
+        console.print(report_path.read_text(), markup=False, soft_wrap=True)
+    console.print(f"In {directory}: metrics.jsonl, loss.png, sample.txt, report.txt, checkpoints/", soft_wrap=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that it appears complete."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def sample(config: Config, world: Group) -> int:
+    """Prints text of the run's newest checkpoint. Raises CheckpointError where the run has none."""
+    share_cores(world)
+    trainer = Trainer(config, world)
+    if not trainer.resume():
+        raise CheckpointError(
+            f"{config.run_dir} has no checkpoint; train it with: python -m training run {config.name}"
+        )
+    text = sample_text(trainer, config.sample)
+    if world.rank == 0:
+        print(text)
+    return 0
+
+
+@contextlib.contextmanager
+def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks for a stop after the step that is running; a later SIGINT interrupts at once."""
+    asked_at: float | None = None
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
+        now = time.monotonic()
+        if asked_at is not None and number == signal.SIGINT and now - asked_at > _SAME_KEYSTROKE_S:
+            raise KeyboardInterrupt
+        asked_at = now if asked_at is None else asked_at
+        trainer.stop_requested = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def share_cores(world: Group) -> None:
+    """Gives each rank its share of its machine's cores, unless OMP_NUM_THREADS says how many it has.
+
+    Ranks of one machine are those whose kernel has the same boot id: emulated hosts share cores too."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:36].ljust(36)
+    all_ids = torch.empty(world.size, 36, dtype=torch.uint8)
+    own_id = torch.frombuffer(bytearray(boot_id), dtype=torch.uint8).unsqueeze(0)
+    world.all_gather(all_ids, own_id)
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int((all_ids == own_id).all(1).sum())
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))

@@ -1,0 +1,93 @@
+"""Parameters that know their whole shape: how each is cut over an axis, initialised, gathered and cut again.
+
+A parameter is initialised whole from a generator seeded by the run's seed and the parameter's name, then cut, so every
+layout starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: shape is the whole one, dim the dimension cut over axis, std of its normal init (None: ones)."""
+
+    shape: tuple[int, ...]
+    std: float | None
+    axis: Axis = None
+    dim: int = 0
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices, not to gains."""
+        return len(self.shape) > 1
+
+
+class ShardedModule(nn.Module):
+    """A module that records the ParamSpec of each parameter that it owns in specs."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.specs: dict[str, ParamSpec] = {}
+
+    def new_parameter(self, name: str, spec: ParamSpec) -> nn.Parameter:
+        """An uninitialised parameter of this rank's shape, recorded under name."""
+        shape = list(spec.shape)
+        group = self.mesh.shards(spec.axis)
+        if group is not None:
+            shape[spec.dim] //= group.size
+        self.specs[name] = spec
+        return nn.Parameter(torch.empty(shape))
+
+
+def specs_of(model: nn.Module) -> dict[str, ParamSpec]:
+    """The spec of every parameter, by the name that model.named_parameters() gives it."""
+    found: dict[str, ParamSpec] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, ShardedModule):
+            for name, spec in module.specs.items():
+                found[f"{prefix}.{name}" if prefix else name] = spec
+    return found
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
+    """Fills every parameter: the same whole values for each layout. One whole parameter is in memory at a time."""
+    specs = specs_of(model)
+    for name, parameter in model.named_parameters():
+        spec = specs[name]
+        if spec.std is None:
+            parameter.fill_(1.0)
+            continue
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        parameter.copy_(shard(torch.randn(spec.shape, generator=generator) * spec.std, spec, mesh))
+
+
+def shard(whole: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor:
+    """This rank's piece of a whole parameter, as a view."""
+    group = mesh.shards(spec.axis)
+    if group is None:
+        return whole
+    length = whole.shape[spec.dim] // group.size
+    return whole.narrow(spec.dim, group.rank * length, length)
+
+
+def gather_to_rank_0(piece: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor | None:
+    """The whole parameter on rank 0 of the world, None elsewhere. Only the ranks that share pieces with rank 0 talk."""
+    if not mesh.with_rank_0(spec.axis):
+        return None
+    group = mesh.shards(spec.axis)
+    if group is None or group.size == 1:
+        return piece
+    pieces = piece.new_empty((group.size, *piece.shape)) if group.rank == 0 else None
+    group.gather(None if pieces is None else pieces.flatten(0, 1), piece.contiguous(), 0)
+    return None if pieces is None else torch.cat(pieces.unbind(0), spec.dim)

@@ -3,8 +3,10 @@
 C++ goes through torch's BuildExtension and ninja. CUDA sources go to nvcc alone, in a ninja build beside it: torch
 refuses .cu files when it is a CPU-only build, and our kernels include no torch header anyway (docs/cuda.md).
 
-Environment: PYCOMM_CUDA=0|1 leaves CUDA out | insists on it (default: where nvcc is found),
-PYCOMM_CUDA_ARCHS="80 90" replaces the default architectures, PYCOMM_WERROR=1 makes warnings errors (the Makefile does)."""
+Environment:
+  PYCOMM_CUDA=0|1            leaves CUDA out | insists on it; by default it is built where nvcc is found
+  PYCOMM_CUDA_ARCHS="80 90"  instead of the default architectures
+  PYCOMM_WERROR=1            warnings are errors; the Makefile sets it"""
 
 import os
 import shutil
@@ -58,7 +60,7 @@ def static_cudart(cuda: Path) -> str:
 
 
 def nvcc_ninja(cuda: Path, objects: dict[str, str]) -> str:
-    """The ninja file that compiles each .cu file into its object. Real code for every architecture, PTX for the last."""
+    """The ninja file that compiles each .cu file into its object. Code for every architecture, PTX for the last."""
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
     gencode.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
     host = ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])

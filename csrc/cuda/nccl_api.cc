@@ -13,16 +13,18 @@ constexpr const char* kRemedy =
 
 // Optional parts, each known by a function that came with it.
 constexpr std::pair<const char*, const char*> kFeatures[] = {
-    {"split", "ncclCommSplit"},            // 2.18
-    {"register", "ncclCommRegister"},      // 2.19
-    {"allocate", "ncclMemAlloc"},          // 2.19
-    {"window", "ncclCommWindowRegister"},  // 2.27
-    {"shrink", "ncclCommShrink"},          // 2.27
-    {"alltoall", "ncclAlltoAll"},          // 2.28
-    {"gather", "ncclGather"},              // 2.28
-    {"scatter", "ncclScatter"},            // 2.28
-    {"revoke", "ncclCommRevoke"},          // 2.29
-    {"grow", "ncclCommGrow"},              // 2.29
+    {"split", "ncclCommSplit"},              // 2.18
+    {"register", "ncclCommRegister"},        // 2.19
+    {"allocate", "ncclMemAlloc"},            // 2.19
+    {"window", "ncclCommWindowRegister"},    // 2.27
+    {"shrink", "ncclCommShrink"},            // 2.27
+    {"alltoall", "ncclAlltoAll"},            // 2.28
+    {"gather", "ncclGather"},                // 2.28
+    {"scatter", "ncclScatter"},              // 2.28
+    {"revoke", "ncclCommRevoke"},            // 2.29
+    {"grow", "ncclCommGrow"},                // 2.29
+    {"suspend", "ncclCommSuspend"},          // 2.29.7
+    {"call_config", "ncclAllReduceConfig"},  // 2.31
 };
 
 template <class Function>

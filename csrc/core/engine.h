@@ -34,6 +34,7 @@ struct Launch {
   std::vector<uint64_t> link_send_counts;  // all_to_all with uneven counts: elements to and from each rank, announced per link
   std::vector<uint64_t> link_recv_counts;
   Clock::time_point deadline;
+  std::function<void()> finish;  // run once when the output stands, before the operation counts as done; does not throw
 };
 
 // A started operation. wait() drives it; dropping the Work neither cancels nor blocks it.

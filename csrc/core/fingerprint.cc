@@ -35,8 +35,8 @@ std::string Fingerprint::describe() const {
   return text + ")";
 }
 
-std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs, const std::string& group) {
-  return "collective mismatch in group '" + group + "': rank " + std::to_string(mine.rank) + " called " + mine.describe() +
+std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs) {
+  return "collective mismatch: rank " + std::to_string(mine.rank) + " called " + mine.describe() +
          ", rank " + std::to_string(theirs.rank) + " called " + theirs.describe() +
          ". Every rank must make the same calls in the same order; the group cannot be used any more.";
 }

@@ -39,6 +39,6 @@ static_assert(std::is_trivially_copyable_v<Fingerprint>);
 uint64_t fnv1a(const void* data, size_t nbytes, uint64_t seed = 0xcbf29ce484222325ull);
 
 // The message every rank of the group raises. `mine` and `theirs` differ.
-std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs, const std::string& group);
+std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs);
 
 }  // namespace pycomm

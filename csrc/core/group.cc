@@ -33,7 +33,7 @@ Group::Group(std::string name, int rank, int size, std::shared_ptr<Engine> engin
       planner_(std::move(planner)),
       timeout_(timeout) {}
 
-Group::~Group() = default;
+Group::~Group() { engine_->close(); }
 
 Clock::time_point Group::deadline(std::optional<std::chrono::milliseconds> timeout) const {
   const auto limit = timeout.value_or(timeout_);
@@ -114,6 +114,7 @@ Launch Group::bind(const Call& call) {
   launch.input = call.input;
   launch.output = call.output;
   launch.deadline = deadline(call.timeout);
+  launch.finish = call.finish;
 
   Fingerprint& print = launch.fingerprint;
   print.rank = rank_;
@@ -142,7 +143,9 @@ Launch Group::bind(const Call& call) {
     launch.program = program(call.collective, algorithm, call.root);
   } else if (!native) {
     // A barrier across hosts is an all_reduce of nothing: every rank's hello must have reached every rank's program.
-    launch.program = program(Collective::all_reduce, choose({.collective = Collective::all_reduce}, 0), 0);
+    Call nothing;
+    nothing.collective = Collective::all_reduce;
+    launch.program = program(Collective::all_reduce, choose(nothing, 0), 0);
   }
   const std::string_view algorithm = launch.program ? std::string_view(launch.program->algorithm) : "native";
   print.algorithm_hash = fnv1a(algorithm.data(), algorithm.size());

@@ -30,6 +30,7 @@ struct Call {
   std::vector<uint64_t> recv_counts;  // rank sends to each, and receives from each
   std::string algorithm;              // empty: the choice table decides
   std::optional<std::chrono::milliseconds> timeout;
+  std::function<void()> finish;       // run when the output stands, before the call counts as done
 };
 
 // What Python plans. Called without the group's locks, at most once per key; deterministic, so every rank gets the same.

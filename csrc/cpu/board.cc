@@ -1,0 +1,138 @@
+#include "cpu/board.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/reduce.h"
+
+namespace pycomm::cpu {
+namespace {
+
+bool contributes(const Fingerprint& print, int rank) {
+  switch (print.collective) {
+    case Collective::broadcast:
+    case Collective::scatter:
+      return rank == print.root;
+    case Collective::barrier:
+      return false;
+    default:
+      return true;
+  }
+}
+
+}  // namespace
+
+Board::Board(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank)
+    : segment_(segment), endpoint_(endpoint), ranks_(ranks), rank_(rank), n_(static_cast<int>(ranks.size())) {}
+
+const std::byte* Board::contribution(int rank, uint64_t nbytes) const {
+  const BoardEntry& entry = segment_.board(rank);
+  return nbytes <= kInlineBytes ? entry.lines[sequence_ & 1].payload : entry.payload[sequence_ & 1];
+}
+
+void Board::begin(const Launch& launch) {
+  ++sequence_;
+  seen_ = 0;
+  BoardLine& line = segment_.board(rank_).lines[sequence_ & 1];
+  if (contributes(launch.fingerprint, rank_) && launch.input_nbytes > 0)
+    std::memcpy(const_cast<std::byte*>(contribution(rank_, launch.input_nbytes)), launch.input, launch.input_nbytes);
+  line.hash = launch.fingerprint.hash();
+  line.sequence.store(sequence_, std::memory_order_release);  // publishes hash and payload; pairs with advance()
+  for (int i = 0; i < n_; ++i)
+    if (i != rank_) endpoint_.ring(ranks_[static_cast<size_t>(i)]);
+}
+
+bool Board::advance(const Launch& launch, bool* moved) {
+  for (; seen_ < n_; ++seen_) {
+    if (seen_ == rank_) continue;
+    const BoardEntry& entry = segment_.board(seen_);
+    const BoardLine& line = entry.lines[sequence_ & 1];
+    if (line.sequence.load(std::memory_order_acquire) != sequence_) return false;
+    *moved = true;
+    if (line.hash == launch.fingerprint.hash()) continue;
+    Fingerprint theirs;
+    theirs.rank = seen_;
+    // Written before its line was published, unless it is an older native call: then its own look finds ours.
+    if (!read_announcement(entry, launch.fingerprint.sequence, &theirs)) return false;
+    throw Error(Code::mismatch, describe_mismatch(launch.fingerprint, theirs));
+  }
+  finish(launch);
+  return true;
+}
+
+void Board::finish(const Launch& launch) const {
+  const Fingerprint& print = launch.fingerprint;
+  auto* out = static_cast<std::byte*>(launch.output);
+  const uint64_t in_bytes = launch.input_nbytes, out_bytes = launch.output_nbytes;
+  const size_t element = size_of(launch.dtype);
+  // dst = the sum of all contributions from byte `offset` on.
+  const auto combine = [&](std::byte* dst, uint64_t offset, uint64_t nbytes) {
+    if (nbytes == 0) return;
+    const std::byte* first = contribution(0, in_bytes) + offset;
+    for (int i = 1; i < n_; ++i, first = dst)
+      reduce(dst, first, contribution(i, in_bytes) + offset, nbytes / element, launch.dtype, launch.op);
+    if (launch.op == ReduceOp::avg) divide(dst, nbytes / element, launch.dtype, n_);
+  };
+  const auto copy = [](std::byte* dst, const std::byte* src, uint64_t nbytes) {
+    if (nbytes > 0) std::memcpy(dst, src, nbytes);
+  };
+  const auto me = static_cast<uint64_t>(rank_);
+  switch (print.collective) {
+    case Collective::all_reduce:
+      return combine(out, 0, out_bytes);
+    case Collective::reduce:
+      if (rank_ == print.root) combine(out, 0, out_bytes);
+      return;
+    case Collective::broadcast:
+      if (rank_ != print.root) copy(out, contribution(print.root, out_bytes), out_bytes);
+      return;
+    case Collective::reduce_scatter:
+      return combine(out, me * out_bytes, out_bytes);
+    case Collective::scatter:
+      return copy(out, contribution(print.root, out_bytes * static_cast<uint64_t>(n_)) + me * out_bytes, out_bytes);
+    case Collective::gather:
+      if (rank_ != print.root) return;
+      [[fallthrough]];
+    case Collective::all_gather:
+      for (int i = 0; i < n_; ++i) copy(out + static_cast<uint64_t>(i) * in_bytes, contribution(i, in_bytes), in_bytes);
+      return;
+    case Collective::all_to_all: {
+      const uint64_t piece = in_bytes / static_cast<uint64_t>(n_);
+      for (int i = 0; i < n_; ++i)
+        copy(out + static_cast<uint64_t>(i) * piece, contribution(i, in_bytes) + me * piece, piece);
+      return;
+    }
+    case Collective::barrier:
+      return;
+  }
+}
+
+std::vector<int> Board::blocked_on() const {
+  std::vector<int> ranks;
+  for (int i = seen_; i < n_; ++i)
+    if (i != rank_ && segment_.board(i).lines[sequence_ & 1].sequence.load(std::memory_order_acquire) != sequence_)
+      ranks.push_back(i);
+  return ranks;
+}
+
+void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
+  Announcement& at = entry.announcements[fingerprint.sequence & 1];
+  const uint64_t version = at.version.load(std::memory_order_relaxed);
+  at.version.store(version + 1, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_release);  // a reader that sees any of the new bytes sees the odd version too
+  at.fingerprint = fingerprint;
+  at.version.store(version + 2, std::memory_order_release);
+}
+
+bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* out) {
+  const Announcement& at = entry.announcements[sequence & 1];
+  const uint64_t before = at.version.load(std::memory_order_acquire);
+  const Fingerprint copy = at.fingerprint;  // may be torn: believed only if the version did not move
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (before == 0 || (before & 1) != 0 || at.version.load(std::memory_order_relaxed) != before) return false;
+  if (copy.sequence != sequence) return false;
+  *out = copy;
+  return true;
+}
+
+}  // namespace pycomm::cpu

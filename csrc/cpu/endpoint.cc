@@ -1,0 +1,191 @@
+#include "cpu/endpoint.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+
+#include <algorithm>
+#include <fstream>
+#include <new>
+#include <set>
+#include <sstream>
+
+#include "core/engine.h"
+#include "core/fingerprint.h"
+#include "cpu/fd_exchange.h"
+
+namespace pycomm::cpu {
+namespace {
+
+std::string namespace_id(const char* kind) {
+  struct stat info {};
+  if (::stat((std::string("/proc/self/ns/") + kind).c_str(), &info) != 0) return "?";
+  return std::to_string(info.st_ino);
+}
+
+std::string boot_id() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  std::getline(file, id);
+  return id.empty() ? "unknown" : id;
+}
+
+std::string short_hash(const std::string& text) {
+  std::ostringstream out;
+  out << std::hex << (fnv1a(text.data(), text.size()) & 0xffffffffu);
+  return out.str();
+}
+
+Member describe_self(const EndpointOptions& options, int port) {
+  Member self;
+  self.boot_id = boot_id();
+  self.machine = self.boot_id + "/" + namespace_id("net");
+  self.pid_namespace = namespace_id("pid");
+  self.pid = ::getpid();
+  self.address = options.address;
+  self.port = port;
+  char name[256] = {};
+  ::gethostname(name, sizeof(name) - 1);
+  self.host = options.host_id.empty() ? std::string(name) + "-" + short_hash(self.machine) : options.host_id;
+  return self;
+}
+
+std::string pack(const Member& member) {
+  std::ostringstream out;
+  out << member.host << '\n' << member.machine << '\n' << member.boot_id << '\n' << member.pid_namespace << '\n'
+      << member.pid << '\n' << member.address << '\n' << member.port << '\n';
+  return out.str();
+}
+
+Member unpack(const std::string& text) {
+  Member member;
+  std::istringstream in(text);
+  std::string pid, port;
+  std::getline(in, member.host);
+  std::getline(in, member.machine);
+  std::getline(in, member.boot_id);
+  std::getline(in, member.pid_namespace);
+  std::getline(in, pid);
+  std::getline(in, member.address);
+  if (!std::getline(in, port)) throw Error(Code::internal, "a rank published a member entry that cannot be read");
+  member.pid = std::stoi(pid);
+  member.port = std::stoi(port);
+  return member;
+}
+
+int usable_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  return ::sched_getaffinity(0, sizeof(set), &set) == 0 ? std::max(1, CPU_COUNT(&set)) : 1;
+}
+
+}  // namespace
+
+std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size, const EndpointOptions& options) {
+  if (options.host_id.find('\n') != std::string::npos)
+    throw Error(Code::invalid_argument, "a host id cannot hold a line break");
+  std::shared_ptr<Endpoint> self(new Endpoint());
+  self->rank_ = rank;
+  self->listener_ = std::make_unique<TcpListener>(options.address);
+  if (rank == 0) {
+    const uint64_t words[2] = {random_u64(), random_u64()};
+    store.set("secret", std::string(reinterpret_cast<const char*>(words), sizeof(words)));
+  }
+  store.set("member/" + std::to_string(rank), pack(describe_self(options, self->listener_->port())));
+  std::vector<std::string> keys{"secret"};
+  for (int i = 0; i < size; ++i) keys.push_back("member/" + std::to_string(i));
+  const auto values = store.get_all(keys, options.timeout);
+  PYCOMM_CHECK(values[0].size() == sizeof(Secret), "the job's secret has another size");
+  std::memcpy(self->secret_.data(), values[0].data(), sizeof(Secret));
+  self->listener_->set_secret(self->secret_);
+  for (int i = 0; i < size; ++i) self->members_.push_back(unpack(values[static_cast<size_t>(i) + 1]));
+
+  const Member& me = self->member(rank);
+  int on_machine = 0;
+  for (int i = 0; i < size; ++i) {
+    const Member& other = self->member(i);
+    on_machine += other.boot_id == me.boot_id;
+    const bool local = other.host == me.host;
+    if (local && other.machine != me.machine)
+      throw Error(Code::invalid_argument,
+                  "ranks " + std::to_string(rank) + " and " + std::to_string(i) + " both say host '" + me.host +
+                      "' but run on different machines or network namespaces, which cannot share memory; give them "
+                      "different PYCOMM_HOST_ID, or unset it");
+    self->local_index_.push_back(local ? static_cast<int>(self->local_ranks_.size()) : -1);
+    if (local) self->local_ranks_.push_back(i);
+  }
+  self->oversubscribed_ = on_machine > usable_cores();
+  self->share_host(store, options.timeout);
+  return self;
+}
+
+Endpoint::~Endpoint() = default;
+
+void Endpoint::share_host(Store& store, std::chrono::milliseconds timeout) {
+  const int n_local = static_cast<int>(local_ranks_.size());
+  const int index = local_index_[static_cast<size_t>(rank_)];
+  const size_t nbytes = sizeof(Sleeper) * static_cast<size_t>(n_local);
+  UniqueFd doorbell(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  if (!doorbell) throw_errno(Code::internal, "eventfd (is the limit on open files reached? see ulimit -n)");
+  std::vector<int> mine{doorbell.get()};
+  UniqueFd memory;
+  if (index == 0) {
+    memory = make_memfd("pycomm-host", nbytes);
+    mine.push_back(memory.get());
+  }
+  auto fds = exchange_fds(store, "host/" + std::to_string(local_ranks_[0]), index, n_local, mine, timeout);
+  PYCOMM_CHECK(fds.size() == static_cast<size_t>(n_local) + 1, "one doorbell per rank, and the host's page");
+  host_page_ = map_shared(fds[1].get(), nbytes);
+  fds.erase(fds.begin() + 1);
+  doorbells_ = std::move(fds);
+  const Member& me = member(rank_);
+  for (const int other : local_ranks_) {
+    const Member& peer = member(other);
+    // Where the peer's pid means something here. Elsewhere a lost peer shows by its deadline.
+    const bool watch = peer.pid != me.pid && peer.pid_namespace == me.pid_namespace;
+    processes_.emplace_back(watch ? static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)) : -1);
+  }
+}
+
+Endpoint::Sleeper& Endpoint::sleeper(int rank) const {
+  return reinterpret_cast<Sleeper*>(host_page_.data())[local_index_[static_cast<size_t>(rank)]];
+}
+
+void Endpoint::ring(int rank) {
+  // Orders the caller's publication before this look at the sleeper; pairs with the fence in prepare_sleep().
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (sleeper(rank).sleepers.load(std::memory_order_relaxed) == 0) return;
+  const uint64_t one = 1;
+  // A full counter (EAGAIN) has been rung already.
+  [[maybe_unused]] const auto n = ::write(doorbells_[static_cast<size_t>(local_index_[static_cast<size_t>(rank)])].get(), &one, sizeof(one));
+}
+
+void Endpoint::prepare_sleep() {
+  sleeper(rank_).sleepers.fetch_add(1, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // what the caller re-checks next is newer than this
+}
+
+void Endpoint::sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit) {
+  const int index = local_index_[static_cast<size_t>(rank_)];
+  if (limit.count() > 0) {
+    std::vector<pollfd> entries{{doorbells_[static_cast<size_t>(index)].get(), POLLIN, 0}};
+    for (const int socket : sockets) entries.push_back({socket, POLLIN, 0});
+    ::poll(entries.data(), entries.size(), static_cast<int>(limit.count()));
+    uint64_t rings = 0;
+    if ((entries[0].revents & POLLIN) != 0) {
+      [[maybe_unused]] const auto n = ::read(entries[0].fd, &rings, sizeof(rings));
+    }
+  }
+  sleeper(rank_).sleepers.fetch_sub(1, std::memory_order_relaxed);
+}
+
+bool Endpoint::ended(int rank) const {
+  const int index = local_index_[static_cast<size_t>(rank)];
+  if (index < 0 || !processes_[static_cast<size_t>(index)]) return false;
+  pollfd entry{processes_[static_cast<size_t>(index)].get(), POLLIN, 0};
+  return ::poll(&entry, 1, 0) > 0;
+}
+
+}  // namespace pycomm::cpu

@@ -1,0 +1,85 @@
+// Endpoint: one rank's place in a job: who the other ranks are, which share its host, how to wake them, how to see them end, and
+// where other hosts connect. Made once with the first group; sub-groups share it.
+// Thread safety: all members.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/siphash.h"
+#include "core/store.h"
+#include "cpu/posix.h"
+#include "cpu/progress.h"
+#include "cpu/tcp_listener.h"
+
+namespace pycomm::cpu {
+
+struct Member {
+  std::string host;     // ranks with the same host share memory
+  std::string machine;  // boot id and network namespace: what must be equal for sharing to work
+  std::string boot_id;  // ranks with the same one share cores
+  std::string pid_namespace;
+  int pid = 0;
+  std::string address;
+  int port = 0;
+};
+
+struct EndpointOptions {
+  std::string host_id;  // label of an emulated host; empty: the machine and its network namespace
+  std::string address = "127.0.0.1";
+  std::chrono::milliseconds timeout{30000};
+};
+
+class Endpoint {
+ public:
+  // Collective over all `size` ranks of the store.
+  // Errors: Error(timeout) naming a rank that did not come; Error(invalid_argument) where labels contradict the machines.
+  static std::shared_ptr<Endpoint> create(Store& store, int rank, int size, const EndpointOptions& options);
+  ~Endpoint();
+
+  int rank() const { return rank_; }
+  int size() const { return static_cast<int>(members_.size()); }
+  const Member& member(int rank) const { return members_[static_cast<size_t>(rank)]; }
+  bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
+  // More ranks than cores on this machine: whoever waits must let others run.
+  bool oversubscribed() const { return oversubscribed_; }
+  const Secret& secret() const { return secret_; }
+
+  // Wakes `rank` of this host if it sleeps. Call after publishing what it may wait for.
+  void ring(int rank);
+  void ring_self() { ring(rank_); }
+  // Announces that this rank is about to sleep; what is published after it is followed by ring(). Re-check, then sleep().
+  void prepare_sleep();
+  // Sleeps until rung, a socket is readable, a local rank ended, or the time is over. Ends prepare_sleep().
+  void sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit);
+  // Whether the process of a rank of this host has ended.
+  bool ended(int rank) const;
+
+  TcpListener& listener() { return *listener_; }
+  ProgressThread& progress() { return progress_; }
+
+ private:
+  struct alignas(64) Sleeper {
+    std::atomic<uint32_t> sleepers{0};
+  };
+  Endpoint() = default;
+  void share_host(Store& store, std::chrono::milliseconds timeout);
+  Sleeper& sleeper(int rank) const;
+
+  int rank_ = 0;
+  std::vector<Member> members_;
+  std::vector<int> local_ranks_;
+  std::vector<int> local_index_;  // by rank; -1 on other hosts
+  bool oversubscribed_ = false;
+  Secret secret_{};
+  Mapping host_page_;               // a Sleeper per local rank
+  std::vector<UniqueFd> doorbells_;  // eventfd per local rank
+  std::vector<UniqueFd> processes_;  // pidfd per local rank; none for ranks of this process
+  std::unique_ptr<TcpListener> listener_;
+  ProgressThread progress_{*this};
+};
+
+}  // namespace pycomm::cpu

@@ -1,0 +1,560 @@
+#include "cpu/engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/fd_exchange.h"
+#include "cpu/shm_channel.h"
+#include "cpu/tcp_channel.h"
+#include "cpu/waiter.h"
+
+namespace pycomm::cpu {
+namespace {
+
+constexpr auto kForever = std::chrono::milliseconds(std::chrono::hours(24 * 365));
+constexpr auto kAskStore = std::chrono::milliseconds(250);
+constexpr auto kGrace = std::chrono::milliseconds(50);  // after a broken link: the reason is on its way from a rank of this host
+constexpr auto kNap = std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
+
+std::string seconds_text(Clock::duration duration) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f s", std::chrono::duration<double>(duration).count());
+  return text;
+}
+
+// A started operation, for whoever holds on to it. Keeps the engine alive, not the group open.
+class CpuWork final : public Work {
+ public:
+  CpuWork(std::shared_ptr<CpuEngine> engine, std::shared_ptr<Op> op) : engine_(std::move(engine)), op_(std::move(op)) {}
+  void wait(std::chrono::milliseconds timeout) override {
+    engine_->wait_for(*op_, timeout);
+    if (!op_->status.ok()) throw Error(op_->status);
+  }
+  bool done() const override { return op_->done(); }
+  Status status() const override { return op_->done() ? op_->status : Status{}; }
+  double duration_s() const override {
+    return op_->done() ? std::chrono::duration<double>(op_->ended - op_->started).count() : 0;
+  }
+  int source() const override { return op_->done() ? op_->source : -1; }
+  void on_done(std::function<void()> callback) override { engine_->set_callback(*op_, std::move(callback)); }
+
+ private:
+  const std::shared_ptr<CpuEngine> engine_;
+  const std::shared_ptr<Op> op_;
+};
+
+}  // namespace
+
+CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name, std::vector<int> ranks)
+    : endpoint_(std::move(endpoint)),
+      store_(std::move(store)),
+      name_(std::move(name)),
+      ranks_(std::move(ranks)),
+      rank_(static_cast<int>(std::find(ranks_.begin(), ranks_.end(), endpoint_->rank()) - ranks_.begin())),
+      segment_(static_cast<int>(std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
+      board_(segment_, *endpoint_, ranks_, rank_),
+      messages_(
+          static_cast<int>(ranks_.size()), rank_, [this](int peer) -> Channel& { return channel(peer, kMessageLane); },
+          [this](const std::shared_ptr<MessageOp>& op, Status status) { finish(*op, std::move(status)); }) {
+  for (const int rank : ranks_) {
+    const bool here = endpoint_->local(rank);
+    local_index_.push_back(here ? static_cast<int>(local_ranks_.size()) : -1);
+    if (here) local_ranks_.push_back(rank);
+  }
+  one_host_ = local_ranks_.size() == ranks_.size();
+  for (auto& lane : channels_) lane.resize(ranks_.size());
+}
+
+std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store,
+                                             const std::string& name, const std::vector<int>& ranks,
+                                             std::chrono::milliseconds timeout) {
+  PYCOMM_CHECK(std::find(ranks.begin(), ranks.end(), endpoint->rank()) != ranks.end(), "this rank is not in the group");
+  std::shared_ptr<CpuEngine> self(new CpuEngine(std::move(endpoint), store, name, ranks));
+  if (self->rank_ == 0) store->set("group/id", std::to_string(random_u64()));
+  const size_t nbytes = self->segment_.nbytes();
+  const int index = self->local_index_[static_cast<size_t>(self->rank_)];
+  std::vector<int> mine;
+  UniqueFd memory;
+  if (index == 0) {
+    memory = make_memfd("pycomm-group", nbytes);
+    mine.push_back(memory.get());
+  }
+  const auto fds = exchange_fds(*store, "group/host/" + std::to_string(self->local_ranks_[0]), index,
+                                static_cast<int>(self->local_ranks_.size()), mine, timeout);
+  PYCOMM_CHECK(fds.size() == 1, "one segment per host");
+  self->segment_.attach(map_shared(fds[0].get(), nbytes));
+  self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
+  return self;
+}
+
+CpuEngine::~CpuEngine() = default;
+
+uint64_t CpuEngine::native_nbytes(Collective) const { return one_host_ ? kBoardBytes : 0; }
+
+Channel& CpuEngine::channel(int peer, Lane lane) {
+  auto& slot = channels_[lane][static_cast<size_t>(peer)];
+  if (slot) return *slot;
+  const int to = ranks_[static_cast<size_t>(peer)];
+  if (local(peer)) {
+    slot = std::make_unique<ShmChannel>(segment_, local_index_[static_cast<size_t>(rank_)],
+                                        local_index_[static_cast<size_t>(peer)], lane, *endpoint_, to);
+  } else {
+    const Member& member = endpoint_->member(to);
+    slot = std::make_unique<TcpChannel>(TcpPeer{id_, rank_, peer, member.host, member.address, member.port, lane}, *endpoint_);
+  }
+  return *slot;
+}
+
+// ---- submitting ----
+
+void CpuEngine::require_sound() const {
+  if (!broken_.ok())
+    throw Error(Code::closed, "group '" + name_ + "' cannot be used any more: " + broken_.message);
+}
+
+void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
+  require_sound();
+  if (segment_.header().poisoned.load(std::memory_order_relaxed) != 0) [[unlikely]] {
+    Status why = word();
+    while (why.ok()) why = word();  // being written
+    fail(why);
+    throw Error(why);
+  }
+  op->submitted = Clock::now();
+  op->deadline = op->launch.deadline;
+  op->launch.fingerprint.sequence = sequence_++;
+  queue_.push_back(std::move(op));
+}
+
+void CpuEngine::run(Launch launch) {
+  CollectiveOp op;
+  op.launch = std::move(launch);
+  {
+    std::lock_guard lock(mutex_);
+    submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(), &op));  // on the stack: this call outlives it in the queue
+  }
+  wait_for(op, kForever);
+  if (!op.status.ok()) throw Error(op.status);
+}
+
+std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep_alive) {
+  auto op = std::make_shared<CollectiveOp>();
+  op->launch = std::move(launch);
+  op->keep_alive = std::move(keep_alive);
+  op->background = true;
+  {
+    std::lock_guard lock(mutex_);
+    submit(op);
+    background_.fetch_add(1, std::memory_order_relaxed);
+    drive();
+  }
+  run_callbacks();
+  if (!op->done()) endpoint_->progress().add(shared_from_this());
+  return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
+}
+
+std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, uint64_t nbytes, int peer, int64_t tag,
+                                                Clock::time_point deadline, std::shared_ptr<void> keep_alive) {
+  auto op = std::make_shared<MessageOp>();
+  op->is_send = is_send;
+  op->peer = peer;
+  op->tag = tag;
+  op->data = data;
+  op->nbytes = nbytes;
+  op->deadline = deadline;
+  op->keep_alive = std::move(keep_alive);
+  op->background = true;
+  {
+    std::lock_guard lock(mutex_);
+    require_sound();
+    op->submitted = op->started = Clock::now();
+    op->state.store(Op::running, std::memory_order_relaxed);
+    if (n_running_++ == 0) running_since_ = op->started;
+    background_.fetch_add(1, std::memory_order_relaxed);
+    is_send ? messages_.send(op) : messages_.recv(op);
+    drive();
+  }
+  run_callbacks();
+  if (!op->done()) endpoint_->progress().add(shared_from_this());
+  return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
+}
+
+std::shared_ptr<Work> CpuEngine::send(const void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+                                      std::shared_ptr<void> keep_alive) {
+  return submit_message(true, static_cast<std::byte*>(const_cast<void*>(data)), nbytes, peer, tag, deadline, std::move(keep_alive));
+}
+
+std::shared_ptr<Work> CpuEngine::recv(void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+                                      std::shared_ptr<void> keep_alive) {
+  return submit_message(false, static_cast<std::byte*>(data), nbytes, peer, tag, deadline, std::move(keep_alive));
+}
+
+// ---- progress ----
+
+bool CpuEngine::advance_collectives() {
+  bool moved = false;
+  while (!queue_.empty()) {
+    CollectiveOp& op = *queue_.front();
+    const Launch& launch = op.launch;
+    if (op.state.load(std::memory_order_relaxed) == Op::queued) {
+      op.started = op.submitted;
+      op.state.store(Op::running, std::memory_order_relaxed);
+      if (n_running_++ == 0) running_since_ = op.started;
+      announce(segment_.board(local_index_[static_cast<size_t>(rank_)]), launch.fingerprint);
+      if (launch.program != nullptr) {
+        interpreter_.begin(launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); });
+      } else {
+        board_.begin(launch);
+        native_bytes_ += launch.input_nbytes;
+      }
+      moved = true;
+    }
+    const bool done = launch.program != nullptr ? interpreter_.advance(launch, &moved) : board_.advance(launch, &moved);
+    if (!done) break;
+    if (launch.finish) launch.finish();
+    const auto keep = queue_.front();
+    queue_.pop_front();
+    finish(op, {});
+  }
+  return moved;
+}
+
+bool CpuEngine::drive() {
+  if (!broken_.ok()) return false;
+  try {
+    bool moved = advance_collectives();
+    if (!messages_.idle()) moved |= messages_.advance();
+    return moved;
+  } catch (const Error& error) {
+    Status why = error.status();
+    if (why.code == Code::peer_lost) {
+      // A link that breaks is often the echo of what another rank knows better.
+      Status reason;
+      for (const auto until = Clock::now() + kGrace; reason.ok() && Clock::now() < until;) {
+        reason = word();
+        ::sched_yield();
+      }
+      if (reason.ok()) reason = word_from_store();
+      if (!reason.ok()) why = reason;
+    }
+    fail(why);
+    return true;
+  }
+}
+
+void CpuEngine::finish(Op& op, Status status) {
+  op.status = std::move(status);
+  op.ended = Clock::now();
+  if (op.state.load(std::memory_order_relaxed) == Op::running && --n_running_ == 0) busy_ += op.ended - running_since_;
+  ++n_ops_;
+  if (op.callback || op.keep_alive) {  // memory too is let go outside the lock: that may need the GIL
+    callbacks_.push_back([callback = std::move(op.callback), keep_alive = std::move(op.keep_alive)] {
+      if (callback) callback();
+    });
+    has_callbacks_.store(true, std::memory_order_relaxed);
+  }
+  const bool background = op.background;
+  if (background) background_.fetch_sub(1, std::memory_order_relaxed);
+  op.state.store(Op::finished, std::memory_order_release);  // publishes the result; the op may be gone after this
+  if (background || waiters_.load(std::memory_order_relaxed) > 1) endpoint_->ring_self();
+}
+
+void CpuEngine::set_callback(Op& op, std::function<void()> callback) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!op.done()) {
+      op.callback = std::move(callback);
+      return;
+    }
+  }
+  callback();
+}
+
+void CpuEngine::run_callbacks() {
+  if (!has_callbacks_.load(std::memory_order_relaxed)) return;
+  std::vector<std::function<void()>> ready;
+  {
+    std::lock_guard lock(mutex_);
+    ready.swap(callbacks_);
+    has_callbacks_.store(false, std::memory_order_relaxed);
+  }
+  for (auto& callback : ready) {
+    callback();
+    callback = nullptr;
+  }
+}
+
+void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
+  const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
+  Waiter waiter(endpoint_->oversubscribed());
+  waiters_.fetch_add(1, std::memory_order_relaxed);
+  const auto round = [&](bool slow) {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return false;
+    const bool moved = drive();
+    if (slow && !moved) look();
+    return moved;
+  };
+  bool late = false;
+  while (!op.done() && !late) {
+    if (round(false)) {
+      run_callbacks();
+      waiter.moved();
+      continue;
+    }
+    switch (waiter.idle()) {
+      case Waiter::Next::again:
+        break;
+      case Waiter::Next::look:
+        round(true);
+        late = Clock::now() >= until;
+        break;
+      case Waiter::Next::sleep: {
+        endpoint_->prepare_sleep();
+        const bool moved = round(true);
+        std::vector<int> sockets;
+        if (!moved) add_sockets(sockets);
+        endpoint_->sleep(sockets, moved || op.done() ? std::chrono::milliseconds(0) : kNap);
+        late = Clock::now() >= until;
+        break;
+      }
+    }
+    run_callbacks();
+  }
+  waiters_.fetch_sub(1, std::memory_order_relaxed);
+  run_callbacks();
+  // What this caller drove along the way is the progress thread's again.
+  if (background_.load(std::memory_order_relaxed) > 0) endpoint_->progress().add(shared_from_this());
+  if (late && !op.done())
+    throw Error(Code::timeout, "group '" + name_ + "': rank " + std::to_string(rank_) + " waited " +
+                                   seconds_text(Clock::now() - op.submitted) +
+                                   " for an operation that is still under way; wait again, or raise timeout_s");
+}
+
+bool CpuEngine::drive_background() {
+  bool moved = false;
+  if (waiters_.load(std::memory_order_relaxed) == 0) {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock) moved = drive();
+  }
+  run_callbacks();
+  return moved;
+}
+
+bool CpuEngine::has_background() {
+  return background_.load(std::memory_order_relaxed) > 0 && waiters_.load(std::memory_order_relaxed) == 0;
+}
+
+void CpuEngine::check_background() {
+  {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock) look();
+  }
+  run_callbacks();
+}
+
+void CpuEngine::add_sockets(std::vector<int>& sockets) {
+  if (one_host_) return;
+  std::lock_guard lock(mutex_);
+  for (const auto& lane : channels_)
+    for (const auto& channel : lane)
+      if (channel && channel->socket() >= 0) sockets.push_back(channel->socket());
+}
+
+// ---- failure ----
+
+void CpuEngine::look() {
+  if (!broken_.ok()) return;
+  try {
+    if (const Status why = word(); !why.ok()) throw Error(why);
+    look_for_mismatch();
+    const auto now = Clock::now();
+    const bool late = !queue_.empty() && now >= queue_.front()->deadline;
+    if (!one_host_ && (late || now - asked_store_ >= kAskStore)) {
+      const bool stalled = !queue_.empty() && now - queue_.front()->submitted >= kAskStore;
+      asked_store_ = now;
+      if (late || stalled)
+        if (const Status why = word_from_store(); !why.ok()) throw Error(why);
+    }
+    Status cut;
+    if (messages_.expire(now, &cut)) throw Error(cut);
+    if (late && !queue_.empty())
+      throw Error(Code::timeout, queue_.front()->launch.fingerprint.describe() + ": " + describe_front_wait(now));
+    look_for_lost_peers();
+  } catch (const Error& error) {
+    fail(error.status());
+  }
+}
+
+std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
+  const CollectiveOp& op = *queue_.front();
+  std::string text = "rank " + std::to_string(rank_) + " waited " + seconds_text(now - op.submitted) + " for ";
+  std::vector<int> blocked;
+  if (op.launch.program != nullptr) {
+    text += interpreter_.describe_wait(op.launch);
+    blocked = interpreter_.blocked_on();
+  } else {
+    blocked = board_.blocked_on();
+    for (size_t i = 0; i < blocked.size(); ++i) text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
+    text += blocked.size() == 1 ? ", which has not entered this collective" : ", which have not entered this collective";
+  }
+  for (const int peer : blocked) {
+    if (!local(peer)) continue;
+    Fingerprint last;
+    const auto& entry = segment_.board(local_index_[static_cast<size_t>(peer)]);
+    const uint64_t sequence = op.launch.fingerprint.sequence;
+    if (sequence > 0 && read_announcement(entry, sequence - 1, &last))
+      text += "; rank " + std::to_string(peer) + " was last seen in " + last.describe();
+  }
+  return text + ". Raise timeout_s, or find out what that rank is doing instead.";
+}
+
+void CpuEngine::look_for_mismatch() {
+  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running) return;
+  const Fingerprint& mine = queue_.front()->launch.fingerprint;
+  for (int peer = 0; peer < static_cast<int>(ranks_.size()); ++peer) {
+    if (peer == rank_) continue;
+    Fingerprint theirs;
+    if (local(peer)) {
+      if (!read_announcement(segment_.board(local_index_[static_cast<size_t>(peer)]), mine.sequence, &theirs)) continue;
+      if (!theirs.matches(mine)) throw Error(Code::mismatch, describe_mismatch(mine, theirs));
+    } else if (queue_.front()->launch.program == nullptr || !interpreter_.talks_to(peer)) {
+      // Nothing may come from a rank this collective has no link with: a hello there belongs to another call.
+      if (channels_[kCollectiveLane][static_cast<size_t>(peer)] == nullptr && peer > rank_) continue;
+      std::span<const std::byte> here;
+      try {
+        here = channel(peer, kCollectiveLane).readable(sizeof(Fingerprint));
+      } catch (const Error& error) {
+        if (error.code() == Code::peer_lost) continue;  // not needed now; whoever needs it will say so
+        throw;
+      }
+      if (here.size() < sizeof(theirs)) continue;
+      std::memcpy(&theirs, here.data(), sizeof(theirs));
+      if (theirs.magic == Fingerprint::kMagic && theirs.sequence <= mine.sequence)
+        throw Error(Code::mismatch, describe_mismatch(mine, theirs));
+    }
+  }
+}
+
+void CpuEngine::look_for_lost_peers() {
+  auto blocked = messages_.blocked_on();
+  if (!queue_.empty() && queue_.front()->state.load(std::memory_order_relaxed) == Op::running) {
+    const auto more = queue_.front()->launch.program != nullptr ? interpreter_.blocked_on() : board_.blocked_on();
+    blocked.insert(blocked.end(), more.begin(), more.end());
+  }
+  for (const int peer : blocked) {
+    if (!local(peer)) continue;  // its connection tells
+    const bool ended = endpoint_->ended(ranks_[static_cast<size_t>(peer)]);
+    const bool left = segment_.board(local_index_[static_cast<size_t>(peer)]).closed.load(std::memory_order_acquire) != 0;
+    if (!ended && !left) continue;
+    if (drive()) return;  // what it sent before it went may be all we need
+    const std::string what = !queue_.empty() ? queue_.front()->launch.fingerprint.describe() : "a message";
+    throw Error(Code::peer_lost, what + ": rank " + std::to_string(rank_) + " needs rank " + std::to_string(peer) + " (host " +
+                                     endpoint_->member(ranks_[static_cast<size_t>(peer)]).host + ", pid " +
+                                     std::to_string(endpoint_->member(ranks_[static_cast<size_t>(peer)]).pid) + "), " +
+                                     (ended ? "whose process ended" : "which closed the group") +
+                                     ". See that rank's output for why; the others must form a new group.");
+  }
+}
+
+void CpuEngine::fail(Status why) {
+  if (!broken_.ok()) return;
+  const std::string prefix = "group '" + name_ + "': ";
+  if (why.message.rfind("group '", 0) != 0) why.message = prefix + why.message;
+  broken_ = why;
+  publish(why);
+  for (auto& lane : channels_)
+    for (auto& channel : lane)
+      if (channel) channel->poison(why);
+  for (const int rank : local_ranks_)
+    if (rank != endpoint_->rank()) endpoint_->ring(rank);
+  for (const auto& op : std::exchange(queue_, {})) finish(*op, why);
+  messages_.fail_all(why);
+}
+
+// The first rank of a host to find out tells the others; then word goes over every open connection, and into the store for
+// ranks that have none.
+void CpuEngine::publish(const Status& why) {
+  SegmentHeader& header = segment_.header();
+  uint32_t sound = 0;
+  if (header.poisoned.compare_exchange_strong(sound, 1, std::memory_order_acq_rel)) {
+    header.code = static_cast<int32_t>(why.code);
+    const size_t n = std::min(why.message.size(), sizeof(header.text) - 1);
+    std::memcpy(header.text, why.message.data(), n);
+    header.text[n] = '\0';
+    header.poisoned.store(2, std::memory_order_release);
+  }
+  if (one_host_) return;
+  try {
+    if (!store_->peek("group/broken")) store_->set("group/broken", std::to_string(static_cast<int>(why.code)) + " " + why.message);
+  } catch (const std::exception&) {
+    // The store may have gone with its rank; the connections still carry the word.
+  }
+}
+
+Status CpuEngine::word() const {
+  const SegmentHeader& header = segment_.header();
+  if (header.poisoned.load(std::memory_order_acquire) != 2) return {};
+  return {static_cast<Code>(header.code), std::string(header.text, strnlen(header.text, sizeof(header.text)))};
+}
+
+Status CpuEngine::word_from_store() const {
+  if (one_host_) return {};
+  try {
+    const auto text = store_->peek("group/broken");
+    if (!text) return {};
+    const size_t space = text->find(' ');
+    return {static_cast<Code>(std::stoi(*text)), text->substr(space + 1)};
+  } catch (const std::exception&) {
+    return {};  // the store has gone with its rank
+  }
+}
+
+void CpuEngine::revoke(const Status& why) {
+  {
+    std::lock_guard lock(mutex_);
+    fail(why);
+  }
+  run_callbacks();
+}
+
+void CpuEngine::close() {
+  {
+    std::lock_guard lock(mutex_);
+    if (broken_.ok()) {
+      broken_ = {Code::closed, "it was closed"};
+      for (const auto& op : std::exchange(queue_, {})) finish(*op, broken_);
+      messages_.fail_all(broken_);
+    }
+    segment_.board(local_index_[static_cast<size_t>(rank_)]).closed.store(1, std::memory_order_release);
+    for (const int rank : local_ranks_)
+      if (rank != endpoint_->rank()) endpoint_->ring(rank);
+    for (auto& lane : channels_)
+      for (auto& channel : lane) channel.reset();  // connections close: the other side sees it
+  }
+  run_callbacks();
+  endpoint_->progress().remove(this);
+}
+
+// ---- numbers ----
+
+Stats CpuEngine::stats() const {
+  std::lock_guard lock(mutex_);
+  Stats stats;
+  stats.ops = n_ops_;
+  stats.bytes_inside_hosts = native_bytes_;
+  for (const auto& lane : channels_)
+    for (size_t peer = 0; peer < lane.size(); ++peer)
+      if (lane[peer])
+        (local(static_cast<int>(peer)) ? stats.bytes_inside_hosts : stats.bytes_between_hosts) += lane[peer]->bytes_written();
+  stats.busy_s = std::chrono::duration<double>(busy_).count();
+  if (n_running_ > 0) stats.busy_s += std::chrono::duration<double>(Clock::now() - running_since_).count();
+  return stats;
+}
+
+uint64_t CpuEngine::sequence() const {
+  std::lock_guard lock(mutex_);
+  return sequence_;
+}
+
+}  // namespace pycomm::cpu

@@ -1,0 +1,105 @@
+// CpuEngine: collectives and messages on CPU memory for one rank of one group. Inside a host over the group's Segment, between
+// hosts over TCP. Whoever waits drives: the caller in run() and wait(), the endpoint's progress thread for the rest.
+// Thread safety: all public members. One lock guards queue, channels and interpreter; it is held for one round of progress at a
+// time, never while waiting.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/engine.h"
+#include "core/store.h"
+#include "cpu/board.h"
+#include "cpu/channel.h"
+#include "cpu/endpoint.h"
+#include "cpu/interpreter.h"
+#include "cpu/messages.h"
+#include "cpu/op.h"
+#include "cpu/segment.h"
+
+namespace pycomm::cpu {
+
+class CpuEngine final : public Engine, public Driven, public std::enable_shared_from_this<CpuEngine> {
+ public:
+  // Collective over `ranks` (endpoint ranks, in group order), through a store of the group's own.
+  static std::shared_ptr<CpuEngine> create(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, const std::string& name,
+                                           const std::vector<int>& ranks, std::chrono::milliseconds timeout);
+  ~CpuEngine() override;
+
+  uint64_t native_nbytes(Collective collective) const override;
+  void run(Launch launch) override;
+  std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) override;
+  std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+                             std::shared_ptr<void> keep_alive) override;
+  std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+                             std::shared_ptr<void> keep_alive) override;
+  Stats stats() const override;
+  uint64_t sequence() const override;
+  void revoke(const Status& why) override;
+  void close() override;
+
+  // Blocks until op is done, or until `limit` has passed (Error(timeout), the op goes on).
+  void wait_for(Op& op, std::chrono::milliseconds limit);
+  void set_callback(Op& op, std::function<void()> callback);
+
+  bool drive_background() override;
+  bool has_background() override;
+  void check_background() override;
+  void add_sockets(std::vector<int>& sockets) override;
+
+ private:
+  CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name, std::vector<int> ranks);
+  void submit(std::shared_ptr<CollectiveOp> op);
+  std::shared_ptr<Work> submit_message(bool is_send, std::byte* data, uint64_t nbytes, int peer, int64_t tag,
+                                       Clock::time_point deadline, std::shared_ptr<void> keep_alive);
+  bool drive();  // one round under the lock; errors end in fail()
+  bool advance_collectives();
+  void look();   // under the lock: word of a broken group, mismatches, deadlines, lost peers
+  void look_for_mismatch();
+  void look_for_lost_peers();
+  void fail(Status why);
+  Status word() const;         // why the group is broken, as another rank of this host says; ok() where none does
+  Status word_from_store() const;  // likewise any rank; a round trip to the store
+  void publish(const Status& why);
+  void finish(Op& op, Status status);
+  void run_callbacks();
+  void require_sound() const;
+  Channel& channel(int peer, Lane lane);
+  bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
+  std::string describe_front_wait(Clock::time_point now) const;
+
+  const std::shared_ptr<Endpoint> endpoint_;
+  const std::shared_ptr<Store> store_;  // the group's own
+  const std::string name_;
+  const std::vector<int> ranks_;   // group rank -> endpoint rank
+  int rank_ = 0;
+  std::vector<int> local_index_;   // by group rank: index in the segment, -1 on other hosts
+  std::vector<int> local_ranks_;   // by index in the segment: endpoint rank
+  bool one_host_ = true;
+  uint64_t id_ = 0;                // tells this group's connections from others'
+  Segment segment_;
+  Board board_;
+
+  mutable std::mutex mutex_;
+  std::vector<std::unique_ptr<Channel>> channels_[kLanes];
+  Interpreter interpreter_;
+  Messages messages_;
+  std::deque<std::shared_ptr<CollectiveOp>> queue_;  // only the first one runs
+  uint64_t sequence_ = 0;
+  Status broken_;
+  Clock::time_point asked_store_{};
+  uint64_t native_bytes_ = 0;
+  uint64_t n_ops_ = 0;
+  int n_running_ = 0;
+  Clock::time_point running_since_{};
+  Clock::duration busy_{};
+  std::vector<std::function<void()>> callbacks_;
+  std::atomic<bool> has_callbacks_{false};
+  std::atomic<int> waiters_{0};     // callers that drive
+  std::atomic<int> background_{0};  // unfinished operations that no caller may be waiting for
+};
+
+}  // namespace pycomm::cpu

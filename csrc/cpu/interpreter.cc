@@ -1,0 +1,216 @@
+#include "cpu/interpreter.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/reduce.h"
+
+namespace pycomm::cpu {
+namespace {
+// What moves between two looks at other links. Small enough to stay in the second-level cache between a peer's write and our
+// reduction, large enough that the flags do not show.
+constexpr uint64_t kSegmentBytes = 64 * 1024;
+constexpr uint64_t kAlign = 64;
+}  // namespace
+
+void Interpreter::begin(const Launch& launch, const ChannelOf& channel_of) {
+  const Program& program = *launch.program;
+  done_.assign(program.steps.size(), 0);
+  copies_left_ = program.copies.size();
+  scratch_stride_ = (launch.layout.max_nbytes() + kAlign - 1) & ~(kAlign - 1);
+  const uint64_t needed = scratch_stride_ * static_cast<uint64_t>(program.n_scratch);
+  if (needed > scratch_nbytes_) {
+    scratch_ = std::make_unique_for_overwrite<std::byte[]>(needed);
+    scratch_nbytes_ = needed;
+  }
+  links_.clear();
+  for (const PeerSteps& steps : program.peers) {
+    Link& link = links_.emplace_back();
+    link.steps = &steps;
+    link.channel = &channel_of(steps.peer);
+    link.mine = launch.fingerprint;
+    if (!launch.link_send_counts.empty()) link.mine.numel = launch.link_send_counts[static_cast<size_t>(steps.peer)];
+  }
+}
+
+const std::byte* Interpreter::source(const Launch& launch, const Step& step) const {
+  switch (step.source) {
+    case Buffer::input:
+      return static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(step.chunk);
+    case Buffer::output:
+      return static_cast<const std::byte*>(launch.output) + launch.layout.output_offset(step.chunk);
+    case Buffer::scratch:
+      break;
+  }
+  return scratch_.get() + scratch_stride_ * static_cast<uint64_t>(step.scratch_slot);
+}
+
+std::byte* Interpreter::destination(const Launch& launch, const Step& step) {
+  switch (step.destination) {
+    case Buffer::output:
+      return static_cast<std::byte*>(launch.output) + launch.layout.output_offset(step.chunk);
+    case Buffer::scratch:
+      return scratch_.get() + scratch_stride_ * static_cast<uint64_t>(step.scratch_slot);
+    case Buffer::input:
+      break;
+  }
+  throw Error(Code::internal, "a step writes the input");
+}
+
+uint64_t Interpreter::allowed(const Program& program, const Step& step, uint64_t nbytes) const {
+  uint64_t limit = nbytes;
+  for (int32_t d = 0; d < step.dep_count; ++d)
+    limit = std::min(limit, done_[static_cast<size_t>(program.deps[static_cast<size_t>(step.dep_begin + d)])]);
+  return limit == nbytes ? limit : limit & ~(kAlign - 1);  // whole cache lines: elements never straddle two writes
+}
+
+bool Interpreter::advance_copies(const Launch& launch) {
+  if (copies_left_ == 0) return false;
+  const Program& program = *launch.program;
+  bool moved = false;
+  for (const int32_t index : program.copies) {
+    const Step& step = program.steps[static_cast<size_t>(index)];
+    const uint64_t nbytes = launch.layout.nbytes(step.chunk);
+    uint64_t& done = done_[static_cast<size_t>(index)];
+    if (done == nbytes) continue;
+    const uint64_t limit = allowed(program, step, nbytes);
+    if (limit < nbytes) continue;
+    const std::byte* from = source(launch, step);
+    std::byte* to = destination(launch, step);
+    if (from != to) std::memmove(to, from, nbytes);
+    done = nbytes;
+    moved = true;
+  }
+  copies_left_ = static_cast<size_t>(std::count_if(program.copies.begin(), program.copies.end(), [&](int32_t index) {
+    const Step& step = program.steps[static_cast<size_t>(index)];
+    return done_[static_cast<size_t>(index)] < launch.layout.nbytes(step.chunk);
+  }));
+  return moved;
+}
+
+bool Interpreter::advance_send(const Launch& launch, Link& link) {
+  const Program& program = *launch.program;
+  bool moved = false;
+  if (link.said < sizeof(Fingerprint)) {
+    const size_t n = link.channel->write(reinterpret_cast<const std::byte*>(&link.mine) + link.said, sizeof(Fingerprint) - link.said);
+    link.said += n;
+    moved = n > 0;
+    if (link.said < sizeof(Fingerprint)) return moved;
+  }
+  while (link.send < link.steps->sends.size()) {
+    const auto index = static_cast<size_t>(link.steps->sends[link.send]);
+    const Step& step = program.steps[index];
+    const uint64_t nbytes = launch.layout.nbytes(step.chunk);
+    uint64_t& done = done_[index];
+    if (done < nbytes) {
+      const uint64_t limit = allowed(program, step, nbytes);
+      if (limit <= done) break;
+      const size_t n = link.channel->write(source(launch, step) + done, std::min(limit - done, kSegmentBytes));
+      if (n == 0) break;
+      done += n;
+      moved = true;
+    }
+    if (done == nbytes) {
+      link.channel->align_write();
+      ++link.send;
+    }
+  }
+  return moved;
+}
+
+bool Interpreter::advance_recv(const Launch& launch, Link& link) {
+  const Program& program = *launch.program;
+  bool moved = false;
+  if (link.heard < sizeof(Fingerprint)) {
+    const size_t n = link.channel->read(reinterpret_cast<std::byte*>(&link.theirs) + link.heard, sizeof(Fingerprint) - link.heard);
+    link.heard += n;
+    moved = n > 0;
+    if (link.heard < sizeof(Fingerprint)) return moved;
+    Fingerprint expected = launch.fingerprint;
+    if (!launch.link_recv_counts.empty()) expected.numel = launch.link_recv_counts[static_cast<size_t>(link.steps->peer)];
+    link.theirs.rank = link.steps->peer;
+    if (!link.theirs.matches(expected)) throw Error(Code::mismatch, describe_mismatch(expected, link.theirs));
+  }
+  const size_t element = size_of(launch.dtype);
+  while (link.recv < link.steps->recvs.size()) {
+    const auto index = static_cast<size_t>(link.steps->recvs[link.recv]);
+    const Step& step = program.steps[index];
+    const uint64_t nbytes = launch.layout.nbytes(step.chunk);
+    uint64_t& done = done_[index];
+    if (done < nbytes) {
+      const uint64_t limit = std::min(allowed(program, step, nbytes) - done, kSegmentBytes);
+      if (limit == 0) break;
+      size_t n = 0;
+      if (step.kind == StepKind::recv) {
+        n = link.channel->read(destination(launch, step) + done, limit);
+      } else {
+        const auto here = link.channel->readable(element);
+        n = std::min<size_t>(here.size(), limit) / element * element;
+        if (n > 0) {
+          reduce(destination(launch, step) + done, source(launch, step) + done, here.data(), n / element, launch.dtype, launch.op);
+          link.channel->consume(n);
+        }
+      }
+      if (n == 0) break;
+      done += n;
+      moved = true;
+    }
+    if (done == nbytes) {
+      link.channel->align_read();
+      ++link.recv;
+    }
+  }
+  return moved;
+}
+
+bool Interpreter::advance(const Launch& launch, bool* moved) {
+  bool any = advance_copies(launch);
+  bool finished = true;
+  for (Link& link : links_) {
+    any |= advance_send(launch, link);
+    any |= advance_recv(launch, link);
+    any |= advance_send(launch, link);  // what just arrived may go on at once
+    link.channel->flush();
+    finished = finished && link.done();
+  }
+  any |= advance_copies(launch);
+  *moved |= any;
+  if (!finished || copies_left_ > 0) return false;
+  if (launch.op == ReduceOp::avg && reduces(launch.fingerprint.collective) && launch.output_nbytes > 0 &&
+      (launch.fingerprint.collective != Collective::reduce || launch.program->rank == launch.fingerprint.root))
+    divide(launch.output, launch.output_nbytes / size_of(launch.dtype), launch.dtype, launch.program->n_ranks);
+  return true;
+}
+
+bool Interpreter::talks_to(int peer) const {
+  return std::any_of(links_.begin(), links_.end(), [peer](const Link& link) { return link.steps->peer == peer; });
+}
+
+std::vector<int> Interpreter::blocked_on() const {
+  std::vector<int> peers;
+  for (const Link& link : links_)
+    if (!link.done()) peers.push_back(link.steps->peer);
+  return peers;
+}
+
+std::string Interpreter::describe_wait(const Launch& launch) const {
+  const Program& program = *launch.program;
+  for (const Link& link : links_) {
+    const std::string who = "rank " + std::to_string(link.steps->peer) + " (" + link.channel->describe() + ")";
+    if (link.heard < sizeof(Fingerprint)) return who + ", which has not entered this collective";
+    for (const auto& [list, cursor, verb] :
+         {std::make_tuple(&link.steps->recvs, link.recv, "received"), std::make_tuple(&link.steps->sends, link.send, "sent")}) {
+      if (cursor == list->size()) continue;
+      const auto index = static_cast<size_t>((*list)[cursor]);
+      const Step& step = program.steps[index];
+      if (allowed(program, step, launch.layout.nbytes(step.chunk)) <= done_[index] && done_[index] < launch.layout.nbytes(step.chunk))
+        continue;  // it waits for another link
+      return who + ", round " + std::to_string(step.round + 1) + " of " + std::to_string(program.n_rounds) + ", chunk " +
+             std::to_string(step.chunk) + ", " + std::to_string(done_[index]) + " of " +
+             std::to_string(launch.layout.nbytes(step.chunk)) + " bytes " + verb;
+    }
+  }
+  return "nobody";
+}
+
+}  // namespace pycomm::cpu

@@ -1,0 +1,215 @@
+#include "cpu/messages.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace pycomm::cpu {
+namespace {
+constexpr uint64_t kMagic = 0x70636f6d6d6d7367ull;
+constexpr uint64_t kSegmentBytes = 64 * 1024;
+}  // namespace
+
+Messages::Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish)
+    : rank_(rank), channel_of_(std::move(channel_of)), finish_(std::move(finish)), peers_(static_cast<size_t>(n_ranks)) {}
+
+std::string Messages::describe(const MessageOp& op) const {
+  return std::string(op.is_send ? "send to " : "recv from ") + (op.peer < 0 ? "any rank" : "rank " + std::to_string(op.peer)) +
+         " (tag " + std::to_string(op.tag) + ", " + std::to_string(op.nbytes) + " bytes) of rank " + std::to_string(rank_);
+}
+
+void Messages::end(const std::shared_ptr<MessageOp>& op, Status status) {
+  --n_open_;
+  finish_(op, std::move(status));
+}
+
+void Messages::send(std::shared_ptr<MessageOp> op) {
+  ++n_open_;
+  peers_[static_cast<size_t>(op->peer)].sends.push_back(std::move(op));
+}
+
+void Messages::recv(std::shared_ptr<MessageOp> op) {
+  ++n_open_;
+  const auto take = [&](int peer) {
+    auto& waiting = peers_[static_cast<size_t>(peer)].waiting;
+    const auto found = std::find_if(waiting.begin(), waiting.end(), [&](const SetAside& aside) { return aside.tag == op->tag; });
+    if (found == waiting.end()) return false;
+    if (found->data.size() == op->nbytes) std::memcpy(op->data, found->data.data(), op->nbytes);
+    const uint64_t nbytes = found->data.size();
+    waiting.erase(found);
+    deliver(op, peer, nbytes);
+    return true;
+  };
+  if (op->peer >= 0) {
+    if (take(op->peer)) return;
+  } else {
+    for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer)
+      if (take(peer)) return;
+  }
+  receives_.push_back(std::move(op));
+}
+
+void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes) {
+  op->source = source;
+  Status status;
+  if (sent_nbytes != op->nbytes)
+    status = {Code::invalid_argument, describe(*op) + ": rank " + std::to_string(source) + " sent " +
+                                          std::to_string(sent_nbytes) + " bytes. Both sides must give tensors of one size."};
+  end(op, std::move(status));
+}
+
+bool Messages::wanted(int peer) const {
+  return std::any_of(receives_.begin(), receives_.end(),
+                     [peer](const auto& op) { return op->peer == peer || op->peer < 0; });
+}
+
+std::shared_ptr<MessageOp> Messages::match(int peer, int64_t tag) {
+  const auto found = std::find_if(receives_.begin(), receives_.end(), [&](const auto& op) {
+    return op->tag == tag && (op->peer == peer || op->peer < 0);
+  });
+  if (found == receives_.end()) return nullptr;
+  auto op = *found;
+  receives_.erase(found);
+  op->source = peer;
+  return op;
+}
+
+bool Messages::advance_send(int peer, Peer& state) {
+  Channel& channel = channel_of_(peer);
+  bool moved = false;
+  while (!state.sends.empty()) {
+    const auto op = state.sends.front();
+    if (state.out_bytes == 0) state.out = {kMagic, op->tag, op->nbytes, 0};
+    if (state.out_bytes < sizeof(Header)) {
+      const size_t n = channel.write(reinterpret_cast<const std::byte*>(&state.out) + state.out_bytes, sizeof(Header) - state.out_bytes);
+      state.out_bytes += n;
+      moved |= n > 0;
+      if (state.out_bytes < sizeof(Header)) break;
+    }
+    if (op->moved < op->nbytes) {
+      const size_t n = channel.write(op->data + op->moved, std::min(op->nbytes - op->moved, kSegmentBytes));
+      op->moved += n;
+      moved |= n > 0;
+      if (n == 0) break;
+    }
+    if (op->moved == op->nbytes) {
+      channel.flush();
+      if (!channel.flushed()) break;
+      channel.align_write();
+      state.out_bytes = 0;
+      state.sends.pop_front();
+      end(op, {});
+      moved = true;
+    }
+  }
+  channel.flush();
+  return moved;
+}
+
+bool Messages::advance_recv(int peer, Peer& state) {
+  Channel& channel = channel_of_(peer);
+  bool moved = false;
+  for (;;) {
+    if (state.in_bytes < sizeof(Header)) {
+      if (state.in_bytes == 0 && !wanted(peer)) break;  // what nobody asks for waits in the channel
+      const size_t n = channel.read(reinterpret_cast<std::byte*>(&state.in) + state.in_bytes, sizeof(Header) - state.in_bytes);
+      state.in_bytes += n;
+      moved |= n > 0;
+      if (state.in_bytes < sizeof(Header)) break;
+      if (state.in.magic != kMagic)
+        throw Error(Code::internal, "rank " + std::to_string(peer) + "'s messages are out of step");
+    }
+    if (!state.chosen) {
+      state.target = match(peer, state.in.tag);
+      if (!state.target && !wanted(peer)) break;
+      state.chosen = true;
+      state.payload = 0;
+      // A message of another size than asked for is read past, so that the stream stays whole.
+      if (!state.target || state.target->nbytes != state.in.nbytes) {
+        state.aside.tag = state.in.tag;
+        state.aside.data.resize(state.in.nbytes);
+      }
+    }
+    if (state.payload < state.in.nbytes) {
+      const bool direct = state.target && state.target->nbytes == state.in.nbytes;
+      std::byte* to = direct ? state.target->data : state.aside.data.data();
+      const size_t n = channel.read(to + state.payload, std::min(state.in.nbytes - state.payload, kSegmentBytes));
+      state.payload += n;
+      moved |= n > 0;
+      if (n == 0) break;
+    }
+    if (state.payload == state.in.nbytes) {
+      channel.align_read();
+      if (state.target)
+        deliver(state.target, peer, state.in.nbytes);
+      else
+        state.waiting.push_back(std::move(state.aside));
+      state.target.reset();
+      state.aside = {};
+      state.chosen = false;
+      state.in_bytes = 0;
+      moved = true;
+    }
+  }
+  channel.flush();
+  return moved;
+}
+
+bool Messages::advance() {
+  if (n_open_ == 0) return false;
+  bool moved = false;
+  for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer) {
+    if (peer == rank_) continue;
+    Peer& state = peers_[static_cast<size_t>(peer)];
+    if (!state.sends.empty()) moved |= advance_send(peer, state);
+    if (state.in_bytes > 0 || wanted(peer)) moved |= advance_recv(peer, state);
+  }
+  return moved;
+}
+
+bool Messages::expire(Clock::time_point now, Status* broken) {
+  const auto late = [&](const MessageOp& op) { return now >= op.deadline; };
+  const auto complaint = [&](const MessageOp& op) {
+    const double waited = std::chrono::duration<double>(now - op.submitted).count();
+    return Status{Code::timeout, describe(op) + " waited " + std::to_string(waited).substr(0, 6) +
+                                     " s for its peer. Is the other side's call missing, or its tag another? Else raise timeout_s."};
+  };
+  for (auto at = receives_.begin(); at != receives_.end();) {
+    const auto op = *at;
+    if (!late(*op)) {
+      ++at;
+      continue;
+    }
+    at = receives_.erase(at);
+    end(op, complaint(*op));
+  }
+  for (Peer& state : peers_) {
+    if (state.target && late(*state.target)) {
+      *broken = complaint(*state.target);
+      return true;
+    }
+    if (state.sends.empty() || !late(*state.sends.front())) continue;
+    *broken = complaint(*state.sends.front());
+    return true;
+  }
+  return false;
+}
+
+void Messages::fail_all(const Status& why) {
+  for (const auto& op : std::exchange(receives_, {})) end(op, why);
+  for (Peer& state : peers_) {
+    for (const auto& op : std::exchange(state.sends, {})) end(op, why);
+    if (state.target) end(std::exchange(state.target, nullptr), why);
+  }
+}
+
+std::vector<int> Messages::blocked_on() const {
+  std::vector<int> ranks;
+  for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer) {
+    const Peer& state = peers_[static_cast<size_t>(peer)];
+    const bool asked = std::any_of(receives_.begin(), receives_.end(), [peer](const auto& op) { return op->peer == peer; });
+    if (peer != rank_ && (!state.sends.empty() || state.target || asked)) ranks.push_back(peer);
+  }
+  return ranks;
+}
+
+}  // namespace pycomm::cpu

@@ -1,0 +1,75 @@
+// Messages: point-to-point over each pair's message lane. Sends to a peer leave in order; a receive takes the first message of its
+// tag. A message nobody has asked for waits in the channel, and is set aside in memory only while a receive of another tag wants
+// what comes behind it.
+// Thread safety: none; the engine's lock guards it.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/channel.h"
+#include "cpu/op.h"
+
+namespace pycomm::cpu {
+
+class Messages {
+ public:
+  using ChannelOf = std::function<Channel&(int peer)>;
+  using Finish = std::function<void(const std::shared_ptr<MessageOp>&, Status)>;
+  Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish);
+  void send(std::shared_ptr<MessageOp> op);
+  void recv(std::shared_ptr<MessageOp> op);
+  bool idle() const { return n_open_ == 0; }
+  // Moves what will move; true if anything did. Throws what channels throw.
+  bool advance();
+  // Ends every operation whose deadline passed. A receive that had not begun ends alone; true with *broken set where a stream was cut
+  // in the middle, which breaks the group.
+  bool expire(Clock::time_point now, Status* broken);
+  void fail_all(const Status& why);
+  std::vector<int> blocked_on() const;
+
+ private:
+  struct Header {
+    uint64_t magic;
+    int64_t tag;
+    uint64_t nbytes;
+    uint64_t pad;
+  };
+  struct SetAside {
+    int64_t tag;
+    std::vector<std::byte> data;
+  };
+  struct Peer {
+    std::deque<std::shared_ptr<MessageOp>> sends;
+    Header out{};
+    size_t out_bytes = 0;  // of the header of sends.front()
+    Header in{};
+    size_t in_bytes = 0;   // of the incoming header
+    bool chosen = false;   // where the payload goes is decided: target, or else aside
+    std::shared_ptr<MessageOp> target;
+    SetAside aside;
+    uint64_t payload = 0;
+    std::list<SetAside> waiting;
+  };
+  bool advance_send(int peer, Peer& state);
+  bool advance_recv(int peer, Peer& state);
+  bool wanted(int peer) const;
+  std::shared_ptr<MessageOp> match(int peer, int64_t tag);
+  void deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes);
+  void end(const std::shared_ptr<MessageOp>& op, Status status);
+  std::string describe(const MessageOp& op) const;
+
+  const int rank_;
+  const ChannelOf channel_of_;
+  const Finish finish_;
+  std::vector<Peer> peers_;
+  std::list<std::shared_ptr<MessageOp>> receives_;  // posted and not yet matched, oldest first
+  size_t n_open_ = 0;
+};
+
+}  // namespace pycomm::cpu

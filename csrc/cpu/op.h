@@ -1,0 +1,40 @@
+// Op: one operation under way in an engine, a collective or a message. The engine's lock guards all but `state`.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+
+#include "core/engine.h"
+
+namespace pycomm::cpu {
+
+struct Op {
+  enum State : int { queued, running, finished };
+  std::atomic<int> state{queued};
+  Status status;  // set before `state` becomes finished
+  Clock::time_point deadline;
+  Clock::time_point submitted;
+  Clock::time_point started;
+  Clock::time_point ended;
+  int source = -1;  // recv from any rank: who sent it
+  bool background = false;  // started without a caller who waits: the progress thread drives it
+  std::shared_ptr<void> keep_alive;
+  std::function<void()> callback;
+  bool done() const { return state.load(std::memory_order_acquire) == finished; }
+};
+
+struct CollectiveOp : Op {
+  Launch launch;
+};
+
+struct MessageOp : Op {
+  bool is_send = false;
+  int peer = -1;  // -1: from any rank, until matched
+  int64_t tag = 0;
+  std::byte* data = nullptr;
+  uint64_t nbytes = 0;
+  uint64_t moved = 0;
+};
+
+}  // namespace pycomm::cpu

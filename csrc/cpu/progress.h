@@ -1,0 +1,49 @@
+// ProgressThread: moves asynchronous operations while their caller computes. One per rank; started by the first such operation,
+// parked while there is none, so that an idle library costs nothing.
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace pycomm::cpu {
+
+class Endpoint;
+
+// What the thread drives: an engine. No lock of the thread is held during these calls.
+class Driven {
+ public:
+  virtual ~Driven() = default;
+  virtual bool drive_background() = 0;  // one round of progress and its callbacks, without blocking; true if anything moved
+  virtual bool has_background() = 0;    // whether an operation is under way that nobody else drives
+  virtual void check_background() = 0;  // the slow look: deadlines, lost peers, mismatches
+  virtual void add_sockets(std::vector<int>& sockets) = 0;
+};
+
+class ProgressThread {
+ public:
+  explicit ProgressThread(Endpoint& endpoint);
+  ~ProgressThread();
+  // Drives `driven` until it has nothing in the background.
+  void add(std::shared_ptr<Driven> driven);
+  // After it returns the thread does not touch `driven` any more (unless it was called from the thread itself).
+  void remove(Driven* driven);
+
+ private:
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::shared_ptr<Driven>> active;
+    bool driving = false;  // a copy of `active` is being driven, outside the lock
+    bool stopping = false;
+  };
+  static void loop(std::shared_ptr<State> state, Endpoint* endpoint);
+
+  Endpoint& endpoint_;
+  std::shared_ptr<State> state_;  // the thread's own share: an engine's last owner may be a callback on the thread
+  std::thread thread_;
+};
+
+}  // namespace pycomm::cpu

@@ -64,7 +64,7 @@ class Dispatched:
 
 
 class ExpertParallel:
-    """The exchange for num_experts experts spread evenly, in order, over the ranks of group. Keeps nothing of a batch."""
+    """The exchange for num_experts experts spread evenly, in order, over group's ranks. Keeps nothing of a batch."""
 
     def __init__(self, group: AllToAllGroup, num_experts: int) -> None:
         if num_experts < 1 or num_experts % group.size:
@@ -144,7 +144,7 @@ class ExpertParallel:
     def _exchange(self, rows: Tensor, output_counts: tuple[int, ...], input_counts: tuple[int, ...]) -> Tensor:
         if self.group.size == 1:
             return rows
-        result: Tensor = _Exchange.apply(rows, self.group, output_counts, input_counts)
+        result: Tensor = _Exchange.apply(rows, self.group, output_counts, input_counts)  # type: ignore[no-untyped-call]
         return result
 
     def _checked(self, topk_idx: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class GradientBuckets:
         self._slots: dict[Tensor, _Slot] = {}
         self._fill(list(parameters), bucket_nbytes // dtype.itemsize, dtype)
         self._reset()
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._slots]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._slots]  # type: ignore[no-untyped-call]
 
     def _fill(self, parameters: list[Tensor], max_numel: int, dtype: torch.dtype) -> None:
         for index, parameter in enumerate(parameters):
@@ -94,7 +94,7 @@ class GradientBuckets:
         for members in planned:
             bucket = _Bucket(torch.zeros(sum(p.numel() for p in members), dtype=dtype), members)
             self._buckets.append(bucket)
-            for parameter, piece in zip(members, bucket.flat.split([p.numel() for p in members]), strict=True):
+            for parameter, piece in zip(members, torch.split(bucket.flat, [p.numel() for p in members]), strict=True):
                 self._slots[parameter] = _Slot(bucket, piece.view(parameter.shape))
 
     @property

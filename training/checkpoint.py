@@ -3,7 +3,7 @@
     <run>/checkpoints/step_00000200/parameters.safetensors      fp32 masters
                                     exp_avg.safetensors         AdamW's moments
                                     exp_avg_sq.safetensors
-                                    state.json                  step, position in the data, config, checksums of the files
+                                    state.json                  step, position in the data, config, checksums
 
 Rank 0 writes into a hidden folder, flushes it to the disk and renames it; rank 0 reads and broadcasts, so other hosts
 need not see the disk. Training draws no random numbers after the initialisation but the data's order, a function of
@@ -54,8 +54,8 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
     """latest(), as rank 0 sees the disk, on every rank."""
 
     def look() -> str | None:
-        found = latest(run_dir)
-        return found and str(found)
+        newest = latest(run_dir)
+        return None if newest is None else str(newest)
 
     found = on_rank_0(mesh.world, look)
     return found and Path(found)

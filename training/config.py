@@ -123,7 +123,8 @@ def load_preset(preset: str) -> Config:
         raise ConfigError(f"cannot read the preset {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return _from_table(Config, {"name": path.stem, **table}, str(path), "")
+    config: Config = _from_table(Config, {"name": path.stem, **table}, str(path), "")
+    return config
 
 
 def _from_table(kind: type, table: dict[str, Any], source: str, prefix: str) -> Any:

@@ -114,7 +114,11 @@ class Mesh:
         self.dp = self._axis("dp", layout.dp, color=tp_index)
         self.ep = self._axis("ep", layout.ep, color=replica * layout.tp + tp_index)
         self.expert_replicas = self._axis("expert_replicas", world.size // layout.ep, color=ep_index)
-        self._with_rank_0 = {None: world.rank == 0, "tp": dp_index == 0, "ep": replica == tp_index == 0}
+        self._with_rank_0: dict[Axis, bool] = {
+            None: world.rank == 0,
+            "tp": dp_index == 0,
+            "ep": replica == tp_index == 0,
+        }
 
     def _axis(self, name: str, size: int, color: int) -> MeteredGroup:
         if size == self.world.size:

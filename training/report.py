@@ -49,9 +49,10 @@ def training_paragraph(trainer: Trainer, totals: Totals, eval_loss: float, peak_
     """What was trained, how fast and how well."""
     size = trainer.mesh.world.size
     ranks = "1 rank" if size == 1 else f"{size} ranks ({trainer.mesh.layout})"
+    tokens_per_s = totals.n_tokens / totals.step_s
     return _fill(
         f"Trained {trainer.n_parameters:,} parameters on {ranks} to step {trainer.progress.step}: {totals.n_steps} "
-        f"steps and {totals.n_tokens:,} tokens in {totals.step_s:.0f} s, {totals.n_tokens / totals.step_s:,.0f} tokens/s. "
+        f"steps and {totals.n_tokens:,} tokens in {totals.step_s:.0f} s, {tokens_per_s:,.0f} tokens/s. "
         f"Held-out loss {eval_loss:.4f} nats a token. Peak memory of a rank {peak_bytes / 2**20:.0f} MiB."
     )
 

@@ -144,11 +144,20 @@ def in_sequence(*parts: Transfers) -> Transfers:
     """Each part in the rounds after the one before it. The engine overlaps them: it waits per chunk, not per round."""
     placed, begin = [], 0
     for part in parts:
-        rows = part.copy()
-        rows["round"] += begin
+        placed.append(_later(part, begin))
         begin += n_rounds(part)
-        placed.append(rows)
-    return np.concatenate(placed)
+    return in_parallel(placed)
+
+
+def in_pipeline(parts: Iterable[Transfers], stage: int) -> Transfers:
+    """Each part `stage` rounds behind the one before it."""
+    return in_parallel(_later(part, index * stage) for index, part in enumerate(parts))
+
+
+def without_empty_rounds(rows: Transfers) -> Transfers:
+    out = rows.copy()
+    out["round"] = np.unique(rows["round"], return_inverse=True)[1]
+    return out
 
 
 def place(rows: Transfers, ranks: ArrayLike, chunks: Sequence[ArrayLike] | NDArray[Any]) -> Transfers:
@@ -182,6 +191,12 @@ def first_copies(rows: Transfers, start: Holders) -> Transfers:
     first[np.unique(key, return_index=True)[1]] = True
     kept: Transfers = rows[first & ~start[rows["dst"], rows["chunk"]]]
     return kept
+
+
+def _later(rows: Transfers, rounds: int) -> Transfers:
+    out = rows.copy()
+    out["round"] += rounds
+    return out
 
 
 def _by_round(rows: Transfers) -> Transfers:

@@ -16,6 +16,10 @@ from pycomm.topology import Topology
 Planner = Callable[[Topology, int], Schedule]
 
 
+# On one host these are other planners under another name.
+TWO_LEVEL: Final = frozenset({"hierarchical", "hierarchical_tiled", "leader"})
+
+
 def _table(**planners: Planner) -> Mapping[str, Planner]:
     return MappingProxyType(planners)
 
@@ -24,35 +28,36 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
     {
         "all_reduce": _table(
             pairwise=pairwise.pairwise_all_reduce,
-            ring=ring.ring_all_reduce,
-            halving_doubling=halving_doubling.halving_doubling_all_reduce,
-            tree=tree.tree_all_reduce,
             hierarchical=hierarchical.hierarchical_all_reduce,
+            hierarchical_tiled=hierarchical.hierarchical_tiled_all_reduce,
             leader=hierarchical.leader_all_reduce,
+            halving_doubling=halving_doubling.halving_doubling_all_reduce,
+            ring=ring.ring_all_reduce,
+            tree=tree.tree_all_reduce,
         ),
         "reduce_scatter": _table(
             pairwise=pairwise.pairwise_reduce_scatter,
-            ring=ring.ring_reduce_scatter,
-            halving_doubling=halving_doubling.halving_doubling_reduce_scatter,
             hierarchical=hierarchical.hierarchical_reduce_scatter,
+            halving_doubling=halving_doubling.halving_doubling_reduce_scatter,
+            ring=ring.ring_reduce_scatter,
         ),
         "all_gather": _table(
             pairwise=pairwise.pairwise_all_gather,
-            ring=ring.ring_all_gather,
-            halving_doubling=halving_doubling.halving_doubling_all_gather,
             hierarchical=hierarchical.hierarchical_all_gather,
+            halving_doubling=halving_doubling.halving_doubling_all_gather,
+            ring=ring.ring_all_gather,
         ),
         "broadcast": _table(
             tree=tree.tree_broadcast,
-            chain=ring.chain_broadcast,
-            scatter_gather=scatter_gather.scatter_gather_broadcast,
             hierarchical=hierarchical.hierarchical_broadcast,
+            scatter_gather=scatter_gather.scatter_gather_broadcast,
+            chain=ring.chain_broadcast,
         ),
         "reduce": _table(
             tree=tree.tree_reduce,
-            chain=ring.chain_reduce,
-            scatter_gather=scatter_gather.scatter_gather_reduce,
             hierarchical=hierarchical.hierarchical_reduce,
+            scatter_gather=scatter_gather.scatter_gather_reduce,
+            chain=ring.chain_reduce,
         ),
         "gather": _table(
             direct=direct.direct_gather,

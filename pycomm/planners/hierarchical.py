@@ -8,12 +8,25 @@ Source: Traff & Hunold, Decomposing MPI collectives for exploiting multi-lane co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from pycomm.planners import shapes
-from pycomm.schedule import Schedule, Transfers, in_parallel, in_sequence, place, reverse, transfers
+from pycomm.schedule import (
+    Schedule,
+    Transfers,
+    in_parallel,
+    in_pipeline,
+    in_sequence,
+    place,
+    reverse,
+    transfers,
+    without_empty_rounds,
+)
 from pycomm.topology import Topology
+
+TILES: Final = 4
 
 Rail = Sequence[Sequence[int]]  # for each host, the chunks that begin at its rank of this rail
 
@@ -25,6 +38,16 @@ def hierarchical_all_reduce(topology: Topology, root: int = 0) -> Schedule:
     gather = _gather(topology, [[[rail * n_hosts + host] for host in range(n_hosts)] for rail in range(n_rails)])
     rows = in_sequence(reverse(gather, reduce=True), gather)
     return Schedule("all_reduce", "hierarchical", topology.n_ranks, n_rails * n_hosts, root, rows)
+
+
+def hierarchical_tiled_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """The same on TILES parts of the tensor, one behind the other: while one is gathered the next is reduced. More
+    messages, but links inside and between hosts hardly wait for each other: for large sizes."""
+    tile = hierarchical_all_reduce(topology)
+    chunks = np.arange(tile.n_chunks)
+    tiles = [place(tile.transfers, range(tile.n_ranks), chunks + t * tile.n_chunks) for t in range(TILES)]
+    rows = in_pipeline(tiles, tile.n_rounds // 2)
+    return Schedule("all_reduce", "hierarchical_tiled", tile.n_ranks, TILES * tile.n_chunks, root, rows)
 
 
 def hierarchical_reduce_scatter(topology: Topology, root: int = 0) -> Schedule:
@@ -73,8 +96,8 @@ def hierarchical_gather(topology: Topology, root: int = 0) -> Schedule:
 
 
 def hierarchical_all_to_all(topology: Topology, root: int = 0) -> Schedule:
-    """Rail-wise: inside each host a piece goes to the rank on its receiver's rail, which carries it across together with
-    those of its neighbours: as many bytes between hosts as pairwise, in fewer and larger messages."""
+    """Rail-wise: inside each host a piece goes to the rank on its receiver's rail, which carries it across together
+    with those of its neighbours: as many bytes between hosts as pairwise, in fewer and larger messages."""
     n, n_hosts = topology.n_ranks, len(topology.hosts)
     host, local = topology.host_index, topology.local_rank
     members = np.zeros((n_hosts, _n_rails(topology)), np.int64)
@@ -102,18 +125,30 @@ def _own_chunks(topology: Topology) -> list[Rail]:
 
 
 def _gather(topology: Topology, rails: Sequence[Rail]) -> Transfers:
-    """Along every rail across hosts, then inside every host."""
+    """Along every rail across hosts; and what came from one host goes on inside before what comes from the next, so
+    that both kinds of link work at once. No rank sends a chunk twice in one round, so the reversal has no races."""
+    n_hosts, stage = len(topology.hosts), _n_rails(topology)
+    shape = _across(n_hosts)
+    came = np.zeros((n_hosts, n_hosts), np.int32)
+    came[shape["dst"], shape["chunk"]] = shape["round"] + 1
+    turn = came.argsort(axis=1, kind="stable").argsort(axis=1)  # [host, origin]: the place of origin's chunks there
     across = in_parallel(
-        place(_across(len(topology.hosts)), [host.ranks[k % len(host.ranks)] for host in topology.hosts], rail)
-        for k, rail in enumerate(rails)
+        place(shape, [host.ranks[k % len(host.ranks)] for host in topology.hosts], rail) for k, rail in enumerate(rails)
     )
-    whole = [np.concatenate([np.asarray(chunks, np.int64) for chunks in rail]) for rail in rails]
-    inside = in_parallel(
-        place(shapes.pairwise_gather(size), host.ranks, [np.concatenate(whole[local::size]) for local in range(size)])
-        for host in topology.hosts
-        for size in [len(host.ranks)]
-    )
-    return in_sequence(across, inside)
+    across["round"] *= stage
+    of_rail = [np.concatenate([np.asarray(chunks, np.int64) for chunks in rail]) for rail in rails]
+    origin = np.empty(sum(map(len, of_rail)), np.int64)
+    for rail in rails:
+        for host_index, chunks in enumerate(rail):
+            origin[list(chunks)] = host_index
+    inside = []
+    for host, turns in zip(topology.hosts, turn, strict=True):
+        size = len(host.ranks)
+        held = [np.concatenate(of_rail[local::size]) for local in range(size)]
+        rows = place(shapes.pairwise_gather(size), host.ranks, held)
+        rows["round"] += turns[origin[rows["chunk"]]].astype(np.int32) * stage + 1
+        inside.append(rows)
+    return without_empty_rounds(in_parallel([across, *inside]))
 
 
 def _across(n_hosts: int) -> Transfers:

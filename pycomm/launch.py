@@ -33,6 +33,7 @@ OUTPUTS = ("prefix", "rank0")
 _TRACEBACK = b"Traceback (most recent call last)"
 # A rank that reports one of these suffered from another rank's end; it is not where the trouble began.
 _CONSEQUENCE = re.compile(rb"PeerLost|Connection (closed|reset) by peer")
+_TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ?")  # torch.distributed puts it before tracebacks; ours says the same
 _HOLD_S = 2.0  # a traceback waits this long for its rank to end, so that the one that came first can be shown first
 _SETTLE_S = 1.0  # after a consequence, how long the rank that caused it may take to end by itself
 _MAX_LINE = 1 << 16  # a longer line is written in pieces
@@ -242,6 +243,7 @@ class _Stream:
 
     def _line(self, line: bytes) -> None:
         rank = self.rank
+        line = _TORCH_PREFIX.sub(b"", line)
         if _TRACEBACK in line and not rank.held:
             rank.traceback, rank.traceback_at = [], time.monotonic()
         elif not rank.held or rank.held[0][0] is not self:

@@ -27,6 +27,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 ROOT = Path(__file__).resolve().parent
 TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
+if tuple(map(int, TORCH_MINOR.split("."))) < (2, 11):
+    sys.exit(f"pycomm: torch {torch.__version__} is installed; the module needs torch 2.11 to 2.15")
 CUDA_ARCHS = os.environ.get("PYCOMM_CUDA_ARCHS", "80 90 100").split()
 WARNINGS = ["-Wall", "-Wextra"] + ["-Werror"] * (os.environ.get("PYCOMM_WERROR") == "1")
 

@@ -48,9 +48,7 @@ class Explanation:
         if lead > 1:
             return f"{self.choice} is predicted fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         if lead * TIE >= 1:
-            return (
-                f"{self.choice} is taken: {name} is within {TIE - 1:.0%} of it, and comes later in the planners' order."
-            )
+            return f"{self.choice} is taken: {name} is within {TIE - 1:.0%} and comes later in the planners' order."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
 
     def __str__(self) -> str:
@@ -122,14 +120,12 @@ def format_nbytes(nbytes: int) -> str:
 
 
 def _fewer(chosen: Candidate, other: Candidate) -> str:
-    """What the other spends more, where that shows in the figures."""
+    """What the other sends more between hosts."""
     if chosen.link_bytes < other.link_bytes:
         return (
             f": the busiest host link carries {format_nbytes(other.link_bytes)} "
             f"instead of {format_nbytes(chosen.link_bytes)}"
         )
-    if chosen.n_rounds < other.n_rounds:
-        return f": {_count(other.n_rounds, 'round')} instead of {chosen.n_rounds}"
     return ""
 
 

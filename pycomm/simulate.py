@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pycomm.errors import InvalidArgument
 from pycomm.schedule import Schedule, chunk_nbytes
-from pycomm.topology import Link, Topology
+from pycomm.topology import Topology
 
 SEGMENT_BYTES: Final = 256 << 10
 
@@ -123,13 +123,12 @@ def _links(schedule: Schedule, topology: Topology) -> tuple[Floats, Floats, Floa
     rows = schedule.transfers
     hosts = topology.host_index[rows["src"]] * len(topology.hosts) + topology.host_index[rows["dst"]]
     pairs, which = np.unique(hosts, return_inverse=True)
-    links: list[Link] = []
-    for pair in pairs.tolist():
+    of_pair = np.empty((len(pairs), 3))
+    for row, pair in zip(of_pair, pairs.tolist(), strict=True):
         here, there = (topology.hosts[index] for index in divmod(pair, len(topology.hosts)))
-        links.append(topology.link(here.ranks[0], there.ranks[0]))
-    figures = np.array([(link.latency_s, 1 / link.bytes_per_s, link.overhead_s) for link in links]).reshape(-1, 3)[
-        which
-    ]
+        link = topology.link(here.ranks[0], there.ranks[0])
+        row[:] = link.latency_s, 1 / link.bytes_per_s, link.overhead_s
+    figures = of_pair[which]
     again = np.zeros(len(rows), np.bool_)
     order = np.lexsort((rows["dst"], rows["src"], rows["round"]))
     message = rows[["round", "src", "dst"]][order]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pycomm import __version__
 from pycomm.errors import PycommError
 
 
@@ -67,7 +68,7 @@ def _info(argv: Sequence[str]) -> int:
         prog="pycomm info", description="Versions, the extension, and what this machine offers."
     ).parse_args(argv)
     rows = [
-        ("pycomm", version()),
+        ("pycomm", __version__),
         ("python", f"{platform.python_version()} ({sys.executable})"),
         ("machine", f"{platform.machine()}, Linux {platform.release()}, {len(os.sched_getaffinity(0))} cores"),
         *((name, _distribution_version(name)) for name in ("numpy", "torch")),
@@ -102,11 +103,6 @@ def _distribution_version(name: str) -> str:
         return "not installed"
 
 
-def version() -> str:
-    """pycomm's version, as installed."""
-    return _distribution_version("pycomm")
-
-
 COMMANDS: dict[str, Command] = {
     "launch": Command("start the ranks of a program on this machine, on one or several emulated hosts", _launch),
     "explain": Command("which schedule a collective would run, why, and what the others would cost", _explain),
@@ -127,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         + "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
         + "\n\n`pycomm <command> --help` describes one of them.",
     )
-    parser.add_argument("--version", action="version", version=f"pycomm {version()}")
+    parser.add_argument("--version", action="version", version=f"pycomm {__version__}")
     parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
     name = parser.parse_args(argv[:1]).command
     if name is None:

@@ -4,7 +4,8 @@ It is torch.distributed itself: every name, default and error is torch's, and so
 that imports torch.distributed (DDP, FSDP2, DTensor, checkpointing) meets the same ones. What differs:
 
 * a backend that is not named is "pycomm" for CPU tensors, and torch's own for an accelerator that pycomm lacks;
-* split_group works on CPU groups, where torch asks for an accelerator.
+* split_group works on CPU groups, where torch asks for an accelerator;
+* monitored_barrier works, which torch keeps for Gloo.
 
 Subpackages (torch.distributed.fsdp, .tensor, .checkpoint, ...) are imported from torch as ever.
 """
@@ -96,3 +97,15 @@ def split_group(
         if parent.rank() in split:
             mine = part
     return mine
+
+
+@functools.wraps(_torch.monitored_barrier)
+def monitored_barrier(
+    group: _torch.ProcessGroup | None = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
+) -> None:
+    chosen = group or _torch.group.WORLD
+    if not isinstance(chosen, _torch.ProcessGroup) or "pycomm" not in _torch.get_backend_config(chosen):
+        _torch.monitored_barrier(group, timeout, wait_all_ranks)  # torch's own, or its error
+        return
+    limit = timeout or _torch.default_pg_timeout
+    chosen.monitored_barrier(limit, wait_all_ranks=wait_all_ranks)  # type: ignore[attr-defined]  # torch's stubs lack it

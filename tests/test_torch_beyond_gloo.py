@@ -1,0 +1,132 @@
+"""What torch.distributed offers on CPU tensors and Gloo refuses: lists in all_to_all, averages, uneven pieces."""
+
+import pytest
+import test_torch_collectives as usual
+import torch
+import torch.distributed as dist
+from test_torch_collectives import LAYOUTS, pattern, reduced, same
+from torch_ranks import run_torch_ranks
+
+pytestmark = pytest.mark.timeout(60)
+
+RARE_DTYPES = [torch.int16, torch.complex64, torch.complex128]
+ReduceOp = dist.ReduceOp
+
+
+@pytest.fixture(params=["2 ranks", "2+1", "2x2"])
+def hosts(request):
+    return LAYOUTS[request.param]
+
+
+def test_every_dtype_moves(hosts):
+    run_torch_ranks(check_moves, len(hosts), hosts=hosts)
+
+
+def check_moves(rank, n):
+    usual.check_moving_from_and_to_a_root(rank, n, RARE_DTYPES)
+    usual.check_all_gather(rank, n, RARE_DTYPES)
+    usual.check_all_to_all_single(rank, n, RARE_DTYPES)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        x = pattern(rank, 100).to(dtype)
+        dist.broadcast(x, n - 1)
+        assert torch.equal(x.float(), pattern(n - 1, 100))
+
+
+def test_all_to_all_with_lists(hosts):
+    run_torch_ranks(check_all_to_all, len(hosts), hosts=hosts)
+
+
+def check_all_to_all(rank, n):
+    def numel(src, dst, size):
+        return size * ((src + 2 * dst) % 3)  # each pair its own, some of them 0
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+        for size in (1, 7, 30_001):
+            sent = [pattern(rank, numel(rank, p, size), dtype, salt=p) for p in range(n)]
+            received = [torch.empty(numel(r, rank, size), dtype=dtype) for r in range(n)]
+            dist.all_to_all(received, sent)
+            for r in range(n):
+                same(received[r], pattern(r, numel(r, rank, size), dtype, salt=rank), r, dtype, size)
+    sent = [torch.full((2, p + 1), float(rank)) for p in range(n)]
+    received = [torch.empty(2, rank + 1) for _ in range(n)]
+    dist.all_to_all(received, sent, async_op=True).wait()
+    for r in range(n):
+        same(received[r], torch.full((2, rank + 1), float(r)))
+
+
+def test_averages(hosts):
+    run_torch_ranks(check_average, len(hosts), hosts=hosts)
+
+
+def check_average(rank, n):
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        x = pattern(rank, 1000, dtype)
+        dist.all_reduce(x, ReduceOp.AVG)
+        total = reduced(ReduceOp.SUM, [pattern(r, 1000) for r in range(n)], torch.float32)
+        torch.testing.assert_close(x, (total / n).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+        out = torch.empty(500, dtype=dtype)
+        whole = torch.cat([pattern(rank, 500, dtype, salt=p) for p in range(n)])
+        dist.reduce_scatter_tensor(out, whole, ReduceOp.AVG)
+        total = reduced(ReduceOp.SUM, [pattern(r, 500, salt=rank) for r in range(n)], torch.float32)
+        torch.testing.assert_close(out, (total / n).to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_pieces_of_unequal_sizes(hosts):
+    run_torch_ranks(check_uneven, len(hosts), hosts=hosts)
+
+
+def check_uneven(rank, n):
+    numels = [5000 * (r % 2) + r for r in range(n)]
+    gathered = [torch.empty(numel) for numel in numels]
+    dist.all_gather(gathered, pattern(rank, numels[rank]))
+    for r in range(n):
+        same(gathered[r], pattern(r, numels[r]))
+    out = torch.empty(numels[rank])
+    dist.reduce_scatter(out, [pattern(rank, numel, salt=p) for p, numel in enumerate(numels)])
+    same(out, reduced(ReduceOp.SUM, [pattern(r, numels[rank], salt=rank) for r in range(n)], torch.float32))
+
+
+def test_stacked_outputs_and_completion(hosts):
+    run_torch_ranks(check_stacked, len(hosts), hosts=hosts)
+
+
+def check_stacked(rank, n):
+    for numel in (0, 1, 1000):
+        stacked = torch.empty(n, numel)
+        dist.all_gather_into_tensor(stacked, pattern(rank, numel))
+        same(stacked, torch.stack([pattern(r, numel) for r in range(n)]))
+        out = torch.empty(numel)
+        dist.reduce_scatter_tensor(out, torch.stack([pattern(rank, numel, salt=p) for p in range(n)]))
+        same(out, reduced(ReduceOp.SUM, [pattern(r, numel, salt=rank) for r in range(n)], torch.float32))
+    for start in (
+        lambda: dist.all_reduce(torch.ones(5), async_op=True),
+        lambda: dist.broadcast(torch.ones(5), 0, async_op=True),
+        lambda: dist.barrier(async_op=True),
+        lambda: dist.all_gather_into_tensor(torch.ones(5 * n), torch.ones(5), async_op=True),
+    ):
+        work = start()
+        work.wait()
+        assert work.is_completed()
+
+
+def test_coalesced_gathers_and_scatters(hosts):
+    run_torch_ranks(check_coalesced, len(hosts), hosts=hosts)
+
+
+def check_coalesced(rank, n):
+    from torch.distributed.distributed_c10d import _coalescing_manager
+
+    sizes = (3, 1000, 70_001)
+    gathered = [torch.empty(n * numel) for numel in sizes]
+    with _coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
+        for out, numel in zip(gathered, sizes, strict=True):
+            dist.all_gather_into_tensor(out, pattern(rank, numel))
+    manager.wait()
+    scattered = [torch.empty(numel) for numel in sizes]
+    with _coalescing_manager(device=torch.device("cpu"), async_ops=True) as manager:
+        for out, numel in zip(scattered, sizes, strict=True):
+            dist.reduce_scatter_tensor(out, torch.cat([pattern(rank, numel, salt=p) for p in range(n)]))
+    manager.wait()
+    for numel, g, s in zip(sizes, gathered, scattered, strict=True):
+        same(g, torch.cat([pattern(r, numel) for r in range(n)]))
+        same(s, reduced(ReduceOp.SUM, [pattern(r, numel, salt=rank) for r in range(n)], torch.float32))

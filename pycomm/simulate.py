@@ -1,16 +1,17 @@
 """simulate(schedule, topology, nbytes): when every transfer begins and ends, and what crosses each host's link.
 
 The model. Inside a host a transfer holds two ports, the sending rank's and the receiving rank's; between hosts it holds
-both hosts' NICs, which all ranks of a host share, full duplex. It holds them for overhead_s + bytes / bytes_per_s, and
-a port serves one transfer at a time, in schedule order. The transfers of a round between two ranks are one message and
-pay overhead_s once. Bytes arrive latency_s after they leave. Reducing takes bytes / reduce_bytes_per_s: inside a host
-it holds the receiving port, between hosts it goes on beside the NIC and only its last segment adds time. A transfer
-waits for the values it reads, chunk by chunk and segment by segment, never for a round: it begins when their first
-segment is there and ends no earlier than one segment after their last."""
+both hosts' NICs, which all ranks of a host share, full duplex. It holds them for overhead_s + bytes / bytes_per_s. A
+port serves one transfer at a time, by round, and in a round every sending port's first transfer before any second. The
+transfers of a round between two ranks are one message and pay overhead_s once. Bytes arrive latency_s after they leave.
+Reducing takes bytes / reduce_bytes_per_s: inside a host it holds the receiving port, between hosts it goes on beside
+the NIC and only its last segment adds time. A transfer waits for the values it reads, chunk by chunk and segment by
+segment, never for a round: it begins when their first segment is there and ends no earlier than one segment after
+their last."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
 
@@ -94,6 +95,8 @@ def _run(schedule: Schedule, topology: Topology, sizes: Ints, segment_bytes: int
         )
     if segment_bytes < 1:
         raise InvalidArgument(f"simulate: segment_bytes is {segment_bytes}; give at least 1")
+    order = _in_turn(schedule, _ports(schedule, topology)[:, 0])
+    schedule = replace(schedule, transfers=schedule.transfers[order])
     rows = schedule.transfers
     n, n_sizes = len(rows), sizes.shape[1]
     ports, needs = _ports(schedule, topology), _needs(schedule)
@@ -115,7 +118,8 @@ def _run(schedule: Schedule, topology: Topology, sizes: Ints, segment_bytes: int
         begin[wave], first[wave], last[wave] = start, leave + tail + latency[wave], done + latency[wave]
         free[ports[wave, 0]] = leave + chunk * per_byte[wave]
         free[ports[wave, 1]] = held
-    return begin[:n], last[:n]
+    as_given = np.argsort(order)
+    return begin[as_given], last[as_given]
 
 
 def _links(schedule: Schedule, topology: Topology) -> tuple[Floats, Floats, Floats]:
@@ -144,6 +148,17 @@ def _ports(schedule: Schedule, topology: Topology) -> Ints:
     sends = np.where(src_host == dst_host, src, topology.n_ranks + src_host)
     receives = np.where(src_host == dst_host, dst, topology.n_ranks + dst_host)
     return np.stack([sends, n_out + receives], axis=1)
+
+
+def _in_turn(schedule: Schedule, port: Ints) -> Ints:
+    """The order of service: by round; in a round every port's first transfer, then every port's second, .."""
+    by_port = np.lexsort((port, schedule.transfers["round"]))
+    place = np.arange(len(port))
+    sorted_port, sorted_round = port[by_port], schedule.transfers["round"][by_port]
+    begins = np.append(True, (np.diff(sorted_port) != 0) | (np.diff(sorted_round) != 0))[: len(port)]
+    turn = np.empty(len(port), np.int64)
+    turn[by_port] = place - np.maximum.accumulate(np.where(begins, place, 0))
+    return np.lexsort((turn, schedule.transfers["round"]))
 
 
 def _needs(schedule: Schedule) -> Ints:

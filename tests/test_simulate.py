@@ -1,5 +1,7 @@
 """The simulator against cases worked out by hand, and against the same model written one transfer at a time."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,6 +67,20 @@ def test_a_nic_is_full_duplex():
     assert simulate(both_ways, hosts(1, 1), chunk_bytes=[20, 20, 0, 0]).total_s == 3 + 10 + 7
 
 
+def test_a_busy_nic_does_not_hold_up_the_others():
+    """Rank 0 sends to host b, then c; rank 2 on host b to c: c takes first what comes first."""
+    schedule = moves(4, [(0, 0, 2, 0), (0, 0, 3, 1), (0, 2, 3, 2)])
+    run = simulate(schedule, hosts(2, 1, 1), chunk_bytes=[20, 20, 20, 0])
+    assert run.begin_s.tolist() == [0, 13, 0]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 4), (4, 4, 4, 4), (3, 1)])
+def test_pairwise_all_to_all_keeps_the_nics_busy(shape):
+    topology, nbytes = Topology.emulated(shape), 64 << 20
+    run = simulate(plan("all_to_all", "pairwise", topology), topology, nbytes)
+    assert run.total_s < 1.1 * run.host_sent_bytes.max() / topology.hosts[0].nic.bytes_per_s
+
+
 def test_the_slower_nic_counts():
     slow = Link(latency_s=8.0, bytes_per_s=1.0, overhead_s=4.0)
     topology = Topology((Host("a", (0,), NIC), Host("b", (1,), slow)))
@@ -106,10 +122,14 @@ def test_nothing_moves_on_one_rank():
 
 def one_at_a_time(schedule, topology, sizes, segment_bytes):
     """The model in the simulator's docstring, told transfer by transfer."""
-    free, value, messages, ends = {}, {}, set(), []
-    for round_, src, dst, chunk, reduce in schedule.transfers.tolist():
-        link, inside = topology.link(src, dst), topology.host_of(src) is topology.host_of(dst)
+    free, value, messages, turns, queue, times = {}, {}, set(), Counter(), [], {}
+    for index, (round_, src, dst, chunk, reduce) in enumerate(schedule.transfers.tolist()):
+        inside = topology.host_of(src) is topology.host_of(dst)
         out = ("out", src) if inside else ("out", topology.host_of(src).name)
+        queue.append((round_, turns[round_, out], index, src, dst, chunk, reduce, inside, out))
+        turns[round_, out] += 1
+    for round_, _, index, src, dst, chunk, reduce, inside, out in sorted(queue):
+        link = topology.link(src, dst)
         into = ("in", dst) if inside else ("in", topology.host_of(dst).name)
         reduce_s = sizes[chunk] / topology.reduce_bytes_per_s if reduce else 0.0
         share = min(sizes[chunk], segment_bytes) / sizes[chunk] if sizes[chunk] else 0.0
@@ -124,10 +144,9 @@ def one_at_a_time(schedule, topology, sizes, segment_bytes):
         held = leave + send_s + (reduce_s if inside else 0.0)
         free[out], free[into] = leave + send_s, held
         done = max([held + (0.0 if inside else share * reduce_s), *(last + tail for _, _, last in waits)])
-        times = (round_, leave + tail + link.latency_s, done + link.latency_s)
-        value.setdefault((dst, chunk), []).append(times)
-        ends.append((begin, times[2]))
-    return np.array(ends).reshape(-1, 2)
+        value.setdefault((dst, chunk), []).append((round_, leave + tail + link.latency_s, done + link.latency_s))
+        times[index] = begin, done + link.latency_s
+    return np.array([times[index] for index in range(len(times))]).reshape(-1, 2)
 
 
 @settings(max_examples=80, deadline=None)

@@ -66,6 +66,20 @@ def run_torch_ranks(
     """
     if backend == "gloo":
         hosts = None
+    return run_processes(
+        _torch_rank, n_ranks, fn, args, backend, op_timeout_s, hosts=hosts, timeout_s=timeout_s, may_die=may_die
+    )
+
+
+def run_processes(
+    body: Callable[..., Any],
+    n_ranks: int,
+    *args: Any,
+    hosts: Sequence[str] | None,
+    timeout_s: float,
+    may_die: Collection[int],
+) -> list[Any]:
+    """What body(store_port, rank, n_ranks, *args) returned in a process of its own, by rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     for rank in range(n_ranks):
@@ -73,7 +87,7 @@ def run_torch_ranks(
         host = None if hosts is None else hosts[rank]
         process = _context.Process(
             target=_rank_main,
-            args=(theirs, fn, rank, n_ranks, args, backend, store.port, host, op_timeout_s),
+            args=(theirs, body, store.port, rank, n_ranks, host, args),
             daemon=True,
         )
         process.start()
@@ -124,26 +138,36 @@ def run_torch_ranks(
 
 def _rank_main(
     connection: Connection,
-    fn: Callable[..., Any],
+    body: Callable[..., Any],
+    port: int,
     rank: int,
     n_ranks: int,
-    args: tuple[Any, ...],
-    backend: str,
-    port: int,
     host: str | None,
-    op_timeout_s: float,
+    args: tuple[Any, ...],
 ) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
     if host is not None:
         os.environ["PYCOMM_HOST_ID"] = host
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        timeout = timedelta(seconds=op_timeout_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
-        value = fn(rank, n_ranks, *args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        connection.send((True, value))
+        connection.send((True, body(port, rank, n_ranks, *args)))
     except BaseException:  # a failed rank says why, whatever it was
         connection.send((False, traceback.format_exc()))
+
+
+def _torch_rank(
+    port: int,
+    rank: int,
+    n_ranks: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    backend: str,
+    op_timeout_s: float,
+) -> Any:
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    timeout = timedelta(seconds=op_timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=timeout)
+    value = fn(rank, n_ranks, *args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return value

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "cpu/reduce.h"
 
@@ -115,21 +116,26 @@ std::vector<int> Board::blocked_on() const {
   return ranks;
 }
 
+// A sequence lock (Boehm, "Can seqlocks get along with programming language memory models?", MSPC 2012).
 void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
   Announcement& at = entry.announcements[fingerprint.sequence & 1];
+  uint64_t words[sizeof(Fingerprint) / sizeof(uint64_t)];
+  std::memcpy(words, &fingerprint, sizeof(words));
   const uint64_t version = at.version.load(std::memory_order_relaxed);
   at.version.store(version + 1, std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_release);  // a reader that sees any of the new bytes sees the odd version too
-  at.fingerprint = fingerprint;
+  // release: a reader that sees one of these words sees the odd version too, and gives up
+  for (size_t i = 0; i < std::size(words); ++i) at.words[i].store(words[i], std::memory_order_release);
   at.version.store(version + 2, std::memory_order_release);
 }
 
 bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* out) {
   const Announcement& at = entry.announcements[sequence & 1];
+  uint64_t words[sizeof(Fingerprint) / sizeof(uint64_t)];
   const uint64_t before = at.version.load(std::memory_order_acquire);
-  const Fingerprint copy = at.fingerprint;  // may be torn: believed only if the version did not move
-  std::atomic_thread_fence(std::memory_order_acquire);
+  for (size_t i = 0; i < std::size(words); ++i) words[i] = at.words[i].load(std::memory_order_acquire);
   if (before == 0 || (before & 1) != 0 || at.version.load(std::memory_order_relaxed) != before) return false;
+  Fingerprint copy;
+  std::memcpy(&copy, words, sizeof(copy));
   if (copy.sequence != sequence) return false;
   *out = copy;
   return true;

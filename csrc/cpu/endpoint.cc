@@ -15,6 +15,7 @@
 #include "core/engine.h"
 #include "core/fingerprint.h"
 #include "cpu/fd_exchange.h"
+#include "cpu/waiter.h"
 
 namespace pycomm::cpu {
 namespace {
@@ -155,7 +156,7 @@ Endpoint::Sleeper& Endpoint::sleeper(int rank) const {
 
 void Endpoint::ring(int rank) {
   // Orders the caller's publication before this look at the sleeper; pairs with the fence in prepare_sleep().
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  full_fence();
   if (sleeper(rank).sleepers.load(std::memory_order_relaxed) == 0) return;
   const uint64_t one = 1;
   // A full counter (EAGAIN) has been rung already.
@@ -164,7 +165,7 @@ void Endpoint::ring(int rank) {
 
 void Endpoint::prepare_sleep() {
   sleeper(rank_).sleepers.fetch_add(1, std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_seq_cst);  // what the caller re-checks next is newer than this
+  full_fence();  // what the caller re-checks next is newer than this
 }
 
 void Endpoint::sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit) {

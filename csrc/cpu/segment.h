@@ -28,7 +28,7 @@ static_assert(sizeof(BoardLine) == 64);
 // What a rank last entered; read only by ranks that have waited for a while, to say what the others are doing.
 struct alignas(64) Announcement {
   std::atomic<uint64_t> version{0};  // odd while it is written
-  Fingerprint fingerprint;
+  std::atomic<uint64_t> words[sizeof(Fingerprint) / sizeof(uint64_t)];
 };
 
 struct alignas(64) BoardEntry {

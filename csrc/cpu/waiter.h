@@ -6,6 +6,7 @@
 
 #include <sched.h>
 
+#include <atomic>
 #include <chrono>
 
 #include "core/engine.h"
@@ -17,6 +18,16 @@ inline void cpu_relax() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");
+#endif
+}
+
+// A store-load barrier. ThreadSanitizer knows no fences; there a locked instruction does the same, and what is shared stays atomic.
+inline void full_fence() {
+#if defined(__SANITIZE_THREAD__)
+  std::atomic<int> local{0};
+  local.fetch_add(1, std::memory_order_seq_cst);
+#else
+  std::atomic_thread_fence(std::memory_order_seq_cst);
 #endif
 }
 

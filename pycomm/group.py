@@ -1,0 +1,408 @@
+"""Group: collectives and messages over a set of ranks, on torch CPU tensors and numpy arrays, without a copy.
+
+init() makes the first group of a job from torchrun's environment or from any torch.distributed Store; groups of fewer
+ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for choice tables and programs, once each."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import torch.distributed as c10d
+
+from pycomm import _C
+from pycomm._C import Stats, Work
+from pycomm.check import check
+from pycomm.errors import InvalidArgument, PycommError
+from pycomm.explain import explain, format_nbytes
+from pycomm.planners import PLANNERS
+from pycomm.project import Program, project
+from pycomm.topology import Topology
+from pycomm.tuner import Choices, choice_table
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+__all__ = ["Group", "Stats", "Work", "engine_group", "init"]
+
+DEFAULT_TIMEOUT_S = 300.0
+
+Array = TypeVar("Array")  # torch.Tensor or numpy.ndarray
+
+
+class Planning:
+    """What the engine asks for when a collective is used for the first time. Every rank answers alike."""
+
+    def __init__(self, topology: Topology, rank: int) -> None:
+        self.topology = topology
+        self.rank = rank
+
+    def choices(self, collective: str, root: int) -> Choices:
+        return choice_table(self.topology, collective, root)
+
+    def program(self, collective: str, algorithm: str, root: int) -> Program:
+        planners = PLANNERS[collective]
+        if algorithm not in planners:
+            raise InvalidArgument(
+                f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or leave it to the group"
+            )
+        schedule = planners[algorithm](self.topology, root)
+        check(schedule)
+        return project(schedule, self.rank)
+
+
+def engine_group(
+    endpoint: _C.Endpoint, store: c10d.Store, name: str, ranks: Sequence[int], timeout_s: float
+) -> _C.Group:
+    """The engine's half of a group. ranks: the endpoint's ranks, in the group's order; all of them call this."""
+    topology = Topology.from_host_ids([endpoint.host_ids[rank] for rank in ranks])
+    planning = Planning(topology, list(ranks).index(endpoint.rank))
+    return _C.Group(endpoint, store, name, list(ranks), planning, timeout_s)
+
+
+class Group:
+    """One rank's membership in a group of ranks 0 .. size-1.
+
+    Arrays are contiguous torch CPU tensors or C-contiguous numpy arrays. Every rank calls the same collectives in the
+    same order; a call that differs raises CollectiveMismatch on every rank. `op` is one of sum, avg, product, min, max,
+    band, bor, bxor (csrc/core/dtype.h). With async_op a Work comes back at once, and the arrays must not be touched
+    until its wait(); otherwise the result. `timeout_s` replaces the group's deadline for one call. `algorithm` names a
+    planner of pycomm.planners (all ranks the same) instead of the group's own choice.
+
+    Errors of every call: InvalidArgument before anything is sent; PeerTimeout, PeerLost and CollectiveMismatch, after
+    which the group is broken on every rank; GroupClosed ever after."""
+
+    def __init__(
+        self,
+        engine: _C.Group,
+        endpoint: _C.Endpoint,
+        store: c10d.Store,
+        ranks: Sequence[int],
+    ) -> None:
+        self._engine = engine
+        self._endpoint = endpoint
+        self._store = store
+        self._ranks = tuple(ranks)  # the endpoint's
+        self._n_children = 0
+        self.rank: int = engine.rank
+        self.size: int = engine.size
+        self.name: str = engine.name
+        self.host_ids: tuple[str, ...] = tuple(endpoint.host_ids[rank] for rank in ranks)
+        self.topology = Topology.from_host_ids(self.host_ids)
+
+    def __repr__(self) -> str:
+        return f"<pycomm.Group {self.name!r}, rank {self.rank} of {self.size}, {len(set(self.host_ids))} host(s)>"
+
+    @property
+    def timeout_s(self) -> float:
+        """The deadline of a call that gives none, in seconds."""
+        return self._engine.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self._engine.timeout_s = value
+
+    # Collectives. The engine checks shapes, dtypes and devices.
+
+    if TYPE_CHECKING:
+
+        @overload
+        def all_reduce(
+            self,
+            x: Array,
+            op: str = ...,
+            *,
+            async_op: Literal[False] = ...,
+            timeout_s: float | None = ...,
+            algorithm: str | None = ...,
+        ) -> Array: ...
+        @overload
+        def all_reduce(
+            self,
+            x: Array,
+            op: str = ...,
+            *,
+            async_op: bool,
+            timeout_s: float | None = ...,
+            algorithm: str | None = ...,
+        ) -> Any: ...
+
+    def all_reduce(
+        self,
+        x: Any,
+        op: str = "sum",
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """x becomes the reduction of all ranks' x, on every rank, bit for bit the same. Any shape."""
+        return self._engine.all_reduce(x, op, async_op, timeout_s, algorithm)
+
+    def reduce(
+        self,
+        x: Any,
+        root: int = 0,
+        op: str = "sum",
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """The root's x becomes the reduction of all ranks' x; other ranks' x stays as it is."""
+        return self._engine.reduce(x, root, op, async_op, timeout_s, algorithm)
+
+    def broadcast(
+        self,
+        x: Any,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Every rank's x becomes the root's."""
+        return self._engine.broadcast(x, root, async_op, timeout_s, algorithm)
+
+    def all_gather(
+        self,
+        output: Any,
+        input: Any,
+        counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """output, [sum of rows, ...], becomes all ranks' inputs one after the other; counts: rows of each rank's."""
+        return self._engine.all_gather(output, input, counts, async_op, timeout_s, algorithm)
+
+    def reduce_scatter(
+        self,
+        output: Any,
+        input: Any,
+        op: str = "sum",
+        counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """output becomes this rank's piece of the reduction of all inputs, [sum of rows, ...]; counts: rows of each."""
+        return self._engine.reduce_scatter(output, input, op, counts, async_op, timeout_s, algorithm)
+
+    def gather(
+        self,
+        output: Any,
+        input: Any,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """The root's output, size times as long, becomes all inputs in rank order; None elsewhere."""
+        return self._engine.gather(output, input, root, async_op, timeout_s, algorithm)
+
+    def scatter(
+        self,
+        output: Any,
+        input: Any,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """output becomes this rank's piece of the root's input, which is size times as long; None elsewhere."""
+        return self._engine.scatter(output, input, root, async_op, timeout_s, algorithm)
+
+    def all_to_all(
+        self,
+        output: Any,
+        input: Any,
+        output_counts: Sequence[int] | None = None,
+        input_counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Any:
+        """Piece j of input goes to rank j, whose piece i comes from rank i. Counts are rows; without them all equal."""
+        return self._engine.all_to_all(output, input, output_counts, input_counts, async_op, timeout_s, algorithm)
+
+    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
+        """Returns once every rank has entered it."""
+        return self._engine.barrier(async_op, timeout_s)
+
+    # Messages.
+
+    def send(self, x: Any, dst: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
+        """x goes to rank dst. Returns when x may be written again, which may be before it is received."""
+        return self._engine.send(x, dst, tag, async_op, timeout_s)
+
+    def recv(
+        self, x: Any, src: int | None = None, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
+    ) -> Any:
+        """x becomes the next message with this tag from rank src (None: from any). Returns the rank that sent it, or
+        with async_op a Work with .source. Raises InvalidArgument where the message has another size."""
+        return self._engine.recv(x, src, tag, async_op, timeout_s)
+
+    # Groups of fewer ranks.
+
+    def new_group(self, ranks: Sequence[int], name: str | None = None) -> Group | None:
+        """A group of some of this one's ranks, in the order given; None on the others. Every rank of this group calls
+        it, with the same ranks."""
+        if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks):
+            raise InvalidArgument(
+                f"new_group in group {self.name!r}: {list(ranks)} are not distinct ranks of 0 .. {self.size - 1}"
+            )
+        self._n_children += 1
+        return self._child(list(ranks), f"{self._n_children}", name)
+
+    def split(self, color: int | None, key: int = 0, name: str | None = None) -> Group | None:
+        """One group per color, ranks ordered by (key, rank), as MPI_Comm_split; None for ranks whose color is None."""
+        import numpy as np
+
+        mine = np.array([color is not None, 0 if color is None else color, key], np.int64)
+        everyone = np.empty((self.size, 3), np.int64)
+        self.all_gather(everyone, mine)
+        self._n_children += 1
+        if color is None:
+            return None
+        members = [rank for rank in range(self.size) if everyone[rank, 0] and everyone[rank, 1] == color]
+        members.sort(key=lambda rank: (int(everyone[rank, 2]), rank))
+        return self._child(members, f"{self._n_children}/{color}", name)
+
+    def _child(self, ranks: list[int], suffix: str, name: str | None) -> Group | None:
+        if self.rank not in ranks:
+            return None
+        store = c10d.PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)
+        endpoint_ranks = [self._ranks[rank] for rank in ranks]
+        engine = engine_group(self._endpoint, store, name or f"{self.name}/{suffix}", endpoint_ranks, self.timeout_s)
+        return Group(engine, self._endpoint, store, endpoint_ranks)
+
+    # Insight and end.
+
+    def stats(self) -> Stats:
+        """What this rank has sent since the group was made: bytes inside and between hosts; operations; busy seconds."""
+        return self._engine.stats()
+
+    def explain(self, op: str, nbytes: int) -> str:
+        """Which schedule a collective of nbytes takes in this group, what the others would cost, and why."""
+        limit = self._engine.native_nbytes(op)
+        text = str(explain(self.topology, op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
+        if self.size > 1 and nbytes <= limit:
+            text += (
+                f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to {format_nbytes(limit)} "
+                "go through the board, the engine's native path, where each rank writes once and reads the others."
+            )
+        return text
+
+    def revoke(self, why: str) -> None:
+        """Every pending and later operation of the group fails, on every rank, saying why."""
+        self._engine.revoke(why)
+
+    def close(self) -> None:
+        """Leaves the group; pending operations fail. Ranks that still need this one are told at once."""
+        self._engine.close()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _from_environment(name: str) -> str:
+    value = os.environ.get(name)
+    if value is None:
+        raise PycommError(
+            f"pycomm.init() reads {name} from the environment, and it is not set. Start the program with "
+            "`pycomm launch` or torchrun, or pass store, rank and world_size."
+        )
+    return value
+
+
+def local_address() -> str:
+    """The address other hosts reach this one at: PYCOMM_ADDRESS, else the one that routes to MASTER_ADDR, else
+    loopback. Nothing is sent."""
+    if given := os.environ.get("PYCOMM_ADDRESS"):
+        return given
+    master = os.environ.get("MASTER_ADDR")
+    if master is None:
+        return "127.0.0.1"
+    try:
+        family, kind, protocol, _, to = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(to)  # chooses a route and an address; datagram sockets send nothing here
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise PycommError(
+            f"no route to MASTER_ADDR={master} ({error}); set PYCOMM_ADDRESS to this host's address"
+        ) from error
+
+
+def make_endpoint(store: c10d.Store, rank: int, size: int, host_id: str | None, timeout_s: float) -> _C.Endpoint:
+    """This rank's place among `size` ranks. host_id: an emulated host's label (default PYCOMM_HOST_ID, else the
+    machine). Collective over the store."""
+    label = host_id if host_id is not None else os.environ.get("PYCOMM_HOST_ID", "")
+    return _C.Endpoint(store, rank, size, label, local_address(), timeout_s)
+
+
+def init(
+    store: c10d.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    *,
+    host_id: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    name: str = "world",
+) -> Group:
+    """The group of all ranks of a job. Every rank calls it.
+
+    Without a store: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and `pycomm launch` set them. With one:
+    any torch.distributed Store, and this rank's place. Ranks with one host_id share memory; others speak TCP.
+    timeout_s: deadline of set-up, and of each call that gives none.
+    Raises PeerTimeout naming the ranks that did not come; InvalidArgument where ranks contradict each other."""
+    if (store is None) != (rank is None) or (store is None) != (world_size is None):
+        raise InvalidArgument("init: give store, rank and world_size, or none of them")
+    if store is None or rank is None or world_size is None:
+        try:
+            rank, world_size = int(_from_environment("RANK")), int(_from_environment("WORLD_SIZE"))
+            port = int(_from_environment("MASTER_PORT"))
+        except ValueError as error:
+            raise InvalidArgument(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers ({error})") from None
+        store = _environment_store(rank, world_size, port, timeout_s)
+    if not 0 <= rank < world_size:
+        raise InvalidArgument(f"init: rank {rank} is not in 0 .. {world_size - 1}")
+    # A job may call init() again on the same store: each time gets keys of its own.
+    attempt = store.add(f"pycomm/init/{rank}", 1)
+    own = c10d.PrefixStore(f"pycomm/{attempt}", store)
+    endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s)
+    ranks = range(world_size)
+    return Group(engine_group(endpoint, own, name, ranks, timeout_s), endpoint, own, ranks)
+
+
+def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) -> c10d.Store:
+    host = _from_environment("MASTER_ADDR")
+    # torchrun's agent serves the store itself and says so here.
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return c10d.TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=rank == 0 and not served,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (RuntimeError, OSError) as error:
+        raise PycommError(
+            f"the store at MASTER_ADDR={host} MASTER_PORT={port} cannot be {'opened' if rank == 0 else 'reached'} by rank "
+            f"{rank}: {str(error).splitlines()[0]}. Is the port in use by another job? Choose another MASTER_PORT."
+        ) from error

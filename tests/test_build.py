@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch  # the module needs its libraries
 
-import pycomm._C
+from pycomm import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,7 @@ def test_cuda_wanted_without_a_toolkit_is_an_error_that_says_where_it_looked(
 
 
 def test_module_needs_no_cuda_library_and_shows_no_symbol_of_one() -> None:
-    module = pycomm._C.__file__
+    module = _C.__file__
     needed = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu.so" in needed
     assert not re.search(r"NEEDED.*(cuda|nccl)", needed)

@@ -1,4 +1,4 @@
-"""pycomm: communication for distributed training. Collectives on CPU memory that never hang, planned, proved, explained.
+"""pycomm: communication for distributed training: collectives on CPU memory, planned, proved, explained, never hanging.
 
     group = pycomm.init()                                    # started by `pycomm launch` or torchrun
     group.all_reduce(x)
@@ -11,7 +11,6 @@ engine is missing it still imports, and only what needs them raises."""
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -39,16 +38,16 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"pycomm.{name} needs torch and the compiled engine, and {error.name} is missing here. Install torch 2.11 to "
-            "2.15, then build pycomm beside it: pip install --no-build-isolation . (docs/install.md)"
+            f"pycomm.{name} needs torch and the compiled engine, and {error.name} is missing here. Install torch 2.11 "
+            "to 2.15, then build pycomm beside it: pip install --no-build-isolation . (docs/install.md)"
         ) from error
 
 
 def _register_backend() -> None:
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("pycomm._C") is None:
+    try:
+        from pycomm.backend import register
+    except ModuleNotFoundError:  # no torch, or the engine is not built
         return
-    from pycomm.backend import register
-
     register()
 
 

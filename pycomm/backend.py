@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as c10d
+from torch._C._distributed_c10d import Store
 
 from pycomm import _C
 from pycomm.group import engine_group, make_endpoint
@@ -25,10 +26,8 @@ def create(options: Any, backend_options: Any = None) -> _C.Backend:
     return _backend(endpoint, options.store, options.group_id or "default", of_endpoint, timeout_s)
 
 
-def _backend(
-    endpoint: _C.Endpoint, store: c10d.Store, name: str, ranks: list[int], timeout_s: float
-) -> _C.Backend:
-    def split(store: c10d.Store, of_this: list[int], name: str) -> _C.Group:
+def _backend(endpoint: _C.Endpoint, store: Store, name: str, ranks: list[int], timeout_s: float) -> _C.Backend:
+    def split(store: Store, of_this: list[int], name: str) -> _C.Group:
         return engine_group(endpoint, store, name, [ranks[rank] for rank in of_this], timeout_s)
 
     return _C.Backend(engine_group(endpoint, store, name, ranks, timeout_s), split, endpoint)

@@ -1,6 +1,6 @@
 """The errors pycomm raises. Each message states the fact, both sides of it, and what to do.
 
-They also derive from the built-in error a caller would catch anyway (`TimeoutError`, `ConnectionError`, `ValueError`)."""
+They also derive from the built-in error a caller would catch anyway: TimeoutError, ConnectionError, ValueError."""
 
 
 class PycommError(RuntimeError):

@@ -1,7 +1,7 @@
 """Group: collectives and messages over a set of ranks, on torch CPU tensors and numpy arrays, without a copy.
 
 init() makes the first group of a job from torchrun's environment or from any torch.distributed Store; groups of fewer
-ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for choice tables and programs, once each."""
+ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for choice tables and programs, once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import torch.distributed as c10d
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
 
 from pycomm import _C
 from pycomm._C import Stats, Work
@@ -47,16 +47,14 @@ class Planning:
         planners = PLANNERS[collective]
         if algorithm not in planners:
             raise InvalidArgument(
-                f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or leave it to the group"
+                f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or give none"
             )
         schedule = planners[algorithm](self.topology, root)
         check(schedule)
         return project(schedule, self.rank)
 
 
-def engine_group(
-    endpoint: _C.Endpoint, store: c10d.Store, name: str, ranks: Sequence[int], timeout_s: float
-) -> _C.Group:
+def engine_group(endpoint: _C.Endpoint, store: Store, name: str, ranks: Sequence[int], timeout_s: float) -> _C.Group:
     """The engine's half of a group. ranks: the endpoint's ranks, in the group's order; all of them call this."""
     topology = Topology.from_host_ids([endpoint.host_ids[rank] for rank in ranks])
     planning = Planning(topology, list(ranks).index(endpoint.rank))
@@ -79,7 +77,7 @@ class Group:
         self,
         engine: _C.Group,
         endpoint: _C.Endpoint,
-        store: c10d.Store,
+        store: Store,
         ranks: Sequence[int],
     ) -> None:
         self._engine = engine
@@ -280,7 +278,7 @@ class Group:
     def _child(self, ranks: list[int], suffix: str, name: str | None) -> Group | None:
         if self.rank not in ranks:
             return None
-        store = c10d.PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)
+        store = PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)
         endpoint_ranks = [self._ranks[rank] for rank in ranks]
         engine = engine_group(self._endpoint, store, name or f"{self.name}/{suffix}", endpoint_ranks, self.timeout_s)
         return Group(engine, self._endpoint, store, endpoint_ranks)
@@ -288,7 +286,7 @@ class Group:
     # Insight and end.
 
     def stats(self) -> Stats:
-        """What this rank has sent since the group was made: bytes inside and between hosts; operations; busy seconds."""
+        """What this rank has sent since the group was made, in bytes inside and between hosts; busy seconds."""
         return self._engine.stats()
 
     def explain(self, op: str, nbytes: int) -> str:
@@ -297,8 +295,8 @@ class Group:
         text = str(explain(self.topology, op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
         if self.size > 1 and nbytes <= limit:
             text += (
-                f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to {format_nbytes(limit)} "
-                "go through the board, the engine's native path, where each rank writes once and reads the others."
+                f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "
+                f"{format_nbytes(limit)} go through the board, the engine's native path, where each rank writes once and reads the others."
             )
         return text
 
@@ -346,7 +344,7 @@ def local_address() -> str:
         ) from error
 
 
-def make_endpoint(store: c10d.Store, rank: int, size: int, host_id: str | None, timeout_s: float) -> _C.Endpoint:
+def make_endpoint(store: Store, rank: int, size: int, host_id: str | None, timeout_s: float) -> _C.Endpoint:
     """This rank's place among `size` ranks. host_id: an emulated host's label (default PYCOMM_HOST_ID, else the
     machine). Collective over the store."""
     label = host_id if host_id is not None else os.environ.get("PYCOMM_HOST_ID", "")
@@ -354,7 +352,7 @@ def make_endpoint(store: c10d.Store, rank: int, size: int, host_id: str | None, 
 
 
 def init(
-    store: c10d.Store | None = None,
+    store: Store | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     *,
@@ -381,18 +379,18 @@ def init(
         raise InvalidArgument(f"init: rank {rank} is not in 0 .. {world_size - 1}")
     # A job may call init() again on the same store: each time gets keys of its own.
     attempt = store.add(f"pycomm/init/{rank}", 1)
-    own = c10d.PrefixStore(f"pycomm/{attempt}", store)
+    own = PrefixStore(f"pycomm/{attempt}", store)
     endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s)
     ranks = range(world_size)
     return Group(engine_group(endpoint, own, name, ranks, timeout_s), endpoint, own, ranks)
 
 
-def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) -> c10d.Store:
+def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) -> Store:
     host = _from_environment("MASTER_ADDR")
     # torchrun's agent serves the store itself and says so here.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return c10d.TCPStore(
+        return TCPStore(
             host,
             port,
             world_size,
@@ -403,6 +401,6 @@ def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) 
         )
     except (RuntimeError, OSError) as error:
         raise PycommError(
-            f"the store at MASTER_ADDR={host} MASTER_PORT={port} cannot be {'opened' if rank == 0 else 'reached'} by rank "
-            f"{rank}: {str(error).splitlines()[0]}. Is the port in use by another job? Choose another MASTER_PORT."
+            f"the store at MASTER_ADDR={host} MASTER_PORT={port} cannot be {'opened' if rank == 0 else 'reached'} by "
+            f"rank {rank}: {str(error).splitlines()[0]}. Is the port in use by another job? Choose another MASTER_PORT."
         ) from error

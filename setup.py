@@ -115,7 +115,8 @@ def extension() -> CppExtension:
     system_includes = include_paths() + ([str(cuda / "include")] if cuda else [])
     return CppExtension(
         "pycomm._C",
-        sources("core/*.cc", "cpu/*.cc", "torch/*.cc", *(["cuda/*.cc"] if cuda else [])),
+        # Those with torch's headers first: they take longest, and none should run alone at the end.
+        sources("torch/*.cc") + sources("core/*.cc", "cpu/*.cc", *(["cuda/*.cc"] if cuda else [])),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("PYCOMM_WITH_CUDA", None)] if cuda else [],
         # -isystem outranks the -I that BuildExtension gives torch's headers, so warnings are of our code alone.

@@ -134,7 +134,7 @@ class ExpertParallel:
         in_arrival_order = torch.empty_like(expert_out).index_copy(0, plan.arrival, expert_out)
         returned = self._exchange(in_arrival_order, plan.send_counts, plan.recv_counts)
         n_tokens, top_k = dispatched.weights.shape
-        outputs = returned[plan.places].view(n_tokens, top_k, -1).float()
+        outputs = returned[plan.places].view(n_tokens, top_k, expert_out.shape[1]).float()
         weights = dispatched.weights.gather(1, plan.by_expert).float()
         total = outputs[:, 0] * weights[:, :1]
         for k in range(1, top_k):

@@ -13,7 +13,6 @@ import sys
 
 import tyro
 
-import pycomm
 from training import run
 from training.config import Config, load_preset, resolve_layout
 from training.errors import ConfigError, TrainingError
@@ -46,11 +45,16 @@ def _is_rank_0() -> bool:
 
 def main(arguments: list[str]) -> int:
     """The program; returns its exit status. What a user can put right is one line, anything else a traceback."""
+    if "RANK" not in os.environ:  # no launcher started this process: it is a job of one rank
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     try:
         command, config = parse(arguments)
-        resolve_layout(config, int(os.environ.get("WORLD_SIZE", "1")))  # refused before a process joins a group
+        resolve_layout(config, int(os.environ["WORLD_SIZE"]))  # refused before torch is loaded or a group is joined
+        import pycomm
+        from training import run
+
         with contextlib.closing(pycomm.init()) as world:
-            return COMMANDS[command](config, world)
+            return {"run": run.run, "sample": run.sample}[command](config, world)
     except TrainingError as error:
         if _is_rank_0():
             print(f"error: {error}", file=sys.stderr)

@@ -195,7 +195,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         train.global_batch,
     )
     _divides("data parallel ranks", dp, "train.eval_sequences", train.eval_sequences)
-    ep = layout.ep or math.gcd(dp, model.n_experts)
+    ep = layout.ep or (math.gcd(dp, model.n_experts) if model.n_experts else 1)
     if ep > 1 and not model.n_experts:
         raise ConfigError(f"layout.ep is {ep} but the model has no experts; set model.n_experts, or layout.ep to 1")
     if model.n_experts:
@@ -204,7 +204,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         _divides("model.moe_every", model.moe_every, "model.n_layers", model.n_layers)
         if not 1 <= model.top_k <= model.n_experts:
             raise ConfigError(f"model.top_k is {model.top_k}: choose 1 to model.n_experts, which is {model.n_experts}")
-    return Layout(dp, tp, max(ep, 1))
+    return Layout(dp, tp, ep)
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

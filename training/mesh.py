@@ -54,7 +54,7 @@ class MeteredGroup:
         finally:
             self.blocked_s += time.perf_counter() - started
 
-    def all_reduce(self, x: Tensor, op: str = "sum", async_op: bool = False) -> Any:
+    def all_reduce(self, x: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
         with self._blocking():
             result = self.group.all_reduce(x, op, async_op=async_op)
         return MeteredWork(result, self) if async_op else result

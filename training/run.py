@@ -41,10 +41,14 @@ def run(config: Config, world: Group) -> int:
     console.print(
         f"{config.name}: {trainer.n_parameters:,} parameters, {trainer.mesh.layout}, "
         f"{trainer.corpus.n_tokens:,} tokens of {config.data.path}; "
-        + (f"resumed at step {trainer.progress.step}" if resumed else "a new run")
+        + (f"resumed at step {trainer.progress.step}" if resumed else "a new run"),
+        soft_wrap=True,
     )
     if trainer.progress.step >= config.train.steps:
-        console.print(f"It is complete: {config.train.steps} steps were asked for. Train further with --train.steps N.")
+        console.print(
+            f"It is complete: {config.train.steps} steps were asked for. Train further with --train.steps N.",
+            soft_wrap=True,
+        )
         _finish(trainer, console, trainer.evaluate(), None)
         return 0
     totals = Totals()
@@ -53,7 +57,8 @@ def run(config: Config, world: Group) -> int:
         eval_loss = _train(trainer, console, metrics, totals)
     if eval_loss is None:
         console.print(
-            f"Interrupted after step {trainer.progress.step}; the checkpoint is complete. Run again to resume."
+            f"Interrupted after step {trainer.progress.step}; the checkpoint is complete. Run again to resume.",
+            soft_wrap=True,
         )
         return INTERRUPTED
     _finish(trainer, console, eval_loss, totals)

@@ -1,0 +1,102 @@
+"""Presets and layouts: what is read, and what is refused with which words. No group is needed for any of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import tiny
+
+from training.config import PRESETS, Config, Layout, ModelConfig, load_preset, resolve_layout
+from training.errors import ConfigError
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
+def test_every_preset_loads_and_runs_on_1_2_and_4_ranks(preset: str) -> None:
+    config = load_preset(preset)
+    assert config.name == preset
+    for world_size in (1, 2, 4):
+        assert resolve_layout(config, world_size).dp == world_size
+
+
+def test_a_preset_fills_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[model]\nn_layers = 7\n[optimizer]\nlr = 1\n")
+    config = load_preset(str(file))
+    assert (config.name, config.model.n_layers, config.optimizer.lr) == ("mine", 7, 1.0)
+    assert dataclasses.replace(config.model, n_layers=ModelConfig().n_layers) == ModelConfig()
+    assert config.train == Config().train
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nn_layer = 3\n", "unknown key 'model.n_layer'; the nearest is 'model.n_layers'"),
+        ("[modle]\nn_layers = 3\n", "unknown key 'modle'; the nearest is 'model'"),
+        ("[model]\nzzz = 3\n", "unknown key 'model.zzz'; there are model.vocab_size, model.n_layers,"),
+        ("[model]\nn_layers = 'three'\n", "'model.n_layers' is a int, got 'three'"),
+        ("[model]\nn_layers = 3.5\n", "'model.n_layers' is a int, got 3.5"),
+        ("[model]\ntie_embeddings = 1\n", "'model.tie_embeddings' is a bool, got 1"),
+        ("[train]\nprecision = 'fp8'\n", "'train.precision' is one of fp32, bf16, got 'fp8'"),
+        ("model = 3\n", r"'model' is a table, got 3; write \[model\]"),
+        ("[model\n", "is not valid TOML"),
+    ],
+)
+def test_a_wrong_preset_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_preset(str(file))
+
+
+def test_an_unknown_preset_names_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="there is no preset 'defualt'; the nearest is 'default'"):
+        load_preset("defualt")
+    with pytest.raises(ConfigError, match="there is no preset 'xyz'; there are default, moe, tiny"):
+        load_preset("xyz")
+    with pytest.raises(ConfigError, match=r"cannot read the preset .*missing.toml: No such file"):
+        load_preset("somewhere/missing.toml")
+
+
+def test_layouts() -> None:
+    moe = {"n_experts": 6, "top_k": 2}
+    assert resolve_layout(tiny(tp=2), 4) == Layout(dp=2, tp=2, ep=1)
+    assert resolve_layout(tiny(ep=2, model=moe), 8) == Layout(dp=8, tp=1, ep=2)
+    assert resolve_layout(tiny(ep=0, model=moe), 8) == Layout(dp=8, tp=1, ep=2)
+    assert resolve_layout(tiny(ep=0), 2) == Layout(dp=2, tp=1, ep=1)
+    assert str(Layout(dp=4, tp=2, ep=2)) == "dp 4 × tp 2, ep 2 inside dp"
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({"tp": 3}, 4, r"layout.tp \(3\) does not divide the ranks \(4\)"),
+        ({"tp": 0}, 4, r"layout.tp \(0\) does not divide the ranks \(4\)"),
+        ({"tp": 8}, 8, r"layout.tp \(8\) does not divide model.n_heads \(4\)"),
+        ({"tp": 2, "data": {"seq_len": 33}}, 2, r"layout.tp \(2\) does not divide data.seq_len \(33\)"),
+        ({"tp": 2, "model": {"vocab_size": 257}}, 2, r"layout.tp \(2\) does not divide model.vocab_size \(257\)"),
+        ({"tp": 2, "model": {"n_kv_heads": 1}}, 2, r"layout.tp \(2\) does not divide model.n_kv_heads \(1\)"),
+        ({"model": {"n_kv_heads": 3}}, 1, r"model.n_kv_heads \(3\) does not divide model.n_heads \(4\)"),
+        ({"model": {"d_model": 36}}, 1, r"twice model.n_heads \(8\) does not divide model.d_model \(36\)"),
+        ({}, 3, r"3 data parallel ranks × train.accumulation \(3\) does not divide train.global_batch \(8\)"),
+        ({"accumulation": 3}, 2, r"\(6\) does not divide train.global_batch \(8\)"),
+        ({"eval_sequences": 6}, 4, r"data parallel ranks \(4\) does not divide train.eval_sequences \(6\)"),
+        ({"ep": 2}, 2, "layout.ep is 2 but the model has no experts"),
+        ({"ep": 4, "model": {"n_experts": 4}}, 2, r"layout.ep \(4\) does not divide data parallel ranks \(2\)"),
+        ({"ep": 4, "model": {"n_experts": 6}}, 4, r"layout.ep \(4\) does not divide model.n_experts \(6\)"),
+        ({"model": {"n_experts": 4, "top_k": 5}}, 1, "top_k is 5: choose 1 to model.n_experts, which is 4"),
+        ({"model": {"n_experts": 4, "moe_every": 3}}, 1, r"moe_every \(3\) does not divide model.n_layers \(2\)"),
+        ({"steps": 0}, 1, "train.steps is 0; it must be at least 1"),
+        ({"data": {"val_fraction": 1.0}}, 1, "val_fraction is 1.0; it must lie between 0 and 1"),
+    ],
+)
+def test_what_does_not_divide_is_refused(changes: Any, world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_layout(tiny(**changes), world_size)
+
+
+def test_a_name_that_leaves_the_folder_of_runs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="it must not hold a path"):
+        resolve_layout(dataclasses.replace(tiny(), name="../other"), 1)

@@ -1,0 +1,192 @@
+"""The model's parts against torch's own, and what must not depend on the layout beside the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from spawn import run_ranks
+from training_runs import tiny
+
+from training.config import Config, Layout, OptimizerConfig, SampleConfig
+from training.generate import choose, generate
+from training.mesh import Mesh
+from training.model import GPT, rotary_angles, rotate
+from training.optimizer import learning_rate
+from training.parallel import gather_sequence, gather_vocab, reduce_scatter_sequence, vocab_parallel_cross_entropy
+from training.sharding import gather_to_rank_0, initialise, specs_of
+from training.trainer import Trainer
+
+Array = np.ndarray[Any, np.dtype[Any]]
+MOE = {"n_experts": 4, "top_k": 2}
+
+
+def test_rotary_positions_turn_inner_products_into_functions_of_distance() -> None:
+    cos, sin = rotary_angles(16, 8, 10000.0)
+    query, key = torch.randn(8), torch.randn(8)
+    rotated_query, rotated_key = (rotate(x.expand(16, 1, 1, 8), cos, sin)[:, 0, 0] for x in (query, key))
+    scores = rotated_query @ rotated_key.T
+    for distance in range(-15, 16):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rotated_query.norm(dim=-1), query.norm().expand(16))
+
+
+def cross_entropy_of_vocab_parts(group: Any) -> tuple[Array, Array, Array]:
+    mesh = Mesh(group, Layout(dp=1, tp=group.size, ep=1))
+    generator = torch.Generator().manual_seed(0)
+    whole, targets = torch.randn(7, 12, generator=generator) * 30, torch.arange(7) % 12
+    logits = whole.chunk(group.size, -1)[group.rank].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(logits, targets, mesh)
+    (loss * torch.arange(7.0)).sum().backward()
+    assert logits.grad is not None
+    return loss.detach().numpy(), logits.grad.numpy(), gather_vocab(logits.detach(), mesh).numpy()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_vocab_parallel_cross_entropy_equals_torchs(tp: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole, targets = (torch.randn(7, 12, generator=generator) * 30).requires_grad_(), torch.arange(7) % 12
+    expected = F.cross_entropy(whole, targets, reduction="none")
+    (expected * torch.arange(7.0)).sum().backward()
+    results = run_ranks(cross_entropy_of_vocab_parts, tp)
+    assert whole.grad is not None
+    for loss, _, gathered in results:
+        np.testing.assert_allclose(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+        assert np.array_equal(gathered, whole.detach())
+    np.testing.assert_allclose(np.concatenate([grad for _, grad, _ in results], -1), whole.grad, rtol=1e-5, atol=1e-5)
+
+
+def sequence_operators(group: Any) -> list[Array]:
+    """gather_sequence and reduce_scatter_sequence of integers, each with its gradient."""
+    mesh = Mesh(group, Layout(dp=1, tp=group.size, ep=1))
+    part = (torch.arange(6.0).view(2, 3) + 10 * group.rank).requires_grad_()
+    whole = gather_sequence(part, mesh)
+    whole.backward(torch.arange(whole.numel()).view_as(whole).float() * (group.rank + 1))
+    partial = (torch.arange(12.0).view(4, 3) * (group.rank + 1)).requires_grad_()
+    scattered = reduce_scatter_sequence(partial, mesh)
+    scattered.backward(torch.full_like(scattered, group.rank + 1.0))
+    assert part.grad is not None and partial.grad is not None
+    return [each.detach().numpy() for each in (whole, part.grad, scattered, partial.grad)]
+
+
+def test_sequence_operators_are_each_others_backward() -> None:
+    results = run_ranks(sequence_operators, 2)
+    counted = np.arange(12.0).reshape(4, 3)
+    for rank, (whole, part_grad, scattered, partial_grad) in enumerate(results):
+        rows = slice(2 * rank, 2 * rank + 2)
+        assert np.array_equal(whole, np.concatenate([np.arange(6.0).reshape(2, 3) + 10 * r for r in range(2)]))
+        assert np.array_equal(part_grad, 3 * counted[rows])  # ranks 0 and 1 sent 1 and 2 times counted
+        assert np.array_equal(scattered, 3 * counted[rows])
+        assert np.array_equal(partial_grad, np.repeat([[1.0], [1.0], [2.0], [2.0]], 3, 1))
+
+
+def whole_parameters(group: Any, config: Config, layout: Layout) -> dict[str, Array]:
+    mesh = Mesh(group, layout)
+    model = GPT(config.model, mesh)
+    initialise(model, mesh, config.train.seed)
+    gathered = {
+        name: gather_to_rank_0(parameter.detach(), specs_of(model)[name], mesh)
+        for name, parameter in model.named_parameters()
+    }
+    return {name: whole.numpy() for name, whole in gathered.items() if whole is not None}
+
+
+def test_every_layout_starts_from_the_same_parameters() -> None:
+    config = tiny(model=MOE)
+    alone = run_ranks(whole_parameters, 1, config, Layout(1, 1, 1))[0]
+    for layout in (Layout(1, 4, 1), Layout(2, 2, 2)):
+        together, *others = run_ranks(whole_parameters, 4, config, layout)
+        assert together.keys() == alone.keys()
+        for name in alone:
+            assert np.array_equal(together[name], alone[name]), name
+        assert all(name not in other for other in others for name in ("norm.weight",))
+
+
+def test_the_future_does_not_reach_the_past() -> None:
+    assert run_ranks(logits_before_a_change, 1)[0]
+
+
+def logits_before_a_change(group: Any) -> bool:
+    mesh = Mesh(group, Layout(1, 1, 1))
+    model = GPT(tiny(model={"n_kv_heads": 2}).model, mesh)
+    initialise(model, mesh, 0)
+    tokens = torch.randint(0, 256, (16, 2))
+    changed = tokens.clone()
+    changed[10:] = 0
+    with torch.no_grad():
+        return torch.equal(model(tokens)[0][:10], model(changed)[0][:10])
+
+
+def clipped_update(group: Any, config: Config) -> tuple[float, float, dict[str, Array]]:
+    """The norm before clipping, the norm that is left, and the parameters after the update."""
+    trainer = Trainer(config, group)
+    norm = trainer.train_step().grad_norm
+    share = torch.tensor([trainer.optimizer.norm_squared_share()])
+    group.all_reduce(share)
+    gathered = {
+        name: gather_to_rank_0(trainer.optimizer.masters[name], spec, trainer.mesh)
+        for name, spec in trainer.optimizer.specs.items()
+    }
+    trainer.close()
+    return norm, float(share) ** 0.5, {name: w.numpy() for name, w in gathered.items() if w is not None}
+
+
+def test_clipping_uses_the_norm_over_all_axes() -> None:
+    # Plain momentum-free Adam with a large eps moves in proportion to the gradient, so that a wrong scale shows.
+    optimizer = OptimizerConfig(lr=1.0, warmup_steps=0, eps=1.0, weight_decay=0.0, clip_norm=0.01)
+    configs = [
+        dataclasses.replace(config, optimizer=optimizer) for config in (tiny(model=MOE), tiny(tp=2, ep=2, model=MOE))
+    ]
+    norm, left, expected = run_ranks(clipped_update, 1, configs[0])[0]
+    assert norm > 0.1
+    assert left == pytest.approx(0.01, rel=1e-4)
+    results = run_ranks(clipped_update, 4, configs[1])
+    for other_norm, other_left, _ in results:
+        assert other_norm == pytest.approx(norm, rel=1e-5)
+        assert other_left == pytest.approx(0.01, rel=1e-4)
+    for name, whole in expected.items():
+        np.testing.assert_allclose(results[0][2][name], whole, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def generated(group: Any, config: Config) -> list[list[int]]:
+    trainer = Trainer(config, group)
+    for _ in range(5):
+        trainer.train_step()
+    prompts = (b"def ", b"x" * 40)  # the second is longer than seq_len
+    samples = [list(generate(trainer, list(prompt), config.sample)) for prompt in prompts]
+    trainer.close()
+    return samples
+
+
+def test_every_layout_generates_the_same_text_on_every_rank() -> None:
+    sample = SampleConfig(n_tokens=12, temperature=0.7, top_k=5, seed=3)
+    config = dataclasses.replace(tiny(model=MOE), sample=sample)
+    expected = run_ranks(generated, 1, config)[0]
+    assert [len(tokens) for tokens in expected] == [12, 12]
+    for tp, ep in ((2, 2), (1, 4)):
+        layout = dataclasses.replace(config.layout, tp=tp, ep=ep)
+        results = run_ranks(generated, 4, dataclasses.replace(config, layout=layout))
+        assert all(result == expected for result in results)
+
+
+def test_choosing_a_token() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    assert choose(logits, 0.0, 0, generator) == 1
+    assert {choose(logits, 5.0, 2, generator) for _ in range(200)} == {1, 2}
+    assert {choose(logits, 5.0, 0, generator) for _ in range(400)} == {0, 1, 2, 3}
+    assert {choose(logits, 0.01, 0, generator) for _ in range(50)} == {1}
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = OptimizerConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 24, config) for step in range(30)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[14] == pytest.approx(0.55)
+    assert rates[24:] == pytest.approx([0.1] * 6)
+    assert rates[4:] == sorted(rates[4:], reverse=True)

@@ -1,0 +1,75 @@
+"""Every layout gives the loss curve of one process: same seed, same global batch, fp32, 20 steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from spawn import run_ranks
+from training_runs import curve, tiny
+
+from training.config import Config
+
+N_STEPS = 20
+TOLERANCE = 1e-5  # relative; measured: at most 3e-7
+MOE = {"n_experts": 4, "top_k": 2}
+# Everything at once: grouped-query attention, a head of its own, dense blocks between those with experts.
+MIXED = {"n_experts": 4, "top_k": 2, "moe_every": 2, "n_kv_heads": 2, "tie_embeddings": False}
+
+
+@pytest.fixture(scope="module")
+def single_process() -> Any:
+    """curve() of one process, computed once for each model."""
+    known: dict[str, Any] = {}
+
+    def of(model: dict[str, Any]) -> Any:
+        key = str(model)
+        if key not in known:
+            known[key] = run_ranks(curve, 1, tiny(model=model), N_STEPS)[0]
+        return known[key]
+
+    return of
+
+
+def assert_same_curve(config: Config, n_ranks: int, expected: Any, hosts: list[str] | None = None) -> None:
+    results = run_ranks(curve, n_ranks, config, N_STEPS, hosts=hosts)
+    assert all(result == results[0] for result in results), "ranks disagree about the global loss"
+    losses, norms, held_out = results[0]
+    np.testing.assert_allclose(losses, expected[0], rtol=TOLERANCE, atol=0)
+    np.testing.assert_allclose(
+        norms, expected[1], rtol=10 * TOLERANCE, atol=0
+    )  # Adam hides a wrong scale, norms do not
+    np.testing.assert_allclose(held_out, expected[2], rtol=TOLERANCE, atol=0)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_data_parallel_on_two_hosts(single_process: Any) -> None:
+    assert_same_curve(tiny(), 4, single_process({}), hosts=["a", "a", "b", "b"])
+
+
+def test_tensor_parallel(single_process: Any) -> None:
+    assert_same_curve(tiny(tp=4), 4, single_process({}))
+
+
+def test_data_and_tensor_parallel(single_process: Any) -> None:
+    assert_same_curve(tiny(tp=2), 4, single_process({}))
+
+
+def test_expert_parallel(single_process: Any) -> None:
+    assert_same_curve(tiny(ep=4, model=MOE), 4, single_process(MOE))
+
+
+def test_accumulation(single_process: Any) -> None:
+    assert_same_curve(tiny(accumulation=4), 1, single_process({}))
+
+
+def test_all_axes_and_accumulation(single_process: Any) -> None:
+    config = tiny(tp=2, ep=2, accumulation=2, model=MIXED)
+    assert_same_curve(config, 4, single_process(MIXED), hosts=["a", "a", "b", "b"])
+
+
+def test_bf16_follows_fp32(single_process: Any) -> None:
+    losses, _, held_out = run_ranks(curve, 2, tiny(tp=2, precision="bf16"), N_STEPS)[0]
+    np.testing.assert_allclose(losses, single_process({})[0], rtol=2e-3)
+    assert held_out == pytest.approx(single_process({})[2], rel=2e-3)

@@ -36,8 +36,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(_torch)})
 
 
+@functools.wraps(_torch.get_default_backend_for_device)
 def get_default_backend_for_device(device: str | torch.device) -> str:
-    """The backend that serves this kind of device when none is named."""
     kind = torch.device(device).type
     if kind in _torch.Backend.backend_capability["pycomm"]:
         return "pycomm"

@@ -69,7 +69,7 @@ def check_default_backend(rank, n):
     pair = dist.new_group([0, 1])
     assert rank >= 2 or dist.get_backend(pair) == "pycomm"
     dist.destroy_process_group()
-    with pytest.raises(ValueError, match="world_size"):
+    with pytest.raises(ValueError, match="world size"):
         dist.init_process_group("gloo", rank=0, init_method="tcp://127.0.0.1:1")
     dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=n)
     assert dist.get_backend() == "gloo"  # who names a backend gets it

@@ -361,18 +361,22 @@ def check_functional(rank, n):
     same(x.grad, torch.full_like(x, float(sum(range(1, n + 1)))))
 
 
-def test_barrier_holds_until_the_last_rank_comes():
-    assert run_torch_ranks(ordered_by_barrier, 4, hosts=LAYOUTS["2x2"]) == [list(range(4))] * 4
+def test_barrier_holds_until_the_last_rank_comes(hosts):
+    run_torch_ranks(check_barrier, len(hosts), hosts=hosts)
 
 
-def ordered_by_barrier(rank, n):
-    """Ranks write to the store one per barrier: whoever left a barrier early would find a number missing."""
+def check_barrier(rank, n):
+    """Each rank in turn comes late: when the others have said that they come, and some messages to the store later."""
     store = dist.distributed_c10d._get_default_store()
-    seen = []
-    for turn in range(n):
-        if rank == turn:
-            store.set(f"turn{turn}", str(turn))
+    for turn in range(2 * n):
+        late = turn % n
+        if rank == late:
+            store.wait([f"{turn}: {r} comes" for r in range(n) if r != late])
+            for _ in range(100):
+                store.check(["nothing"])
+            store.set(f"{turn}: late one comes", "")
+            store.check(["nothing"])  # set() alone may return before the server has the value
+        else:
+            store.set(f"{turn}: {rank} comes", "")
         dist.barrier()
-        assert store.check([f"turn{turn}"])
-        seen.append(int(store.get(f"turn{turn}")))
-    return seen
+        assert store.check([f"{turn}: late one comes"]), f"rank {rank} left barrier {turn} before rank {late} came"

@@ -296,7 +296,8 @@ class Group:
         if self.size > 1 and nbytes <= limit:
             text += (
                 f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "
-                f"{format_nbytes(limit)} go through the board, the engine's native path, where each rank writes once and reads the others."
+                f"{format_nbytes(limit)} go through the board, the engine's native "
+                "path, where each rank writes once and reads the others."
             )
         return text
 

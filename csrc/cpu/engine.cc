@@ -12,6 +12,7 @@ namespace pycomm::cpu {
 namespace {
 
 constexpr auto kForever = std::chrono::milliseconds(std::chrono::hours(24 * 365));
+constexpr uint64_t kTileBytes = 128 * 1024;
 constexpr auto kAskStore = std::chrono::milliseconds(250);
 constexpr auto kGrace = std::chrono::milliseconds(50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kNap = std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
@@ -202,7 +203,9 @@ bool CpuEngine::advance_collectives() {
       if (n_running_++ == 0) running_since_ = op.started;
       announce(segment_.board(local_index_[static_cast<size_t>(rank_)]), launch.fingerprint);
       if (launch.program != nullptr) {
-        interpreter_.begin(launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); });
+        const bool tiled = one_host_ && launch.fingerprint.collective != Collective::all_to_all;
+        interpreter_.begin(
+            launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); }, tiled ? kTileBytes : 0);
       } else {
         board_.begin(launch);
         native_bytes_ += launch.input_nbytes;
@@ -286,7 +289,8 @@ void CpuEngine::run_callbacks() {
 
 void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
-  Waiter waiter(endpoint_->oversubscribed());
+  // Where ranks outnumber cores, yielding is what lets the others answer: stay with it longer.
+  Waiter waiter(endpoint_->oversubscribed(), endpoint_->oversubscribed() ? std::chrono::microseconds(1000) : std::chrono::microseconds(150));
   waiters_.fetch_add(1, std::memory_order_relaxed);
   const auto round = [&](bool slow) {
     std::unique_lock lock(mutex_, std::try_to_lock);

@@ -13,11 +13,12 @@ constexpr uint64_t kSegmentBytes = 64 * 1024;
 constexpr uint64_t kAlign = 64;
 }  // namespace
 
-void Interpreter::begin(const Launch& launch, const ChannelOf& channel_of) {
+void Interpreter::begin(const Launch& launch, const ChannelOf& channel_of, uint64_t tile_nbytes) {
   const Program& program = *launch.program;
-  done_.assign(program.steps.size(), 0);
-  copies_left_ = program.copies.size();
-  scratch_stride_ = (launch.layout.max_nbytes() + kAlign - 1) & ~(kAlign - 1);
+  tile_nbytes_ = tile_nbytes > 0 ? tile_nbytes : UINT64_MAX;
+  tile_begin_ = 0;
+  const uint64_t largest = std::min(launch.layout.max_nbytes(), tile_nbytes_);
+  scratch_stride_ = (largest + kAlign - 1) & ~(kAlign - 1);
   const uint64_t needed = scratch_stride_ * static_cast<uint64_t>(program.n_scratch);
   if (needed > scratch_nbytes_) {
     scratch_ = std::make_unique_for_overwrite<std::byte[]>(needed);
@@ -31,14 +32,26 @@ void Interpreter::begin(const Launch& launch, const ChannelOf& channel_of) {
     link.mine = launch.fingerprint;
     if (!launch.link_send_counts.empty()) link.mine.numel = launch.link_send_counts[static_cast<size_t>(steps.peer)];
   }
+  begin_tile(launch);
+}
+
+void Interpreter::begin_tile(const Launch& launch) {
+  done_.assign(launch.program->steps.size(), 0);
+  copies_left_ = launch.program->copies.size();
+  for (Link& link : links_) link.send = link.recv = 0;
+}
+
+uint64_t Interpreter::nbytes_of(const Launch& launch, const Step& step) const {
+  const uint64_t whole = launch.layout.nbytes(step.chunk);
+  return whole <= tile_begin_ ? 0 : std::min(whole - tile_begin_, tile_nbytes_);
 }
 
 const std::byte* Interpreter::source(const Launch& launch, const Step& step) const {
   switch (step.source) {
     case Buffer::input:
-      return static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(step.chunk);
+      return static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(step.chunk) + tile_begin_;
     case Buffer::output:
-      return static_cast<const std::byte*>(launch.output) + launch.layout.output_offset(step.chunk);
+      return static_cast<const std::byte*>(launch.output) + launch.layout.output_offset(step.chunk) + tile_begin_;
     case Buffer::scratch:
       break;
   }
@@ -48,7 +61,7 @@ const std::byte* Interpreter::source(const Launch& launch, const Step& step) con
 std::byte* Interpreter::destination(const Launch& launch, const Step& step) {
   switch (step.destination) {
     case Buffer::output:
-      return static_cast<std::byte*>(launch.output) + launch.layout.output_offset(step.chunk);
+      return static_cast<std::byte*>(launch.output) + launch.layout.output_offset(step.chunk) + tile_begin_;
     case Buffer::scratch:
       return scratch_.get() + scratch_stride_ * static_cast<uint64_t>(step.scratch_slot);
     case Buffer::input:
@@ -70,7 +83,7 @@ bool Interpreter::advance_copies(const Launch& launch) {
   bool moved = false;
   for (const int32_t index : program.copies) {
     const Step& step = program.steps[static_cast<size_t>(index)];
-    const uint64_t nbytes = launch.layout.nbytes(step.chunk);
+    const uint64_t nbytes = nbytes_of(launch, step);
     uint64_t& done = done_[static_cast<size_t>(index)];
     if (done == nbytes) continue;
     const uint64_t limit = allowed(program, step, nbytes);
@@ -83,7 +96,7 @@ bool Interpreter::advance_copies(const Launch& launch) {
   }
   copies_left_ = static_cast<size_t>(std::count_if(program.copies.begin(), program.copies.end(), [&](int32_t index) {
     const Step& step = program.steps[static_cast<size_t>(index)];
-    return done_[static_cast<size_t>(index)] < launch.layout.nbytes(step.chunk);
+    return done_[static_cast<size_t>(index)] < nbytes_of(launch, step);
   }));
   return moved;
 }
@@ -100,7 +113,7 @@ bool Interpreter::advance_send(const Launch& launch, Link& link) {
   while (link.send < link.steps->sends.size()) {
     const auto index = static_cast<size_t>(link.steps->sends[link.send]);
     const Step& step = program.steps[index];
-    const uint64_t nbytes = launch.layout.nbytes(step.chunk);
+    const uint64_t nbytes = nbytes_of(launch, step);
     uint64_t& done = done_[index];
     if (done < nbytes) {
       const uint64_t limit = allowed(program, step, nbytes);
@@ -135,7 +148,7 @@ bool Interpreter::advance_recv(const Launch& launch, Link& link) {
   while (link.recv < link.steps->recvs.size()) {
     const auto index = static_cast<size_t>(link.steps->recvs[link.recv]);
     const Step& step = program.steps[index];
-    const uint64_t nbytes = launch.layout.nbytes(step.chunk);
+    const uint64_t nbytes = nbytes_of(launch, step);
     uint64_t& done = done_[index];
     if (done < nbytes) {
       const uint64_t limit = std::min(allowed(program, step, nbytes) - done, kSegmentBytes);
@@ -164,6 +177,21 @@ bool Interpreter::advance_recv(const Launch& launch, Link& link) {
 }
 
 bool Interpreter::advance(const Launch& launch, bool* moved) {
+  while (advance_tile(launch, moved)) {
+    if (launch.layout.max_nbytes() - tile_begin_ > tile_nbytes_) {
+      tile_begin_ += tile_nbytes_;
+      begin_tile(launch);
+      continue;
+    }
+    if (launch.op == ReduceOp::avg && reduces(launch.fingerprint.collective) && launch.output_nbytes > 0 &&
+        (launch.fingerprint.collective != Collective::reduce || launch.program->rank == launch.fingerprint.root))
+      divide(launch.output, launch.output_nbytes / size_of(launch.dtype), launch.dtype, launch.program->n_ranks);
+    return true;
+  }
+  return false;
+}
+
+bool Interpreter::advance_tile(const Launch& launch, bool* moved) {
   bool any = advance_copies(launch);
   bool finished = true;
   for (Link& link : links_) {
@@ -175,11 +203,7 @@ bool Interpreter::advance(const Launch& launch, bool* moved) {
   }
   any |= advance_copies(launch);
   *moved |= any;
-  if (!finished || copies_left_ > 0) return false;
-  if (launch.op == ReduceOp::avg && reduces(launch.fingerprint.collective) && launch.output_nbytes > 0 &&
-      (launch.fingerprint.collective != Collective::reduce || launch.program->rank == launch.fingerprint.root))
-    divide(launch.output, launch.output_nbytes / size_of(launch.dtype), launch.dtype, launch.program->n_ranks);
-  return true;
+  return finished && copies_left_ == 0;
 }
 
 bool Interpreter::talks_to(int peer) const {
@@ -203,11 +227,11 @@ std::string Interpreter::describe_wait(const Launch& launch) const {
       if (cursor == list->size()) continue;
       const auto index = static_cast<size_t>((*list)[cursor]);
       const Step& step = program.steps[index];
-      if (allowed(program, step, launch.layout.nbytes(step.chunk)) <= done_[index] && done_[index] < launch.layout.nbytes(step.chunk))
+      if (allowed(program, step, nbytes_of(launch, step)) <= done_[index] && done_[index] < nbytes_of(launch, step))
         continue;  // it waits for another link
       return who + ", round " + std::to_string(step.round + 1) + " of " + std::to_string(program.n_rounds) + ", chunk " +
              std::to_string(step.chunk) + ", " + std::to_string(done_[index]) + " of " +
-             std::to_string(launch.layout.nbytes(step.chunk)) + " bytes " + verb;
+             std::to_string(nbytes_of(launch, step)) + " bytes " + verb;
     }
   }
   return "nobody";

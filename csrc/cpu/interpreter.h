@@ -17,7 +17,9 @@ namespace pycomm::cpu {
 class Interpreter {
  public:
   using ChannelOf = std::function<Channel&(int peer)>;
-  void begin(const Launch& launch, const ChannelOf& channel_of);
+  // tile_nbytes: the program runs over this much of every chunk, then over the next; 0 for all at once. Inside a host a tile stays in
+  // the cache between its reduction and its gather; across hosts each tile would pay the links' latency again.
+  void begin(const Launch& launch, const ChannelOf& channel_of, uint64_t tile_nbytes);
   // True once this rank's part is done. `moved` is set when anything moved.
   // Throws what channels throw, and Error(mismatch).
   bool advance(const Launch& launch, bool* moved);
@@ -37,6 +39,9 @@ class Interpreter {
              heard == sizeof(Fingerprint) && channel->flushed();
     }
   };
+  void begin_tile(const Launch& launch);
+  bool advance_tile(const Launch& launch, bool* moved);
+  uint64_t nbytes_of(const Launch& launch, const Step& step) const;  // in this tile
   bool advance_copies(const Launch& launch);
   bool advance_send(const Launch& launch, Link& link);
   bool advance_recv(const Launch& launch, Link& link);
@@ -47,6 +52,8 @@ class Interpreter {
   std::vector<Link> links_;
   std::vector<uint64_t> done_;  // bytes done, by step
   size_t copies_left_ = 0;
+  uint64_t tile_nbytes_ = 0;
+  uint64_t tile_begin_ = 0;  // in every chunk
   std::unique_ptr<std::byte[]> scratch_;
   uint64_t scratch_nbytes_ = 0;
   uint64_t scratch_stride_ = 0;

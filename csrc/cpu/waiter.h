@@ -1,7 +1,8 @@
 // Waiter: how a thread that can do nothing waits. Spin while a peer on another core may answer within microseconds, then yield the
 // core, then sleep until rung. Where ranks outnumber cores spinning only keeps the answer from being computed: yield at once.
-// Figures: waking a sleeper on another core costs 80 us, sched_yield 2 us, a spinning flag 0.2 us (2 cores, measured by
-// tests/cc and benchmarks/against_gloo.py; a sleep is worth it once we waited ten times its price).
+// Waking a sleeper on another core costs some 80 us, sched_yield 2 us, a spinning flag 0.2 us. So a waiter stays awake for about
+// the price of a wake-up: it never waits much longer than the best choice would have, and a core that another program wants, maybe
+// our own peer, is free again soon (Karlin et al., "Competitive randomized algorithms for nonuniform problems", SODA 1990).
 #pragma once
 
 #include <sched.h>
@@ -35,8 +36,8 @@ class Waiter {
  public:
   enum class Next { again, look, sleep };  // try again; take the slow look at deadlines and peers first; go to sleep
 
-  explicit Waiter(bool oversubscribed, std::chrono::microseconds awake = std::chrono::microseconds(1000))
-      : spins_(oversubscribed ? 8 : 4000), awake_(awake) {}
+  explicit Waiter(bool oversubscribed, std::chrono::microseconds awake)
+      : spins_(oversubscribed ? 8 : 2000), awake_(awake) {}
 
   void moved() { count_ = 0; }
   Next idle() {

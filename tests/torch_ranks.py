@@ -24,6 +24,9 @@ import torch.distributed as dist
 # PYCOMM_TEST_BACKEND=gloo runs the same tests on an independent implementation: one that fails there is itself wrong.
 BACKEND = os.environ.get("PYCOMM_TEST_BACKEND", "pycomm")
 
+# TCPStore looks up the names of its peers for its log; where a name server loses the question that would take 5 s.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [

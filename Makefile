@@ -1,4 +1,4 @@
-# make run | test | lint | tsan | asan | build | clean. Each does its own set-up; a second run starts in seconds.
+# make run | test | benchmark | lint | tsan | asan | build | clean. Each does its own set-up; a second run starts in seconds.
 #
 #   PYTHON=python3.12 make test           the interpreter that .venv is made from
 #   TORCH_VERSION=2.12.0 make test        the torch in .venv (2.11 to 2.15)
@@ -29,7 +29,12 @@ INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
 
-.PHONY: run test lint format tsan asan build clean
+# Ranks take turns with Gloo's on the same machine; several minutes, best with nothing else running.
+benchmark: build
+	$(PY) benchmarks/against_gloo.py
+	$(PY) benchmarks/host_link_bytes.py
+
+.PHONY: run test benchmark lint format tsan asan build clean
 .DELETE_ON_ERROR:
 
 run: build

@@ -29,16 +29,16 @@ INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
 
-# Ranks take turns with Gloo's on the same machine; several minutes, best with nothing else running.
-benchmark: build
-	$(PY) benchmarks/against_gloo.py
-	$(PY) benchmarks/host_link_bytes.py
-
 .PHONY: run test benchmark lint format tsan asan build clean
 .DELETE_ON_ERROR:
 
 run: build
 	pycomm launch --hosts 2 --ranks-per-host 2 -- python -m training run default
+
+# Ranks take turns with Gloo's on the same machine; several minutes, best with nothing else running.
+benchmark: build
+	$(PY) benchmarks/against_gloo.py
+	$(PY) benchmarks/host_link_bytes.py
 
 test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)

@@ -85,6 +85,7 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
   PYCOMM_CHECK(fds.size() == 1, "one segment per host");
   self->segment_.attach(map_shared(fds[0].get(), nbytes));
   self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
+  if (self->one_host_) self->store_.reset();  // the segment carries all there is to say; a store costs a connection
   return self;
 }
 

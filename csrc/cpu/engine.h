@@ -72,7 +72,7 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   std::string describe_front_wait(Clock::time_point now) const;
 
   const std::shared_ptr<Endpoint> endpoint_;
-  const std::shared_ptr<Store> store_;  // the group's own
+  std::shared_ptr<Store> store_;  // the group's own, kept where ranks stand on several hosts
   const std::string name_;
   const std::vector<int> ranks_;   // group rank -> endpoint rank
   int rank_ = 0;

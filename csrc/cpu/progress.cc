@@ -1,6 +1,7 @@
 #include "cpu/progress.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "cpu/endpoint.h"
 #include "cpu/waiter.h"
@@ -34,13 +35,13 @@ void ProgressThread::add(std::shared_ptr<Driven> driven) {
 }
 
 void ProgressThread::remove(Driven* driven) {
-  std::unique_lock lock(state_->mutex);
-  std::erase_if(state_->active, [&](const auto& other) { return other.get() == driven; });
-  if (!thread_.joinable() || thread_.get_id() == std::this_thread::get_id()) return;
-  lock.unlock();
-  endpoint_.ring_self();
-  lock.lock();
-  state_->changed.wait(lock, [&] { return !state_->driving; });
+  std::shared_ptr<Driven> last;  // let go outside the lock
+  std::lock_guard lock(state_->mutex);
+  auto& active = state_->active;
+  const auto found = std::find_if(active.begin(), active.end(), [&](const auto& other) { return other.get() == driven; });
+  if (found == active.end()) return;
+  last = std::move(*found);
+  active.erase(found);
 }
 
 void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
@@ -50,11 +51,18 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
   std::vector<int> sockets;
   std::unique_lock lock(state->mutex);
   for (;;) {
-    std::erase_if(state->active, [](const auto& driven) { return !driven->has_background(); });
+    const auto idle = std::stable_partition(state->active.begin(), state->active.end(),
+                                            [](const auto& driven) { return driven->has_background(); });
+    round.assign(std::make_move_iterator(idle), std::make_move_iterator(state->active.end()));
+    state->active.erase(idle, state->active.end());
+    if (!round.empty()) {  // outside the lock: with its last engine the endpoint goes, and with it this thread
+      lock.unlock();
+      round.clear();
+      lock.lock();
+    }
     state->changed.wait(lock, [&] { return state->stopping || !state->active.empty(); });
     if (state->stopping) return;
     round = state->active;
-    state->driving = true;
     lock.unlock();
     const auto drive = [&] {
       bool moved = false;
@@ -81,9 +89,7 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
     }
     round.clear();
     lock.lock();
-    state->driving = false;
     if (state->stopping) return;
-    state->changed.notify_all();
   }
 }
 

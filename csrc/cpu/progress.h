@@ -28,7 +28,8 @@ class ProgressThread {
   ~ProgressThread();
   // Drives `driven` until it has nothing in the background.
   void add(std::shared_ptr<Driven> driven);
-  // After it returns the thread does not touch `driven` any more (unless it was called from the thread itself).
+  // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one may be in a callback that needs
+  // a lock of the caller's (Python's), and keeps `driven` alive.
   void remove(Driven* driven);
 
  private:
@@ -36,7 +37,6 @@ class ProgressThread {
     std::mutex mutex;
     std::condition_variable changed;
     std::vector<std::shared_ptr<Driven>> active;
-    bool driving = false;  // a copy of `active` is being driven, outside the lock
     bool stopping = false;
   };
   static void loop(std::shared_ptr<State> state, Endpoint* endpoint);

@@ -1,0 +1,138 @@
+"""What the benchmarks share: ranks as processes, the machine's description, records, tables."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing.connection
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run_ranks(
+    body: Callable[..., Any], n_ranks: int, *args: Any, hosts: Sequence[str] | None = None, timeout_s: float = 600
+) -> list[Any]:
+    """What body(store, rank, n_ranks, *args) returned in a process of its own, by rank. hosts: a label per rank.
+
+    Raises RuntimeError with the traceback of the first rank that failed, or when a rank is not done in timeout_s."""
+    context = multiprocessing.get_context("spawn")
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks: list[tuple[Connection, BaseProcess]] = []
+    try:
+        for rank in range(n_ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            host = None if hosts is None else hosts[rank]
+            process = context.Process(
+                target=_rank_main, args=(theirs, body, server.port, rank, n_ranks, host, args), daemon=True
+            )
+            process.start()
+            theirs.close()
+            ranks.append((ours, process))
+        results: dict[Connection, Any] = {}
+        while len(results) < n_ranks:
+            ready = multiprocessing.connection.wait([c for c, _ in ranks if c not in results], timeout_s)
+            if not ready:
+                raise RuntimeError(f"the ranks were not done in {timeout_s:g} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                ok, results[connection] = connection.recv()
+                if not ok:
+                    raise RuntimeError(f"a rank failed:\n{results[connection]}")
+        return [results[connection] for connection, _ in ranks]
+    finally:
+        for _, process in ranks:
+            process.join(10 if sys.exc_info()[0] is None else 0)
+            process.kill()
+            process.join()
+
+
+def _rank_main(
+    connection: Connection,
+    body: Callable[..., Any],
+    port: int,
+    rank: int,
+    n_ranks: int,
+    host: str | None,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    if host is not None:
+        os.environ["PYCOMM_HOST_ID"] = host
+    try:
+        connection.send((True, body(dist.TCPStore("127.0.0.1", port, is_master=False), rank, n_ranks, *args)))
+    except BaseException:  # whatever it was, the parent reports it
+        connection.send((False, traceback.format_exc()))
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions and the command of this run."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_before": [round(x, 2) for x in os.getloadavg()],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def write_json(name: str, record: dict[str, Any]) -> Path:
+    """Write results/<name>.json, whole or not at all."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+    return path
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns also line up in a terminal; the first column to the left, figures to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        + " |"
+        for r in (head, *rows)
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def size_name(nbytes: int) -> str:
+    for unit, shift in (("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << shift and nbytes % (1 << shift) == 0:
+            return f"{nbytes >> shift} {unit}"
+    return f"{nbytes} B"
+
+
+def microseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"

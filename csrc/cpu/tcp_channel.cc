@@ -183,6 +183,7 @@ size_t TcpChannel::read(void* data, size_t nbytes) {
   }
   const auto here = readable();
   const size_t n = std::min(nbytes, here.size());
+  if (n == 0) return 0;
   std::memcpy(data, here.data(), n);
   consume(n);
   return n;

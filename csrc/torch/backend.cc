@@ -88,7 +88,8 @@ ReduceOp reduce_op_of(const c10d::ReduceOp& op) {
 // The input of a reduction after PREMUL_SUM's factor; itself for every other op.
 at::Tensor premultiplied(const at::Tensor& input, const c10d::ReduceOp& op) {
   if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return input;
-  const auto* supplement = dynamic_cast<const c10d::PreMulSumSupplement*>(op.supplement_.get());
+  // Its name in torch 2.11; later ones keep it as an alias.
+  const auto* supplement = dynamic_cast<const c10d::NCCLPreMulSumSupplement*>(op.supplement_.get());
   if (supplement == nullptr) throw Error(Code::invalid_argument, "PREMUL_SUM without a factor");
   return supplement->tensor_factor.defined() ? input * supplement->tensor_factor.to(input.dtype()) : input * supplement->double_factor;
 }

@@ -7,18 +7,17 @@ with `pycomm launch --hosts 2 --ranks-per-host 2 -- python -m training run`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
 import tyro
 
-from training import run
 from training.config import Config, load_preset, resolve_layout
 from training.errors import ConfigError, TrainingError
 
-COMMANDS = {"run": run.run, "sample": run.sample}
+COMMANDS = ("run", "sample")
 USAGE_ERROR = 2
+INTERRUPTED = 130  # as shells have it
 
 
 def parse(arguments: list[str]) -> tuple[str, Config]:
@@ -53,12 +52,15 @@ def main(arguments: list[str]) -> int:
         import pycomm
         from training import run
 
-        with contextlib.closing(pycomm.init()) as world:
-            return {"run": run.run, "sample": run.sample}[command](config, world)
+        with pycomm.init() as world:
+            {"run": run.run, "sample": run.sample}[command](config, world)
+        return 0
     except TrainingError as error:
         if _is_rank_0():
             print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -63,17 +63,31 @@ def communication_paragraph(trainer: Trainer, totals: Totals) -> str:
     if world.size == 1:
         return "Communication: none; there was one rank."
     n_hosts = len(set(world.group.host_ids))
-    buckets = trainer.optimizer.bucket_sizes()
     text = _fill(
         f"Communication: a step moved {_mib(totals.bytes_inside_hosts / totals.n_steps)} inside hosts and "
         f"{_mib(totals.bytes_between_hosts / totals.n_steps)} between them, all {world.size} ranks on {n_hosts} "
         f"{'host' if n_hosts == 1 else 'hosts'} together. Engines were busy {totals.busy_s / world.size:.1f} s a rank, "
         f"{totals.hidden_share:.0%} of it hidden behind compute; a rank waited "
-        f"{totals.blocked_s / (totals.step_s * world.size):.0%} of its time. Gradients went in {len(buckets)} buckets "
-        f"a step, the largest of {max(nbytes for _, nbytes in buckets) / 1024:.0f} KiB, by the schedule below."
+        f"{totals.blocked_s / (totals.step_s * world.size):.0%} of its time."
     )
-    group, nbytes = max((bucket for bucket in buckets if bucket[0].size > 1), key=lambda bucket: bucket[1])
-    return f"{text}\n\n{textwrap.indent(group.group.explain('all_reduce', nbytes).rstrip(), '  ')}"
+    return "\n\n".join([text, *_schedules(trainer)])
+
+
+def _schedules(trainer: Trainer) -> list[str]:
+    """Which schedule carried the gradients, and the activations where tensor parallelism cuts them, and why."""
+    chosen = []
+    buckets = [(group, nbytes) for group, nbytes in trainer.optimizer.bucket_sizes() if group.size > 1]
+    if buckets:
+        group, nbytes = max(buckets, key=lambda bucket: bucket[1])
+        chosen.append((f"Gradients: {len(buckets)} buckets a step, the largest of", group, "all_reduce", nbytes))
+    tp = trainer.mesh.tp
+    if tp.size > 1:
+        nbytes = trainer.activation_nbytes
+        chosen.append(("Activations: gathered and scattered around each layer,", tp, "reduce_scatter", nbytes))
+    return [
+        f"{what} {nbytes / 1024:.0f} KiB:\n{textwrap.indent(group.group.explain(op, nbytes).rstrip(), '  ')}"
+        for what, group, op, nbytes in chosen
+    ]
 
 
 def _mib(nbytes: float) -> str:

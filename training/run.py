@@ -25,17 +25,22 @@ from training.trainer import StepResult, Trainer
 if TYPE_CHECKING:
     from pycomm.group import Group
 
-INTERRUPTED = 130  # the exit status of a run that Ctrl-C ended, as shells have it
 _SAME_KEYSTROKE_S = 1.0  # a terminal and a launcher may both pass on one Ctrl-C
 
 
-def run(config: Config, world: Group) -> int:
-    """Trains until config.train.steps, from the run's newest checkpoint if there is one; returns the exit status.
+def run(config: Config, world: Group) -> None:
+    """Trains until config.train.steps, from the run's newest checkpoint if there is one; then reports.
 
+    Raises KeyboardInterrupt where a signal stopped it, with its state saved.
     A run that is complete is not trained further: its report is shown again, with a fresh evaluation and sample."""
     console = Console(quiet=world.rank != 0, highlight=False)
     share_cores(world)
-    trainer = Trainer(config, world)
+    with contextlib.closing(Trainer(config, world)) as trainer:
+        _run(trainer, console)
+
+
+def _run(trainer: Trainer, console: Console) -> None:
+    config = trainer.config
     resumed = trainer.resume()
     first_step = trainer.progress.step + 1
     console.print(
@@ -50,9 +55,9 @@ def run(config: Config, world: Group) -> int:
             soft_wrap=True,
         )
         _finish(trainer, console, trainer.evaluate(), None)
-        return 0
+        return
     totals = Totals()
-    metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step) if world.rank == 0 else None
+    metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step) if trainer.mesh.world.rank == 0 else None
     with contextlib.closing(metrics) if metrics else contextlib.nullcontext(), _stop_on_signal(trainer):
         eval_loss = _train(trainer, console, metrics, totals)
     if eval_loss is None:
@@ -60,9 +65,8 @@ def run(config: Config, world: Group) -> int:
             f"Interrupted after step {trainer.progress.step}; the checkpoint is complete. Run again to resume.",
             soft_wrap=True,
         )
-        return INTERRUPTED
+        raise KeyboardInterrupt
     _finish(trainer, console, eval_loss, totals)
-    return 0
 
 
 def _train(trainer: Trainer, console: Console, metrics: MetricsFile | None, totals: Totals) -> float | None:
@@ -134,18 +138,17 @@ def _replace(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def sample(config: Config, world: Group) -> int:
+def sample(config: Config, world: Group) -> None:
     """Prints text of the run's newest checkpoint. Raises CheckpointError where the run has none."""
     share_cores(world)
-    trainer = Trainer(config, world)
-    if not trainer.resume():
-        raise CheckpointError(
-            f"{config.run_dir} has no checkpoint; train it with: python -m training run {config.name}"
-        )
-    text = sample_text(trainer, config.sample)
+    with contextlib.closing(Trainer(config, world)) as trainer:
+        if not trainer.resume():
+            raise CheckpointError(
+                f"{config.run_dir} has no checkpoint; train it with: python -m training run {config.name}"
+            )
+        text = sample_text(trainer, config.sample)
     if world.rank == 0:
         print(text)
-    return 0
 
 
 @contextlib.contextmanager

@@ -80,6 +80,16 @@ class Trainer:
         """Of the whole model."""
         return sum(math.prod(spec.shape) for spec in self.optimizer.specs.values())
 
+    @property
+    def activation_nbytes(self) -> int:
+        """Of one micro-batch between two layers, over its whole sequence."""
+        return self.config.data.seq_len * self._micro_batch_size * self.config.model.d_model * self.dtype.itemsize
+
+    @property
+    def _micro_batch_size(self) -> int:
+        train = self.config.train
+        return train.global_batch // (self.mesh.layout.dp * train.accumulation)
+
     def train_step(self) -> StepResult:
         """Forward and backward of this rank's part of the global batch, reduction, clipping, update.
 
@@ -137,8 +147,7 @@ class Trainer:
 
     def _micro_batches(self) -> list[list[int]]:
         """This rank's windows of the next global batch, one list for each micro-batch."""
-        train, dp = self.config.train, self.mesh.layout.dp
-        size = train.global_batch // (dp * train.accumulation)
+        train, dp, size = self.config.train, self.mesh.layout.dp, self._micro_batch_size
         firsts = [(index * dp + self.mesh.dp_index) * size for index in range(train.accumulation)]
         return [
             [self.corpus.train_window(self.progress.position + first + i, train.seed) for i in range(size)]
@@ -158,8 +167,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean cross-entropy of a token on the held-out windows."""
-        train, dp = self.config.train, self.mesh.layout.dp
-        size = max(1, train.global_batch // (dp * train.accumulation))
+        train, dp, size = self.config.train, self.mesh.layout.dp, self._micro_batch_size
         mine = [
             self.corpus.eval_window(index, train.eval_sequences)
             for index in range(self.mesh.dp_index, train.eval_sequences, dp)

@@ -33,6 +33,9 @@ class Channel {
   // Tells the peer that the group is broken, past anything half-written. Best effort; never throws.
   virtual void poison(const Status& why) = 0;
   virtual int socket() const { return -1; }  // to sleep on, where there is one
+  virtual bool joined() const { return true; }  // the peer has answered: from here on the link itself tells when it goes
+  // Called now and then before that, while the peer is needed. Throws Error(peer_lost) where it is gone for sure.
+  virtual void probe() {}
   virtual std::string describe() const = 0;  // "shm", "tcp 10.0.0.2:4242"
 
   uint64_t bytes_written() const { return bytes_written_; }

@@ -14,8 +14,11 @@ namespace {
 constexpr auto kForever = std::chrono::milliseconds(std::chrono::hours(24 * 365));
 constexpr uint64_t kTileBytes = 128 * 1024;
 constexpr auto kAskStore = std::chrono::milliseconds(250);
+constexpr auto kStorePatience = std::chrono::milliseconds(200);  // for the store's answer, where it matters
 constexpr auto kGrace = std::chrono::milliseconds(50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kNap = std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
+
+const std::string kBroken = "group/broken";
 
 std::string seconds_text(Clock::duration duration) {
   char text[32];
@@ -48,7 +51,7 @@ class CpuWork final : public Work {
 
 CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name, std::vector<int> ranks)
     : endpoint_(std::move(endpoint)),
-      store_(std::move(store)),
+      store_word_(std::move(store)),
       name_(std::move(name)),
       ranks_(std::move(ranks)),
       rank_(static_cast<int>(std::find(ranks_.begin(), ranks_.end(), endpoint_->rank()) - ranks_.begin())),
@@ -85,7 +88,7 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
   PYCOMM_CHECK(fds.size() == 1, "one segment per host");
   self->segment_.attach(map_shared(fds[0].get(), nbytes));
   self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
-  if (self->one_host_) self->store_.reset();  // the segment carries all there is to say; a store costs a connection
+  if (self->one_host_) self->store_word_.drop();  // the segment carries all there is to say; a store costs a connection
   return self;
 }
 
@@ -124,6 +127,7 @@ void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
   }
   op->submitted = Clock::now();
   op->deadline = op->launch.deadline;
+  next_deadline_ = std::min(next_deadline_, op->deadline);
   op->launch.fingerprint.sequence = sequence_++;
   queue_.push_back(std::move(op));
 }
@@ -238,10 +242,13 @@ bool CpuEngine::drive() {
         reason = word();
         ::sched_yield();
       }
-      if (reason.ok()) reason = word_from_store();
+      if (reason.ok()) reason = word_from_store(kStorePatience);
       if (!reason.ok()) why = reason;
     }
     fail(why);
+    return true;
+  } catch (const std::exception& error) {  // no memory: the queue must not outlive the caller's frame, nor a thread end here
+    fail({Code::internal, error.what()});
     return true;
   }
 }
@@ -374,32 +381,77 @@ void CpuEngine::look() {
     if (const Status why = word(); !why.ok()) throw Error(why);
     look_for_mismatch();
     const auto now = Clock::now();
-    const bool late = !queue_.empty() && now >= queue_.front()->deadline;
-    if (!one_host_ && (late || now - asked_store_ >= kAskStore)) {
-      const bool stalled = !queue_.empty() && now - queue_.front()->submitted >= kAskStore;
+    const CollectiveOp* late = late_collective(now);
+    if (!one_host_ && (late != nullptr || now - asked_store_ >= kAskStore)) {
+      const auto since = queue_.empty() ? Clock::time_point::max() : queue_.front()->submitted;
       asked_store_ = now;
-      if (late || stalled)
-        if (const Status why = word_from_store(); !why.ok()) throw Error(why);
+      if (late != nullptr || now - kAskStore >= std::min(since, messages_.waiting_since())) ask_about_remote_peers(late != nullptr);
+      if (!broken_.ok()) return;
     }
     Status cut;
     if (messages_.expire(now, &cut)) throw Error(cut);
-    if (late && !queue_.empty())
-      throw Error(Code::timeout, queue_.front()->launch.fingerprint.describe() + ": " + describe_front_wait(now));
+    late = late_collective(now);
+    if (late != nullptr) {
+      const CollectiveOp* front = queue_.front().get();
+      throw Error(Code::timeout, late->launch.fingerprint.describe() +
+                                     (late == front ? "" : ", behind " + front->launch.fingerprint.describe()) + ": " +
+                                     describe_front_wait(now));
+    }
     look_for_lost_peers();
   } catch (const Error& error) {
     fail(error.status());
+  } catch (const std::exception& error) {
+    fail({Code::internal, error.what()});
   }
+}
+
+// The first collective whose deadline has passed; it may stand behind one that has longer.
+const CollectiveOp* CpuEngine::late_collective(Clock::time_point now) {
+  if (now < next_deadline_) return nullptr;
+  auto next = Clock::time_point::max();
+  for (const auto& op : queue_) {
+    if (now >= op->deadline) return op.get();
+    next = std::min(next, op->deadline);
+  }
+  next_deadline_ = next;
+  return nullptr;
+}
+
+// What shows only when asked for: ranks of other hosts that went, or broke the group, before a connection joined us.
+void CpuEngine::ask_about_remote_peers(bool last) {
+  std::vector<std::pair<int, Lane>> needed;
+  for (const int peer : messages_.blocked_on()) needed.emplace_back(peer, kMessageLane);
+  for (const int peer : blocked_on()) needed.emplace_back(peer, kCollectiveLane);
+  std::erase_if(needed, [this](const auto& need) { return local(need.first); });
+  const auto left = [](int peer) { return "group/left/" + std::to_string(peer); };
+  std::vector<std::string> keys{kBroken};
+  for (const auto& [peer, lane] : needed) keys.push_back(left(peer));
+  store_word_.look(keys, last ? kStorePatience : std::chrono::milliseconds(0));
+  if (const Status why = word_from_store({}); !why.ok()) throw Error(why);
+  for (const auto& [peer, lane] : needed) {
+    if (channel(peer, lane).joined()) continue;
+    channel(peer, lane).probe();
+    if (!store_word_.found(left(peer))) continue;
+    throw Error(Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " + std::to_string(peer) + " (" +
+                                     channel(peer, lane).describe() +
+                                     "), which closed the group. See that rank's output for why; the others must form a new group.");
+  }
+}
+
+// Ranks that the running collective waits for.
+std::vector<int> CpuEngine::blocked_on() const {
+  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running) return {};
+  const Launch& launch = queue_.front()->launch;
+  return launch.program != nullptr ? interpreter_.blocked_on(launch) : board_.blocked_on();
 }
 
 std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
   const CollectiveOp& op = *queue_.front();
   std::string text = "rank " + std::to_string(rank_) + " waited " + seconds_text(now - op.submitted) + " for ";
-  std::vector<int> blocked;
+  const std::vector<int> blocked = blocked_on();
   if (op.launch.program != nullptr) {
     text += interpreter_.describe_wait(op.launch);
-    blocked = interpreter_.blocked_on();
   } else {
-    blocked = board_.blocked_on();
     for (size_t i = 0; i < blocked.size(); ++i) text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
     text += blocked.size() == 1 ? ", which has not entered this collective" : ", which have not entered this collective";
   }
@@ -443,10 +495,8 @@ void CpuEngine::look_for_mismatch() {
 
 void CpuEngine::look_for_lost_peers() {
   auto blocked = messages_.blocked_on();
-  if (!queue_.empty() && queue_.front()->state.load(std::memory_order_relaxed) == Op::running) {
-    const auto more = queue_.front()->launch.program != nullptr ? interpreter_.blocked_on() : board_.blocked_on();
-    blocked.insert(blocked.end(), more.begin(), more.end());
-  }
+  const auto more = blocked_on();
+  blocked.insert(blocked.end(), more.begin(), more.end());
   for (const int peer : blocked) {
     if (!local(peer)) continue;  // its connection tells
     const bool ended = endpoint_->ended(ranks_[static_cast<size_t>(peer)]);
@@ -490,11 +540,7 @@ void CpuEngine::publish(const Status& why) {
     header.poisoned.store(2, std::memory_order_release);
   }
   if (one_host_) return;
-  try {
-    if (!store_->peek("group/broken")) store_->set("group/broken", std::to_string(static_cast<int>(why.code)) + " " + why.message);
-  } catch (const std::exception&) {
-    // The store may have gone with its rank; the connections still carry the word.
-  }
+  store_word_.set_first(kBroken, std::to_string(static_cast<int>(why.code)) + " " + why.message, kStorePatience);
 }
 
 Status CpuEngine::word() const {
@@ -503,16 +549,12 @@ Status CpuEngine::word() const {
   return {static_cast<Code>(header.code), std::string(header.text, strnlen(header.text, sizeof(header.text)))};
 }
 
-Status CpuEngine::word_from_store() const {
+Status CpuEngine::word_from_store(std::chrono::milliseconds patience) {
   if (one_host_) return {};
-  try {
-    const auto text = store_->peek("group/broken");
-    if (!text) return {};
-    const size_t space = text->find(' ');
-    return {static_cast<Code>(std::stoi(*text)), text->substr(space + 1)};
-  } catch (const std::exception&) {
-    return {};  // the store has gone with its rank
-  }
+  if (patience.count() > 0) store_word_.look({kBroken}, patience);
+  const auto text = store_word_.found(kBroken);
+  if (!text) return {};
+  return {static_cast<Code>(std::atoi(text->c_str())), text->substr(text->find(' ') + 1)};
 }
 
 void CpuEngine::revoke(const Status& why) {
@@ -534,8 +576,14 @@ void CpuEngine::close() {
     segment_.board(local_index_[static_cast<size_t>(rank_)]).closed.store(1, std::memory_order_release);
     for (const int rank : local_ranks_)
       if (rank != endpoint_->rank()) endpoint_->ring(rank);
-    for (auto& lane : channels_)
-      for (auto& channel : lane) channel.reset();  // connections close: the other side sees it
+    for (size_t peer = 0; peer < ranks_.size(); ++peer)
+      for (auto& lane : channels_) {
+        if (!lane[peer]) continue;
+        (local(static_cast<int>(peer)) ? closed_bytes_inside_ : closed_bytes_between_) += lane[peer]->bytes_written();
+        lane[peer].reset();  // a connection closes: the other side sees it
+      }
+    // For ranks that no connection joins yet.
+    if (!std::exchange(closed_, true) && !one_host_) store_word_.set("group/left/" + std::to_string(rank_), "", kStorePatience);
   }
   run_callbacks();
   endpoint_->progress().remove(this);
@@ -547,7 +595,8 @@ Stats CpuEngine::stats() const {
   std::lock_guard lock(mutex_);
   Stats stats;
   stats.ops = n_ops_;
-  stats.bytes_inside_hosts = native_bytes_;
+  stats.bytes_inside_hosts = native_bytes_ + closed_bytes_inside_;
+  stats.bytes_between_hosts = closed_bytes_between_;
   for (const auto& lane : channels_)
     for (size_t peer = 0; peer < lane.size(); ++peer)
       if (lane[peer])

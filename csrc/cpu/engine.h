@@ -19,6 +19,7 @@
 #include "cpu/messages.h"
 #include "cpu/op.h"
 #include "cpu/segment.h"
+#include "cpu/store_word.h"
 
 namespace pycomm::cpu {
 
@@ -62,8 +63,11 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   void look_for_lost_peers();
   void fail(Status why);
   Status word() const;         // why the group is broken, as another rank of this host says; ok() where none does
-  Status word_from_store() const;  // likewise any rank; a round trip to the store
+  Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience after a look at the store
   void publish(const Status& why);
+  const CollectiveOp* late_collective(Clock::time_point now);
+  void ask_about_remote_peers(bool last);
+  std::vector<int> blocked_on() const;
   void finish(Op& op, Status status);
   void run_callbacks();
   void require_sound() const;
@@ -72,7 +76,7 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   std::string describe_front_wait(Clock::time_point now) const;
 
   const std::shared_ptr<Endpoint> endpoint_;
-  std::shared_ptr<Store> store_;  // the group's own, kept where ranks stand on several hosts
+  StoreWord store_word_;  // over the group's own store, kept where ranks stand on several hosts
   const std::string name_;
   const std::vector<int> ranks_;   // group rank -> endpoint rank
   int rank_ = 0;
@@ -90,8 +94,11 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   std::deque<std::shared_ptr<CollectiveOp>> queue_;  // only the first one runs
   uint64_t sequence_ = 0;
   Status broken_;
+  bool closed_ = false;
+  Clock::time_point next_deadline_ = Clock::time_point::max();  // no collective in the queue ends before it
   Clock::time_point asked_store_{};
   uint64_t native_bytes_ = 0;
+  uint64_t closed_bytes_inside_ = 0, closed_bytes_between_ = 0;  // of channels that are gone
   uint64_t n_ops_ = 0;
   int n_running_ = 0;
   Clock::time_point running_since_{};

@@ -210,10 +210,20 @@ bool Interpreter::talks_to(int peer) const {
   return std::any_of(links_.begin(), links_.end(), [peer](const Link& link) { return link.steps->peer == peer; });
 }
 
-std::vector<int> Interpreter::blocked_on() const {
+int32_t Interpreter::blocked_step(const Launch& launch, const std::vector<int32_t>& list, size_t cursor) const {
+  if (cursor == list.size()) return -1;
+  const auto index = static_cast<size_t>(list[cursor]);
+  const Step& step = launch.program->steps[index];
+  const uint64_t nbytes = nbytes_of(launch, step);
+  return done_[index] < nbytes && allowed(*launch.program, step, nbytes) > done_[index] ? list[cursor] : -1;
+}
+
+std::vector<int> Interpreter::blocked_on(const Launch& launch) const {
   std::vector<int> peers;
   for (const Link& link : links_)
-    if (!link.done()) peers.push_back(link.steps->peer);
+    if (link.heard < sizeof(Fingerprint) || link.said < sizeof(Fingerprint) || !link.channel->flushed() ||
+        blocked_step(launch, link.steps->recvs, link.recv) >= 0 || blocked_step(launch, link.steps->sends, link.send) >= 0)
+      peers.push_back(link.steps->peer);
   return peers;
 }
 
@@ -224,13 +234,11 @@ std::string Interpreter::describe_wait(const Launch& launch) const {
     if (link.heard < sizeof(Fingerprint)) return who + ", which has not entered this collective";
     for (const auto& [list, cursor, verb] :
          {std::make_tuple(&link.steps->recvs, link.recv, "received"), std::make_tuple(&link.steps->sends, link.send, "sent")}) {
-      if (cursor == list->size()) continue;
-      const auto index = static_cast<size_t>((*list)[cursor]);
-      const Step& step = program.steps[index];
-      if (allowed(program, step, nbytes_of(launch, step)) <= done_[index] && done_[index] < nbytes_of(launch, step))
-        continue;  // it waits for another link
+      const int32_t index = blocked_step(launch, *list, cursor);
+      if (index < 0) continue;  // done, or it waits for another link
+      const Step& step = program.steps[static_cast<size_t>(index)];
       return who + ", round " + std::to_string(step.round + 1) + " of " + std::to_string(program.n_rounds) + ", chunk " +
-             std::to_string(step.chunk) + ", " + std::to_string(done_[index]) + " of " +
+             std::to_string(step.chunk) + ", " + std::to_string(done_[static_cast<size_t>(index)]) + " of " +
              std::to_string(nbytes_of(launch, step)) + " bytes " + verb;
     }
   }

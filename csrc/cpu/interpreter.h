@@ -23,7 +23,8 @@ class Interpreter {
   // True once this rank's part is done. `moved` is set when anything moved.
   // Throws what channels throw, and Error(mismatch).
   bool advance(const Launch& launch, bool* moved);
-  std::vector<int> blocked_on() const;                       // peers with something outstanding
+  // Peers whose bytes, or whose reading, this rank waits for; not those it would get to later.
+  std::vector<int> blocked_on(const Launch& launch) const;
   bool talks_to(int peer) const;
   std::string describe_wait(const Launch& launch) const;     // "rank 5 (shared memory), round 7 of 14, chunk 3, 1024 of 4096 bytes"
 
@@ -46,6 +47,8 @@ class Interpreter {
   bool advance_send(const Launch& launch, Link& link);
   bool advance_recv(const Launch& launch, Link& link);
   uint64_t allowed(const Program& program, const Step& step, uint64_t nbytes) const;
+  // The step at `cursor` of a link's list, where only the peer keeps it from moving; else -1.
+  int32_t blocked_step(const Launch& launch, const std::vector<int32_t>& list, size_t cursor) const;
   const std::byte* source(const Launch& launch, const Step& step) const;
   std::byte* destination(const Launch& launch, const Step& step);
 

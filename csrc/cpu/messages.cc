@@ -33,10 +33,9 @@ void Messages::recv(std::shared_ptr<MessageOp> op) {
     auto& waiting = peers_[static_cast<size_t>(peer)].waiting;
     const auto found = std::find_if(waiting.begin(), waiting.end(), [&](const SetAside& aside) { return aside.tag == op->tag; });
     if (found == waiting.end()) return false;
-    if (found->data.size() == op->nbytes) std::memcpy(op->data, found->data.data(), op->nbytes);
-    const uint64_t nbytes = found->data.size();
+    const SetAside aside = std::move(*found);
     waiting.erase(found);
-    deliver(op, peer, nbytes);
+    deliver(op, peer, aside);
     return true;
   };
   if (op->peer >= 0) {
@@ -46,6 +45,11 @@ void Messages::recv(std::shared_ptr<MessageOp> op) {
       if (take(peer)) return;
   }
   receives_.push_back(std::move(op));
+}
+
+void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside) {
+  if (aside.data.size() == op->nbytes && op->nbytes > 0) std::memcpy(op->data, aside.data.data(), op->nbytes);
+  deliver(op, source, aside.data.size());
 }
 
 void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes) {
@@ -139,14 +143,16 @@ bool Messages::advance_recv(int peer, Peer& state) {
     }
     if (state.payload == state.in.nbytes) {
       channel.align_read();
-      if (state.target)
-        deliver(state.target, peer, state.in.nbytes);
-      else
-        state.waiting.push_back(std::move(state.aside));
-      state.target.reset();
-      state.aside = {};
+      const auto target = std::exchange(state.target, nullptr);
+      SetAside aside = std::exchange(state.aside, {});
       state.chosen = false;
       state.in_bytes = 0;
+      if (target)
+        deliver(target, peer, state.in.nbytes);
+      else if (const auto late = match(peer, aside.tag))  // asked for while it was being set aside
+        deliver(late, peer, aside);
+      else
+        state.waiting.push_back(std::move(aside));
       moved = true;
     }
   }
@@ -183,13 +189,21 @@ bool Messages::expire(Clock::time_point now, Status* broken) {
     end(op, complaint(*op));
   }
   for (Peer& state : peers_) {
-    if (state.target && late(*state.target)) {
-      *broken = complaint(*state.target);
+    const MessageOp* cut = state.target && late(*state.target) ? state.target.get() : nullptr;
+    if (!state.sends.empty() && state.out_bytes > 0 && late(*state.sends.front())) cut = state.sends.front().get();
+    if (cut != nullptr) {
+      *broken = complaint(*cut);
       return true;
     }
-    if (state.sends.empty() || !late(*state.sends.front())) continue;
-    *broken = complaint(*state.sends.front());
-    return true;
+    for (auto at = state.sends.begin(); at != state.sends.end();) {
+      const auto op = *at;
+      if (!late(*op) || (state.out_bytes > 0 && at == state.sends.begin())) {
+        ++at;
+        continue;
+      }
+      at = state.sends.erase(at);
+      end(op, complaint(*op));
+    }
   }
   return false;
 }
@@ -200,6 +214,16 @@ void Messages::fail_all(const Status& why) {
     for (const auto& op : std::exchange(state.sends, {})) end(op, why);
     if (state.target) end(std::exchange(state.target, nullptr), why);
   }
+}
+
+Clock::time_point Messages::waiting_since() const {
+  auto since = Clock::time_point::max();
+  for (const auto& op : receives_) since = std::min(since, op->submitted);
+  for (const Peer& state : peers_) {
+    if (!state.sends.empty()) since = std::min(since, state.sends.front()->submitted);
+    if (state.target) since = std::min(since, state.target->submitted);
+  }
+  return since;
 }
 
 std::vector<int> Messages::blocked_on() const {

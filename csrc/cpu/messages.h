@@ -27,11 +27,12 @@ class Messages {
   bool idle() const { return n_open_ == 0; }
   // Moves what will move; true if anything did. Throws what channels throw.
   bool advance();
-  // Ends every operation whose deadline passed. A receive that had not begun ends alone; true with *broken set where a stream was cut
-  // in the middle, which breaks the group.
+  // Ends every operation whose deadline passed. One that had not begun ends alone; true with *broken set where a stream was cut in the
+  // middle, which breaks the group.
   bool expire(Clock::time_point now, Status* broken);
   void fail_all(const Status& why);
   std::vector<int> blocked_on() const;
+  Clock::time_point waiting_since() const;  // the oldest operation's start; max() where there is none
 
  private:
   struct Header {
@@ -61,6 +62,7 @@ class Messages {
   bool wanted(int peer) const;
   std::shared_ptr<MessageOp> match(int peer, int64_t tag);
   void deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes);
+  void deliver(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside);
   void end(const std::shared_ptr<MessageOp>& op, Status status);
   std::string describe(const MessageOp& op) const;
 

@@ -17,6 +17,19 @@ int TcpChannel::socket() const {
   return peer_.rank > peer_.peer ? endpoint_.listener().socket() : -1;
 }
 
+// Until the lower rank connects, nothing shows whether it lives. Its listener does: when its process has ended nobody answers there.
+void TcpChannel::probe() {
+  if (state_ != State::closed || peer_.rank < peer_.peer) return;
+  if (!knock_) knock_ = tcp_connect(peer_.address, peer_.port);
+  pollfd entry{knock_.get(), POLLOUT, 0};
+  if (::poll(&entry, 1, 0) <= 0) return;
+  int error = 0;
+  socklen_t length = sizeof(error);
+  ::getsockopt(knock_.get(), SOL_SOCKET, SO_ERROR, &error, &length);
+  knock_.reset();
+  if (error == ECONNREFUSED) lost("nobody listens there any more");  // another error may be a firewall's
+}
+
 void TcpChannel::lost(const std::string& how) const {
   throw Error(Code::peer_lost, "rank " + std::to_string(peer_.rank) + " lost rank " + std::to_string(peer_.peer) + " (" +
                                    describe() + "): " + how + ". Its process ended or the network between broke.");

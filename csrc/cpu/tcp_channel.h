@@ -35,6 +35,8 @@ class TcpChannel final : public Channel {
   bool flushed() const override { return out_.empty(); }
   void poison(const Status& why) override;
   int socket() const override;
+  bool joined() const override { return state_ == State::open; }
+  void probe() override;
   std::string describe() const override;
 
  private:
@@ -59,6 +61,7 @@ class TcpChannel final : public Channel {
   Endpoint& endpoint_;
   State state_ = State::closed;
   UniqueFd socket_;
+  UniqueFd knock_;  // see probe()
   Greeting greeting_;
   Challenge challenge_;
   size_t handshake_bytes_ = 0;

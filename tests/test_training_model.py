@@ -13,6 +13,7 @@ from spawn import run_ranks
 from training_runs import tiny
 
 from training.config import Config, Layout, OptimizerConfig, SampleConfig
+from training.errors import DivergenceError
 from training.generate import choose, generate
 from training.mesh import Mesh
 from training.model import GPT, rotary_angles, rotate
@@ -151,6 +152,24 @@ def test_clipping_uses_the_norm_over_all_axes() -> None:
         assert other_left == pytest.approx(0.01, rel=1e-4)
     for name, whole in expected.items():
         np.testing.assert_allclose(results[0][2][name], whole, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def diverging(group: Any, config: Config) -> tuple[str, bool]:
+    trainer = Trainer(config, group)
+    trainer.train_step()
+    before = [master.clone() for master in trainer.optimizer.masters.values()]
+    with pytest.raises(DivergenceError) as caught:
+        trainer.train_step()
+    untouched = all(map(torch.equal, before, trainer.optimizer.masters.values()))
+    trainer.close()
+    return str(caught.value), untouched
+
+
+def test_a_loss_that_is_no_number_stops_every_rank_before_the_update() -> None:
+    optimizer = OptimizerConfig(lr=1e30, warmup_steps=0)
+    for message, untouched in run_ranks(diverging, 2, dataclasses.replace(tiny(), optimizer=optimizer)):
+        assert "step 2: the loss is nan" in message and "a lower optimizer.lr" in message
+        assert untouched
 
 
 def generated(group: Any, config: Config) -> list[list[int]]:

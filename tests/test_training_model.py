@@ -168,7 +168,7 @@ def diverging(group: Any, config: Config) -> tuple[str, bool]:
 def test_a_loss_that_is_no_number_stops_every_rank_before_the_update() -> None:
     optimizer = OptimizerConfig(lr=1e30, warmup_steps=0)
     for message, untouched in run_ranks(diverging, 2, dataclasses.replace(tiny(), optimizer=optimizer)):
-        assert "step 2: the loss is nan" in message and "a lower optimizer.lr" in message
+        assert message.startswith("step 2: ") and "nan" in message and "a lower optimizer.lr" in message
         assert untouched
 
 

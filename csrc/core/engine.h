@@ -1,6 +1,6 @@
-// Engine: runs collectives and point-to-point for one rank of one group. core/group.h plans; an engine moves.
-// Thread safety: all members may be called from any thread; an engine numbers collectives as they are submitted and runs
-// them in that order.
+// Engine: runs collectives and point-to-point for one rank of one group. core/group.h plans; an
+// engine moves. Thread safety: all members may be called from any thread; an engine numbers
+// collectives as they are submitted and runs them in that order.
 #pragma once
 
 #include <atomic>
@@ -20,7 +20,8 @@ namespace pycomm {
 
 using Clock = std::chrono::steady_clock;
 
-// One collective, bound: what to run on which memory. The memory stays valid until the Work is done.
+// One collective, bound: what to run on which memory. The memory stays valid until the Work is
+// done.
 struct Launch {
   const Program* program = nullptr;  // nullptr: the engine's native path
   Layout layout;
@@ -31,23 +32,27 @@ struct Launch {
   void* output = nullptr;
   uint64_t input_nbytes = 0;
   uint64_t output_nbytes = 0;
-  std::vector<uint64_t> link_send_counts;  // all_to_all with uneven counts: elements to and from each rank, announced per link
+  std::vector<uint64_t> link_send_counts;  // all_to_all with uneven counts: elements to and from
+                                           // each rank, announced per link
   std::vector<uint64_t> link_recv_counts;
   Clock::time_point deadline;
-  std::function<void()> finish;  // run once when the output stands, before the operation counts as done; does not throw
+  std::function<void()> finish;  // run once when the output stands, before the operation counts as
+                                 // done; does not throw
 };
 
 // A started operation. wait() drives it; dropping the Work neither cancels nor blocks it.
 class Work {
  public:
   virtual ~Work() = default;
-  // Returns when done. Throws the operation's Error, or Error(timeout) where `timeout` passes first (the operation goes on).
+  // Returns when done. Throws the operation's Error, or Error(timeout) where `timeout` passes first
+  // (the operation goes on).
   virtual void wait(std::chrono::milliseconds timeout) = 0;
   virtual bool done() const = 0;
-  virtual Status status() const = 0;      // ok() while not done
-  virtual double duration_s() const = 0;  // from its first byte to its end; 0 before that
+  virtual Status status() const = 0;         // ok() while not done
+  virtual double duration_s() const = 0;     // from its first byte to its end; 0 before that
   virtual int source() const { return -1; }  // recv from any rank: who sent it
-  // Called once, from whichever thread completes the operation, or at once when it is done already. REQUIRES: does not throw.
+  // Called once, from whichever thread completes the operation, or at once when it is done already.
+  // REQUIRES: does not throw.
   virtual void on_done(std::function<void()> callback) = 0;
 };
 
@@ -65,14 +70,17 @@ class Engine {
   virtual uint64_t native_nbytes(Collective collective) const = 0;
   virtual void run(Launch launch) = 0;  // blocks, driven by the caller
   virtual std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) = 0;
-  virtual std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+  virtual std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                                     Clock::time_point deadline,
                                      std::shared_ptr<void> keep_alive) = 0;
   // peer -1: from whoever comes first.
-  virtual std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+  virtual std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                                     Clock::time_point deadline,
                                      std::shared_ptr<void> keep_alive) = 0;
   virtual Stats stats() const = 0;
   virtual uint64_t sequence() const = 0;  // collectives submitted so far; the next one's number
-  virtual void revoke(const Status& why) = 0;  // every pending and later operation, on every rank, fails with `why`
+  virtual void revoke(
+      const Status& why) = 0;  // every pending and later operation, on every rank, fails with `why`
   virtual void close() = 0;
 };
 

@@ -18,7 +18,8 @@ uint64_t Fingerprint::hash() const {
   std::memcpy(words, this, sizeof(words));
   words[0] = magic;  // leaves `rank` out
   uint64_t hash = 0xcbf29ce484222325ull;
-  for (int i = 0; i < 6; ++i) {  // the last two words are the algorithm's name; algorithm_hash covers it
+  for (int i = 0; i < 6;
+       ++i) {  // the last two words are the algorithm's name; algorithm_hash covers it
     hash = (hash ^ words[i]) * 0x9e3779b97f4a7c15ull;
     hash ^= hash >> 29;
   }
@@ -28,17 +29,20 @@ uint64_t Fingerprint::hash() const {
 std::string Fingerprint::describe() const {
   std::string text = std::string(name_of(collective)) + " #" + std::to_string(sequence) + " (";
   if (reduces(collective)) text += std::string(name_of(op)) + ", ";
-  if (collective != Collective::barrier) text += std::string(name_of(dtype)) + ", " + std::to_string(numel) + " elements";
+  if (collective != Collective::barrier)
+    text += std::string(name_of(dtype)) + ", " + std::to_string(numel) + " elements";
   if (rooted(collective)) text += ", root " + std::to_string(root);
   if (has_counts) text += ", uneven counts";
-  if (algorithm[0] != '\0') text += std::string(", ") + std::string(algorithm, strnlen(algorithm, sizeof(algorithm)));
+  if (algorithm[0] != '\0')
+    text += std::string(", ") + std::string(algorithm, strnlen(algorithm, sizeof(algorithm)));
   return text + ")";
 }
 
 std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs) {
   return "collective mismatch: rank " + std::to_string(mine.rank) + " called " + mine.describe() +
          ", rank " + std::to_string(theirs.rank) + " called " + theirs.describe() +
-         ". Every rank must make the same calls in the same order; the group cannot be used any more.";
+         ". Every rank must make the same calls in the same order; the group cannot be used any "
+         "more.";
 }
 
 }  // namespace pycomm

@@ -1,5 +1,6 @@
-// Fingerprint: what a rank says it called; one cache line. It travels ahead of the first bytes of every collective on every
-// link, and stands on the host's board, so that two ranks that called different things find out at once, by name.
+// Fingerprint: what a rank says it called; one cache line. It travels ahead of the first bytes of
+// every collective on every link, and stands on the host's board, so that two ranks that called
+// different things find out at once, by name.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +22,14 @@ struct alignas(64) Fingerprint {
   ReduceOp op = ReduceOp::sum;
   uint8_t has_counts = 0;
   int32_t root = 0;
-  uint64_t numel = 0;        // elements of the whole tensor; in all_to_all, of what goes over this link
+  uint64_t numel = 0;  // elements of the whole tensor; in all_to_all, of what goes over this link
   uint64_t counts_hash = 0;  // of uneven counts that all ranks must give alike
   uint64_t algorithm_hash = 0;
-  char algorithm[16] = {};   // for people; cut to fit
+  char algorithm[16] = {};  // for people; cut to fit
 
-  bool matches(const Fingerprint& other) const { return hash() == other.hash() && magic == other.magic; }
+  bool matches(const Fingerprint& other) const {
+    return hash() == other.hash() && magic == other.magic;
+  }
   // Of everything but `rank`; what the board compares, since it fits beside the sequence number.
   uint64_t hash() const;
   // "all_reduce #12 (sum, float32, 1024 elements)"

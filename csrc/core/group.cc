@@ -19,7 +19,8 @@ uint64_t sum(const std::vector<uint64_t>& counts) {
 
 bool splits(Collective collective) {
   return collective == Collective::reduce_scatter || collective == Collective::all_gather ||
-         collective == Collective::gather || collective == Collective::scatter || collective == Collective::all_to_all;
+         collective == Collective::gather || collective == Collective::scatter ||
+         collective == Collective::all_to_all;
 }
 
 }  // namespace
@@ -43,29 +44,37 @@ Clock::time_point Group::deadline(std::optional<std::chrono::milliseconds> timeo
 
 void Group::check(const Call& call) const {
   const std::string where = std::string(name_of(call.collective)) + " in group '" + name_ + "': ";
-  const auto refuse = [&](const std::string& text) { throw Error(Code::invalid_argument, where + text); };
+  const auto refuse = [&](const std::string& text) {
+    throw Error(Code::invalid_argument, where + text);
+  };
   if (rooted(call.collective) && (call.root < 0 || call.root >= size_))
-    refuse("root " + std::to_string(call.root) + " is not a rank of a group of " + std::to_string(size_));
+    refuse("root " + std::to_string(call.root) + " is not a rank of a group of " +
+           std::to_string(size_));
   if (splits(call.collective)) {
     const auto n = static_cast<size_t>(size_);
     for (const auto* counts : {&call.counts, &call.recv_counts})
       if (!counts->empty() && counts->size() != n)
-        refuse(std::to_string(counts->size()) + " counts for " + std::to_string(size_) + " ranks; give one per rank");
+        refuse(std::to_string(counts->size()) + " counts for " + std::to_string(size_) +
+               " ranks; give one per rank");
     if (call.counts.empty() && call.numel % n != 0)
       refuse(std::to_string(call.numel) + " elements do not divide by " + std::to_string(size_) +
              " ranks; pad the tensor, or give counts");
-    if (!call.counts.empty() && call.collective != Collective::all_to_all && sum(call.counts) != call.numel)
+    if (!call.counts.empty() && call.collective != Collective::all_to_all &&
+        sum(call.counts) != call.numel)
       refuse("counts add up to " + std::to_string(sum(call.counts)) + " elements, the tensor has " +
              std::to_string(call.numel));
-    if (call.collective == Collective::all_to_all && call.counts.empty() != call.recv_counts.empty())
+    if (call.collective == Collective::all_to_all &&
+        call.counts.empty() != call.recv_counts.empty())
       refuse("give both input and output counts, or neither");
   }
   if (reduces(call.collective)) {
     const bool complex = call.dtype == DType::complex64 || call.dtype == DType::complex128;
     const bool floating = call.dtype == DType::float16 || call.dtype == DType::bfloat16 ||
                           call.dtype == DType::float32 || call.dtype == DType::float64;
-    const bool bitwise = call.op == ReduceOp::band || call.op == ReduceOp::bor || call.op == ReduceOp::bxor;
-    if ((floating && bitwise) || (complex && call.op != ReduceOp::sum && call.op != ReduceOp::avg) ||
+    const bool bitwise =
+        call.op == ReduceOp::band || call.op == ReduceOp::bor || call.op == ReduceOp::bxor;
+    if ((floating && bitwise) ||
+        (complex && call.op != ReduceOp::sum && call.op != ReduceOp::avg) ||
         call.dtype == DType::bytes || (call.dtype == DType::boolean && call.op == ReduceOp::avg))
       refuse(std::string("op ") + name_of(call.op) + " has no meaning for " + name_of(call.dtype));
   }
@@ -94,9 +103,11 @@ const Program* Group::program(Collective collective, const std::string& algorith
   auto found = programs_.find(key);
   if (found == programs_.end()) {
     lock.unlock();
-    auto planned = std::make_unique<Program>(planner_.program(collective, algorithm, std::get<2>(key)));
+    auto planned =
+        std::make_unique<Program>(planner_.program(collective, algorithm, std::get<2>(key)));
     planned->finish();
-    PYCOMM_CHECK(planned->rank == rank_ && planned->n_ranks == size_, "a program of another rank or group");
+    PYCOMM_CHECK(planned->rank == rank_ && planned->n_ranks == size_,
+                 "a program of another rank or group");
     lock.lock();
     found = programs_.emplace(key, std::move(planned)).first;
   }
@@ -124,32 +135,40 @@ Launch Group::bind(const Call& call) {
   print.root = rooted(call.collective) ? call.root : 0;
   print.numel = exchange && uneven ? 0 : call.numel;
   print.has_counts = uneven;
-  if (uneven && !exchange) print.counts_hash = fnv1a(call.counts.data(), call.counts.size() * sizeof(uint64_t));
+  if (uneven && !exchange)
+    print.counts_hash = fnv1a(call.counts.data(), call.counts.size() * sizeof(uint64_t));
 
   const uint64_t nbytes = call.numel * element;
   const uint64_t native_limit = engine_->native_nbytes(call.collective);
   if (call.algorithm == "native" && (uneven || nbytes > native_limit))
-    throw Error(Code::invalid_argument, std::string("the native path of ") + name_of(call.collective) +
-                                            " takes at most " + std::to_string(native_limit) +
-                                            " bytes and even counts; leave the algorithm to the group");
+    throw Error(Code::invalid_argument,
+                std::string("the native path of ") + name_of(call.collective) + " takes at most " +
+                    std::to_string(native_limit) +
+                    " bytes and even counts; leave the algorithm to the group");
   const bool native = size_ > 1 && !uneven && native_limit > 0 && nbytes <= native_limit &&
                       (call.algorithm.empty() || call.algorithm == "native");
   if (!native && call.collective != Collective::barrier) {
-    // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could forward it.
-    const std::string& algorithm = exchange && uneven && call.algorithm.empty() ? "pairwise" : choose(call, nbytes);
+    // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could
+    // forward it.
+    const std::string& algorithm =
+        exchange && uneven && call.algorithm.empty() ? "pairwise" : choose(call, nbytes);
     if (exchange && uneven && algorithm != "pairwise")
-      throw Error(Code::invalid_argument, "all_to_all with uneven counts runs 'pairwise', not '" + algorithm +
-                                              "': a rank in between does not know the size of what it forwards");
+      throw Error(Code::invalid_argument,
+                  "all_to_all with uneven counts runs 'pairwise', not '" + algorithm +
+                      "': a rank in between does not know the size of what it forwards");
     launch.program = program(call.collective, algorithm, call.root);
   } else if (!native) {
-    // A barrier across hosts is an all_reduce of nothing: every rank's hello must have reached every rank's program.
+    // A barrier across hosts is an all_reduce of nothing: every rank's hello must have reached
+    // every rank's program.
     Call nothing;
     nothing.collective = Collective::all_reduce;
     launch.program = program(Collective::all_reduce, choose(nothing, 0), 0);
   }
-  const std::string_view algorithm = launch.program ? std::string_view(launch.program->algorithm) : "native";
+  const std::string_view algorithm =
+      launch.program ? std::string_view(launch.program->algorithm) : "native";
   print.algorithm_hash = fnv1a(algorithm.data(), algorithm.size());
-  std::memcpy(print.algorithm, algorithm.data(), std::min(algorithm.size(), sizeof(print.algorithm)));
+  std::memcpy(print.algorithm, algorithm.data(),
+              std::min(algorithm.size(), sizeof(print.algorithm)));
 
   switch (call.collective) {
     case Collective::all_reduce:
@@ -157,14 +176,17 @@ Launch Group::bind(const Call& call) {
     case Collective::broadcast:
     case Collective::barrier:
       launch.input_nbytes = launch.output_nbytes = nbytes;
-      if (launch.program) launch.layout = Layout::cut(call.numel, element, launch.program->n_chunks);
+      if (launch.program)
+        launch.layout = Layout::cut(call.numel, element, launch.program->n_chunks);
       break;
     case Collective::reduce_scatter:
     case Collective::scatter:
     case Collective::all_gather:
     case Collective::gather: {
-      const bool whole_input = call.collective == Collective::reduce_scatter || call.collective == Collective::scatter;
-      const uint64_t piece = uneven ? call.counts[static_cast<size_t>(rank_)] * element : nbytes / static_cast<uint64_t>(size_);
+      const bool whole_input =
+          call.collective == Collective::reduce_scatter || call.collective == Collective::scatter;
+      const uint64_t piece = uneven ? call.counts[static_cast<size_t>(rank_)] * element
+                                    : nbytes / static_cast<uint64_t>(size_);
       launch.input_nbytes = whole_input ? nbytes : piece;
       launch.output_nbytes = whole_input ? piece : nbytes;
       if (launch.program) {
@@ -197,19 +219,23 @@ std::shared_ptr<Work> Group::start(const Call& call, std::shared_ptr<void> keep_
 }
 
 std::shared_ptr<Work> Group::send(const void* data, uint64_t nbytes, int peer, int64_t tag,
-                                  std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive) {
+                                  std::optional<std::chrono::milliseconds> timeout,
+                                  std::shared_ptr<void> keep_alive) {
   if (peer < 0 || peer >= size_ || peer == rank_)
-    throw Error(Code::invalid_argument, "send in group '" + name_ + "': rank " + std::to_string(rank_) +
-                                            " cannot send to rank " + std::to_string(peer) + " in a group of " +
+    throw Error(Code::invalid_argument, "send in group '" + name_ + "': rank " +
+                                            std::to_string(rank_) + " cannot send to rank " +
+                                            std::to_string(peer) + " in a group of " +
                                             std::to_string(size_));
   return engine_->send(data, nbytes, peer, tag, deadline(timeout), std::move(keep_alive));
 }
 
 std::shared_ptr<Work> Group::recv(void* data, uint64_t nbytes, int peer, int64_t tag,
-                                  std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive) {
+                                  std::optional<std::chrono::milliseconds> timeout,
+                                  std::shared_ptr<void> keep_alive) {
   if (peer < -1 || peer >= size_ || peer == rank_)
-    throw Error(Code::invalid_argument, "recv in group '" + name_ + "': rank " + std::to_string(rank_) +
-                                            " cannot receive from rank " + std::to_string(peer) + " in a group of " +
+    throw Error(Code::invalid_argument, "recv in group '" + name_ + "': rank " +
+                                            std::to_string(rank_) + " cannot receive from rank " +
+                                            std::to_string(peer) + " in a group of " +
                                             std::to_string(size_));
   return engine_->recv(data, nbytes, peer, tag, deadline(timeout), std::move(keep_alive));
 }

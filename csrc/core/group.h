@@ -1,6 +1,6 @@
-// Group: one rank's membership in a set of ranks. It checks a call's arguments, finds the program (asked from Python once per
-// collective, algorithm and root, then kept), binds it to memory and hands it to the engine.
-// Thread safety: all members.
+// Group: one rank's membership in a set of ranks. It checks a call's arguments, finds the program
+// (asked from Python once per collective, algorithm and root, then kept), binds it to memory and
+// hands it to the engine. Thread safety: all members.
 #pragma once
 
 #include <functional>
@@ -23,17 +23,21 @@ struct Call {
   DType dtype = DType::bytes;
   ReduceOp op = ReduceOp::sum;
   int root = 0;
-  const void* input = nullptr;  // nullptr: this rank gives nothing (broadcast and scatter away from the root)
-  void* output = nullptr;       // nullptr: this rank gets nothing
-  uint64_t numel = 0;           // elements of the whole tensor: the larger of what goes in and what comes out
-  std::vector<uint64_t> counts;       // pieces' elements where they are uneven; all ranks give the same. all_to_all: what this
+  const void* input =
+      nullptr;  // nullptr: this rank gives nothing (broadcast and scatter away from the root)
+  void* output = nullptr;  // nullptr: this rank gets nothing
+  uint64_t numel =
+      0;  // elements of the whole tensor: the larger of what goes in and what comes out
+  std::vector<uint64_t> counts;  // pieces' elements where they are uneven; all ranks give the same.
+                                 // all_to_all: what this
   std::vector<uint64_t> recv_counts;  // rank sends to each, and receives from each
   std::string algorithm;              // empty: the choice table decides
   std::optional<std::chrono::milliseconds> timeout;
-  std::function<void()> finish;       // run when the output stands, before the call counts as done
+  std::function<void()> finish;  // run when the output stands, before the call counts as done
 };
 
-// What Python plans. Called without the group's locks, at most once per key; deterministic, so every rank gets the same.
+// What Python plans. Called without the group's locks, at most once per key; deterministic, so
+// every rank gets the same.
 struct Planner {
   // ((max_nbytes, algorithm), ...), ascending; the last has UINT64_MAX.
   std::function<std::vector<std::pair<uint64_t, std::string>>(Collective, int root)> choices;
@@ -56,9 +60,11 @@ class Group {
   void run(const Call& call);
   std::shared_ptr<Work> start(const Call& call, std::shared_ptr<void> keep_alive);
   std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
-                             std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive);
+                             std::optional<std::chrono::milliseconds> timeout,
+                             std::shared_ptr<void> keep_alive);
   std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
-                             std::optional<std::chrono::milliseconds> timeout, std::shared_ptr<void> keep_alive);
+                             std::optional<std::chrono::milliseconds> timeout,
+                             std::shared_ptr<void> keep_alive);
 
  private:
   struct Choices {

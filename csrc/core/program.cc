@@ -11,18 +11,22 @@ void Program::finish() {
   n_rounds = 0;
   for (size_t i = 0; i < steps.size(); ++i) {
     const Step& step = steps[i];
-    const std::string where = "step " + std::to_string(i) + " of " + name_of(collective) + " '" + algorithm + "'";
+    const std::string where =
+        "step " + std::to_string(i) + " of " + name_of(collective) + " '" + algorithm + "'";
     PYCOMM_CHECK(step.chunk >= 0 && step.chunk < n_chunks, where);
     PYCOMM_CHECK(step.scratch_slot < n_scratch, where);
     PYCOMM_CHECK(step.dep_begin >= 0 && step.dep_count >= 0 &&
-                     static_cast<size_t>(step.dep_begin) + static_cast<size_t>(step.dep_count) <= deps.size(),
+                     static_cast<size_t>(step.dep_begin) + static_cast<size_t>(step.dep_count) <=
+                         deps.size(),
                  where);
     for (int32_t d = 0; d < step.dep_count; ++d) {
       const int32_t dep = deps[step.dep_begin + d];
-      PYCOMM_CHECK(dep >= 0 && dep < static_cast<int32_t>(i) && steps[dep].chunk == step.chunk, where);
+      PYCOMM_CHECK(dep >= 0 && dep < static_cast<int32_t>(i) && steps[dep].chunk == step.chunk,
+                   where);
     }
     const bool reads = step.kind != StepKind::recv, writes = step.kind != StepKind::send;
-    const bool scratch = (reads && step.source == Buffer::scratch) || (writes && step.destination == Buffer::scratch);
+    const bool scratch = (reads && step.source == Buffer::scratch) ||
+                         (writes && step.destination == Buffer::scratch);
     PYCOMM_CHECK(!scratch || step.scratch_slot >= 0, where);
     n_rounds = std::max(n_rounds, step.round + 1);
     const auto index = static_cast<int32_t>(i);
@@ -51,7 +55,8 @@ Layout Layout::cut(uint64_t numel, size_t element_bytes, int n_chunks) {
   Layout layout;
   const auto k = static_cast<uint64_t>(n_chunks);
   layout.starts_.resize(k + 1);
-  for (uint64_t i = 0; i <= k; ++i) layout.starts_[i] = (numel / k * i + std::min(i, numel % k)) * element_bytes;
+  for (uint64_t i = 0; i <= k; ++i)
+    layout.starts_[i] = (numel / k * i + std::min(i, numel % k)) * element_bytes;
   layout.max_nbytes_ = layout.starts_[1];
   return layout;
 }
@@ -67,8 +72,8 @@ uint64_t largest(const std::vector<uint64_t>& counts) {
 }
 }  // namespace
 
-Layout Layout::pieces(const std::vector<uint64_t>& counts, size_t element_bytes, int rank, bool whole_input,
-                      bool whole_output) {
+Layout Layout::pieces(const std::vector<uint64_t>& counts, size_t element_bytes, int rank,
+                      bool whole_input, bool whole_output) {
   Layout layout;
   layout.starts_ = prefix_sums(counts, element_bytes);
   layout.max_nbytes_ = largest(counts) * element_bytes;
@@ -78,8 +83,8 @@ Layout Layout::pieces(const std::vector<uint64_t>& counts, size_t element_bytes,
   return layout;
 }
 
-Layout Layout::exchange(const std::vector<uint64_t>& send_counts, const std::vector<uint64_t>& recv_counts,
-                        size_t element_bytes, int rank) {
+Layout Layout::exchange(const std::vector<uint64_t>& send_counts,
+                        const std::vector<uint64_t>& recv_counts, size_t element_bytes, int rank) {
   Layout layout;
   layout.starts_ = prefix_sums(send_counts, element_bytes);
   layout.ends_ = prefix_sums(recv_counts, element_bytes);

@@ -1,6 +1,6 @@
-// Program: what one rank does in a collective; made by pycomm/project.py, whose two arrays have this very layout.
-// Chunk ids only: buffers, byte bounds, dtype and op bind at launch (Layout), so one program serves every size.
-// Immutable once installed; shared by every launch.
+// Program: what one rank does in a collective; made by pycomm/project.py, whose two arrays have
+// this very layout. Chunk ids only: buffers, byte bounds, dtype and op bind at launch (Layout), so
+// one program serves every size. Immutable once installed; shared by every launch.
 #pragma once
 
 #include <cstddef>
@@ -18,20 +18,23 @@ enum class Buffer : uint8_t { input, output, scratch };
 
 struct Step {
   StepKind kind;
-  Buffer source;       // what a send reads; what recv_reduce combines the incoming bytes with; what a copy reads
+  Buffer source;  // what a send reads; what recv_reduce combines the incoming bytes with; what a
+                  // copy reads
   Buffer destination;  // what a recv, recv_reduce or copy writes
   uint8_t pad;
   int32_t peer;
   int32_t chunk;
   int32_t scratch_slot;
   int32_t round;
-  int32_t dep_begin;  // deps[dep_begin, dep_begin + dep_count): earlier steps on this chunk whose bytes this one stays behind
+  int32_t dep_begin;  // deps[dep_begin, dep_begin + dep_count): earlier steps on this chunk whose
+                      // bytes this one stays behind
   int32_t dep_count;
   int32_t call;
 };
 static_assert(sizeof(Step) == 32, "pycomm/project.py writes 32-byte steps");
 
-// What one peer and this rank exchange: indices into Program::steps, in the order both sides follow.
+// What one peer and this rank exchange: indices into Program::steps, in the order both sides
+// follow.
 struct PeerSteps {
   int peer;
   std::vector<int32_t> sends;
@@ -57,17 +60,22 @@ struct Program {
   void finish();
 };
 
-// Where each chunk of one launch lies, in bytes. Chunks of a cut tensor differ by at most one element; `counts` cut it as told.
+// Where each chunk of one launch lies, in bytes. Chunks of a cut tensor differ by at most one
+// element; `counts` cut it as told.
 class Layout {
  public:
-  // all_reduce, reduce, broadcast: n_chunks near-equal pieces of numel elements, input and output indexed alike.
+  // all_reduce, reduce, broadcast: n_chunks near-equal pieces of numel elements, input and output
+  // indexed alike.
   static Layout cut(uint64_t numel, size_t element_bytes, int n_chunks);
-  // reduce_scatter, all_gather, gather, scatter: counts[i] elements belong to rank i. `whole_input`: the input holds all pieces
-  // (reduce_scatter, scatter), else only this rank's; `whole_output` likewise (all_gather, gather).
-  static Layout pieces(const std::vector<uint64_t>& counts, size_t element_bytes, int rank, bool whole_input, bool whole_output);
-  // all_to_all: chunk i*n+j goes from i to j. Chunks in transit (i, j != rank) are taken to be as large as transit_bytes.
-  static Layout exchange(const std::vector<uint64_t>& send_counts, const std::vector<uint64_t>& recv_counts,
-                         size_t element_bytes, int rank);
+  // reduce_scatter, all_gather, gather, scatter: counts[i] elements belong to rank i.
+  // `whole_input`: the input holds all pieces (reduce_scatter, scatter), else only this rank's;
+  // `whole_output` likewise (all_gather, gather).
+  static Layout pieces(const std::vector<uint64_t>& counts, size_t element_bytes, int rank,
+                       bool whole_input, bool whole_output);
+  // all_to_all: chunk i*n+j goes from i to j. Chunks in transit (i, j != rank) are taken to be as
+  // large as transit_bytes.
+  static Layout exchange(const std::vector<uint64_t>& send_counts,
+                         const std::vector<uint64_t>& recv_counts, size_t element_bytes, int rank);
 
   uint64_t nbytes(int chunk) const {
     if (n_ == 0) return starts_[chunk + 1] - starts_[chunk];
@@ -76,13 +84,18 @@ class Layout {
     if (to == rank_) return ends_[from + 1] - ends_[from];
     return transit_bytes_;
   }
-  uint64_t input_offset(int chunk) const { return n_ ? starts_[chunk % n_] : whole_input_ ? starts_[chunk] : 0; }
-  uint64_t output_offset(int chunk) const { return n_ ? ends_[chunk / n_] : whole_output_ ? starts_[chunk] : 0; }
+  uint64_t input_offset(int chunk) const {
+    return n_ ? starts_[chunk % n_] : whole_input_ ? starts_[chunk] : 0;
+  }
+  uint64_t output_offset(int chunk) const {
+    return n_ ? ends_[chunk / n_] : whole_output_ ? starts_[chunk] : 0;
+  }
   uint64_t max_nbytes() const { return max_nbytes_; }
 
  private:
-  std::vector<uint64_t> starts_;  // prefix sums of what is cut (all_to_all: of what this rank sends)
-  std::vector<uint64_t> ends_;    // all_to_all: prefix sums of what this rank receives
+  std::vector<uint64_t>
+      starts_;                  // prefix sums of what is cut (all_to_all: of what this rank sends)
+  std::vector<uint64_t> ends_;  // all_to_all: prefix sums of what this rank receives
   uint64_t max_nbytes_ = 0;
   uint64_t transit_bytes_ = 0;
   int n_ = 0;  // all_to_all: ranks

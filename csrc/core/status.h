@@ -1,5 +1,6 @@
-// Status: what went wrong in the world (a peer, a link, an argument), as a code that Python maps to one exception class and a
-// message that names the fact, both sides and what to do. Thrown as Error; an engine stores it and hands it to every waiter.
+// Status: what went wrong in the world (a peer, a link, an argument), as a code that Python maps to
+// one exception class and a message that names the fact, both sides and what to do. Thrown as
+// Error; an engine stores it and hands it to every waiter.
 #pragma once
 
 #include <stdexcept>
@@ -38,8 +39,9 @@ class Error : public std::runtime_error {
 }  // namespace pycomm
 
 // For our own bugs: what must hold whatever the world does.
-#define PYCOMM_CHECK(condition, text)                                                                    \
-  do {                                                                                                   \
-    if (!(condition)) [[unlikely]]                                                                       \
-      throw ::pycomm::Error(::pycomm::Code::internal, std::string(__FILE__) + ": " #condition ": " + (text)); \
+#define PYCOMM_CHECK(condition, text)                                               \
+  do {                                                                              \
+    if (!(condition)) [[unlikely]]                                                  \
+      throw ::pycomm::Error(::pycomm::Code::internal,                               \
+                            std::string(__FILE__) + ": " #condition ": " + (text)); \
   } while (0)

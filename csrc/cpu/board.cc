@@ -24,7 +24,11 @@ bool contributes(const Fingerprint& print, int rank) {
 }  // namespace
 
 Board::Board(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank)
-    : segment_(segment), endpoint_(endpoint), ranks_(ranks), rank_(rank), n_(static_cast<int>(ranks.size())) {}
+    : segment_(segment),
+      endpoint_(endpoint),
+      ranks_(ranks),
+      rank_(rank),
+      n_(static_cast<int>(ranks.size())) {}
 
 const std::byte* Board::contribution(int rank, uint64_t nbytes) const {
   const BoardEntry& entry = segment_.board(rank);
@@ -36,9 +40,11 @@ void Board::begin(const Launch& launch) {
   seen_ = 0;
   BoardLine& line = segment_.board(rank_).lines[sequence_ & 1];
   if (contributes(launch.fingerprint, rank_) && launch.input_nbytes > 0)
-    std::memcpy(const_cast<std::byte*>(contribution(rank_, launch.input_nbytes)), launch.input, launch.input_nbytes);
+    std::memcpy(const_cast<std::byte*>(contribution(rank_, launch.input_nbytes)), launch.input,
+                launch.input_nbytes);
   line.hash = launch.fingerprint.hash();
-  line.sequence.store(sequence_, std::memory_order_release);  // publishes hash and payload; pairs with advance()
+  line.sequence.store(
+      sequence_, std::memory_order_release);  // publishes hash and payload; pairs with advance()
   for (int i = 0; i < n_; ++i)
     if (i != rank_) endpoint_.ring(ranks_[static_cast<size_t>(i)]);
 }
@@ -53,7 +59,8 @@ bool Board::advance(const Launch& launch, bool* moved) {
     if (line.hash == launch.fingerprint.hash()) continue;
     Fingerprint theirs;
     theirs.rank = seen_;
-    // Written before its line was published, unless it is an older native call: then its own look finds ours.
+    // Written before its line was published, unless it is an older native call: then its own look
+    // finds ours.
     if (!read_announcement(entry, launch.fingerprint.sequence, &theirs)) return false;
     throw Error(Code::mismatch, describe_mismatch(launch.fingerprint, theirs));
   }
@@ -71,7 +78,8 @@ void Board::finish(const Launch& launch) const {
     if (nbytes == 0) return;
     const std::byte* first = contribution(0, in_bytes) + offset;
     for (int i = 1; i < n_; ++i, first = dst)
-      reduce(dst, first, contribution(i, in_bytes) + offset, nbytes / element, launch.dtype, launch.op);
+      reduce(dst, first, contribution(i, in_bytes) + offset, nbytes / element, launch.dtype,
+             launch.op);
     if (launch.op == ReduceOp::avg) divide(dst, nbytes / element, launch.dtype, n_);
   };
   const auto copy = [](std::byte* dst, const std::byte* src, uint64_t nbytes) {
@@ -90,12 +98,15 @@ void Board::finish(const Launch& launch) const {
     case Collective::reduce_scatter:
       return combine(out, me * out_bytes, out_bytes);
     case Collective::scatter:
-      return copy(out, contribution(print.root, out_bytes * static_cast<uint64_t>(n_)) + me * out_bytes, out_bytes);
+      return copy(out,
+                  contribution(print.root, out_bytes * static_cast<uint64_t>(n_)) + me * out_bytes,
+                  out_bytes);
     case Collective::gather:
       if (rank_ != print.root) return;
       [[fallthrough]];
     case Collective::all_gather:
-      for (int i = 0; i < n_; ++i) copy(out + static_cast<uint64_t>(i) * in_bytes, contribution(i, in_bytes), in_bytes);
+      for (int i = 0; i < n_; ++i)
+        copy(out + static_cast<uint64_t>(i) * in_bytes, contribution(i, in_bytes), in_bytes);
       return;
     case Collective::all_to_all: {
       const uint64_t piece = in_bytes / static_cast<uint64_t>(n_);
@@ -111,12 +122,14 @@ void Board::finish(const Launch& launch) const {
 std::vector<int> Board::blocked_on() const {
   std::vector<int> ranks;
   for (int i = seen_; i < n_; ++i)
-    if (i != rank_ && segment_.board(i).lines[sequence_ & 1].sequence.load(std::memory_order_acquire) != sequence_)
+    if (i != rank_ && segment_.board(i).lines[sequence_ & 1].sequence.load(
+                          std::memory_order_acquire) != sequence_)
       ranks.push_back(i);
   return ranks;
 }
 
-// A sequence lock (Boehm, "Can seqlocks get along with programming language memory models?", MSPC 2012).
+// A sequence lock (Boehm, "Can seqlocks get along with programming language memory models?", MSPC
+// 2012).
 void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
   Announcement& at = entry.announcements[fingerprint.sequence & 1];
   uint64_t words[sizeof(Fingerprint) / sizeof(uint64_t)];
@@ -124,7 +137,8 @@ void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
   const uint64_t version = at.version.load(std::memory_order_relaxed);
   at.version.store(version + 1, std::memory_order_relaxed);
   // release: a reader that sees one of these words sees the odd version too, and gives up
-  for (size_t i = 0; i < std::size(words); ++i) at.words[i].store(words[i], std::memory_order_release);
+  for (size_t i = 0; i < std::size(words); ++i)
+    at.words[i].store(words[i], std::memory_order_release);
   at.version.store(version + 2, std::memory_order_release);
 }
 
@@ -132,8 +146,10 @@ bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* 
   const Announcement& at = entry.announcements[sequence & 1];
   uint64_t words[sizeof(Fingerprint) / sizeof(uint64_t)];
   const uint64_t before = at.version.load(std::memory_order_acquire);
-  for (size_t i = 0; i < std::size(words); ++i) words[i] = at.words[i].load(std::memory_order_acquire);
-  if (before == 0 || (before & 1) != 0 || at.version.load(std::memory_order_relaxed) != before) return false;
+  for (size_t i = 0; i < std::size(words); ++i)
+    words[i] = at.words[i].load(std::memory_order_acquire);
+  if (before == 0 || (before & 1) != 0 || at.version.load(std::memory_order_relaxed) != before)
+    return false;
   Fingerprint copy;
   std::memcpy(&copy, words, sizeof(copy));
   if (copy.sequence != sequence) return false;

@@ -1,9 +1,9 @@
-// Board: native collectives of one host for small messages. Each rank puts its contribution beside a flag, waits for every flag, and
-// takes what it needs: one cache line moves per rank for up to 48 bytes. Every rank ends with the same bits: contributions are
-// combined in rank order.
+// Board: native collectives of one host for small messages. Each rank puts its contribution beside
+// a flag, waits for every flag, and takes what it needs: one cache line moves per rank for up to 48
+// bytes. Every rank ends with the same bits: contributions are combined in rank order.
 //
-// Two slots per rank, used in turn, are enough: a rank writes slot k mod 2 for collective k+2 only after it finished k+1, for which
-// every rank had published k+1, hence had finished reading k.
+// Two slots per rank, used in turn, are enough: a rank writes slot k mod 2 for collective k+2 only
+// after it finished k+1, for which every rank had published k+1, hence had finished reading k.
 #pragma once
 
 #include <vector>
@@ -17,7 +17,8 @@ namespace pycomm::cpu {
 class Board {
  public:
   Board(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank);
-  // Publishes this rank's contribution to launch. REQUIRES: at most kBoardBytes; the previous one is done.
+  // Publishes this rank's contribution to launch. REQUIRES: at most kBoardBytes; the previous one
+  // is done.
   void begin(const Launch& launch);
   // True once the result is in launch.output. `moved` is set when a rank was newly seen.
   // Throws Error(mismatch) where a rank published another call.
@@ -37,7 +38,8 @@ class Board {
   int seen_ = 0;  // ranks below it are in, this one counted
 };
 
-// The latest announcement of a rank of this host for collective `sequence`; false where it has not entered it (or left it).
+// The latest announcement of a rank of this host for collective `sequence`; false where it has not
+// entered it (or left it).
 bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* out);
 void announce(BoardEntry& entry, const Fingerprint& fingerprint);
 

@@ -21,7 +21,7 @@ namespace pycomm::cpu {
 namespace {
 
 std::string namespace_id(const char* kind) {
-  struct stat info {};
+  struct stat info{};
   if (::stat((std::string("/proc/self/ns/") + kind).c_str(), &info) != 0) return "?";
   return std::to_string(info.st_ino);
 }
@@ -49,14 +49,20 @@ Member describe_self(const EndpointOptions& options, int port) {
   self.port = port;
   char name[256] = {};
   ::gethostname(name, sizeof(name) - 1);
-  self.host = options.host_id.empty() ? std::string(name) + "-" + short_hash(self.machine) : options.host_id;
+  self.host = options.host_id.empty() ? std::string(name) + "-" + short_hash(self.machine)
+                                      : options.host_id;
   return self;
 }
 
 std::string pack(const Member& member) {
   std::ostringstream out;
-  out << member.host << '\n' << member.machine << '\n' << member.boot_id << '\n' << member.pid_namespace << '\n'
-      << member.pid << '\n' << member.address << '\n' << member.port << '\n';
+  out << member.host << '\n'
+      << member.machine << '\n'
+      << member.boot_id << '\n'
+      << member.pid_namespace << '\n'
+      << member.pid << '\n'
+      << member.address << '\n'
+      << member.port << '\n';
   return out.str();
 }
 
@@ -70,7 +76,8 @@ Member unpack(const std::string& text) {
   std::getline(in, member.pid_namespace);
   std::getline(in, pid);
   std::getline(in, member.address);
-  if (!std::getline(in, port)) throw Error(Code::internal, "a rank published a member entry that cannot be read");
+  if (!std::getline(in, port))
+    throw Error(Code::internal, "a rank published a member entry that cannot be read");
   member.pid = std::stoi(pid);
   member.port = std::stoi(port);
   return member;
@@ -84,7 +91,8 @@ int usable_cores() {
 
 }  // namespace
 
-std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size, const EndpointOptions& options) {
+std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size,
+                                           const EndpointOptions& options) {
   if (options.host_id.find('\n') != std::string::npos)
     throw Error(Code::invalid_argument, "a host id cannot hold a line break");
   std::shared_ptr<Endpoint> self(new Endpoint());
@@ -94,14 +102,16 @@ std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size, con
     const uint64_t words[2] = {random_u64(), random_u64()};
     store.set("secret", std::string(reinterpret_cast<const char*>(words), sizeof(words)));
   }
-  store.set("member/" + std::to_string(rank), pack(describe_self(options, self->listener_->port())));
+  store.set("member/" + std::to_string(rank),
+            pack(describe_self(options, self->listener_->port())));
   std::vector<std::string> keys{"secret"};
   for (int i = 0; i < size; ++i) keys.push_back("member/" + std::to_string(i));
   const auto values = store.get_all(keys, options.timeout);
   PYCOMM_CHECK(values[0].size() == sizeof(Secret), "the job's secret has another size");
   std::memcpy(self->secret_.data(), values[0].data(), sizeof(Secret));
   self->listener_->set_secret(self->secret_);
-  for (int i = 0; i < size; ++i) self->members_.push_back(unpack(values[static_cast<size_t>(i) + 1]));
+  for (int i = 0; i < size; ++i)
+    self->members_.push_back(unpack(values[static_cast<size_t>(i) + 1]));
 
   const Member& me = self->member(rank);
   int on_machine = 0;
@@ -110,10 +120,11 @@ std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size, con
     on_machine += other.boot_id == me.boot_id;
     const bool local = other.host == me.host;
     if (local && other.machine != me.machine)
-      throw Error(Code::invalid_argument,
-                  "ranks " + std::to_string(rank) + " and " + std::to_string(i) + " both say host '" + me.host +
-                      "' but run on different machines or network namespaces, which cannot share memory; give them "
-                      "different PYCOMM_HOST_ID, or unset it");
+      throw Error(Code::invalid_argument, "ranks " + std::to_string(rank) + " and " +
+                                              std::to_string(i) + " both say host '" + me.host +
+                                              "' but run on different machines or network "
+                                              "namespaces, which cannot share memory; give them "
+                                              "different PYCOMM_HOST_ID, or unset it");
     self->local_index_.push_back(local ? static_cast<int>(self->local_ranks_.size()) : -1);
     if (local) self->local_ranks_.push_back(i);
   }
@@ -129,15 +140,18 @@ void Endpoint::share_host(Store& store, std::chrono::milliseconds timeout) {
   const int index = local_index_[static_cast<size_t>(rank_)];
   const size_t nbytes = sizeof(Sleeper) * static_cast<size_t>(n_local);
   UniqueFd doorbell(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-  if (!doorbell) throw_errno(Code::internal, "eventfd (is the limit on open files reached? see ulimit -n)");
+  if (!doorbell)
+    throw_errno(Code::internal, "eventfd (is the limit on open files reached? see ulimit -n)");
   std::vector<int> mine{doorbell.get()};
   UniqueFd memory;
   if (index == 0) {
     memory = make_memfd("pycomm-host", nbytes);
     mine.push_back(memory.get());
   }
-  auto fds = exchange_fds(store, "host/" + std::to_string(local_ranks_[0]), index, n_local, mine, timeout);
-  PYCOMM_CHECK(fds.size() == static_cast<size_t>(n_local) + 1, "one doorbell per rank, and the host's page");
+  auto fds =
+      exchange_fds(store, "host/" + std::to_string(local_ranks_[0]), index, n_local, mine, timeout);
+  PYCOMM_CHECK(fds.size() == static_cast<size_t>(n_local) + 1,
+               "one doorbell per rank, and the host's page");
   host_page_ = map_shared(fds[1].get(), nbytes);
   fds.erase(fds.begin() + 1);
   doorbells_ = std::move(fds);
@@ -155,12 +169,15 @@ Endpoint::Sleeper& Endpoint::sleeper(int rank) const {
 }
 
 void Endpoint::ring(int rank) {
-  // Orders the caller's publication before this look at the sleeper; pairs with the fence in prepare_sleep().
+  // Orders the caller's publication before this look at the sleeper; pairs with the fence in
+  // prepare_sleep().
   full_fence();
   if (sleeper(rank).sleepers.load(std::memory_order_relaxed) == 0) return;
   const uint64_t one = 1;
   // A full counter (EAGAIN) has been rung already.
-  [[maybe_unused]] const auto n = ::write(doorbells_[static_cast<size_t>(local_index_[static_cast<size_t>(rank)])].get(), &one, sizeof(one));
+  [[maybe_unused]] const auto n =
+      ::write(doorbells_[static_cast<size_t>(local_index_[static_cast<size_t>(rank)])].get(), &one,
+              sizeof(one));
 }
 
 void Endpoint::prepare_sleep() {

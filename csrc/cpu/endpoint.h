@@ -1,6 +1,6 @@
-// Endpoint: one rank's place in a job: who the other ranks are, which share its host, how to wake them, how to see them end, and
-// where other hosts connect. Made once with the first group; sub-groups share it.
-// Thread safety: all members.
+// Endpoint: one rank's place in a job: who the other ranks are, which share its host, how to wake
+// them, how to see them end, and where other hosts connect. Made once with the first group;
+// sub-groups share it. Thread safety: all members.
 #pragma once
 
 #include <atomic>
@@ -36,8 +36,10 @@ struct EndpointOptions {
 class Endpoint {
  public:
   // Collective over all `size` ranks of the store.
-  // Errors: Error(timeout) naming a rank that did not come; Error(invalid_argument) where labels contradict the machines.
-  static std::shared_ptr<Endpoint> create(Store& store, int rank, int size, const EndpointOptions& options);
+  // Errors: Error(timeout) naming a rank that did not come; Error(invalid_argument) where labels
+  // contradict the machines.
+  static std::shared_ptr<Endpoint> create(Store& store, int rank, int size,
+                                          const EndpointOptions& options);
   ~Endpoint();
 
   int rank() const { return rank_; }
@@ -51,9 +53,11 @@ class Endpoint {
   // Wakes `rank` of this host if it sleeps. Call after publishing what it may wait for.
   void ring(int rank);
   void ring_self() { ring(rank_); }
-  // Announces that this rank is about to sleep; what is published after it is followed by ring(). Re-check, then sleep().
+  // Announces that this rank is about to sleep; what is published after it is followed by ring().
+  // Re-check, then sleep().
   void prepare_sleep();
-  // Sleeps until rung, a socket is readable, a local rank ended, or the time is over. Ends prepare_sleep().
+  // Sleeps until rung, a socket is readable, a local rank ended, or the time is over. Ends
+  // prepare_sleep().
   void sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit);
   // Whether the process of a rank of this host has ended.
   bool ended(int rank) const;
@@ -75,7 +79,7 @@ class Endpoint {
   std::vector<int> local_index_;  // by rank; -1 on other hosts
   bool oversubscribed_ = false;
   Secret secret_{};
-  Mapping host_page_;               // a Sleeper per local rank
+  Mapping host_page_;                // a Sleeper per local rank
   std::vector<UniqueFd> doorbells_;  // eventfd per local rank
   std::vector<UniqueFd> processes_;  // pidfd per local rank; none for ranks of this process
   std::unique_ptr<TcpListener> listener_;

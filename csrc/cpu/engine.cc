@@ -14,9 +14,12 @@ namespace {
 constexpr auto kForever = std::chrono::milliseconds(std::chrono::hours(24 * 365));
 constexpr uint64_t kTileBytes = 128 * 1024;
 constexpr auto kAskStore = std::chrono::milliseconds(250);
-constexpr auto kStorePatience = std::chrono::milliseconds(200);  // for the store's answer, where it matters
-constexpr auto kGrace = std::chrono::milliseconds(50);  // after a broken link: the reason is on its way from a rank of this host
-constexpr auto kNap = std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
+constexpr auto kStorePatience =
+    std::chrono::milliseconds(200);  // for the store's answer, where it matters
+constexpr auto kGrace = std::chrono::milliseconds(
+    50);  // after a broken link: the reason is on its way from a rank of this host
+constexpr auto kNap =
+    std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
 
 const std::string kBroken = "group/broken";
 
@@ -29,7 +32,8 @@ std::string seconds_text(Clock::duration duration) {
 // A started operation, for whoever holds on to it. Keeps the engine alive, not the group open.
 class CpuWork final : public Work {
  public:
-  CpuWork(std::shared_ptr<CpuEngine> engine, std::shared_ptr<Op> op) : engine_(std::move(engine)), op_(std::move(op)) {}
+  CpuWork(std::shared_ptr<CpuEngine> engine, std::shared_ptr<Op> op)
+      : engine_(std::move(engine)), op_(std::move(op)) {}
   void wait(std::chrono::milliseconds timeout) override {
     engine_->wait_for(*op_, timeout);
     if (!op_->status.ok()) throw Error(op_->status);
@@ -40,7 +44,9 @@ class CpuWork final : public Work {
     return op_->done() ? std::chrono::duration<double>(op_->ended - op_->started).count() : 0;
   }
   int source() const override { return op_->done() ? op_->source : -1; }
-  void on_done(std::function<void()> callback) override { engine_->set_callback(*op_, std::move(callback)); }
+  void on_done(std::function<void()> callback) override {
+    engine_->set_callback(*op_, std::move(callback));
+  }
 
  private:
   const std::shared_ptr<CpuEngine> engine_;
@@ -49,17 +55,23 @@ class CpuWork final : public Work {
 
 }  // namespace
 
-CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name, std::vector<int> ranks)
+CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store,
+                     std::string name, std::vector<int> ranks)
     : endpoint_(std::move(endpoint)),
       store_word_(std::move(store)),
       name_(std::move(name)),
       ranks_(std::move(ranks)),
-      rank_(static_cast<int>(std::find(ranks_.begin(), ranks_.end(), endpoint_->rank()) - ranks_.begin())),
-      segment_(static_cast<int>(std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
+      rank_(static_cast<int>(std::find(ranks_.begin(), ranks_.end(), endpoint_->rank()) -
+                             ranks_.begin())),
+      segment_(static_cast<int>(
+          std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
       board_(segment_, *endpoint_, ranks_, rank_),
       messages_(
-          static_cast<int>(ranks_.size()), rank_, [this](int peer) -> Channel& { return channel(peer, kMessageLane); },
-          [this](const std::shared_ptr<MessageOp>& op, Status status) { finish(*op, std::move(status)); }) {
+          static_cast<int>(ranks_.size()), rank_,
+          [this](int peer) -> Channel& { return channel(peer, kMessageLane); },
+          [this](const std::shared_ptr<MessageOp>& op, Status status) {
+            finish(*op, std::move(status));
+          }) {
   for (const int rank : ranks_) {
     const bool here = endpoint_->local(rank);
     local_index_.push_back(here ? static_cast<int>(local_ranks_.size()) : -1);
@@ -69,10 +81,12 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
   for (auto& lane : channels_) lane.resize(ranks_.size());
 }
 
-std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store,
-                                             const std::string& name, const std::vector<int>& ranks,
+std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
+                                             std::shared_ptr<Store> store, const std::string& name,
+                                             const std::vector<int>& ranks,
                                              std::chrono::milliseconds timeout) {
-  PYCOMM_CHECK(std::find(ranks.begin(), ranks.end(), endpoint->rank()) != ranks.end(), "this rank is not in the group");
+  PYCOMM_CHECK(std::find(ranks.begin(), ranks.end(), endpoint->rank()) != ranks.end(),
+               "this rank is not in the group");
   std::shared_ptr<CpuEngine> self(new CpuEngine(std::move(endpoint), store, name, ranks));
   if (self->rank_ == 0) store->set("group/id", std::to_string(random_u64()));
   const size_t nbytes = self->segment_.nbytes();
@@ -83,12 +97,14 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
     memory = make_memfd("pycomm-group", nbytes);
     mine.push_back(memory.get());
   }
-  const auto fds = exchange_fds(*store, "group/host/" + std::to_string(self->local_ranks_[0]), index,
-                                static_cast<int>(self->local_ranks_.size()), mine, timeout);
+  const auto fds = exchange_fds(*store, "group/host/" + std::to_string(self->local_ranks_[0]),
+                                index, static_cast<int>(self->local_ranks_.size()), mine, timeout);
   PYCOMM_CHECK(fds.size() == 1, "one segment per host");
   self->segment_.attach(map_shared(fds[0].get(), nbytes));
   self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
-  if (self->one_host_) self->store_word_.drop();  // the segment carries all there is to say; a store costs a connection
+  if (self->one_host_)
+    self->store_word_
+        .drop();  // the segment carries all there is to say; a store costs a connection
   return self;
 }
 
@@ -101,11 +117,13 @@ Channel& CpuEngine::channel(int peer, Lane lane) {
   if (slot) return *slot;
   const int to = ranks_[static_cast<size_t>(peer)];
   if (local(peer)) {
-    slot = std::make_unique<ShmChannel>(segment_, local_index_[static_cast<size_t>(rank_)],
-                                        local_index_[static_cast<size_t>(peer)], lane, *endpoint_, to);
+    slot =
+        std::make_unique<ShmChannel>(segment_, local_index_[static_cast<size_t>(rank_)],
+                                     local_index_[static_cast<size_t>(peer)], lane, *endpoint_, to);
   } else {
     const Member& member = endpoint_->member(to);
-    slot = std::make_unique<TcpChannel>(TcpPeer{id_, rank_, peer, member.host, member.address, member.port, lane}, *endpoint_);
+    slot = std::make_unique<TcpChannel>(
+        TcpPeer{id_, rank_, peer, member.host, member.address, member.port, lane}, *endpoint_);
   }
   return *slot;
 }
@@ -137,7 +155,8 @@ void CpuEngine::run(Launch launch) {
   op.launch = std::move(launch);
   {
     std::lock_guard lock(mutex_);
-    submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(), &op));  // on the stack: this call outlives it in the queue
+    submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(),
+                                         &op));  // on the stack: this call outlives it in the queue
   }
   wait_for(op, kForever);
   if (!op.status.ok()) throw Error(op.status);
@@ -159,8 +178,9 @@ std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep
   return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
 }
 
-std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, uint64_t nbytes, int peer, int64_t tag,
-                                                Clock::time_point deadline, std::shared_ptr<void> keep_alive) {
+std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, uint64_t nbytes,
+                                                int peer, int64_t tag, Clock::time_point deadline,
+                                                std::shared_ptr<void> keep_alive) {
   auto op = std::make_shared<MessageOp>();
   op->is_send = is_send;
   op->peer = peer;
@@ -185,14 +205,18 @@ std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, u
   return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
 }
 
-std::shared_ptr<Work> CpuEngine::send(const void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+std::shared_ptr<Work> CpuEngine::send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                                      Clock::time_point deadline,
                                       std::shared_ptr<void> keep_alive) {
-  return submit_message(true, static_cast<std::byte*>(const_cast<void*>(data)), nbytes, peer, tag, deadline, std::move(keep_alive));
+  return submit_message(true, static_cast<std::byte*>(const_cast<void*>(data)), nbytes, peer, tag,
+                        deadline, std::move(keep_alive));
 }
 
-std::shared_ptr<Work> CpuEngine::recv(void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
+std::shared_ptr<Work> CpuEngine::recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                                      Clock::time_point deadline,
                                       std::shared_ptr<void> keep_alive) {
-  return submit_message(false, static_cast<std::byte*>(data), nbytes, peer, tag, deadline, std::move(keep_alive));
+  return submit_message(false, static_cast<std::byte*>(data), nbytes, peer, tag, deadline,
+                        std::move(keep_alive));
 }
 
 // ---- progress ----
@@ -210,14 +234,16 @@ bool CpuEngine::advance_collectives() {
       if (launch.program != nullptr) {
         const bool tiled = one_host_ && launch.fingerprint.collective != Collective::all_to_all;
         interpreter_.begin(
-            launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); }, tiled ? kTileBytes : 0);
+            launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); },
+            tiled ? kTileBytes : 0);
       } else {
         board_.begin(launch);
         native_bytes_ += launch.input_nbytes;
       }
       moved = true;
     }
-    const bool done = launch.program != nullptr ? interpreter_.advance(launch, &moved) : board_.advance(launch, &moved);
+    const bool done = launch.program != nullptr ? interpreter_.advance(launch, &moved)
+                                                : board_.advance(launch, &moved);
     if (!done) break;
     if (launch.finish) launch.finish();
     const auto keep = queue_.front();
@@ -247,7 +273,8 @@ bool CpuEngine::drive() {
     }
     fail(why);
     return true;
-  } catch (const std::exception& error) {  // no memory: the queue must not outlive the caller's frame, nor a thread end here
+  } catch (const std::exception& error) {  // no memory: the queue must not outlive the caller's
+                                           // frame, nor a thread end here
     fail({Code::internal, error.what()});
     return true;
   }
@@ -256,17 +283,21 @@ bool CpuEngine::drive() {
 void CpuEngine::finish(Op& op, Status status) {
   op.status = std::move(status);
   op.ended = Clock::now();
-  if (op.state.load(std::memory_order_relaxed) == Op::running && --n_running_ == 0) busy_ += op.ended - running_since_;
+  if (op.state.load(std::memory_order_relaxed) == Op::running && --n_running_ == 0)
+    busy_ += op.ended - running_since_;
   ++n_ops_;
-  if (op.callback || op.keep_alive) {  // memory too is let go outside the lock: that may need the GIL
-    callbacks_.push_back([callback = std::move(op.callback), keep_alive = std::move(op.keep_alive)] {
-      if (callback) callback();
-    });
+  if (op.callback ||
+      op.keep_alive) {  // memory too is let go outside the lock: that may need the GIL
+    callbacks_.push_back(
+        [callback = std::move(op.callback), keep_alive = std::move(op.keep_alive)] {
+          if (callback) callback();
+        });
     has_callbacks_.store(true, std::memory_order_relaxed);
   }
   const bool background = op.background;
   if (background) background_.fetch_sub(1, std::memory_order_relaxed);
-  op.state.store(Op::finished, std::memory_order_release);  // publishes the result; the op may be gone after this
+  op.state.store(Op::finished,
+                 std::memory_order_release);  // publishes the result; the op may be gone after this
   if (background || waiters_.load(std::memory_order_relaxed) > 1) endpoint_->ring_self();
 }
 
@@ -298,7 +329,9 @@ void CpuEngine::run_callbacks() {
 void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
   // Where ranks outnumber cores, yielding is what lets the others answer: stay with it longer.
-  Waiter waiter(endpoint_->oversubscribed(), endpoint_->oversubscribed() ? std::chrono::microseconds(1000) : std::chrono::microseconds(150));
+  Waiter waiter(endpoint_->oversubscribed(), endpoint_->oversubscribed()
+                                                 ? std::chrono::microseconds(1000)
+                                                 : std::chrono::microseconds(150));
   waiters_.fetch_add(1, std::memory_order_relaxed);
   const auto round = [&](bool slow) {
     std::unique_lock lock(mutex_, std::try_to_lock);
@@ -336,11 +369,13 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   waiters_.fetch_sub(1, std::memory_order_relaxed);
   run_callbacks();
   // What this caller drove along the way is the progress thread's again.
-  if (background_.load(std::memory_order_relaxed) > 0) endpoint_->progress().add(shared_from_this());
+  if (background_.load(std::memory_order_relaxed) > 0)
+    endpoint_->progress().add(shared_from_this());
   if (late && !op.done())
-    throw Error(Code::timeout, "group '" + name_ + "': rank " + std::to_string(rank_) + " waited " +
-                                   seconds_text(Clock::now() - op.submitted) +
-                                   " for an operation that is still under way; wait again, or raise timeout_s");
+    throw Error(Code::timeout,
+                "group '" + name_ + "': rank " + std::to_string(rank_) + " waited " +
+                    seconds_text(Clock::now() - op.submitted) +
+                    " for an operation that is still under way; wait again, or raise timeout_s");
 }
 
 bool CpuEngine::drive_background() {
@@ -354,7 +389,8 @@ bool CpuEngine::drive_background() {
 }
 
 bool CpuEngine::has_background() {
-  return background_.load(std::memory_order_relaxed) > 0 && waiters_.load(std::memory_order_relaxed) == 0;
+  return background_.load(std::memory_order_relaxed) > 0 &&
+         waiters_.load(std::memory_order_relaxed) == 0;
 }
 
 void CpuEngine::check_background() {
@@ -385,7 +421,8 @@ void CpuEngine::look() {
     if (!one_host_ && (late != nullptr || now - asked_store_ >= kAskStore)) {
       const auto since = queue_.empty() ? Clock::time_point::max() : queue_.front()->submitted;
       asked_store_ = now;
-      if (late != nullptr || now - kAskStore >= std::min(since, messages_.waiting_since())) ask_about_remote_peers(late != nullptr);
+      if (late != nullptr || now - kAskStore >= std::min(since, messages_.waiting_since()))
+        ask_about_remote_peers(late != nullptr);
       if (!broken_.ok()) return;
     }
     Status cut;
@@ -393,9 +430,10 @@ void CpuEngine::look() {
     late = late_collective(now);
     if (late != nullptr) {
       const CollectiveOp* front = queue_.front().get();
-      throw Error(Code::timeout, late->launch.fingerprint.describe() +
-                                     (late == front ? "" : ", behind " + front->launch.fingerprint.describe()) + ": " +
-                                     describe_front_wait(now));
+      throw Error(Code::timeout,
+                  late->launch.fingerprint.describe() +
+                      (late == front ? "" : ", behind " + front->launch.fingerprint.describe()) +
+                      ": " + describe_front_wait(now));
     }
     look_for_lost_peers();
   } catch (const Error& error) {
@@ -417,7 +455,8 @@ const CollectiveOp* CpuEngine::late_collective(Clock::time_point now) {
   return nullptr;
 }
 
-// What shows only when asked for: ranks of other hosts that went, or broke the group, before a connection joined us.
+// What shows only when asked for: ranks of other hosts that went, or broke the group, before a
+// connection joined us.
 void CpuEngine::ask_about_remote_peers(bool last) {
   std::vector<std::pair<int, Lane>> needed;
   for (const int peer : messages_.blocked_on()) needed.emplace_back(peer, kMessageLane);
@@ -432,28 +471,33 @@ void CpuEngine::ask_about_remote_peers(bool last) {
     if (channel(peer, lane).joined()) continue;
     channel(peer, lane).probe();
     if (!store_word_.found(left(peer))) continue;
-    throw Error(Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " + std::to_string(peer) + " (" +
-                                     channel(peer, lane).describe() +
-                                     "), which closed the group. See that rank's output for why; the others must form a new group.");
+    throw Error(Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " +
+                                     std::to_string(peer) + " (" + channel(peer, lane).describe() +
+                                     "), which closed the group. See that rank's output for why; "
+                                     "the others must form a new group.");
   }
 }
 
 // Ranks that the running collective waits for.
 std::vector<int> CpuEngine::blocked_on() const {
-  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running) return {};
+  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running)
+    return {};
   const Launch& launch = queue_.front()->launch;
   return launch.program != nullptr ? interpreter_.blocked_on(launch) : board_.blocked_on();
 }
 
 std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
   const CollectiveOp& op = *queue_.front();
-  std::string text = "rank " + std::to_string(rank_) + " waited " + seconds_text(now - op.submitted) + " for ";
+  std::string text =
+      "rank " + std::to_string(rank_) + " waited " + seconds_text(now - op.submitted) + " for ";
   const std::vector<int> blocked = blocked_on();
   if (op.launch.program != nullptr) {
     text += interpreter_.describe_wait(op.launch);
   } else {
-    for (size_t i = 0; i < blocked.size(); ++i) text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
-    text += blocked.size() == 1 ? ", which has not entered this collective" : ", which have not entered this collective";
+    for (size_t i = 0; i < blocked.size(); ++i)
+      text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
+    text += blocked.size() == 1 ? ", which has not entered this collective"
+                                : ", which have not entered this collective";
   }
   for (const int peer : blocked) {
     if (!local(peer)) continue;
@@ -467,22 +511,28 @@ std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
 }
 
 void CpuEngine::look_for_mismatch() {
-  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running) return;
+  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running)
+    return;
   const Fingerprint& mine = queue_.front()->launch.fingerprint;
   for (int peer = 0; peer < static_cast<int>(ranks_.size()); ++peer) {
     if (peer == rank_) continue;
     Fingerprint theirs;
     if (local(peer)) {
-      if (!read_announcement(segment_.board(local_index_[static_cast<size_t>(peer)]), mine.sequence, &theirs)) continue;
+      if (!read_announcement(segment_.board(local_index_[static_cast<size_t>(peer)]), mine.sequence,
+                             &theirs))
+        continue;
       if (!theirs.matches(mine)) throw Error(Code::mismatch, describe_mismatch(mine, theirs));
     } else if (queue_.front()->launch.program == nullptr || !interpreter_.talks_to(peer)) {
-      // Nothing may come from a rank this collective has no link with: a hello there belongs to another call.
-      if (channels_[kCollectiveLane][static_cast<size_t>(peer)] == nullptr && peer > rank_) continue;
+      // Nothing may come from a rank this collective has no link with: a hello there belongs to
+      // another call.
+      if (channels_[kCollectiveLane][static_cast<size_t>(peer)] == nullptr && peer > rank_)
+        continue;
       std::span<const std::byte> here;
       try {
         here = channel(peer, kCollectiveLane).readable(sizeof(Fingerprint));
       } catch (const Error& error) {
-        if (error.code() == Code::peer_lost) continue;  // not needed now; whoever needs it will say so
+        if (error.code() == Code::peer_lost)
+          continue;  // not needed now; whoever needs it will say so
         throw;
       }
       if (here.size() < sizeof(theirs)) continue;
@@ -500,15 +550,19 @@ void CpuEngine::look_for_lost_peers() {
   for (const int peer : blocked) {
     if (!local(peer)) continue;  // its connection tells
     const bool ended = endpoint_->ended(ranks_[static_cast<size_t>(peer)]);
-    const bool left = segment_.board(local_index_[static_cast<size_t>(peer)]).closed.load(std::memory_order_acquire) != 0;
+    const bool left = segment_.board(local_index_[static_cast<size_t>(peer)])
+                          .closed.load(std::memory_order_acquire) != 0;
     if (!ended && !left) continue;
     if (drive()) return;  // what it sent before it went may be all we need
-    const std::string what = !queue_.empty() ? queue_.front()->launch.fingerprint.describe() : "a message";
-    throw Error(Code::peer_lost, what + ": rank " + std::to_string(rank_) + " needs rank " + std::to_string(peer) + " (host " +
-                                     endpoint_->member(ranks_[static_cast<size_t>(peer)]).host + ", pid " +
-                                     std::to_string(endpoint_->member(ranks_[static_cast<size_t>(peer)]).pid) + "), " +
-                                     (ended ? "whose process ended" : "which closed the group") +
-                                     ". See that rank's output for why; the others must form a new group.");
+    const std::string what =
+        !queue_.empty() ? queue_.front()->launch.fingerprint.describe() : "a message";
+    throw Error(Code::peer_lost,
+                what + ": rank " + std::to_string(rank_) + " needs rank " + std::to_string(peer) +
+                    " (host " + endpoint_->member(ranks_[static_cast<size_t>(peer)]).host +
+                    ", pid " +
+                    std::to_string(endpoint_->member(ranks_[static_cast<size_t>(peer)]).pid) +
+                    "), " + (ended ? "whose process ended" : "which closed the group") +
+                    ". See that rank's output for why; the others must form a new group.");
   }
 }
 
@@ -527,8 +581,8 @@ void CpuEngine::fail(Status why) {
   messages_.fail_all(why);
 }
 
-// The first rank of a host to find out tells the others; then word goes over every open connection, and into the store for
-// ranks that have none.
+// The first rank of a host to find out tells the others; then word goes over every open connection,
+// and into the store for ranks that have none.
 void CpuEngine::publish(const Status& why) {
   SegmentHeader& header = segment_.header();
   uint32_t sound = 0;
@@ -540,13 +594,15 @@ void CpuEngine::publish(const Status& why) {
     header.poisoned.store(2, std::memory_order_release);
   }
   if (one_host_) return;
-  store_word_.set_first(kBroken, std::to_string(static_cast<int>(why.code)) + " " + why.message, kStorePatience);
+  store_word_.set_first(kBroken, std::to_string(static_cast<int>(why.code)) + " " + why.message,
+                        kStorePatience);
 }
 
 Status CpuEngine::word() const {
   const SegmentHeader& header = segment_.header();
   if (header.poisoned.load(std::memory_order_acquire) != 2) return {};
-  return {static_cast<Code>(header.code), std::string(header.text, strnlen(header.text, sizeof(header.text)))};
+  return {static_cast<Code>(header.code),
+          std::string(header.text, strnlen(header.text, sizeof(header.text)))};
 }
 
 Status CpuEngine::word_from_store(std::chrono::milliseconds patience) {
@@ -573,17 +629,20 @@ void CpuEngine::close() {
       for (const auto& op : std::exchange(queue_, {})) finish(*op, broken_);
       messages_.fail_all(broken_);
     }
-    segment_.board(local_index_[static_cast<size_t>(rank_)]).closed.store(1, std::memory_order_release);
+    segment_.board(local_index_[static_cast<size_t>(rank_)])
+        .closed.store(1, std::memory_order_release);
     for (const int rank : local_ranks_)
       if (rank != endpoint_->rank()) endpoint_->ring(rank);
     for (size_t peer = 0; peer < ranks_.size(); ++peer)
       for (auto& lane : channels_) {
         if (!lane[peer]) continue;
-        (local(static_cast<int>(peer)) ? closed_bytes_inside_ : closed_bytes_between_) += lane[peer]->bytes_written();
+        (local(static_cast<int>(peer)) ? closed_bytes_inside_ : closed_bytes_between_) +=
+            lane[peer]->bytes_written();
         lane[peer].reset();  // a connection closes: the other side sees it
       }
     // For ranks that no connection joins yet.
-    if (!std::exchange(closed_, true) && !one_host_) store_word_.set("group/left/" + std::to_string(rank_), "", kStorePatience);
+    if (!std::exchange(closed_, true) && !one_host_)
+      store_word_.set("group/left/" + std::to_string(rank_), "", kStorePatience);
   }
   run_callbacks();
   endpoint_->progress().remove(this);
@@ -600,9 +659,11 @@ Stats CpuEngine::stats() const {
   for (const auto& lane : channels_)
     for (size_t peer = 0; peer < lane.size(); ++peer)
       if (lane[peer])
-        (local(static_cast<int>(peer)) ? stats.bytes_inside_hosts : stats.bytes_between_hosts) += lane[peer]->bytes_written();
+        (local(static_cast<int>(peer)) ? stats.bytes_inside_hosts : stats.bytes_between_hosts) +=
+            lane[peer]->bytes_written();
   stats.busy_s = std::chrono::duration<double>(busy_).count();
-  if (n_running_ > 0) stats.busy_s += std::chrono::duration<double>(Clock::now() - running_since_).count();
+  if (n_running_ > 0)
+    stats.busy_s += std::chrono::duration<double>(Clock::now() - running_since_).count();
   return stats;
 }
 

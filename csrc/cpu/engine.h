@@ -1,7 +1,8 @@
-// CpuEngine: collectives and messages on CPU memory for one rank of one group. Inside a host over the group's Segment, between
-// hosts over TCP. Whoever waits drives: the caller in run() and wait(), the endpoint's progress thread for the rest.
-// Thread safety: all public members. One lock guards queue, channels and interpreter; it is held for one round of progress at a
-// time, never while waiting.
+// CpuEngine: collectives and messages on CPU memory for one rank of one group. Inside a host over
+// the group's Segment, between hosts over TCP. Whoever waits drives: the caller in run() and
+// wait(), the endpoint's progress thread for the rest. Thread safety: all public members. One lock
+// guards queue, channels and interpreter; it is held for one round of progress at a time, never
+// while waiting.
 #pragma once
 
 #include <deque>
@@ -23,20 +24,24 @@
 
 namespace pycomm::cpu {
 
-class CpuEngine final : public Engine, public Driven, public std::enable_shared_from_this<CpuEngine> {
+class CpuEngine final : public Engine,
+                        public Driven,
+                        public std::enable_shared_from_this<CpuEngine> {
  public:
   // Collective over `ranks` (endpoint ranks, in group order), through a store of the group's own.
-  static std::shared_ptr<CpuEngine> create(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, const std::string& name,
-                                           const std::vector<int>& ranks, std::chrono::milliseconds timeout);
+  static std::shared_ptr<CpuEngine> create(std::shared_ptr<Endpoint> endpoint,
+                                           std::shared_ptr<Store> store, const std::string& name,
+                                           const std::vector<int>& ranks,
+                                           std::chrono::milliseconds timeout);
   ~CpuEngine() override;
 
   uint64_t native_nbytes(Collective collective) const override;
   void run(Launch launch) override;
   std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) override;
-  std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
-                             std::shared_ptr<void> keep_alive) override;
-  std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag, Clock::time_point deadline,
-                             std::shared_ptr<void> keep_alive) override;
+  std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                             Clock::time_point deadline, std::shared_ptr<void> keep_alive) override;
+  std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                             Clock::time_point deadline, std::shared_ptr<void> keep_alive) override;
   Stats stats() const override;
   uint64_t sequence() const override;
   void revoke(const Status& why) override;
@@ -52,18 +57,22 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   void add_sockets(std::vector<int>& sockets) override;
 
  private:
-  CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name, std::vector<int> ranks);
+  CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name,
+            std::vector<int> ranks);
   void submit(std::shared_ptr<CollectiveOp> op);
-  std::shared_ptr<Work> submit_message(bool is_send, std::byte* data, uint64_t nbytes, int peer, int64_t tag,
-                                       Clock::time_point deadline, std::shared_ptr<void> keep_alive);
+  std::shared_ptr<Work> submit_message(bool is_send, std::byte* data, uint64_t nbytes, int peer,
+                                       int64_t tag, Clock::time_point deadline,
+                                       std::shared_ptr<void> keep_alive);
   bool drive();  // one round under the lock; errors end in fail()
   bool advance_collectives();
-  void look();   // under the lock: word of a broken group, mismatches, deadlines, lost peers
+  void look();  // under the lock: word of a broken group, mismatches, deadlines, lost peers
   void look_for_mismatch();
   void look_for_lost_peers();
   void fail(Status why);
-  Status word() const;         // why the group is broken, as another rank of this host says; ok() where none does
-  Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience after a look at the store
+  Status word()
+      const;  // why the group is broken, as another rank of this host says; ok() where none does
+  Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience
+                                                               // after a look at the store
   void publish(const Status& why);
   const CollectiveOp* late_collective(Clock::time_point now);
   void ask_about_remote_peers(bool last);
@@ -78,12 +87,12 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   const std::shared_ptr<Endpoint> endpoint_;
   StoreWord store_word_;  // over the group's own store, kept where ranks stand on several hosts
   const std::string name_;
-  const std::vector<int> ranks_;   // group rank -> endpoint rank
+  const std::vector<int> ranks_;  // group rank -> endpoint rank
   int rank_ = 0;
-  std::vector<int> local_index_;   // by group rank: index in the segment, -1 on other hosts
-  std::vector<int> local_ranks_;   // by index in the segment: endpoint rank
+  std::vector<int> local_index_;  // by group rank: index in the segment, -1 on other hosts
+  std::vector<int> local_ranks_;  // by index in the segment: endpoint rank
   bool one_host_ = true;
-  uint64_t id_ = 0;                // tells this group's connections from others'
+  uint64_t id_ = 0;  // tells this group's connections from others'
   Segment segment_;
   Board board_;
 
@@ -95,7 +104,8 @@ class CpuEngine final : public Engine, public Driven, public std::enable_shared_
   uint64_t sequence_ = 0;
   Status broken_;
   bool closed_ = false;
-  Clock::time_point next_deadline_ = Clock::time_point::max();  // no collective in the queue ends before it
+  Clock::time_point next_deadline_ =
+      Clock::time_point::max();  // no collective in the queue ends before it
   Clock::time_point asked_store_{};
   uint64_t native_bytes_ = 0;
   uint64_t closed_bytes_inside_ = 0, closed_bytes_between_ = 0;  // of channels that are gone

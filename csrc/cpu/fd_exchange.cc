@@ -16,7 +16,8 @@ constexpr size_t kMaxFds = 250;  // the kernel takes 253 in one message
 // Waits until fd is readable. Throws Error(timeout) saying `what`.
 void await_readable(int fd, Clock::time_point deadline, const std::string& what) {
   for (;;) {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
     pollfd entry{fd, POLLIN, 0};
     const int n = ::poll(&entry, 1, static_cast<int>(std::clamp<long>(left, 0, 1000)));
     if (n > 0) return;
@@ -54,9 +55,12 @@ int32_t recv_fds(int socket, std::vector<UniqueFd>& fds) {
   message.msg_iovlen = 1;
   message.msg_control = control.data();
   message.msg_controllen = control.size();
-  if (::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL) != static_cast<ssize_t>(sizeof(header)))
-    throw_errno(Code::peer_lost, "receiving shared memory from a rank of this host (it ended, or its user differs)");
-  for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr; part = CMSG_NXTHDR(&message, part)) {
+  if (::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL) !=
+      static_cast<ssize_t>(sizeof(header)))
+    throw_errno(Code::peer_lost,
+                "receiving shared memory from a rank of this host (it ended, or its user differs)");
+  for (cmsghdr* part = CMSG_FIRSTHDR(&message); part != nullptr;
+       part = CMSG_NXTHDR(&message, part)) {
     if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
     const size_t n = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
     std::vector<int> raw(n);
@@ -64,19 +68,22 @@ int32_t recv_fds(int socket, std::vector<UniqueFd>& fds) {
     for (const int fd : raw) fds.emplace_back(fd);
   }
   if (fds.size() != static_cast<size_t>(header[1]))
-    throw Error(Code::internal, "got " + std::to_string(fds.size()) + " of " + std::to_string(header[1]) +
-                                    " file descriptors from a rank of this host; raise the limit on open files (ulimit -n)");
+    throw Error(Code::internal, "got " + std::to_string(fds.size()) + " of " +
+                                    std::to_string(header[1]) +
+                                    " file descriptors from a rank of this host; raise the limit "
+                                    "on open files (ulimit -n)");
   return header[0];
 }
 
-std::vector<UniqueFd> lead(Store& store, const std::string& key, int n_members, const std::vector<int>& mine,
-                           Clock::time_point deadline) {
+std::vector<UniqueFd> lead(Store& store, const std::string& key, int n_members,
+                           const std::vector<int>& mine, Clock::time_point deadline) {
   UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!listener) throw_errno(Code::internal, "unix socket");
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   socklen_t length = sizeof(sa_family_t);  // autobind: the kernel picks a free abstract name
-  if (::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), length) != 0 || ::listen(listener.get(), n_members) != 0)
+  if (::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), length) != 0 ||
+      ::listen(listener.get(), n_members) != 0)
     throw_errno(Code::internal, "abstract unix socket");
   length = sizeof(address);
   ::getsockname(listener.get(), reinterpret_cast<sockaddr*>(&address), &length);
@@ -94,11 +101,14 @@ std::vector<UniqueFd> lead(Store& store, const std::string& key, int n_members, 
     ucred peer{};
     length = sizeof(peer);
     ::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &peer, &length);
-    if (peer.uid != ::geteuid()) continue;  // another user's process: not one of ours, and not answered
-    await_readable(socket.get(), deadline, "a rank of this host connected to share memory, then said nothing");
+    if (peer.uid != ::geteuid())
+      continue;  // another user's process: not one of ours, and not answered
+    await_readable(socket.get(), deadline,
+                   "a rank of this host connected to share memory, then said nothing");
     std::vector<UniqueFd> fds;
     const int32_t index = recv_fds(socket.get(), fds);
-    if (index <= 0 || index >= n_members || sockets[index]) throw Error(Code::internal, "two ranks of one host say the same index");
+    if (index <= 0 || index >= n_members || sockets[index])
+      throw Error(Code::internal, "two ranks of one host say the same index");
     sockets[index] = std::move(socket);
     given[index] = std::move(fds);
     ++joined;
@@ -107,8 +117,9 @@ std::vector<UniqueFd> lead(Store& store, const std::string& key, int n_members, 
   for (const auto& fds : given)
     for (const auto& fd : fds) all.push_back(fd.get());
   if (all.size() > kMaxFds)
-    throw Error(Code::invalid_argument, std::to_string(n_members) + " ranks on one host are more than the " +
-                                            std::to_string(kMaxFds) + " that can share memory; use fewer ranks per host");
+    throw Error(Code::invalid_argument,
+                std::to_string(n_members) + " ranks on one host are more than the " +
+                    std::to_string(kMaxFds) + " that can share memory; use fewer ranks per host");
   for (int i = 1; i < n_members; ++i) send_fds(sockets[i].get(), 0, all);
   std::vector<UniqueFd> result;
   for (const int fd : mine) {
@@ -123,7 +134,8 @@ std::vector<UniqueFd> lead(Store& store, const std::string& key, int n_members, 
 }  // namespace
 
 std::vector<UniqueFd> exchange_fds(Store& store, const std::string& key, int index, int n_members,
-                                   const std::vector<int>& mine, std::chrono::milliseconds timeout) {
+                                   const std::vector<int>& mine,
+                                   std::chrono::milliseconds timeout) {
   const auto deadline = Clock::now() + timeout;
   if (index == 0) return lead(store, key, n_members, mine, deadline);
   const std::string name = store.get_all({key}, timeout).front();
@@ -131,13 +143,18 @@ std::vector<UniqueFd> exchange_fds(Store& store, const std::string& key, int ind
   if (!socket) throw_errno(Code::internal, "unix socket");
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path + 1, name.data(), std::min(name.size(), sizeof(address.sun_path) - 1));
+  std::memcpy(address.sun_path + 1, name.data(),
+              std::min(name.size(), sizeof(address.sun_path) - 1));
   const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
   if (::connect(socket.get(), reinterpret_cast<sockaddr*>(&address), length) != 0)
-    throw_errno(Code::peer_lost, "connecting to this host's first rank to share memory (is it still running, in the same "
-                                 "network namespace? otherwise give the ranks different PYCOMM_HOST_ID)");
+    throw_errno(
+        Code::peer_lost,
+        "connecting to this host's first rank to share memory (is it still running, in the same "
+        "network namespace? otherwise give the ranks different PYCOMM_HOST_ID)");
   send_fds(socket.get(), index, mine);
-  await_readable(socket.get(), deadline, "this host's first rank did not hand out shared memory; are all its ranks running?");
+  await_readable(
+      socket.get(), deadline,
+      "this host's first rank did not hand out shared memory; are all its ranks running?");
   std::vector<UniqueFd> fds;
   recv_fds(socket.get(), fds);
   return fds;

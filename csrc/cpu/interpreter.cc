@@ -7,8 +7,8 @@
 
 namespace pycomm::cpu {
 namespace {
-// What moves between two looks at other links. Small enough to stay in the second-level cache between a peer's write and our
-// reduction, large enough that the flags do not show.
+// What moves between two looks at other links. Small enough to stay in the second-level cache
+// between a peer's write and our reduction, large enough that the flags do not show.
 constexpr uint64_t kSegmentBytes = 64 * 1024;
 constexpr uint64_t kAlign = 64;
 }  // namespace
@@ -30,7 +30,8 @@ void Interpreter::begin(const Launch& launch, const ChannelOf& channel_of, uint6
     link.steps = &steps;
     link.channel = &channel_of(steps.peer);
     link.mine = launch.fingerprint;
-    if (!launch.link_send_counts.empty()) link.mine.numel = launch.link_send_counts[static_cast<size_t>(steps.peer)];
+    if (!launch.link_send_counts.empty())
+      link.mine.numel = launch.link_send_counts[static_cast<size_t>(steps.peer)];
   }
   begin_tile(launch);
 }
@@ -49,9 +50,11 @@ uint64_t Interpreter::nbytes_of(const Launch& launch, const Step& step) const {
 const std::byte* Interpreter::source(const Launch& launch, const Step& step) const {
   switch (step.source) {
     case Buffer::input:
-      return static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(step.chunk) + tile_begin_;
+      return static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(step.chunk) +
+             tile_begin_;
     case Buffer::output:
-      return static_cast<const std::byte*>(launch.output) + launch.layout.output_offset(step.chunk) + tile_begin_;
+      return static_cast<const std::byte*>(launch.output) +
+             launch.layout.output_offset(step.chunk) + tile_begin_;
     case Buffer::scratch:
       break;
   }
@@ -61,7 +64,8 @@ const std::byte* Interpreter::source(const Launch& launch, const Step& step) con
 std::byte* Interpreter::destination(const Launch& launch, const Step& step) {
   switch (step.destination) {
     case Buffer::output:
-      return static_cast<std::byte*>(launch.output) + launch.layout.output_offset(step.chunk) + tile_begin_;
+      return static_cast<std::byte*>(launch.output) + launch.layout.output_offset(step.chunk) +
+             tile_begin_;
     case Buffer::scratch:
       return scratch_.get() + scratch_stride_ * static_cast<uint64_t>(step.scratch_slot);
     case Buffer::input:
@@ -73,8 +77,11 @@ std::byte* Interpreter::destination(const Launch& launch, const Step& step) {
 uint64_t Interpreter::allowed(const Program& program, const Step& step, uint64_t nbytes) const {
   uint64_t limit = nbytes;
   for (int32_t d = 0; d < step.dep_count; ++d)
-    limit = std::min(limit, done_[static_cast<size_t>(program.deps[static_cast<size_t>(step.dep_begin + d)])]);
-  return limit == nbytes ? limit : limit & ~(kAlign - 1);  // whole cache lines: elements never straddle two writes
+    limit = std::min(
+        limit, done_[static_cast<size_t>(program.deps[static_cast<size_t>(step.dep_begin + d)])]);
+  return limit == nbytes
+             ? limit
+             : limit & ~(kAlign - 1);  // whole cache lines: elements never straddle two writes
 }
 
 bool Interpreter::advance_copies(const Launch& launch) {
@@ -94,10 +101,11 @@ bool Interpreter::advance_copies(const Launch& launch) {
     done = nbytes;
     moved = true;
   }
-  copies_left_ = static_cast<size_t>(std::count_if(program.copies.begin(), program.copies.end(), [&](int32_t index) {
-    const Step& step = program.steps[static_cast<size_t>(index)];
-    return done_[static_cast<size_t>(index)] < nbytes_of(launch, step);
-  }));
+  copies_left_ = static_cast<size_t>(
+      std::count_if(program.copies.begin(), program.copies.end(), [&](int32_t index) {
+        const Step& step = program.steps[static_cast<size_t>(index)];
+        return done_[static_cast<size_t>(index)] < nbytes_of(launch, step);
+      }));
   return moved;
 }
 
@@ -105,7 +113,8 @@ bool Interpreter::advance_send(const Launch& launch, Link& link) {
   const Program& program = *launch.program;
   bool moved = false;
   if (link.said < sizeof(Fingerprint)) {
-    const size_t n = link.channel->write(reinterpret_cast<const std::byte*>(&link.mine) + link.said, sizeof(Fingerprint) - link.said);
+    const size_t n = link.channel->write(reinterpret_cast<const std::byte*>(&link.mine) + link.said,
+                                         sizeof(Fingerprint) - link.said);
     link.said += n;
     moved = n > 0;
     if (link.said < sizeof(Fingerprint)) return moved;
@@ -118,7 +127,8 @@ bool Interpreter::advance_send(const Launch& launch, Link& link) {
     if (done < nbytes) {
       const uint64_t limit = allowed(program, step, nbytes);
       if (limit <= done) break;
-      const size_t n = link.channel->write(source(launch, step) + done, std::min(limit - done, kSegmentBytes));
+      const size_t n =
+          link.channel->write(source(launch, step) + done, std::min(limit - done, kSegmentBytes));
       if (n == 0) break;
       done += n;
       moved = true;
@@ -135,14 +145,17 @@ bool Interpreter::advance_recv(const Launch& launch, Link& link) {
   const Program& program = *launch.program;
   bool moved = false;
   if (link.heard < sizeof(Fingerprint)) {
-    const size_t n = link.channel->read(reinterpret_cast<std::byte*>(&link.theirs) + link.heard, sizeof(Fingerprint) - link.heard);
+    const size_t n = link.channel->read(reinterpret_cast<std::byte*>(&link.theirs) + link.heard,
+                                        sizeof(Fingerprint) - link.heard);
     link.heard += n;
     moved = n > 0;
     if (link.heard < sizeof(Fingerprint)) return moved;
     Fingerprint expected = launch.fingerprint;
-    if (!launch.link_recv_counts.empty()) expected.numel = launch.link_recv_counts[static_cast<size_t>(link.steps->peer)];
+    if (!launch.link_recv_counts.empty())
+      expected.numel = launch.link_recv_counts[static_cast<size_t>(link.steps->peer)];
     link.theirs.rank = link.steps->peer;
-    if (!link.theirs.matches(expected)) throw Error(Code::mismatch, describe_mismatch(expected, link.theirs));
+    if (!link.theirs.matches(expected))
+      throw Error(Code::mismatch, describe_mismatch(expected, link.theirs));
   }
   const size_t element = size_of(launch.dtype);
   while (link.recv < link.steps->recvs.size()) {
@@ -160,7 +173,8 @@ bool Interpreter::advance_recv(const Launch& launch, Link& link) {
         const auto here = link.channel->readable(element);
         n = std::min<size_t>(here.size(), limit) / element * element;
         if (n > 0) {
-          reduce(destination(launch, step) + done, source(launch, step) + done, here.data(), n / element, launch.dtype, launch.op);
+          reduce(destination(launch, step) + done, source(launch, step) + done, here.data(),
+                 n / element, launch.dtype, launch.op);
           link.channel->consume(n);
         }
       }
@@ -183,9 +197,12 @@ bool Interpreter::advance(const Launch& launch, bool* moved) {
       begin_tile(launch);
       continue;
     }
-    if (launch.op == ReduceOp::avg && reduces(launch.fingerprint.collective) && launch.output_nbytes > 0 &&
-        (launch.fingerprint.collective != Collective::reduce || launch.program->rank == launch.fingerprint.root))
-      divide(launch.output, launch.output_nbytes / size_of(launch.dtype), launch.dtype, launch.program->n_ranks);
+    if (launch.op == ReduceOp::avg && reduces(launch.fingerprint.collective) &&
+        launch.output_nbytes > 0 &&
+        (launch.fingerprint.collective != Collective::reduce ||
+         launch.program->rank == launch.fingerprint.root))
+      divide(launch.output, launch.output_nbytes / size_of(launch.dtype), launch.dtype,
+             launch.program->n_ranks);
     return true;
   }
   return false;
@@ -207,22 +224,27 @@ bool Interpreter::advance_tile(const Launch& launch, bool* moved) {
 }
 
 bool Interpreter::talks_to(int peer) const {
-  return std::any_of(links_.begin(), links_.end(), [peer](const Link& link) { return link.steps->peer == peer; });
+  return std::any_of(links_.begin(), links_.end(),
+                     [peer](const Link& link) { return link.steps->peer == peer; });
 }
 
-int32_t Interpreter::blocked_step(const Launch& launch, const std::vector<int32_t>& list, size_t cursor) const {
+int32_t Interpreter::blocked_step(const Launch& launch, const std::vector<int32_t>& list,
+                                  size_t cursor) const {
   if (cursor == list.size()) return -1;
   const auto index = static_cast<size_t>(list[cursor]);
   const Step& step = launch.program->steps[index];
   const uint64_t nbytes = nbytes_of(launch, step);
-  return done_[index] < nbytes && allowed(*launch.program, step, nbytes) > done_[index] ? list[cursor] : -1;
+  return done_[index] < nbytes && allowed(*launch.program, step, nbytes) > done_[index]
+             ? list[cursor]
+             : -1;
 }
 
 std::vector<int> Interpreter::blocked_on(const Launch& launch) const {
   std::vector<int> peers;
   for (const Link& link : links_)
-    if (link.heard < sizeof(Fingerprint) || link.said < sizeof(Fingerprint) || !link.channel->flushed() ||
-        blocked_step(launch, link.steps->recvs, link.recv) >= 0 || blocked_step(launch, link.steps->sends, link.send) >= 0)
+    if (link.heard < sizeof(Fingerprint) || link.said < sizeof(Fingerprint) ||
+        !link.channel->flushed() || blocked_step(launch, link.steps->recvs, link.recv) >= 0 ||
+        blocked_step(launch, link.steps->sends, link.send) >= 0)
       peers.push_back(link.steps->peer);
   return peers;
 }
@@ -230,15 +252,18 @@ std::vector<int> Interpreter::blocked_on(const Launch& launch) const {
 std::string Interpreter::describe_wait(const Launch& launch) const {
   const Program& program = *launch.program;
   for (const Link& link : links_) {
-    const std::string who = "rank " + std::to_string(link.steps->peer) + " (" + link.channel->describe() + ")";
+    const std::string who =
+        "rank " + std::to_string(link.steps->peer) + " (" + link.channel->describe() + ")";
     if (link.heard < sizeof(Fingerprint)) return who + ", which has not entered this collective";
     for (const auto& [list, cursor, verb] :
-         {std::make_tuple(&link.steps->recvs, link.recv, "received"), std::make_tuple(&link.steps->sends, link.send, "sent")}) {
+         {std::make_tuple(&link.steps->recvs, link.recv, "received"),
+          std::make_tuple(&link.steps->sends, link.send, "sent")}) {
       const int32_t index = blocked_step(launch, *list, cursor);
       if (index < 0) continue;  // done, or it waits for another link
       const Step& step = program.steps[static_cast<size_t>(index)];
-      return who + ", round " + std::to_string(step.round + 1) + " of " + std::to_string(program.n_rounds) + ", chunk " +
-             std::to_string(step.chunk) + ", " + std::to_string(done_[static_cast<size_t>(index)]) + " of " +
+      return who + ", round " + std::to_string(step.round + 1) + " of " +
+             std::to_string(program.n_rounds) + ", chunk " + std::to_string(step.chunk) + ", " +
+             std::to_string(done_[static_cast<size_t>(index)]) + " of " +
              std::to_string(nbytes_of(launch, step)) + " bytes " + verb;
     }
   }

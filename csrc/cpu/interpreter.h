@@ -1,7 +1,9 @@
-// Interpreter: runs one rank's program over channels, without blocking, as many bytes as will move. It keeps data dependencies only:
-// a step's bytes stay behind those of the steps it depends on, so chunks flow through a rank segment by segment.
-// On every link it first says what it runs and checks what the peer says (Fingerprint); no program ends before all have agreed.
-// Thread safety: none; the engine's lock guards it. Reused from launch to launch, so that a warm call allocates nothing.
+// Interpreter: runs one rank's program over channels, without blocking, as many bytes as will move.
+// It keeps data dependencies only: a step's bytes stay behind those of the steps it depends on, so
+// chunks flow through a rank segment by segment. On every link it first says what it runs and
+// checks what the peer says (Fingerprint); no program ends before all have agreed. Thread safety:
+// none; the engine's lock guards it. Reused from launch to launch, so that a warm call allocates
+// nothing.
 #pragma once
 
 #include <functional>
@@ -17,8 +19,9 @@ namespace pycomm::cpu {
 class Interpreter {
  public:
   using ChannelOf = std::function<Channel&(int peer)>;
-  // tile_nbytes: the program runs over this much of every chunk, then over the next; 0 for all at once. Inside a host a tile stays in
-  // the cache between its reduction and its gather; across hosts each tile would pay the links' latency again.
+  // tile_nbytes: the program runs over this much of every chunk, then over the next; 0 for all at
+  // once. Inside a host a tile stays in the cache between its reduction and its gather; across
+  // hosts each tile would pay the links' latency again.
   void begin(const Launch& launch, const ChannelOf& channel_of, uint64_t tile_nbytes);
   // True once this rank's part is done. `moved` is set when anything moved.
   // Throws what channels throw, and Error(mismatch).
@@ -26,18 +29,19 @@ class Interpreter {
   // Peers whose bytes, or whose reading, this rank waits for; not those it would get to later.
   std::vector<int> blocked_on(const Launch& launch) const;
   bool talks_to(int peer) const;
-  std::string describe_wait(const Launch& launch) const;     // "rank 5 (shared memory), round 7 of 14, chunk 3, 1024 of 4096 bytes"
+  std::string describe_wait(const Launch& launch)
+      const;  // "rank 5 (shared memory), round 7 of 14, chunk 3, 1024 of 4096 bytes"
 
  private:
   struct Link {
     const PeerSteps* steps = nullptr;
     Channel* channel = nullptr;
-    size_t send = 0, recv = 0;            // cursors into steps
-    size_t said = 0, heard = 0;           // bytes of the fingerprints exchanged
+    size_t send = 0, recv = 0;   // cursors into steps
+    size_t said = 0, heard = 0;  // bytes of the fingerprints exchanged
     Fingerprint mine, theirs;
     bool done() const {
-      return send == steps->sends.size() && recv == steps->recvs.size() && said == sizeof(Fingerprint) &&
-             heard == sizeof(Fingerprint) && channel->flushed();
+      return send == steps->sends.size() && recv == steps->recvs.size() &&
+             said == sizeof(Fingerprint) && heard == sizeof(Fingerprint) && channel->flushed();
     }
   };
   void begin_tile(const Launch& launch);

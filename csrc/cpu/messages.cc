@@ -10,11 +10,16 @@ constexpr uint64_t kSegmentBytes = 64 * 1024;
 }  // namespace
 
 Messages::Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish)
-    : rank_(rank), channel_of_(std::move(channel_of)), finish_(std::move(finish)), peers_(static_cast<size_t>(n_ranks)) {}
+    : rank_(rank),
+      channel_of_(std::move(channel_of)),
+      finish_(std::move(finish)),
+      peers_(static_cast<size_t>(n_ranks)) {}
 
 std::string Messages::describe(const MessageOp& op) const {
-  return std::string(op.is_send ? "send to " : "recv from ") + (op.peer < 0 ? "any rank" : "rank " + std::to_string(op.peer)) +
-         " (tag " + std::to_string(op.tag) + ", " + std::to_string(op.nbytes) + " bytes) of rank " + std::to_string(rank_);
+  return std::string(op.is_send ? "send to " : "recv from ") +
+         (op.peer < 0 ? "any rank" : "rank " + std::to_string(op.peer)) + " (tag " +
+         std::to_string(op.tag) + ", " + std::to_string(op.nbytes) + " bytes) of rank " +
+         std::to_string(rank_);
 }
 
 void Messages::end(const std::shared_ptr<MessageOp>& op, Status status) {
@@ -31,7 +36,8 @@ void Messages::recv(std::shared_ptr<MessageOp> op) {
   ++n_open_;
   const auto take = [&](int peer) {
     auto& waiting = peers_[static_cast<size_t>(peer)].waiting;
-    const auto found = std::find_if(waiting.begin(), waiting.end(), [&](const SetAside& aside) { return aside.tag == op->tag; });
+    const auto found = std::find_if(waiting.begin(), waiting.end(),
+                                    [&](const SetAside& aside) { return aside.tag == op->tag; });
     if (found == waiting.end()) return false;
     const SetAside aside = std::move(*found);
     waiting.erase(found);
@@ -48,7 +54,8 @@ void Messages::recv(std::shared_ptr<MessageOp> op) {
 }
 
 void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside) {
-  if (aside.data.size() == op->nbytes && op->nbytes > 0) std::memcpy(op->data, aside.data.data(), op->nbytes);
+  if (aside.data.size() == op->nbytes && op->nbytes > 0)
+    std::memcpy(op->data, aside.data.data(), op->nbytes);
   deliver(op, source, aside.data.size());
 }
 
@@ -56,8 +63,9 @@ void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_
   op->source = source;
   Status status;
   if (sent_nbytes != op->nbytes)
-    status = {Code::invalid_argument, describe(*op) + ": rank " + std::to_string(source) + " sent " +
-                                          std::to_string(sent_nbytes) + " bytes. Both sides must give tensors of one size."};
+    status = {Code::invalid_argument, describe(*op) + ": rank " + std::to_string(source) +
+                                          " sent " + std::to_string(sent_nbytes) +
+                                          " bytes. Both sides must give tensors of one size."};
   end(op, std::move(status));
 }
 
@@ -84,13 +92,16 @@ bool Messages::advance_send(int peer, Peer& state) {
     const auto op = state.sends.front();
     if (state.out_bytes == 0) state.out = {kMagic, op->tag, op->nbytes, 0};
     if (state.out_bytes < sizeof(Header)) {
-      const size_t n = channel.write(reinterpret_cast<const std::byte*>(&state.out) + state.out_bytes, sizeof(Header) - state.out_bytes);
+      const size_t n =
+          channel.write(reinterpret_cast<const std::byte*>(&state.out) + state.out_bytes,
+                        sizeof(Header) - state.out_bytes);
       state.out_bytes += n;
       moved |= n > 0;
       if (state.out_bytes < sizeof(Header)) break;
     }
     if (op->moved < op->nbytes) {
-      const size_t n = channel.write(op->data + op->moved, std::min(op->nbytes - op->moved, kSegmentBytes));
+      const size_t n =
+          channel.write(op->data + op->moved, std::min(op->nbytes - op->moved, kSegmentBytes));
       op->moved += n;
       moved |= n > 0;
       if (n == 0) break;
@@ -115,7 +126,8 @@ bool Messages::advance_recv(int peer, Peer& state) {
   for (;;) {
     if (state.in_bytes < sizeof(Header)) {
       if (state.in_bytes == 0 && !wanted(peer)) break;  // what nobody asks for waits in the channel
-      const size_t n = channel.read(reinterpret_cast<std::byte*>(&state.in) + state.in_bytes, sizeof(Header) - state.in_bytes);
+      const size_t n = channel.read(reinterpret_cast<std::byte*>(&state.in) + state.in_bytes,
+                                    sizeof(Header) - state.in_bytes);
       state.in_bytes += n;
       moved |= n > 0;
       if (state.in_bytes < sizeof(Header)) break;
@@ -136,7 +148,8 @@ bool Messages::advance_recv(int peer, Peer& state) {
     if (state.payload < state.in.nbytes) {
       const bool direct = state.target && state.target->nbytes == state.in.nbytes;
       std::byte* to = direct ? state.target->data : state.aside.data.data();
-      const size_t n = channel.read(to + state.payload, std::min(state.in.nbytes - state.payload, kSegmentBytes));
+      const size_t n = channel.read(to + state.payload,
+                                    std::min(state.in.nbytes - state.payload, kSegmentBytes));
       state.payload += n;
       moved |= n > 0;
       if (n == 0) break;
@@ -177,7 +190,8 @@ bool Messages::expire(Clock::time_point now, Status* broken) {
   const auto complaint = [&](const MessageOp& op) {
     const double waited = std::chrono::duration<double>(now - op.submitted).count();
     return Status{Code::timeout, describe(op) + " waited " + std::to_string(waited).substr(0, 6) +
-                                     " s for its peer. Is the other side's call missing, or its tag another? Else raise timeout_s."};
+                                     " s for its peer. Is the other side's call missing, or its "
+                                     "tag another? Else raise timeout_s."};
   };
   for (auto at = receives_.begin(); at != receives_.end();) {
     const auto op = *at;
@@ -190,7 +204,8 @@ bool Messages::expire(Clock::time_point now, Status* broken) {
   }
   for (Peer& state : peers_) {
     const MessageOp* cut = state.target && late(*state.target) ? state.target.get() : nullptr;
-    if (!state.sends.empty() && state.out_bytes > 0 && late(*state.sends.front())) cut = state.sends.front().get();
+    if (!state.sends.empty() && state.out_bytes > 0 && late(*state.sends.front()))
+      cut = state.sends.front().get();
     if (cut != nullptr) {
       *broken = complaint(*cut);
       return true;
@@ -230,7 +245,8 @@ std::vector<int> Messages::blocked_on() const {
   std::vector<int> ranks;
   for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer) {
     const Peer& state = peers_[static_cast<size_t>(peer)];
-    const bool asked = std::any_of(receives_.begin(), receives_.end(), [peer](const auto& op) { return op->peer == peer; });
+    const bool asked = std::any_of(receives_.begin(), receives_.end(),
+                                   [peer](const auto& op) { return op->peer == peer; });
     if (peer != rank_ && (!state.sends.empty() || state.target || asked)) ranks.push_back(peer);
   }
   return ranks;

@@ -1,7 +1,7 @@
-// Messages: point-to-point over each pair's message lane. Sends to a peer leave in order; a receive takes the first message of its
-// tag. A message nobody has asked for waits in the channel, and is set aside in memory only while a receive of another tag wants
-// what comes behind it.
-// Thread safety: none; the engine's lock guards it.
+// Messages: point-to-point over each pair's message lane. Sends to a peer leave in order; a receive
+// takes the first message of its tag. A message nobody has asked for waits in the channel, and is
+// set aside in memory only while a receive of another tag wants what comes behind it. Thread
+// safety: none; the engine's lock guards it.
 #pragma once
 
 #include <deque>
@@ -27,12 +27,13 @@ class Messages {
   bool idle() const { return n_open_ == 0; }
   // Moves what will move; true if anything did. Throws what channels throw.
   bool advance();
-  // Ends every operation whose deadline passed. One that had not begun ends alone; true with *broken set where a stream was cut in the
-  // middle, which breaks the group.
+  // Ends every operation whose deadline passed. One that had not begun ends alone; true with
+  // *broken set where a stream was cut in the middle, which breaks the group.
   bool expire(Clock::time_point now, Status* broken);
   void fail_all(const Status& why);
   std::vector<int> blocked_on() const;
-  Clock::time_point waiting_since() const;  // the oldest operation's start; max() where there is none
+  Clock::time_point waiting_since()
+      const;  // the oldest operation's start; max() where there is none
 
  private:
   struct Header {
@@ -50,8 +51,8 @@ class Messages {
     Header out{};
     size_t out_bytes = 0;  // of the header of sends.front()
     Header in{};
-    size_t in_bytes = 0;   // of the incoming header
-    bool chosen = false;   // where the payload goes is decided: target, or else aside
+    size_t in_bytes = 0;  // of the incoming header
+    bool chosen = false;  // where the payload goes is decided: target, or else aside
     std::shared_ptr<MessageOp> target;
     SetAside aside;
     uint64_t payload = 0;

@@ -1,4 +1,5 @@
-// Op: one operation under way in an engine, a collective or a message. The engine's lock guards all but `state`.
+// Op: one operation under way in an engine, a collective or a message. The engine's lock guards all
+// but `state`.
 #pragma once
 
 #include <atomic>
@@ -17,7 +18,7 @@ struct Op {
   Clock::time_point submitted;
   Clock::time_point started;
   Clock::time_point ended;
-  int source = -1;  // recv from any rank: who sent it
+  int source = -1;          // recv from any rank: who sent it
   bool background = false;  // started without a caller who waits: the progress thread drives it
   std::shared_ptr<void> keep_alive;
   std::function<void()> callback;

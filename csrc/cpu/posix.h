@@ -61,20 +61,28 @@ class Mapping {
 };
 
 // What a failed system call says: "memfd_create: Too many open files".
-inline std::string errno_text(const std::string& what) { return what + ": " + std::strerror(errno); }
-[[noreturn]] inline void throw_errno(Code code, const std::string& what) { throw Error(code, errno_text(what)); }
+inline std::string errno_text(const std::string& what) {
+  return what + ": " + std::strerror(errno);
+}
+[[noreturn]] inline void throw_errno(Code code, const std::string& what) {
+  throw Error(code, errno_text(what));
+}
 
-// Anonymous shared memory, zeroed, mode 0600, gone with its last mapping: nothing is left behind after kill -9.
+// Anonymous shared memory, zeroed, mode 0600, gone with its last mapping: nothing is left behind
+// after kill -9.
 inline UniqueFd make_memfd(const char* name, size_t nbytes) {
   UniqueFd fd(::memfd_create(name, MFD_CLOEXEC));
-  if (!fd) throw_errno(Code::internal, "memfd_create (is the limit on open files reached? see ulimit -n)");
-  if (::ftruncate(fd.get(), static_cast<off_t>(nbytes)) != 0) throw_errno(Code::internal, "ftruncate of shared memory");
+  if (!fd)
+    throw_errno(Code::internal, "memfd_create (is the limit on open files reached? see ulimit -n)");
+  if (::ftruncate(fd.get(), static_cast<off_t>(nbytes)) != 0)
+    throw_errno(Code::internal, "ftruncate of shared memory");
   return fd;
 }
 
 inline Mapping map_shared(int fd, size_t nbytes) {
   void* data = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (data == MAP_FAILED) throw_errno(Code::internal, "mmap of " + std::to_string(nbytes) + " bytes of shared memory");
+  if (data == MAP_FAILED)
+    throw_errno(Code::internal, "mmap of " + std::to_string(nbytes) + " bytes of shared memory");
   return Mapping(data, nbytes);
 }
 

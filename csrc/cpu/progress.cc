@@ -8,7 +8,8 @@
 
 namespace pycomm::cpu {
 
-ProgressThread::ProgressThread(Endpoint& endpoint) : endpoint_(endpoint), state_(std::make_shared<State>()) {}
+ProgressThread::ProgressThread(Endpoint& endpoint)
+    : endpoint_(endpoint), state_(std::make_shared<State>()) {}
 
 ProgressThread::~ProgressThread() {
   {
@@ -28,7 +29,8 @@ void ProgressThread::add(std::shared_ptr<Driven> driven) {
     std::lock_guard lock(state_->mutex);
     if (!thread_.joinable()) thread_ = std::thread(loop, state_, &endpoint_);
     auto& active = state_->active;
-    if (std::find(active.begin(), active.end(), driven) == active.end()) active.push_back(std::move(driven));
+    if (std::find(active.begin(), active.end(), driven) == active.end())
+      active.push_back(std::move(driven));
   }
   state_->changed.notify_all();
   endpoint_.ring_self();  // it may sleep on behalf of another engine
@@ -38,24 +40,28 @@ void ProgressThread::remove(Driven* driven) {
   std::shared_ptr<Driven> last;  // let go outside the lock
   std::lock_guard lock(state_->mutex);
   auto& active = state_->active;
-  const auto found = std::find_if(active.begin(), active.end(), [&](const auto& other) { return other.get() == driven; });
+  const auto found = std::find_if(active.begin(), active.end(),
+                                  [&](const auto& other) { return other.get() == driven; });
   if (found == active.end()) return;
   last = std::move(*found);
   active.erase(found);
 }
 
 void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
-  // Behind a computing caller the thread takes little of its core: it goes to sleep after 50 us of nothing.
+  // Behind a computing caller the thread takes little of its core: it goes to sleep after 50 us of
+  // nothing.
   Waiter waiter(true, std::chrono::microseconds(50));
   std::vector<std::shared_ptr<Driven>> round;
   std::vector<int> sockets;
   std::unique_lock lock(state->mutex);
   for (;;) {
-    const auto idle = std::stable_partition(state->active.begin(), state->active.end(),
-                                            [](const auto& driven) { return driven->has_background(); });
+    const auto idle =
+        std::stable_partition(state->active.begin(), state->active.end(),
+                              [](const auto& driven) { return driven->has_background(); });
     round.assign(std::make_move_iterator(idle), std::make_move_iterator(state->active.end()));
     state->active.erase(idle, state->active.end());
-    if (!round.empty()) {  // outside the lock: with its last engine the endpoint goes, and with it this thread
+    if (!round.empty()) {  // outside the lock: with its last engine the endpoint goes, and with it
+                           // this thread
       lock.unlock();
       round.clear();
       lock.lock();
@@ -82,7 +88,8 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
           endpoint->prepare_sleep();
           sockets.clear();
           for (const auto& driven : round) driven->add_sockets(sockets);
-          endpoint->sleep(sockets, drive() ? std::chrono::milliseconds(0) : std::chrono::milliseconds(2));
+          endpoint->sleep(sockets,
+                          drive() ? std::chrono::milliseconds(0) : std::chrono::milliseconds(2));
           for (const auto& driven : round) driven->check_background();
           break;
       }

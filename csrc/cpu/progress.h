@@ -1,5 +1,5 @@
-// ProgressThread: moves asynchronous operations while their caller computes. One per rank; started by the first such operation,
-// parked while there is none, so that an idle library costs nothing.
+// ProgressThread: moves asynchronous operations while their caller computes. One per rank; started
+// by the first such operation, parked while there is none, so that an idle library costs nothing.
 #pragma once
 
 #include <condition_variable>
@@ -16,7 +16,8 @@ class Endpoint;
 class Driven {
  public:
   virtual ~Driven() = default;
-  virtual bool drive_background() = 0;  // one round of progress and its callbacks, without blocking; true if anything moved
+  virtual bool drive_background() = 0;  // one round of progress and its callbacks, without
+                                        // blocking; true if anything moved
   virtual bool has_background() = 0;    // whether an operation is under way that nobody else drives
   virtual void check_background() = 0;  // the slow look: deadlines, lost peers, mismatches
   virtual void add_sockets(std::vector<int>& sockets) = 0;
@@ -28,8 +29,8 @@ class ProgressThread {
   ~ProgressThread();
   // Drives `driven` until it has nothing in the background.
   void add(std::shared_ptr<Driven> driven);
-  // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one may be in a callback that needs
-  // a lock of the caller's (Python's), and keeps `driven` alive.
+  // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one
+  // may be in a callback that needs a lock of the caller's (Python's), and keeps `driven` alive.
   void remove(Driven* driven);
 
  private:
@@ -42,7 +43,8 @@ class ProgressThread {
   static void loop(std::shared_ptr<State> state, Endpoint* endpoint);
 
   Endpoint& endpoint_;
-  std::shared_ptr<State> state_;  // the thread's own share: an engine's last owner may be a callback on the thread
+  std::shared_ptr<State>
+      state_;  // the thread's own share: an engine's last owner may be a callback on the thread
   std::thread thread_;
 };
 

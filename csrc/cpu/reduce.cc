@@ -20,10 +20,12 @@ using Kernel = void (*)(void*, const void*, const void*, unsigned long, DType, R
 
 Kernel best_kernel() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return avx512::reduce;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return avx2::reduce;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
+    return avx2::reduce;
 #endif
   return plain::reduce;
 }
@@ -31,13 +33,15 @@ Kernel best_kernel() {
 template <class T>
 void divide_by(void* data, size_t numel, int divisor) {
   auto* values = static_cast<T*>(data);
-  for (size_t i = 0; i < numel; ++i) values[i] = static_cast<T>(values[i] / static_cast<T>(divisor));
+  for (size_t i = 0; i < numel; ++i)
+    values[i] = static_cast<T>(values[i] / static_cast<T>(divisor));
 }
 
 template <class T>
 void divide_narrow(void* data, size_t numel, int divisor) {
   auto* values = static_cast<T*>(data);
-  for (size_t i = 0; i < numel; ++i) plain::narrow(values[i], plain::widen(values[i]) / static_cast<float>(divisor));
+  for (size_t i = 0; i < numel; ++i)
+    plain::narrow(values[i], plain::widen(values[i]) / static_cast<float>(divisor));
 }
 
 }  // namespace
@@ -49,21 +53,37 @@ void reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, 
 
 void divide(void* data, size_t numel, DType dtype, int divisor) {
   switch (dtype) {
-    case DType::uint8: return divide_by<uint8_t>(data, numel, divisor);
-    case DType::int8: return divide_by<int8_t>(data, numel, divisor);
-    case DType::int16: return divide_by<int16_t>(data, numel, divisor);
-    case DType::int32: return divide_by<int32_t>(data, numel, divisor);
-    case DType::int64: return divide_by<int64_t>(data, numel, divisor);
-    case DType::uint16: return divide_by<uint16_t>(data, numel, divisor);
-    case DType::uint32: return divide_by<uint32_t>(data, numel, divisor);
-    case DType::uint64: return divide_by<uint64_t>(data, numel, divisor);
-    case DType::float16: return divide_narrow<plain::Fp16>(data, numel, divisor);
-    case DType::bfloat16: return divide_narrow<plain::Bf16>(data, numel, divisor);
-    case DType::float32: return divide_by<float>(data, numel, divisor);
-    case DType::float64: return divide_by<double>(data, numel, divisor);
-    case DType::complex64: return divide_by<float>(data, 2 * numel, divisor);
-    case DType::complex128: return divide_by<double>(data, 2 * numel, divisor);
-    case DType::boolean: case DType::bytes: return;
+    case DType::uint8:
+      return divide_by<uint8_t>(data, numel, divisor);
+    case DType::int8:
+      return divide_by<int8_t>(data, numel, divisor);
+    case DType::int16:
+      return divide_by<int16_t>(data, numel, divisor);
+    case DType::int32:
+      return divide_by<int32_t>(data, numel, divisor);
+    case DType::int64:
+      return divide_by<int64_t>(data, numel, divisor);
+    case DType::uint16:
+      return divide_by<uint16_t>(data, numel, divisor);
+    case DType::uint32:
+      return divide_by<uint32_t>(data, numel, divisor);
+    case DType::uint64:
+      return divide_by<uint64_t>(data, numel, divisor);
+    case DType::float16:
+      return divide_narrow<plain::Fp16>(data, numel, divisor);
+    case DType::bfloat16:
+      return divide_narrow<plain::Bf16>(data, numel, divisor);
+    case DType::float32:
+      return divide_by<float>(data, numel, divisor);
+    case DType::float64:
+      return divide_by<double>(data, numel, divisor);
+    case DType::complex64:
+      return divide_by<float>(data, 2 * numel, divisor);
+    case DType::complex128:
+      return divide_by<double>(data, 2 * numel, divisor);
+    case DType::boolean:
+    case DType::bytes:
+      return;
   }
 }
 

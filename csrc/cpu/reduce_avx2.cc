@@ -1,4 +1,5 @@
-// The reduction kernels for AVX2. The target is set in the file, since extension builds pass one set of flags to all sources.
+// The reduction kernels for AVX2. The target is set in the file, since extension builds pass one
+// set of flags to all sources.
 #include "core/dtype.h"
 
 #pragma GCC target("avx2,fma,bmi2")

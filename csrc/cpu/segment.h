@@ -1,6 +1,8 @@
-// Segment: the shared memory of one group's ranks on one host. One mapping, laid out here and nowhere else:
+// Segment: the shared memory of one group's ranks on one host. One mapping, laid out here and
+// nowhere else:
 //   header | board entry per rank | ring per ordered pair and lane
-// Anonymous (memfd): pages cost memory once they are touched, and everything goes with the last process.
+// Anonymous (memfd): pages cost memory once they are touched, and everything goes with the last
+// process.
 #pragma once
 
 #include <atomic>
@@ -16,16 +18,18 @@ namespace pycomm::cpu {
 constexpr size_t kBoardBytes = 32 * 1024;  // a rank's largest contribution to a native collective
 constexpr size_t kInlineBytes = 48;        // rides in the flag's own cache line
 
-// A rank's contribution to a native collective; two of them, used in turn (board.h says why two are enough).
+// A rank's contribution to a native collective; two of them, used in turn (board.h says why two are
+// enough).
 struct alignas(64) BoardLine {
   std::atomic<uint32_t> sequence{0};  // published last; counts native collectives from 1
   uint32_t pad = 0;
-  uint64_t hash = 0;                  // Fingerprint::hash()
+  uint64_t hash = 0;  // Fingerprint::hash()
   std::byte payload[kInlineBytes];
 };
 static_assert(sizeof(BoardLine) == 64);
 
-// What a rank last entered; read only by ranks that have waited for a while, to say what the others are doing.
+// What a rank last entered; read only by ranks that have waited for a while, to say what the others
+// are doing.
 struct alignas(64) Announcement {
   std::atomic<uint64_t> version{0};  // odd while it is written
   std::atomic<uint64_t> words[sizeof(Fingerprint) / sizeof(uint64_t)];
@@ -34,18 +38,20 @@ struct alignas(64) Announcement {
 struct alignas(64) BoardEntry {
   BoardLine lines[2];
   alignas(64) std::atomic<uint32_t> closed{0};  // the rank left the group
-  Announcement announcements[2];  // by parity of the collective's sequence number
+  Announcement announcements[2];                // by parity of the collective's sequence number
   alignas(64) std::byte payload[2][kBoardBytes];
 };
 
-// Single producer, single consumer. head and tail count bytes from the start; tail - head <= the ring's size.
+// Single producer, single consumer. head and tail count bytes from the start; tail - head <= the
+// ring's size.
 struct RingControl {
   alignas(64) std::atomic<uint64_t> tail{0};  // by the producer: bytes before it are complete
   alignas(64) std::atomic<uint64_t> head{0};  // by the consumer: bytes before it may be overwritten
 };
 
 struct SegmentHeader {
-  std::atomic<uint32_t> poisoned{0};  // 0 sound, 1 being written, 2 `code` and `text` say why every operation fails
+  std::atomic<uint32_t> poisoned{
+      0};  // 0 sound, 1 being written, 2 `code` and `text` say why every operation fails
   int32_t code = 0;
   char text[2000] = {};
 };
@@ -57,7 +63,8 @@ class Segment {
  public:
   explicit Segment(int n_ranks) : n_ranks_(n_ranks) {}
   static size_t ring_bytes(int n_ranks) {
-    // Halved as ranks double, so that a rank's share stays near 2 MiB a lane; 64 KiB keeps a segment in flight.
+    // Halved as ranks double, so that a rank's share stays near 2 MiB a lane; 64 KiB keeps a
+    // segment in flight.
     size_t bytes = size_t{1} << 20;
     for (int n = 2; n < n_ranks && bytes > (size_t{64} << 10); n *= 2) bytes /= 2;
     return bytes;
@@ -70,10 +77,15 @@ class Segment {
 
   SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(mapping_.data()); }
   BoardEntry& board(int index) const {
-    return *reinterpret_cast<BoardEntry*>(mapping_.data() + kHeaderBytes + static_cast<size_t>(index) * sizeof(BoardEntry));
+    return *reinterpret_cast<BoardEntry*>(mapping_.data() + kHeaderBytes +
+                                          static_cast<size_t>(index) * sizeof(BoardEntry));
   }
-  RingControl& ring_control(int from, int to, Lane lane) const { return *reinterpret_cast<RingControl*>(ring(from, to, lane)); }
-  std::byte* ring_data(int from, int to, Lane lane) const { return ring(from, to, lane) + sizeof(RingControl); }
+  RingControl& ring_control(int from, int to, Lane lane) const {
+    return *reinterpret_cast<RingControl*>(ring(from, to, lane));
+  }
+  std::byte* ring_data(int from, int to, Lane lane) const {
+    return ring(from, to, lane) + sizeof(RingControl);
+  }
   size_t ring_bytes() const { return ring_bytes(n_ranks_); }
 
  private:
@@ -82,7 +94,8 @@ class Segment {
   size_t ring_stride() const { return sizeof(RingControl) + ring_bytes(n_ranks_); }
   std::byte* ring(int from, int to, Lane lane) const {
     const auto n = static_cast<size_t>(n_ranks_);
-    const size_t index = (static_cast<size_t>(lane) * n + static_cast<size_t>(from)) * n + static_cast<size_t>(to);
+    const size_t index =
+        (static_cast<size_t>(lane) * n + static_cast<size_t>(from)) * n + static_cast<size_t>(to);
     return mapping_.data() + kHeaderBytes + n * sizeof(BoardEntry) + index * ring_stride();
   }
 

@@ -9,7 +9,8 @@ constexpr uint64_t kAlign = 64;
 constexpr uint64_t align_up(uint64_t x) { return (x + kAlign - 1) & ~(kAlign - 1); }
 }  // namespace
 
-ShmChannel::ShmChannel(const Segment& segment, int mine, int theirs, Lane lane, Endpoint& endpoint, int peer)
+ShmChannel::ShmChannel(const Segment& segment, int mine, int theirs, Lane lane, Endpoint& endpoint,
+                       int peer)
     : out_control_(segment.ring_control(mine, theirs, lane)),
       in_control_(segment.ring_control(theirs, mine, lane)),
       out_(segment.ring_data(mine, theirs, lane)),
@@ -20,7 +21,8 @@ ShmChannel::ShmChannel(const Segment& segment, int mine, int theirs, Lane lane, 
 
 size_t ShmChannel::write(const void* data, size_t nbytes) {
   const auto free = [&] { return size_ - std::min(size_, out_tail_ - out_head_); };
-  if (free() < nbytes) out_head_ = out_control_.head.load(std::memory_order_acquire);  // what it frees has been read
+  if (free() < nbytes)
+    out_head_ = out_control_.head.load(std::memory_order_acquire);  // what it frees has been read
   const size_t n = std::min<uint64_t>(nbytes, free());
   if (n == 0) return 0;
   const uint64_t at = out_tail_ % size_;
@@ -29,7 +31,8 @@ size_t ShmChannel::write(const void* data, size_t nbytes) {
   std::memcpy(out_, static_cast<const std::byte*>(data) + first, n - first);
   out_tail_ += n;
   bytes_written_ += n;
-  out_control_.tail.store(out_tail_, std::memory_order_release);  // publishes the bytes above; pairs with readable()
+  out_control_.tail.store(
+      out_tail_, std::memory_order_release);  // publishes the bytes above; pairs with readable()
   published_ = true;
   return n;
 }
@@ -43,7 +46,8 @@ std::span<const std::byte> ShmChannel::readable(size_t at_least) {
 
 void ShmChannel::consume(size_t nbytes) {
   in_head_ += nbytes;
-  in_control_.head.store(in_head_, std::memory_order_release);  // our reads are done; pairs with the load in write()
+  in_control_.head.store(
+      in_head_, std::memory_order_release);  // our reads are done; pairs with the load in write()
   published_ = true;
 }
 

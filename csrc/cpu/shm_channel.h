@@ -1,4 +1,5 @@
-// ShmChannel: two rings in the group's segment, one each way. A reader sees the bytes in place, so a reduction costs no extra copy.
+// ShmChannel: two rings in the group's segment, one each way. A reader sees the bytes in place, so
+// a reduction costs no extra copy.
 #pragma once
 
 #include "cpu/channel.h"

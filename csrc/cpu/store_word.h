@@ -23,7 +23,7 @@ class StoreWord {
   explicit StoreWord(std::shared_ptr<Store> store);
   void drop() {
     state_->store.reset();
-  }              // REQUIRES: nothing is said or looked for, before or after
+  }  // REQUIRES: nothing is said or looked for, before or after
   ~StoreWord();  // a thread that hangs in the store is left behind; it ends when the store answers
   // Sets key; set_first() only where nobody has. Returns once that is done, or after `limit`.
   void set(std::string key, std::string value, std::chrono::milliseconds limit) {

@@ -17,7 +17,8 @@ int TcpChannel::socket() const {
   return peer_.rank > peer_.peer ? endpoint_.listener().socket() : -1;
 }
 
-// Until the lower rank connects, nothing shows whether it lives. Its listener does: when its process has ended nobody answers there.
+// Until the lower rank connects, nothing shows whether it lives. Its listener does: when its
+// process has ended nobody answers there.
 void TcpChannel::probe() {
   if (state_ != State::closed || peer_.rank < peer_.peer) return;
   if (!knock_) knock_ = tcp_connect(peer_.address, peer_.port);
@@ -27,12 +28,14 @@ void TcpChannel::probe() {
   socklen_t length = sizeof(error);
   ::getsockopt(knock_.get(), SOL_SOCKET, SO_ERROR, &error, &length);
   knock_.reset();
-  if (error == ECONNREFUSED) lost("nobody listens there any more");  // another error may be a firewall's
+  if (error == ECONNREFUSED)
+    lost("nobody listens there any more");  // another error may be a firewall's
 }
 
 void TcpChannel::lost(const std::string& how) const {
-  throw Error(Code::peer_lost, "rank " + std::to_string(peer_.rank) + " lost rank " + std::to_string(peer_.peer) + " (" +
-                                   describe() + "): " + how + ". Its process ended or the network between broke.");
+  throw Error(Code::peer_lost, "rank " + std::to_string(peer_.rank) + " lost rank " +
+                                   std::to_string(peer_.peer) + " (" + describe() + "): " + how +
+                                   ". Its process ended or the network between broke.");
 }
 
 bool TcpChannel::open() {
@@ -49,7 +52,8 @@ bool TcpChannel::open() {
     state_ = State::connecting;
   }
   if (state_ == State::connecting || state_ == State::greeting) {
-    pollfd entry{socket_.get(), static_cast<short>(state_ == State::connecting ? POLLOUT : POLLIN), 0};
+    pollfd entry{socket_.get(), static_cast<short>(state_ == State::connecting ? POLLOUT : POLLIN),
+                 0};
     if (::poll(&entry, 1, 0) <= 0) return false;
     int error = 0;
     socklen_t length = sizeof(error);
@@ -58,7 +62,8 @@ bool TcpChannel::open() {
   }
   // The challenge, then the welcome; both are tiny and come whole or in pieces.
   const auto receive_all = [&](void* data, size_t nbytes) {
-    const auto n = ::recv(socket_.get(), static_cast<char*>(data) + handshake_bytes_, nbytes - handshake_bytes_, 0);
+    const auto n = ::recv(socket_.get(), static_cast<char*>(data) + handshake_bytes_,
+                          nbytes - handshake_bytes_, 0);
     if (n == 0) lost("it closed the connection during the handshake (another job's secret?)");
     if (n < 0 && errno != EAGAIN && errno != EINTR) lost(errno_text("handshake"));
     if (n > 0) handshake_bytes_ += static_cast<size_t>(n);
@@ -69,14 +74,16 @@ bool TcpChannel::open() {
     if (challenge_.magic != Challenge{}.magic) lost("something else than pycomm answers there");
     greeting_ = Greeting{peer_.group, peer_.rank, peer_.peer, peer_.lane, 0, random_u64(), 0};
     greeting_.mac = greeting_mac(endpoint_.secret(), challenge_, greeting_);
-    if (::send(socket_.get(), &greeting_, sizeof(greeting_), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(greeting_)))
+    if (::send(socket_.get(), &greeting_, sizeof(greeting_), MSG_NOSIGNAL) !=
+        static_cast<ssize_t>(sizeof(greeting_)))
       lost(errno_text("handshake"));
     handshake_bytes_ = 0;
     state_ = State::greeting;
   }
   if (state_ == State::greeting) {
     if (!receive_all(&challenge_.nonce, sizeof(challenge_.nonce))) return false;
-    if (challenge_.nonce != welcome_mac(endpoint_.secret(), greeting_)) lost("it does not know this job's secret");
+    if (challenge_.nonce != welcome_mac(endpoint_.secret(), greeting_))
+      lost("it does not know this job's secret");
     state_ = State::open;
   }
   staging_ = std::make_unique_for_overwrite<std::byte[]>(kStagingBytes);
@@ -85,14 +92,17 @@ bool TcpChannel::open() {
 
 bool TcpChannel::send_out(const void* data, size_t nbytes, size_t* sent) {
   *sent = 0;
-  iovec parts[2] = {{out_.data() + out_begin_, out_.size() - out_begin_}, {const_cast<void*>(data), nbytes}};
+  iovec parts[2] = {{out_.data() + out_begin_, out_.size() - out_begin_},
+                    {const_cast<void*>(data), nbytes}};
   msghdr message{};
   message.msg_iov = parts;
   message.msg_iovlen = nbytes > 0 ? 2 : 1;
   const auto n = ::sendmsg(socket_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
   if (n < 0) {
     if (errno == EAGAIN || errno == EINTR || errno == ENOBUFS) return false;
-    receive(nullptr, 0);  // the peer's own account of what went wrong may be waiting: it says more than EPIPE
+    receive(
+        nullptr,
+        0);  // the peer's own account of what went wrong may be waiting: it says more than EPIPE
     while (next_frame()) consume(std::min(frame_left_in_, in_end_ - in_begin_));
     lost(errno_text("send"));
   }
@@ -140,7 +150,8 @@ void TcpChannel::receive(void* data, size_t nbytes) {
     in_begin_ = 0;
   }
   iovec parts[2] = {{data, nbytes}, {staging_.get() + in_end_, kStagingBytes - in_end_}};
-  const auto n = nbytes > 0 ? ::readv(socket_.get(), parts, 2) : ::readv(socket_.get(), parts + 1, 1);
+  const auto n =
+      nbytes > 0 ? ::readv(socket_.get(), parts, 2) : ::readv(socket_.get(), parts + 1, 1);
   if (n == 0 && parts[1].iov_len > 0) lost("it closed the connection");
   if (n < 0) {
     if (errno == EAGAIN || errno == EINTR) return;
@@ -158,13 +169,15 @@ bool TcpChannel::next_frame() {
     if (header.magic != kFrameMagic || header.nbytes > kFrameBytes) lost("its bytes make no sense");
     if (header.code != 0) {
       if (header.nbytes > kStagingBytes / 2) lost("its bytes make no sense");
-      if (in_end_ - in_begin_ < sizeof(header) + header.nbytes) return false;  // the text is on its way
+      if (in_end_ - in_begin_ < sizeof(header) + header.nbytes)
+        return false;  // the text is on its way
       const auto* text = reinterpret_cast<const char*>(staging_.get() + in_begin_ + sizeof(header));
       throw Error(static_cast<Code>(header.code), std::string(text, header.nbytes));
     }
     in_begin_ += sizeof(header);
     frame_left_in_ = header.nbytes;
-    if (in_begin_ % 16 != 0) {  // after an odd-sized frame: elements must lie aligned for the kernels
+    if (in_begin_ % 16 !=
+        0) {  // after an odd-sized frame: elements must lie aligned for the kernels
       std::memmove(staging_.get(), staging_.get() + in_begin_, in_end_ - in_begin_);
       in_end_ -= in_begin_;
       in_begin_ = 0;
@@ -189,7 +202,8 @@ void TcpChannel::consume(size_t nbytes) {
 
 size_t TcpChannel::read(void* data, size_t nbytes) {
   if (!open()) return 0;
-  if (in_begin_ == in_end_ && frame_left_in_ > 0) {  // nothing staged: the frame's rest goes straight to where it belongs
+  if (in_begin_ == in_end_ &&
+      frame_left_in_ > 0) {  // nothing staged: the frame's rest goes straight to where it belongs
     receive(data, std::min(nbytes, frame_left_in_));
     frame_left_in_ -= direct_;
     return direct_;
@@ -204,7 +218,8 @@ size_t TcpChannel::read(void* data, size_t nbytes) {
 
 void TcpChannel::poison(const Status& why) {
   if (state_ != State::open) return;
-  if (frame_left_out_ > 0) {  // mid-frame no word gets through: the peer sees the connection close instead
+  if (frame_left_out_ >
+      0) {  // mid-frame no word gets through: the peer sees the connection close instead
     ::shutdown(socket_.get(), SHUT_RDWR);
     return;
   }

@@ -1,6 +1,7 @@
-// TcpChannel: one TCP connection to a rank of another host. It opens on first use (the lower rank connects) and proves both ends'
-// identity before a byte is believed. On the wire: frames of a 16-byte header and up to 1 MiB of payload, so that word of a broken
-// group gets through between two frames.
+// TcpChannel: one TCP connection to a rank of another host. It opens on first use (the lower rank
+// connects) and proves both ends' identity before a byte is believed. On the wire: frames of a
+// 16-byte header and up to 1 MiB of payload, so that word of a broken group gets through between
+// two frames.
 #pragma once
 
 #include <memory>
@@ -48,13 +49,16 @@ class TcpChannel final : public Channel {
   };
   static constexpr uint32_t kFrameMagic = 0x70636d66;
   static constexpr size_t kFrameBytes = size_t{1} << 20;
-  static constexpr size_t kGatherBytes = 4096;  // smaller pieces wait for flush() and leave in one system call
+  static constexpr size_t kGatherBytes =
+      4096;  // smaller pieces wait for flush() and leave in one system call
   static constexpr size_t kStagingBytes = size_t{256} << 10;
 
   bool open();
-  bool send_out(const void* data, size_t nbytes, size_t* sent);  // what is gathered, then data; false when the socket is full
-  void receive(void* data, size_t nbytes);   // into staging, or first into data (direct_ says how much)
-  bool next_frame();                         // parses a header from staging
+  bool send_out(const void* data, size_t nbytes,
+                size_t* sent);  // what is gathered, then data; false when the socket is full
+  void receive(void* data,
+               size_t nbytes);  // into staging, or first into data (direct_ says how much)
+  bool next_frame();            // parses a header from staging
   [[noreturn]] void lost(const std::string& how) const;
 
   const TcpPeer peer_;
@@ -65,12 +69,12 @@ class TcpChannel final : public Channel {
   Greeting greeting_;
   Challenge challenge_;
   size_t handshake_bytes_ = 0;
-  std::vector<std::byte> out_;    // gathered small pieces and frame headers, [out_begin_, end)
+  std::vector<std::byte> out_;  // gathered small pieces and frame headers, [out_begin_, end)
   size_t out_begin_ = 0;
-  size_t frame_left_out_ = 0;     // payload bytes of the open outgoing frame still to come
+  size_t frame_left_out_ = 0;  // payload bytes of the open outgoing frame still to come
   std::unique_ptr<std::byte[]> staging_;
   size_t in_begin_ = 0, in_end_ = 0;
-  size_t frame_left_in_ = 0;      // payload bytes of the current incoming frame not yet handed out
+  size_t frame_left_in_ = 0;  // payload bytes of the current incoming frame not yet handed out
   size_t direct_ = 0;
 };
 

@@ -19,9 +19,12 @@ Address parse(const std::string& address, int port) {
   hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
-  if (::getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found) != 0 || found == nullptr)
-    throw Error(Code::invalid_argument, "'" + address + "' is not a numeric IP address; set PYCOMM_ADDRESS to one of this "
-                                                        "host's that the other hosts reach");
+  if (::getaddrinfo(address.c_str(), std::to_string(port).c_str(), &hints, &found) != 0 ||
+      found == nullptr)
+    throw Error(Code::invalid_argument,
+                "'" + address +
+                    "' is not a numeric IP address; set PYCOMM_ADDRESS to one of this "
+                    "host's that the other hosts reach");
   Address result;
   result.length = found->ai_addrlen;
   std::memcpy(&result.storage, found->ai_addr, found->ai_addrlen);
@@ -33,7 +36,8 @@ Address parse(const std::string& address, int port) {
 
 uint64_t random_u64() {
   uint64_t value = 0;
-  if (::getrandom(&value, sizeof(value), 0) != static_cast<ssize_t>(sizeof(value))) throw_errno(Code::internal, "getrandom");
+  if (::getrandom(&value, sizeof(value), 0) != static_cast<ssize_t>(sizeof(value)))
+    throw_errno(Code::internal, "getrandom");
   return value;
 }
 
@@ -59,9 +63,11 @@ void set_tcp_options(int socket) {
 UniqueFd tcp_connect(const std::string& address, int port) {
   const Address to = parse(address, port);
   UniqueFd socket(::socket(to.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  if (!socket) throw_errno(Code::internal, "tcp socket (is the limit on open files reached? see ulimit -n)");
+  if (!socket)
+    throw_errno(Code::internal, "tcp socket (is the limit on open files reached? see ulimit -n)");
   set_tcp_options(socket.get());
-  if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&to.storage), to.length) != 0 && errno != EINPROGRESS)
+  if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&to.storage), to.length) != 0 &&
+      errno != EINPROGRESS)
     throw_errno(Code::peer_lost, "connecting to " + address + ":" + std::to_string(port));
   return socket;
 }
@@ -71,11 +77,13 @@ TcpListener::TcpListener(const std::string& address) {
   fd_ = UniqueFd(::socket(at.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!fd_) throw_errno(Code::internal, "tcp socket");
   if (::bind(fd_.get(), reinterpret_cast<sockaddr*>(&at.storage), at.length) != 0)
-    throw_errno(Code::invalid_argument, "cannot listen on " + address + " (set PYCOMM_ADDRESS to an address of this host)");
+    throw_errno(Code::invalid_argument,
+                "cannot listen on " + address + " (set PYCOMM_ADDRESS to an address of this host)");
   if (::listen(fd_.get(), 1024) != 0) throw_errno(Code::internal, "listen");
   ::getsockname(fd_.get(), reinterpret_cast<sockaddr*>(&at.storage), &at.length);
-  port_ = ntohs(at.storage.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(at.storage).sin6_port
-                                                 : reinterpret_cast<sockaddr_in&>(at.storage).sin_port);
+  port_ =
+      ntohs(at.storage.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(at.storage).sin6_port
+                                             : reinterpret_cast<sockaddr_in&>(at.storage).sin_port);
 }
 
 void TcpListener::accept_all() {
@@ -106,9 +114,11 @@ bool TcpListener::advance(Pending& pending) {
   pending.received += static_cast<size_t>(n);
   if (pending.received < sizeof(Greeting)) return false;
   const Greeting& greeting = pending.greeting;
-  if (greeting.mac != greeting_mac(secret_, pending.challenge, greeting)) return true;  // a stranger: dropped unanswered
+  if (greeting.mac != greeting_mac(secret_, pending.challenge, greeting))
+    return true;  // a stranger: dropped unanswered
   const uint64_t welcome = welcome_mac(secret_, greeting);
-  if (::send(fd, &welcome, sizeof(welcome), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(welcome))) return true;
+  if (::send(fd, &welcome, sizeof(welcome), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(welcome)))
+    return true;
   ready_[{greeting.group, greeting.from, greeting.to, greeting.lane}] = std::move(pending.socket);
   return true;
 }

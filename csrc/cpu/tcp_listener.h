@@ -1,6 +1,6 @@
-// TcpListener: where ranks of other hosts connect to this one. It proves who they are before anything they say is read, and keeps
-// each connection until the group it is for asks.
-// Thread safety: all members.
+// TcpListener: where ranks of other hosts connect to this one. It proves who they are before
+// anything they say is read, and keeps each connection until the group it is for asks. Thread
+// safety: all members.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,10 @@
 
 namespace pycomm::cpu {
 
-// What a connecting rank says about itself, once it has been challenged. Both sides prove that they know the job's secret:
-//   listener -> Challenge; connecter -> Greeting with mac(challenge, greeting); listener -> mac(greeting.nonce)
+// What a connecting rank says about itself, once it has been challenged. Both sides prove that they
+// know the job's secret:
+//   listener -> Challenge; connecter -> Greeting with mac(challenge, greeting); listener ->
+//   mac(greeting.nonce)
 struct Challenge {
   uint64_t magic = 0x70636f6d6d2d6331ull;
   uint64_t nonce = 0;
@@ -37,7 +39,8 @@ uint64_t random_u64();
 
 class TcpListener {
  public:
-  // Listens on a free port of `address` (IPv4 or IPv6, numeric). Errors: Error(invalid_argument) where it cannot be bound.
+  // Listens on a free port of `address` (IPv4 or IPv6, numeric). Errors: Error(invalid_argument)
+  // where it cannot be bound.
   TcpListener(const std::string& address);
   int port() const { return port_; }
   int socket() const { return fd_.get(); }

@@ -1,8 +1,10 @@
-// Waiter: how a thread that can do nothing waits. Spin while a peer on another core may answer within microseconds, then yield the
-// core, then sleep until rung. Where ranks outnumber cores spinning only keeps the answer from being computed: yield at once.
-// Waking a sleeper on another core costs some 80 us, sched_yield 2 us, a spinning flag 0.2 us. So a waiter stays awake for about
-// the price of a wake-up: it never waits much longer than the best choice would have, and a core that another program wants, maybe
-// our own peer, is free again soon (Karlin et al., "Competitive randomized algorithms for nonuniform problems", SODA 1990).
+// Waiter: how a thread that can do nothing waits. Spin while a peer on another core may answer
+// within microseconds, then yield the core, then sleep until rung. Where ranks outnumber cores
+// spinning only keeps the answer from being computed: yield at once. Waking a sleeper on another
+// core costs some 80 us, sched_yield 2 us, a spinning flag 0.2 us. So a waiter stays awake for
+// about the price of a wake-up: it never waits much longer than the best choice would have, and a
+// core that another program wants, maybe our own peer, is free again soon (Karlin et al.,
+// "Competitive randomized algorithms for nonuniform problems", SODA 1990).
 #pragma once
 
 #include <sched.h>
@@ -22,7 +24,8 @@ inline void cpu_relax() {
 #endif
 }
 
-// A store-load barrier. ThreadSanitizer knows no fences; there a locked instruction does the same, and what is shared stays atomic.
+// A store-load barrier. ThreadSanitizer knows no fences; there a locked instruction does the same,
+// and what is shared stays atomic.
 inline void full_fence() {
 #if defined(__SANITIZE_THREAD__)
   std::atomic<int> local{0};
@@ -34,7 +37,11 @@ inline void full_fence() {
 
 class Waiter {
  public:
-  enum class Next { again, look, sleep };  // try again; take the slow look at deadlines and peers first; go to sleep
+  enum class Next {
+    again,
+    look,
+    sleep
+  };  // try again; take the slow look at deadlines and peers first; go to sleep
 
   explicit Waiter(bool oversubscribed, std::chrono::microseconds awake)
       : spins_(oversubscribed ? 8 : 2000), awake_(awake) {}

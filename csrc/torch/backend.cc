@@ -1,10 +1,10 @@
 #include "torch/backend.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/distributed/c10d/Types.hpp>
 
 #include <numeric>
 #include <sstream>
+#include <torch/csrc/distributed/c10d/Types.hpp>
 
 #include "torch/tensors.h"
 
@@ -12,7 +12,8 @@ namespace pycomm::torch_layer {
 namespace {
 
 using Milliseconds = std::chrono::milliseconds;
-constexpr int64_t kMonitorTag = std::numeric_limits<int64_t>::min() + 1;  // no user's tag: c10d's are 32-bit
+constexpr int64_t kMonitorTag =
+    std::numeric_limits<int64_t>::min() + 1;  // no user's tag: c10d's are 32-bit
 
 std::optional<Milliseconds> limit_of(Milliseconds timeout) {
   return timeout == c10d::kUnsetTimeout ? std::nullopt : std::optional(timeout);
@@ -21,24 +22,28 @@ std::optional<Milliseconds> limit_of(Milliseconds timeout) {
 // One or several started operations as one c10d::Work.
 class BackendWork final : public c10d::Work {
  public:
-  BackendWork(int rank, c10d::OpType type, std::vector<std::shared_ptr<pycomm::Work>> works, std::vector<at::Tensor> results)
+  BackendWork(int rank, c10d::OpType type, std::vector<std::shared_ptr<pycomm::Work>> works,
+              std::vector<at::Tensor> results)
       : c10d::Work(rank, type), works_(std::move(works)), results_(std::move(results)) {}
   bool isCompleted() override {
     return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->done(); });
   }
   bool isSuccess() const override {
-    return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->done() && work->status().ok(); });
+    return std::all_of(works_.begin(), works_.end(),
+                       [](const auto& work) { return work->done() && work->status().ok(); });
   }
   std::exception_ptr exception() const override {
     for (const auto& work : works_)
-      if (const Status status = work->status(); !status.ok()) return std::make_exception_ptr(Error(status));
+      if (const Status status = work->status(); !status.ok())
+        return std::make_exception_ptr(Error(status));
     return nullptr;
   }
   int sourceRank() const override { return works_.empty() ? -1 : works_.front()->source(); }
   std::vector<at::Tensor> result() override { return results_; }
   void synchronize() override { wait(kNoTimeout); }
   bool wait(Milliseconds timeout) override {
-    const auto limit = timeout <= Milliseconds(0) ? Milliseconds(std::chrono::hours(24 * 365)) : timeout;
+    const auto limit =
+        timeout <= Milliseconds(0) ? Milliseconds(std::chrono::hours(24 * 365)) : timeout;
     for (const auto& work : works_) work->wait(limit);
     return true;
   }
@@ -47,7 +52,8 @@ class BackendWork final : public c10d::Work {
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
     std::lock_guard lock(mutex_);
     if (future_) return future_;
-    future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    future_ =
+        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
     auto left = std::make_shared<std::atomic<size_t>>(works_.size());
     const auto complete = [future = future_, works = works_, results = results_] {
       for (const auto& work : works)
@@ -73,15 +79,24 @@ class BackendWork final : public c10d::Work {
 ReduceOp reduce_op_of(const c10d::ReduceOp& op) {
   switch (op.op_) {
     case c10d::ReduceOp::SUM:
-    case c10d::ReduceOp::PREMUL_SUM: return ReduceOp::sum;
-    case c10d::ReduceOp::AVG: return ReduceOp::avg;
-    case c10d::ReduceOp::PRODUCT: return ReduceOp::product;
-    case c10d::ReduceOp::MIN: return ReduceOp::min;
-    case c10d::ReduceOp::MAX: return ReduceOp::max;
-    case c10d::ReduceOp::BAND: return ReduceOp::band;
-    case c10d::ReduceOp::BOR: return ReduceOp::bor;
-    case c10d::ReduceOp::BXOR: return ReduceOp::bxor;
-    default: throw Error(Code::invalid_argument, "this ReduceOp is unknown to pycomm");
+    case c10d::ReduceOp::PREMUL_SUM:
+      return ReduceOp::sum;
+    case c10d::ReduceOp::AVG:
+      return ReduceOp::avg;
+    case c10d::ReduceOp::PRODUCT:
+      return ReduceOp::product;
+    case c10d::ReduceOp::MIN:
+      return ReduceOp::min;
+    case c10d::ReduceOp::MAX:
+      return ReduceOp::max;
+    case c10d::ReduceOp::BAND:
+      return ReduceOp::band;
+    case c10d::ReduceOp::BOR:
+      return ReduceOp::bor;
+    case c10d::ReduceOp::BXOR:
+      return ReduceOp::bxor;
+    default:
+      throw Error(Code::invalid_argument, "this ReduceOp is unknown to pycomm");
   }
 }
 
@@ -91,7 +106,8 @@ at::Tensor premultiplied(const at::Tensor& input, const c10d::ReduceOp& op) {
   // Its name in torch 2.11; later ones keep it as an alias.
   const auto* supplement = dynamic_cast<const c10d::NCCLPreMulSumSupplement*>(op.supplement_.get());
   if (supplement == nullptr) throw Error(Code::invalid_argument, "PREMUL_SUM without a factor");
-  return supplement->tensor_factor.defined() ? input * supplement->tensor_factor.to(input.dtype()) : input * supplement->double_factor;
+  return supplement->tensor_factor.defined() ? input * supplement->tensor_factor.to(input.dtype())
+                                             : input * supplement->double_factor;
 }
 
 std::vector<uint64_t> numels(const std::vector<at::Tensor>& tensors) {
@@ -100,10 +116,13 @@ std::vector<uint64_t> numels(const std::vector<at::Tensor>& tensors) {
   return counts;
 }
 
-uint64_t total(const std::vector<uint64_t>& counts) { return std::accumulate(counts.begin(), counts.end(), uint64_t{0}); }
+uint64_t total(const std::vector<uint64_t>& counts) {
+  return std::accumulate(counts.begin(), counts.end(), uint64_t{0});
+}
 
 bool all_equal(const std::vector<uint64_t>& counts) {
-  return std::all_of(counts.begin(), counts.end(), [&](uint64_t count) { return count == counts.front(); });
+  return std::all_of(counts.begin(), counts.end(),
+                     [&](uint64_t count) { return count == counts.front(); });
 }
 
 at::Tensor flattened(const std::vector<at::Tensor>& tensors) {
@@ -125,7 +144,7 @@ void unflatten(const at::Tensor& flat, const std::vector<at::Tensor>& tensors) {
 // A call, the tensors it reads and writes, and those c10d gets back.
 struct PycommBackend::Plan {
   Call call;
-  std::vector<at::Tensor> held;     // memory the engine works on
+  std::vector<at::Tensor> held;  // memory the engine works on
   std::vector<at::Tensor> results;
   // The tensor to write into: `tensor` itself, or a contiguous stand-in copied back at the end.
   void* write(const at::Tensor& tensor) {
@@ -151,7 +170,8 @@ struct PycommBackend::Plan {
   }
 };
 
-PycommBackend::PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::Endpoint> endpoint, MakeGroup make_group)
+PycommBackend::PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::Endpoint> endpoint,
+                             MakeGroup make_group)
     : c10d::Backend(group->rank(), group->size()),
       group_(std::move(group)),
       endpoint_(std::move(endpoint)),
@@ -160,22 +180,26 @@ PycommBackend::PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::
 PycommBackend::~PycommBackend() = default;
 
 void PycommBackend::refuse(const char* op, const std::string& text) const {
-  throw Error(Code::invalid_argument, std::string(op) + " in group '" + group_->name() + "', rank " +
-                                          std::to_string(group_->rank()) + ": " + text);
+  throw Error(Code::invalid_argument, std::string(op) + " in group '" + group_->name() +
+                                          "', rank " + std::to_string(group_->rank()) + ": " +
+                                          text);
 }
 
 const at::Tensor& PycommBackend::checked(const char* op, const at::Tensor& tensor) const {
   if (!tensor.defined()) refuse(op, "the tensor is undefined");
   if (!tensor.device().is_cpu())
-    refuse(op, "the tensor is on " + tensor.device().str() + ", this backend moves CPU tensors; call .cpu(), or register another "
-               "backend for that device, as in init_process_group('cpu:pycomm,cuda:nccl')");
+    refuse(op, "the tensor is on " + tensor.device().str() +
+                   ", this backend moves CPU tensors; call .cpu(), or register another "
+                   "backend for that device, as in init_process_group('cpu:pycomm,cuda:nccl')");
   if (tensor.layout() != at::kStrided) refuse(op, "the tensor is sparse; call .to_dense()");
-  if (!dtype_of(tensor.scalar_type())) refuse(op, std::string("dtype ") + c10::toString(tensor.scalar_type()) + " is not supported");
+  if (!dtype_of(tensor.scalar_type()))
+    refuse(op, std::string("dtype ") + c10::toString(tensor.scalar_type()) + " is not supported");
   return tensor;
 }
 
 const at::Tensor& PycommBackend::only(const char* op, const Tensors& tensors) const {
-  if (tensors.size() != 1) refuse(op, "takes one tensor per rank, got " + std::to_string(tensors.size()));
+  if (tensors.size() != 1)
+    refuse(op, "takes one tensor per rank, got " + std::to_string(tensors.size()));
   return checked(op, tensors.front());
 }
 
@@ -196,10 +220,12 @@ class ManyWorks final : public c10d::Work {
   ManyWorks(int rank, std::vector<c10::intrusive_ptr<c10d::Work>> works)
       : c10d::Work(rank, c10d::OpType::COALESCED), works_(std::move(works)) {}
   bool isCompleted() override {
-    return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->isCompleted(); });
+    return std::all_of(works_.begin(), works_.end(),
+                       [](const auto& work) { return work->isCompleted(); });
   }
   bool isSuccess() const override {
-    return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->isSuccess(); });
+    return std::all_of(works_.begin(), works_.end(),
+                       [](const auto& work) { return work->isSuccess(); });
   }
   std::exception_ptr exception() const override {
     for (const auto& work : works_)
@@ -218,7 +244,8 @@ class ManyWorks final : public c10d::Work {
     return true;
   }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
-    auto futures = c10::List<c10::intrusive_ptr<c10::ivalue::Future>>(c10::FutureType::create(c10::ListType::create(c10::TensorType::get())));
+    auto futures = c10::List<c10::intrusive_ptr<c10::ivalue::Future>>(
+        c10::FutureType::create(c10::ListType::create(c10::TensorType::get())));
     for (const auto& work : works_) futures.push_back(work->getFuture());
     return c10::collectAll(futures)->then(
         [results = result()](c10::ivalue::Future& all) {
@@ -239,18 +266,22 @@ PycommBackend::WorkPtr PycommBackend::endCoalescing() {
   return c10::make_intrusive<ManyWorks>(getRank(), std::exchange(coalesced_, {}));
 }
 
-PycommBackend::WorkPtr PycommBackend::launch(Plan plan, c10d::OpType type, bool async, Milliseconds timeout) {
+PycommBackend::WorkPtr PycommBackend::launch(Plan plan, c10d::OpType type, bool async,
+                                             Milliseconds timeout) {
   plan.call.timeout = limit_of(timeout);
   if (!async && !coalescing_) {
     group_->run(plan.call);
-    return c10::make_intrusive<BackendWork>(getRank(), type, std::vector<std::shared_ptr<pycomm::Work>>{}, std::move(plan.results));
+    return c10::make_intrusive<BackendWork>(
+        getRank(), type, std::vector<std::shared_ptr<pycomm::Work>>{}, std::move(plan.results));
   }
   auto held = std::make_shared<Tensors>(std::move(plan.held));
   auto work = group_->start(plan.call, std::move(held));
-  return collect(c10::make_intrusive<BackendWork>(getRank(), type, std::vector{std::move(work)}, std::move(plan.results)));
+  return collect(c10::make_intrusive<BackendWork>(getRank(), type, std::vector{std::move(work)},
+                                                  std::move(plan.results)));
 }
 
-PycommBackend::WorkPtr PycommBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::broadcast(Tensors& tensors,
+                                                const c10d::BroadcastOptions& opts) {
   const at::Tensor& tensor = only("broadcast", tensors);
   Plan plan;
   plan.call.collective = Collective::broadcast;
@@ -263,7 +294,8 @@ PycommBackend::WorkPtr PycommBackend::broadcast(Tensors& tensors, const c10d::Br
   return launch(std::move(plan), c10d::OpType::BROADCAST, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::allreduce(Tensors& tensors, const c10d::AllreduceOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::allreduce(Tensors& tensors,
+                                                const c10d::AllreduceOptions& opts) {
   const at::Tensor& tensor = only("all_reduce", tensors);
   Plan plan;
   plan.call.collective = Collective::all_reduce;
@@ -271,12 +303,15 @@ PycommBackend::WorkPtr PycommBackend::allreduce(Tensors& tensors, const c10d::Al
   plan.call.op = reduce_op_of(opts.reduceOp);
   plan.call.numel = static_cast<uint64_t>(tensor.numel());
   plan.call.output = plan.write(tensor);
-  plan.call.input = opts.reduceOp == c10d::ReduceOp::PREMUL_SUM ? plan.read(premultiplied(tensor, opts.reduceOp)) : plan.call.output;
+  plan.call.input = opts.reduceOp == c10d::ReduceOp::PREMUL_SUM
+                        ? plan.read(premultiplied(tensor, opts.reduceOp))
+                        : plan.call.output;
   plan.results = tensors;
   return launch(std::move(plan), c10d::OpType::ALLREDUCE, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::allreduce_coalesced(
+    Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts) {
   std::vector<WorkPtr> works;
   for (auto& tensor : tensors) {
     Tensors one{tensor};
@@ -301,13 +336,16 @@ PycommBackend::WorkPtr PycommBackend::reduce(Tensors& tensors, const c10d::Reduc
   return launch(std::move(plan), c10d::OpType::REDUCE, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::_allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
+                                                      const c10d::AllgatherOptions& opts) {
   checked("all_gather_into_tensor", input);
   checked("all_gather_into_tensor", output);
-  if (output.scalar_type() != input.scalar_type()) refuse("all_gather_into_tensor", "output and input differ in dtype");
+  if (output.scalar_type() != input.scalar_type())
+    refuse("all_gather_into_tensor", "output and input differ in dtype");
   if (output.numel() != input.numel() * getSize())
-    refuse("all_gather_into_tensor", "output has " + std::to_string(output.numel()) + " elements, " + std::to_string(getSize()) +
-                                         " ranks of " + std::to_string(input.numel()) + " give " +
+    refuse("all_gather_into_tensor", "output has " + std::to_string(output.numel()) +
+                                         " elements, " + std::to_string(getSize()) + " ranks of " +
+                                         std::to_string(input.numel()) + " give " +
                                          std::to_string(input.numel() * getSize()));
   Plan plan;
   plan.call.collective = Collective::all_gather;
@@ -319,15 +357,19 @@ PycommBackend::WorkPtr PycommBackend::_allgather_base(at::Tensor& output, at::Te
   return launch(std::move(plan), c10d::OpType::_ALLGATHER_BASE, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::allgather(TensorLists& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::allgather(TensorLists& outputs, Tensors& inputs,
+                                                const c10d::AllgatherOptions& opts) {
   const at::Tensor& input = only("all_gather", inputs);
   if (outputs.size() != 1 || outputs[0].size() != static_cast<size_t>(getSize()))
-    refuse("all_gather", "the output list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
+    refuse("all_gather",
+           "the output list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
   for (const auto& tensor : outputs[0])
-    if (checked("all_gather", tensor).scalar_type() != input.scalar_type()) refuse("all_gather", "output and input differ in dtype");
+    if (checked("all_gather", tensor).scalar_type() != input.scalar_type())
+      refuse("all_gather", "output and input differ in dtype");
   const auto counts = numels(outputs[0]);
   if (counts[static_cast<size_t>(getRank())] != static_cast<uint64_t>(input.numel()))
-    refuse("all_gather", "this rank's place in the output list has " + std::to_string(counts[static_cast<size_t>(getRank())]) +
+    refuse("all_gather", "this rank's place in the output list has " +
+                             std::to_string(counts[static_cast<size_t>(getRank())]) +
                              " elements, the input " + std::to_string(input.numel()));
   Plan plan;
   plan.call.collective = Collective::all_gather;
@@ -340,13 +382,16 @@ PycommBackend::WorkPtr PycommBackend::allgather(TensorLists& outputs, Tensors& i
   return launch(std::move(plan), c10d::OpType::ALLGATHER, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::allgather_coalesced(TensorLists& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
-  if (outputs.size() != static_cast<size_t>(getSize())) refuse("all_gather_coalesced", "needs one output list per rank");
+PycommBackend::WorkPtr PycommBackend::allgather_coalesced(TensorLists& outputs, Tensors& inputs,
+                                                          const c10d::AllgatherOptions& opts) {
+  if (outputs.size() != static_cast<size_t>(getSize()))
+    refuse("all_gather_coalesced", "needs one output list per rank");
   std::vector<WorkPtr> works;
   for (size_t i = 0; i < inputs.size(); ++i) {
     TensorLists one(1);
     for (auto& list : outputs) {
-      if (list.size() != inputs.size()) refuse("all_gather_coalesced", "every output list must be as long as the inputs");
+      if (list.size() != inputs.size())
+        refuse("all_gather_coalesced", "every output list must be as long as the inputs");
       one[0].push_back(list[i]);
     }
     Tensors input{inputs[i]};
@@ -355,14 +400,18 @@ PycommBackend::WorkPtr PycommBackend::allgather_coalesced(TensorLists& outputs, 
   return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
 }
 
-PycommBackend::WorkPtr PycommBackend::allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
-  if (outputs.size() != inputs.size()) refuse("all_gather_into_tensor_coalesced", "outputs and inputs differ in number");
+PycommBackend::WorkPtr PycommBackend::allgather_into_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
+  if (outputs.size() != inputs.size())
+    refuse("all_gather_into_tensor_coalesced", "outputs and inputs differ in number");
   std::vector<WorkPtr> works;
-  for (size_t i = 0; i < inputs.size(); ++i) works.push_back(_allgather_base(outputs[i], inputs[i], opts));
+  for (size_t i = 0; i < inputs.size(); ++i)
+    works.push_back(_allgather_base(outputs[i], inputs[i], opts));
   return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
 }
 
-PycommBackend::WorkPtr PycommBackend::gather(TensorLists& outputs, Tensors& inputs, const c10d::GatherOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::gather(TensorLists& outputs, Tensors& inputs,
+                                             const c10d::GatherOptions& opts) {
   const at::Tensor& input = only("gather", inputs);
   Plan plan;
   plan.call.collective = Collective::gather;
@@ -372,19 +421,23 @@ PycommBackend::WorkPtr PycommBackend::gather(TensorLists& outputs, Tensors& inpu
   plan.call.input = plan.read(input);
   if (getRank() == plan.call.root) {
     if (outputs.size() != 1 || outputs[0].size() != static_cast<size_t>(getSize()))
-      refuse("gather", "the root's list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
+      refuse("gather",
+             "the root's list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
     for (const auto& tensor : outputs[0])
-      if (checked("gather", tensor).numel() != input.numel() || tensor.scalar_type() != input.scalar_type())
+      if (checked("gather", tensor).numel() != input.numel() ||
+          tensor.scalar_type() != input.scalar_type())
         refuse("gather", "every output must have the input's dtype and number of elements");
     plan.call.output = plan.write_list(outputs[0], input.options());
     plan.results = outputs[0];
   } else if (!outputs.empty()) {
-    refuse("gather", "only the root (rank " + std::to_string(plan.call.root) + ") gives an output list");
+    refuse("gather",
+           "only the root (rank " + std::to_string(plan.call.root) + ") gives an output list");
   }
   return launch(std::move(plan), c10d::OpType::GATHER, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::scatter(Tensors& outputs, TensorLists& inputs, const c10d::ScatterOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::scatter(Tensors& outputs, TensorLists& inputs,
+                                              const c10d::ScatterOptions& opts) {
   const at::Tensor& output = only("scatter", outputs);
   Plan plan;
   plan.call.collective = Collective::scatter;
@@ -393,26 +446,32 @@ PycommBackend::WorkPtr PycommBackend::scatter(Tensors& outputs, TensorLists& inp
   plan.call.numel = static_cast<uint64_t>(output.numel() * getSize());
   if (getRank() == plan.call.root) {
     if (inputs.size() != 1 || inputs[0].size() != static_cast<size_t>(getSize()))
-      refuse("scatter", "the root's list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
+      refuse("scatter",
+             "the root's list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
     for (const auto& tensor : inputs[0])
-      if (checked("scatter", tensor).numel() != output.numel() || tensor.scalar_type() != output.scalar_type())
+      if (checked("scatter", tensor).numel() != output.numel() ||
+          tensor.scalar_type() != output.scalar_type())
         refuse("scatter", "every input must have the output's dtype and number of elements");
     plan.call.input = plan.read(flattened(inputs[0]));
   } else if (!inputs.empty()) {
-    refuse("scatter", "only the root (rank " + std::to_string(plan.call.root) + ") gives an input list");
+    refuse("scatter",
+           "only the root (rank " + std::to_string(plan.call.root) + ") gives an input list");
   }
   plan.call.output = plan.write(output);
   plan.results = outputs;
   return launch(std::move(plan), c10d::OpType::SCATTER, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                                           const c10d::ReduceScatterOptions& opts) {
   checked("reduce_scatter_tensor", input);
   checked("reduce_scatter_tensor", output);
-  if (output.scalar_type() != input.scalar_type()) refuse("reduce_scatter_tensor", "output and input differ in dtype");
+  if (output.scalar_type() != input.scalar_type())
+    refuse("reduce_scatter_tensor", "output and input differ in dtype");
   if (input.numel() != output.numel() * getSize())
-    refuse("reduce_scatter_tensor", "input has " + std::to_string(input.numel()) + " elements, " + std::to_string(getSize()) +
-                                        " ranks of " + std::to_string(output.numel()) + " need " +
+    refuse("reduce_scatter_tensor", "input has " + std::to_string(input.numel()) + " elements, " +
+                                        std::to_string(getSize()) + " ranks of " +
+                                        std::to_string(output.numel()) + " need " +
                                         std::to_string(output.numel() * getSize()));
   Plan plan;
   plan.call.collective = Collective::reduce_scatter;
@@ -425,16 +484,19 @@ PycommBackend::WorkPtr PycommBackend::_reduce_scatter_base(at::Tensor& output, a
   return launch(std::move(plan), c10d::OpType::_REDUCE_SCATTER_BASE, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::reduce_scatter(Tensors& outputs, TensorLists& inputs, const c10d::ReduceScatterOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::reduce_scatter(Tensors& outputs, TensorLists& inputs,
+                                                     const c10d::ReduceScatterOptions& opts) {
   const at::Tensor& output = only("reduce_scatter", outputs);
   if (inputs.size() != 1 || inputs[0].size() != static_cast<size_t>(getSize()))
-    refuse("reduce_scatter", "the input list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
+    refuse("reduce_scatter",
+           "the input list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
   for (const auto& tensor : inputs[0])
     if (checked("reduce_scatter", tensor).scalar_type() != output.scalar_type())
       refuse("reduce_scatter", "output and input differ in dtype");
   const auto counts = numels(inputs[0]);
   if (counts[static_cast<size_t>(getRank())] != static_cast<uint64_t>(output.numel()))
-    refuse("reduce_scatter", "this rank's input has " + std::to_string(counts[static_cast<size_t>(getRank())]) +
+    refuse("reduce_scatter", "this rank's input has " +
+                                 std::to_string(counts[static_cast<size_t>(getRank())]) +
                                  " elements, the output " + std::to_string(output.numel()));
   Plan plan;
   plan.call.collective = Collective::reduce_scatter;
@@ -448,48 +510,60 @@ PycommBackend::WorkPtr PycommBackend::reduce_scatter(Tensors& outputs, TensorLis
   return launch(std::move(plan), c10d::OpType::REDUCE_SCATTER, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& opts) {
-  if (outputs.size() != inputs.size()) refuse("reduce_scatter_tensor_coalesced", "outputs and inputs differ in number");
+PycommBackend::WorkPtr PycommBackend::reduce_scatter_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& opts) {
+  if (outputs.size() != inputs.size())
+    refuse("reduce_scatter_tensor_coalesced", "outputs and inputs differ in number");
   std::vector<WorkPtr> works;
-  for (size_t i = 0; i < inputs.size(); ++i) works.push_back(_reduce_scatter_base(outputs[i], inputs[i], opts));
+  for (size_t i = 0; i < inputs.size(); ++i)
+    works.push_back(_reduce_scatter_base(outputs[i], inputs[i], opts));
   return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
 }
 
-PycommBackend::WorkPtr PycommBackend::alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,
-                                                    std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
+                                                    std::vector<int64_t>& output_splits,
+                                                    std::vector<int64_t>& input_splits,
+                                                    const c10d::AllToAllOptions& opts) {
   checked("all_to_all_single", input);
   checked("all_to_all_single", output);
-  if (output.scalar_type() != input.scalar_type()) refuse("all_to_all_single", "output and input differ in dtype");
-  const auto counts_of = [&](const char* which, const at::Tensor& tensor, const std::vector<int64_t>& splits) {
+  if (output.scalar_type() != input.scalar_type())
+    refuse("all_to_all_single", "output and input differ in dtype");
+  const auto counts_of = [&](const char* which, const at::Tensor& tensor,
+                             const std::vector<int64_t>& splits) {
     const auto n = static_cast<int64_t>(getSize());
     const int64_t rows = tensor.dim() == 0 ? 1 : tensor.size(0);
     const int64_t row = rows == 0 ? 0 : tensor.numel() / rows;
     std::vector<uint64_t> counts;
     if (splits.empty()) {
       if (rows % n != 0)
-        refuse("all_to_all_single", std::string(which) + " has " + std::to_string(rows) + " rows, which do not divide by " +
-                                        std::to_string(n) + " ranks; give split sizes");
+        refuse("all_to_all_single", std::string(which) + " has " + std::to_string(rows) +
+                                        " rows, which do not divide by " + std::to_string(n) +
+                                        " ranks; give split sizes");
       counts.assign(static_cast<size_t>(n), static_cast<uint64_t>(rows / n * row));
       return counts;
     }
-    if (splits.size() != static_cast<size_t>(n) || std::accumulate(splits.begin(), splits.end(), int64_t{0}) != rows ||
+    if (splits.size() != static_cast<size_t>(n) ||
+        std::accumulate(splits.begin(), splits.end(), int64_t{0}) != rows ||
         std::any_of(splits.begin(), splits.end(), [](int64_t split) { return split < 0; }))
-      refuse("all_to_all_single", std::string(which) + " splits must be " + std::to_string(n) + " sizes that add up to its " +
-                                      std::to_string(rows) + " rows");
+      refuse("all_to_all_single", std::string(which) + " splits must be " + std::to_string(n) +
+                                      " sizes that add up to its " + std::to_string(rows) +
+                                      " rows");
     for (const int64_t split : splits) counts.push_back(static_cast<uint64_t>(split * row));
     return counts;
   };
   Plan plan;
   plan.call.collective = Collective::all_to_all;
   plan.call.dtype = *dtype_of(input.scalar_type());
-  const auto send = counts_of("input", input, input_splits), recv = counts_of("output", output, output_splits);
+  const auto send = counts_of("input", input, input_splits),
+             recv = counts_of("output", output, output_splits);
   plan.call.numel = std::max(total(send), total(recv));
   // Splits given on one rank may be even there and not on another: then all say so.
   if (!input_splits.empty() || !output_splits.empty()) {
     plan.call.counts = send;
     plan.call.recv_counts = recv;
   } else if (input.numel() != output.numel()) {
-    refuse("all_to_all_single", "without split sizes input and output must have the same number of elements");
+    refuse("all_to_all_single",
+           "without split sizes input and output must have the same number of elements");
   }
   plan.call.input = plan.read(input);
   plan.call.output = plan.write(output);
@@ -497,13 +571,16 @@ PycommBackend::WorkPtr PycommBackend::alltoall_base(at::Tensor& output, at::Tens
   return launch(std::move(plan), c10d::OpType::ALLTOALL_BASE, opts.asyncOp, opts.timeout);
 }
 
-PycommBackend::WorkPtr PycommBackend::alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& opts) {
+PycommBackend::WorkPtr PycommBackend::alltoall(Tensors& outputs, Tensors& inputs,
+                                               const c10d::AllToAllOptions& opts) {
   const auto n = static_cast<size_t>(getSize());
   if (outputs.size() != n || inputs.size() != n)
-    refuse("all_to_all", "input and output lists must hold one tensor per rank (" + std::to_string(n) + ")");
+    refuse("all_to_all",
+           "input and output lists must hold one tensor per rank (" + std::to_string(n) + ")");
   for (const auto* list : {&outputs, &inputs})
     for (const auto& tensor : *list)
-      if (checked("all_to_all", tensor).scalar_type() != inputs[0].scalar_type()) refuse("all_to_all", "the tensors differ in dtype");
+      if (checked("all_to_all", tensor).scalar_type() != inputs[0].scalar_type())
+        refuse("all_to_all", "the tensors differ in dtype");
   Plan plan;
   plan.call.collective = Collective::all_to_all;
   plan.call.dtype = *dtype_of(inputs[0].scalar_type());
@@ -518,18 +595,28 @@ PycommBackend::WorkPtr PycommBackend::alltoall(Tensors& outputs, Tensors& inputs
 
 PycommBackend::WorkPtr PycommBackend::message(Tensors& tensors, int peer, int tag, bool is_send) {
   const at::Tensor& tensor = only(is_send ? "send" : "recv", tensors);
-  if (!tensor.is_contiguous()) refuse(is_send ? "send" : "recv", "the tensor is not contiguous; call .contiguous()");
+  if (!tensor.is_contiguous())
+    refuse(is_send ? "send" : "recv", "the tensor is not contiguous; call .contiguous()");
   const auto nbytes = static_cast<uint64_t>(tensor.nbytes());
   auto held = std::make_shared<at::Tensor>(tensor);
   auto work = is_send ? group_->send(tensor.data_ptr(), nbytes, peer, tag, {}, held)
                       : group_->recv(tensor.data_ptr(), nbytes, peer, tag, {}, held);
-  const auto type = is_send ? c10d::OpType::SEND : peer < 0 ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
-  return collect(c10::make_intrusive<BackendWork>(getRank(), type, std::vector{std::move(work)}, tensors));
+  const auto type = is_send    ? c10d::OpType::SEND
+                    : peer < 0 ? c10d::OpType::RECVANYSOURCE
+                               : c10d::OpType::RECV;
+  return collect(
+      c10::make_intrusive<BackendWork>(getRank(), type, std::vector{std::move(work)}, tensors));
 }
 
-PycommBackend::WorkPtr PycommBackend::send(Tensors& tensors, int peer, int tag) { return message(tensors, peer, tag, true); }
-PycommBackend::WorkPtr PycommBackend::recv(Tensors& tensors, int peer, int tag) { return message(tensors, peer, tag, false); }
-PycommBackend::WorkPtr PycommBackend::recvAnysource(Tensors& tensors, int tag) { return message(tensors, -1, tag, false); }
+PycommBackend::WorkPtr PycommBackend::send(Tensors& tensors, int peer, int tag) {
+  return message(tensors, peer, tag, true);
+}
+PycommBackend::WorkPtr PycommBackend::recv(Tensors& tensors, int peer, int tag) {
+  return message(tensors, peer, tag, false);
+}
+PycommBackend::WorkPtr PycommBackend::recvAnysource(Tensors& tensors, int tag) {
+  return message(tensors, -1, tag, false);
+}
 
 PycommBackend::WorkPtr PycommBackend::barrier(const c10d::BarrierOptions& opts) {
   Plan plan;
@@ -540,7 +627,8 @@ PycommBackend::WorkPtr PycommBackend::barrier(const c10d::BarrierOptions& opts) 
 // Rank 0 hears from every rank, then answers each: a rank that is missing can be named.
 void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait_all_ranks) {
   const auto timeout = limit_of(opts.timeout).value_or(group_->timeout());
-  const auto limit = Milliseconds(std::chrono::hours(24 * 365));  // the operation's own deadline ends the wait
+  const auto limit =
+      Milliseconds(std::chrono::hours(24 * 365));  // the operation's own deadline ends the wait
   uint8_t token = 0;
   if (getRank() != 0) {
     group_->send(&token, 1, 0, kMonitorTag, timeout, nullptr)->wait(limit);
@@ -550,7 +638,8 @@ void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait
   std::vector<uint8_t> tokens(static_cast<size_t>(getSize()));
   std::vector<std::shared_ptr<pycomm::Work>> arrivals(1);
   for (int rank = 1; rank < getSize(); ++rank)
-    arrivals.push_back(group_->recv(&tokens[static_cast<size_t>(rank)], 1, rank, kMonitorTag, timeout, nullptr));
+    arrivals.push_back(
+        group_->recv(&tokens[static_cast<size_t>(rank)], 1, rank, kMonitorTag, timeout, nullptr));
   std::string missing;
   for (int rank = 1; rank < getSize(); ++rank) {
     try {
@@ -561,19 +650,22 @@ void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait
     }
   }
   if (!missing.empty()) {
-    const Status why{Code::timeout, "monitored_barrier in group '" + group_->name() + "': rank(s) " + missing +
-                                        " did not reach it within " + std::to_string(timeout.count()) + " ms"};
+    const Status why{Code::timeout, "monitored_barrier in group '" + group_->name() +
+                                        "': rank(s) " + missing + " did not reach it within " +
+                                        std::to_string(timeout.count()) + " ms"};
     group_->engine().revoke(why);
     throw Error(why);
   }
-  for (int rank = 1; rank < getSize(); ++rank) group_->send(&token, 1, rank, kMonitorTag, timeout, nullptr)->wait(limit);
+  for (int rank = 1; rank < getSize(); ++rank)
+    group_->send(&token, 1, rank, kMonitorTag, timeout, nullptr)->wait(limit);
 }
 
 c10::intrusive_ptr<c10d::Backend::Options> PycommBackend::getBackendOptions() {
   return c10::make_intrusive<Options>("pycomm", group_->timeout());
 }
 
-c10::intrusive_ptr<c10d::Backend> PycommBackend::split(const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+c10::intrusive_ptr<c10d::Backend> PycommBackend::split(const c10::intrusive_ptr<c10d::Store>& store,
+                                                       const std::vector<int>& ranks,
                                                        const c10::intrusive_ptr<Options>& opts) {
   if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end()) return nullptr;
   auto group = make_group_(store, ranks, opts ? opts->group_name : "split");

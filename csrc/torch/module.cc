@@ -1,5 +1,6 @@
-// pycomm._C: the engine for Python. Arrays come in as torch tensors or numpy arrays and are used where they lie; every call that may
-// wait lets go of the GIL. Not torch/extension.h but the two headers it needs: 25 s to compile instead of 43.
+// pycomm._C: the engine for Python. Arrays come in as torch tensors or numpy arrays and are used
+// where they lie; every call that may wait lets go of the GIL. Not torch/extension.h but the two
+// headers it needs: 25 s to compile instead of 43.
 #include <pybind11/chrono.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
@@ -26,7 +27,9 @@ namespace {
 using Milliseconds = std::chrono::milliseconds;
 
 Milliseconds milliseconds_of(double seconds) {
-  if (!(seconds > 0)) throw Error(Code::invalid_argument, "a timeout must be positive, got " + std::to_string(seconds) + " s");
+  if (!(seconds > 0))
+    throw Error(Code::invalid_argument,
+                "a timeout must be positive, got " + std::to_string(seconds) + " s");
   return Milliseconds(static_cast<int64_t>(std::min(std::ceil(seconds * 1e3), 3e12)));
 }
 
@@ -60,12 +63,27 @@ struct View {
 DType numpy_dtype(const char* what, const py::dtype& dtype) {
   const auto size = dtype.itemsize();
   switch (dtype.kind()) {
-    case 'b': return DType::boolean;
-    case 'i': return size == 1 ? DType::int8 : size == 2 ? DType::int16 : size == 4 ? DType::int32 : DType::int64;
-    case 'u': return size == 1 ? DType::uint8 : size == 2 ? DType::uint16 : size == 4 ? DType::uint32 : DType::uint64;
-    case 'f': if (size <= 8) return size == 2 ? DType::float16 : size == 4 ? DType::float32 : DType::float64; break;
-    case 'c': if (size <= 16) return size == 8 ? DType::complex64 : DType::complex128; break;
-    default: break;
+    case 'b':
+      return DType::boolean;
+    case 'i':
+      return size == 1   ? DType::int8
+             : size == 2 ? DType::int16
+             : size == 4 ? DType::int32
+                         : DType::int64;
+    case 'u':
+      return size == 1   ? DType::uint8
+             : size == 2 ? DType::uint16
+             : size == 4 ? DType::uint32
+                         : DType::uint64;
+    case 'f':
+      if (size <= 8)
+        return size == 2 ? DType::float16 : size == 4 ? DType::float32 : DType::float64;
+      break;
+    case 'c':
+      if (size <= 16) return size == 8 ? DType::complex64 : DType::complex128;
+      break;
+    default:
+      break;
   }
   refuse(what, "numpy dtype " + dtype.attr("name").cast<std::string>() + " is not supported");
 }
@@ -74,13 +92,19 @@ View view(const char* what, py::handle object, bool writable) {
   View view;
   if (THPVariable_Check(object.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-    if (!tensor.device().is_cpu()) refuse(what, "the tensor is on " + tensor.device().str() + "; this group moves CPU memory, call .cpu()");
+    if (!tensor.device().is_cpu())
+      refuse(what, "the tensor is on " + tensor.device().str() +
+                       "; this group moves CPU memory, call .cpu()");
     if (tensor.layout() != at::kStrided) refuse(what, "the tensor is sparse; call .to_dense()");
     if (!tensor.is_contiguous()) refuse(what, "the tensor is not contiguous; call .contiguous()");
     if (writable && tensor.requires_grad() && tensor.is_leaf() && at::GradMode::is_enabled())
-      refuse(what, "the tensor requires grad and would be written in place; use torch.no_grad() or .detach()");
+      refuse(what,
+             "the tensor requires grad and would be written in place; use torch.no_grad() or "
+             ".detach()");
     const auto dtype = dtype_of(tensor.scalar_type());
-    if (!dtype) refuse(what, std::string("dtype ") + c10::toString(tensor.scalar_type()) + " is not supported");
+    if (!dtype)
+      refuse(what,
+             std::string("dtype ") + c10::toString(tensor.scalar_type()) + " is not supported");
     view.dtype = *dtype;
     view.numel = static_cast<uint64_t>(tensor.numel());
     view.rows = tensor.dim() > 0 ? static_cast<uint64_t>(tensor.size(0)) : 1;
@@ -88,10 +112,13 @@ View view(const char* what, py::handle object, bool writable) {
     return view;
   }
   if (!py::isinstance<py::array>(object))
-    refuse(what, "takes a torch tensor or a numpy array, got " + std::string(py::str(py::type::of(object))));
+    refuse(what, "takes a torch tensor or a numpy array, got " +
+                     std::string(py::str(py::type::of(object))));
   const auto array = py::reinterpret_borrow<py::array>(object);
-  if ((array.flags() & py::array::c_style) == 0) refuse(what, "the array is not C-contiguous; call numpy.ascontiguousarray()");
-  if (writable && !array.writeable()) refuse(what, "the array is read-only; give one that can be written");
+  if ((array.flags() & py::array::c_style) == 0)
+    refuse(what, "the array is not C-contiguous; call numpy.ascontiguousarray()");
+  if (writable && !array.writeable())
+    refuse(what, "the array is read-only; give one that can be written");
   view.dtype = numpy_dtype(what, array.dtype());
   view.numel = static_cast<uint64_t>(array.size());
   view.rows = array.ndim() > 0 ? static_cast<uint64_t>(array.shape(0)) : 1;
@@ -139,16 +166,17 @@ class PyGroup {
   explicit PyGroup(std::shared_ptr<Group> group) : group_(std::move(group)) {}
   const std::shared_ptr<Group>& group() const { return group_; }
 
-  py::object all_reduce(const py::object& x, const std::string& op, bool async_op, std::optional<double> timeout_s,
-                        std::optional<std::string> algorithm) {
+  py::object all_reduce(const py::object& x, const std::string& op, bool async_op,
+                        std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View data = view("all_reduce", x, true);
-    Call call = start_call(Collective::all_reduce, data, data.numel, {async_op, timeout_s, algorithm});
+    Call call =
+        start_call(Collective::all_reduce, data, data.numel, {async_op, timeout_s, algorithm});
     call.op = parse_op(op);
     call.input = call.output = data.data;
     return submit(std::move(call), async_op, x, x);
   }
-  py::object reduce(const py::object& x, int root, const std::string& op, bool async_op, std::optional<double> timeout_s,
-                    std::optional<std::string> algorithm) {
+  py::object reduce(const py::object& x, int root, const std::string& op, bool async_op,
+                    std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View data = view("reduce", x, group_->rank() == root);
     Call call = start_call(Collective::reduce, data, data.numel, {async_op, timeout_s, algorithm});
     call.op = parse_op(op);
@@ -157,79 +185,96 @@ class PyGroup {
     call.output = group_->rank() == root ? data.data : nullptr;
     return submit(std::move(call), async_op, x, x);
   }
-  py::object broadcast(const py::object& x, int root, bool async_op, std::optional<double> timeout_s,
-                       std::optional<std::string> algorithm) {
+  py::object broadcast(const py::object& x, int root, bool async_op,
+                       std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View data = view("broadcast", x, group_->rank() != root);
-    Call call = start_call(Collective::broadcast, data, data.numel, {async_op, timeout_s, algorithm});
+    Call call =
+        start_call(Collective::broadcast, data, data.numel, {async_op, timeout_s, algorithm});
     call.root = root;
     call.input = call.output = data.data;
     return submit(std::move(call), async_op, x, x);
   }
-  py::object all_gather(const py::object& output, const py::object& input, const std::optional<std::vector<int64_t>>& counts,
-                        bool async_op, std::optional<double> timeout_s, std::optional<std::string> algorithm) {
-    const View out = view("all_gather output", output, true), in = view("all_gather input", input, false);
-    Call call = start_call(Collective::all_gather, out, out.numel, {async_op, timeout_s, algorithm});
+  py::object all_gather(const py::object& output, const py::object& input,
+                        const std::optional<std::vector<int64_t>>& counts, bool async_op,
+                        std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+    const View out = view("all_gather output", output, true),
+               in = view("all_gather input", input, false);
+    Call call =
+        start_call(Collective::all_gather, out, out.numel, {async_op, timeout_s, algorithm});
     call.counts = elements("all_gather", counts, out, in, "output", "input");
     call.input = in.data;
     call.output = out.data;
     return submit(std::move(call), async_op, output, py::make_tuple(output, input));
   }
-  py::object reduce_scatter(const py::object& output, const py::object& input, const std::string& op,
-                            const std::optional<std::vector<int64_t>>& counts, bool async_op, std::optional<double> timeout_s,
-                            std::optional<std::string> algorithm) {
-    const View out = view("reduce_scatter output", output, true), in = view("reduce_scatter input", input, false);
-    Call call = start_call(Collective::reduce_scatter, in, in.numel, {async_op, timeout_s, algorithm});
+  py::object reduce_scatter(const py::object& output, const py::object& input,
+                            const std::string& op,
+                            const std::optional<std::vector<int64_t>>& counts, bool async_op,
+                            std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+    const View out = view("reduce_scatter output", output, true),
+               in = view("reduce_scatter input", input, false);
+    Call call =
+        start_call(Collective::reduce_scatter, in, in.numel, {async_op, timeout_s, algorithm});
     call.op = parse_op(op);
     call.counts = elements("reduce_scatter", counts, in, out, "input", "output");
     call.input = in.data;
     call.output = out.data;
     return submit(std::move(call), async_op, output, py::make_tuple(output, input));
   }
-  py::object gather(const py::object& output, const py::object& input, int root, bool async_op, std::optional<double> timeout_s,
-                    std::optional<std::string> algorithm) {
+  py::object gather(const py::object& output, const py::object& input, int root, bool async_op,
+                    std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View in = view("gather input", input, false);
-    Call call = start_call(Collective::gather, in, in.numel * ranks(), {async_op, timeout_s, algorithm});
+    Call call =
+        start_call(Collective::gather, in, in.numel * ranks(), {async_op, timeout_s, algorithm});
     call.root = root;
     call.input = in.data;
     if (group_->rank() == root) {
-      if (output.is_none()) refuse("gather", "the root (rank " + std::to_string(root) + ") must give an output");
+      if (output.is_none())
+        refuse("gather", "the root (rank " + std::to_string(root) + ") must give an output");
       const View out = view("gather output", output, true);
       elements("gather", std::nullopt, out, in, "output", "input");
       call.output = out.data;
     } else if (!output.is_none()) {
-      refuse("gather", "only the root (rank " + std::to_string(root) + ") gives an output; pass None");
+      refuse("gather",
+             "only the root (rank " + std::to_string(root) + ") gives an output; pass None");
     }
     return submit(std::move(call), async_op, output, py::make_tuple(output, input));
   }
-  py::object scatter(const py::object& output, const py::object& input, int root, bool async_op, std::optional<double> timeout_s,
-                     std::optional<std::string> algorithm) {
+  py::object scatter(const py::object& output, const py::object& input, int root, bool async_op,
+                     std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View out = view("scatter output", output, true);
-    Call call = start_call(Collective::scatter, out, out.numel * ranks(), {async_op, timeout_s, algorithm});
+    Call call =
+        start_call(Collective::scatter, out, out.numel * ranks(), {async_op, timeout_s, algorithm});
     call.root = root;
     call.output = out.data;
     if (group_->rank() == root) {
-      if (input.is_none()) refuse("scatter", "the root (rank " + std::to_string(root) + ") must give an input");
+      if (input.is_none())
+        refuse("scatter", "the root (rank " + std::to_string(root) + ") must give an input");
       const View in = view("scatter input", input, false);
       elements("scatter", std::nullopt, in, out, "input", "output");
       call.input = in.data;
     } else if (!input.is_none()) {
-      refuse("scatter", "only the root (rank " + std::to_string(root) + ") gives an input; pass None");
+      refuse("scatter",
+             "only the root (rank " + std::to_string(root) + ") gives an input; pass None");
     }
     return submit(std::move(call), async_op, output, py::make_tuple(output, input));
   }
-  py::object all_to_all(const py::object& output, const py::object& input, const std::optional<std::vector<int64_t>>& output_counts,
-                        const std::optional<std::vector<int64_t>>& input_counts, bool async_op, std::optional<double> timeout_s,
-                        std::optional<std::string> algorithm) {
-    const View out = view("all_to_all output", output, true), in = view("all_to_all input", input, false);
-    Call call = start_call(Collective::all_to_all, in, std::max(in.numel, out.numel), {async_op, timeout_s, algorithm});
+  py::object all_to_all(const py::object& output, const py::object& input,
+                        const std::optional<std::vector<int64_t>>& output_counts,
+                        const std::optional<std::vector<int64_t>>& input_counts, bool async_op,
+                        std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+    const View out = view("all_to_all output", output, true),
+               in = view("all_to_all input", input, false);
+    Call call = start_call(Collective::all_to_all, in, std::max(in.numel, out.numel),
+                           {async_op, timeout_s, algorithm});
     if (in.dtype != out.dtype) refuse("all_to_all", "output and input differ in dtype");
-    if (input_counts.has_value() != output_counts.has_value()) refuse("all_to_all", "give both input_counts and output_counts, or neither");
+    if (input_counts.has_value() != output_counts.has_value())
+      refuse("all_to_all", "give both input_counts and output_counts, or neither");
     if (input_counts) {
       call.counts = rows_to_elements("all_to_all input_counts", *input_counts, in);
       call.recv_counts = rows_to_elements("all_to_all output_counts", *output_counts, out);
     } else if (in.numel != out.numel) {
-      refuse("all_to_all", "input has " + std::to_string(in.numel) + " elements, output " + std::to_string(out.numel) +
-                               "; without counts they must be equal");
+      refuse("all_to_all", "input has " + std::to_string(in.numel) + " elements, output " +
+                               std::to_string(out.numel) + "; without counts they must be equal");
     }
     call.input = in.data;
     call.output = out.data;
@@ -241,7 +286,8 @@ class PyGroup {
     call.timeout = limit_of(timeout_s);
     return submit(std::move(call), async_op, py::none(), py::none());
   }
-  py::object send(const py::object& x, int dst, int64_t tag, bool async_op, std::optional<double> timeout_s) {
+  py::object send(const py::object& x, int dst, int64_t tag, bool async_op,
+                  std::optional<double> timeout_s) {
     const View data = view("send", x, false);
     std::shared_ptr<void> keep = async_op ? held(x) : nullptr;
     std::shared_ptr<Work> work;
@@ -252,14 +298,17 @@ class PyGroup {
     }
     return async_op ? py::cast(PyWork(std::move(work))) : py::none();
   }
-  py::object recv(const py::object& x, std::optional<int> src, int64_t tag, bool async_op, std::optional<double> timeout_s) {
+  py::object recv(const py::object& x, std::optional<int> src, int64_t tag, bool async_op,
+                  std::optional<double> timeout_s) {
     const View data = view("recv", x, true);
-    if (src && *src < 0) refuse("recv", "src is " + std::to_string(*src) + "; give a rank, or None for any");
+    if (src && *src < 0)
+      refuse("recv", "src is " + std::to_string(*src) + "; give a rank, or None for any");
     std::shared_ptr<void> keep = async_op ? held(x) : nullptr;
     std::shared_ptr<Work> work;
     {
       py::gil_scoped_release release;
-      work = group_->recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s), std::move(keep));
+      work = group_->recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s),
+                          std::move(keep));
       if (!async_op) work->wait(Milliseconds(std::chrono::hours(24 * 365)));
     }
     return async_op ? py::cast(PyWork(work)) : py::cast(work->source());
@@ -270,7 +319,8 @@ class PyGroup {
   }
   void revoke(const std::string& why) {
     py::gil_scoped_release release;
-    group_->engine().revoke({Code::closed, "rank " + std::to_string(group_->rank()) + " revoked it: " + why});
+    group_->engine().revoke(
+        {Code::closed, "rank " + std::to_string(group_->rank()) + " revoked it: " + why});
   }
   void close() {
     py::gil_scoped_release release;
@@ -279,7 +329,8 @@ class PyGroup {
 
  private:
   uint64_t ranks() const { return static_cast<uint64_t>(group_->size()); }
-  static Call start_call(Collective collective, const View& like, uint64_t numel, const Common& common) {
+  static Call start_call(Collective collective, const View& like, uint64_t numel,
+                         const Common& common) {
     Call call;
     call.collective = collective;
     call.dtype = like.dtype;
@@ -288,24 +339,33 @@ class PyGroup {
     if (common.algorithm) call.algorithm = *common.algorithm;
     return call;
   }
-  std::vector<uint64_t> rows_to_elements(const char* what, const std::vector<int64_t>& counts, const View& of) const {
-    if (counts.size() != ranks()) refuse(what, std::to_string(counts.size()) + " counts for " + std::to_string(ranks()) + " ranks");
+  std::vector<uint64_t> rows_to_elements(const char* what, const std::vector<int64_t>& counts,
+                                         const View& of) const {
+    if (counts.size() != ranks())
+      refuse(what,
+             std::to_string(counts.size()) + " counts for " + std::to_string(ranks()) + " ranks");
     std::vector<uint64_t> result;
     uint64_t rows = 0;
     for (const int64_t count : counts) {
-      if (count < 0) refuse(what, "a count is " + std::to_string(count) + "; rows cannot be negative");
+      if (count < 0)
+        refuse(what, "a count is " + std::to_string(count) + "; rows cannot be negative");
       rows += static_cast<uint64_t>(count);
       result.push_back(static_cast<uint64_t>(count) * of.row());
     }
     if (rows != of.rows && of.numel > 0)
-      refuse(what, "the counts add up to " + std::to_string(rows) + " rows, the tensor has " + std::to_string(of.rows));
+      refuse(what, "the counts add up to " + std::to_string(rows) + " rows, the tensor has " +
+                       std::to_string(of.rows));
     return result;
   }
-  // Checks the whole tensor against this rank's piece; the pieces in elements where they are uneven.
-  std::vector<uint64_t> elements(const char* what, const std::optional<std::vector<int64_t>>& counts, const View& whole,
-                                 const View& piece, const char* whole_name, const char* piece_name) const {
+  // Checks the whole tensor against this rank's piece; the pieces in elements where they are
+  // uneven.
+  std::vector<uint64_t> elements(const char* what,
+                                 const std::optional<std::vector<int64_t>>& counts,
+                                 const View& whole, const View& piece, const char* whole_name,
+                                 const char* piece_name) const {
     if (whole.dtype != piece.dtype)
-      refuse(what, std::string(whole_name) + " is " + name_of(whole.dtype) + ", " + piece_name + " is " + name_of(piece.dtype));
+      refuse(what, std::string(whole_name) + " is " + name_of(whole.dtype) + ", " + piece_name +
+                       " is " + name_of(piece.dtype));
     std::vector<uint64_t> result;
     uint64_t expected = whole.numel / ranks();
     if (counts) {
@@ -313,9 +373,11 @@ class PyGroup {
       expected = result[static_cast<size_t>(group_->rank())];
     }
     if (piece.numel != expected || (!counts && whole.numel % ranks() != 0))
-      refuse(what, std::string(whole_name) + " has " + std::to_string(whole.numel) + " elements for " + std::to_string(ranks()) +
-                       " ranks, " + piece_name + " has " + std::to_string(piece.numel) + "; rank " + std::to_string(group_->rank()) +
-                       "'s piece must have " + std::to_string(expected));
+      refuse(what, std::string(whole_name) + " has " + std::to_string(whole.numel) +
+                       " elements for " + std::to_string(ranks()) + " ranks, " + piece_name +
+                       " has " + std::to_string(piece.numel) + "; rank " +
+                       std::to_string(group_->rank()) + "'s piece must have " +
+                       std::to_string(expected));
     return result;
   }
   py::object submit(Call call, bool async_op, const py::object& result, const py::object& keep) {
@@ -346,15 +408,18 @@ Program program_of(const py::object& planned) {
   program.n_chunks = planned.attr("n_chunks").cast<int>();
   program.n_scratch = planned.attr("n_scratch").cast<int>();
   const auto steps = planned.attr("steps").cast<py::array>();
-  PYCOMM_CHECK(steps.itemsize() == sizeof(Step) && (steps.flags() & py::array::c_style) != 0, "project() and program.h differ");
+  PYCOMM_CHECK(steps.itemsize() == sizeof(Step) && (steps.flags() & py::array::c_style) != 0,
+               "project() and program.h differ");
   program.steps.resize(static_cast<size_t>(steps.size()));
   std::memcpy(program.steps.data(), steps.data(), static_cast<size_t>(steps.nbytes()));
-  const auto deps = planned.attr("deps").cast<py::array_t<int32_t, py::array::c_style | py::array::forcecast>>();
+  const auto deps =
+      planned.attr("deps").cast<py::array_t<int32_t, py::array::c_style | py::array::forcecast>>();
   program.deps.assign(deps.data(), deps.data() + deps.size());
   return program;
 }
 
-// `planner` has choices(collective, root) and program(collective, algorithm, root); pycomm/group.py.
+// `planner` has choices(collective, root) and program(collective, algorithm, root);
+// pycomm/group.py.
 Planner planner_of(py::object planner) {
   const std::shared_ptr<void> keep = held(planner);
   const auto object = [keep]() -> py::object& { return *static_cast<py::object*>(keep.get()); };
@@ -373,26 +438,38 @@ Planner planner_of(py::object planner) {
           }};
 }
 
-std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint, const c10::intrusive_ptr<c10d::Store>& store,
-                                  const std::string& name, const std::vector<int>& ranks, const py::object& planner, double timeout_s) {
+std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint,
+                                  const c10::intrusive_ptr<c10d::Store>& store,
+                                  const std::string& name, const std::vector<int>& ranks,
+                                  const py::object& planner, double timeout_s) {
   const auto timeout = milliseconds_of(timeout_s);
   const auto at = std::find(ranks.begin(), ranks.end(), endpoint->rank());
-  if (at == ranks.end()) throw Error(Code::invalid_argument, "rank " + std::to_string(endpoint->rank()) + " is not in group '" + name + "'");
+  if (at == ranks.end())
+    throw Error(Code::invalid_argument,
+                "rank " + std::to_string(endpoint->rank()) + " is not in group '" + name + "'");
   Planner plan = planner_of(planner);
   py::gil_scoped_release release;
-  auto engine = cpu::CpuEngine::create(endpoint, std::make_shared<TorchStore>(store), name, ranks, timeout);
-  return std::make_shared<Group>(name, static_cast<int>(at - ranks.begin()), static_cast<int>(ranks.size()), std::move(engine),
-                                 std::move(plan), timeout);
+  auto engine =
+      cpu::CpuEngine::create(endpoint, std::make_shared<TorchStore>(store), name, ranks, timeout);
+  return std::make_shared<Group>(name, static_cast<int>(at - ranks.begin()),
+                                 static_cast<int>(ranks.size()), std::move(engine), std::move(plan),
+                                 timeout);
 }
 
 const char* exception_name(Code code) {
   switch (code) {
-    case Code::invalid_argument: return "InvalidArgument";
-    case Code::timeout: return "PeerTimeout";
-    case Code::peer_lost: return "PeerLost";
-    case Code::mismatch: return "CollectiveMismatch";
-    case Code::closed: return "GroupClosed";
-    default: return "PycommError";
+    case Code::invalid_argument:
+      return "InvalidArgument";
+    case Code::timeout:
+      return "PeerTimeout";
+    case Code::peer_lost:
+      return "PeerLost";
+    case Code::mismatch:
+      return "CollectiveMismatch";
+    case Code::closed:
+      return "GroupClosed";
+    default:
+      return "PycommError";
   }
 }
 
@@ -404,31 +481,40 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {
-      const py::object type = py::module_::import("pycomm.errors").attr(exception_name(error.code()));
+      const py::object type =
+          py::module_::import("pycomm.errors").attr(exception_name(error.code()));
       PyErr_SetString(type.ptr(), error.what());
     }
   });
 
-  py::class_<Stats>(m, "Stats", "What this rank has sent and how long the group was at work, since it was made.")
+  py::class_<Stats>(
+      m, "Stats", "What this rank has sent and how long the group was at work, since it was made.")
       .def_readonly("ops", &Stats::ops, "operations finished")
-      .def_readonly("bytes_inside_hosts", &Stats::bytes_inside_hosts, "sent to ranks of the same host")
-      .def_readonly("bytes_between_hosts", &Stats::bytes_between_hosts, "sent to ranks of other hosts")
-      .def_readonly("busy_s", &Stats::busy_s, "seconds in which at least one operation was under way")
+      .def_readonly("bytes_inside_hosts", &Stats::bytes_inside_hosts,
+                    "sent to ranks of the same host")
+      .def_readonly("bytes_between_hosts", &Stats::bytes_between_hosts,
+                    "sent to ranks of other hosts")
+      .def_readonly("busy_s", &Stats::busy_s,
+                    "seconds in which at least one operation was under way")
       .def("__repr__", [](const Stats& s) {
-        return "Stats(ops=" + std::to_string(s.ops) + ", bytes_inside_hosts=" + std::to_string(s.bytes_inside_hosts) +
-               ", bytes_between_hosts=" + std::to_string(s.bytes_between_hosts) + ", busy_s=" + std::to_string(s.busy_s) + ")";
+        return "Stats(ops=" + std::to_string(s.ops) +
+               ", bytes_inside_hosts=" + std::to_string(s.bytes_inside_hosts) +
+               ", bytes_between_hosts=" + std::to_string(s.bytes_between_hosts) +
+               ", busy_s=" + std::to_string(s.busy_s) + ")";
       });
 
   py::class_<PyWork>(m, "Work", "A started operation; wait() for its result.")
       .def("wait", &PyWork::wait, py::arg("timeout_s") = py::none(),
-           "Returns when the operation is done; raises its error, or PeerTimeout after timeout_s seconds (it goes on then).")
+           "Returns when the operation is done; raises its error, or PeerTimeout after timeout_s "
+           "seconds (it goes on then).")
       .def("is_completed", &PyWork::is_completed)
-      .def_property_readonly("duration_s", &PyWork::duration_s, "seconds from start to end, 0 before that")
+      .def_property_readonly("duration_s", &PyWork::duration_s,
+                             "seconds from start to end, 0 before that")
       .def_property_readonly("source", &PyWork::source, "recv: the rank that sent");
 
   py::class_<cpu::Endpoint, std::shared_ptr<cpu::Endpoint>>(m, "Endpoint")
-      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, const std::string& host_id,
-                       const std::string& address, double timeout_s) {
+      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                       const std::string& host_id, const std::string& address, double timeout_s) {
              cpu::EndpointOptions options;
              options.host_id = host_id;
              options.address = address;
@@ -437,30 +523,41 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              TorchStore adapted(store);
              return cpu::Endpoint::create(adapted, rank, size, options);
            }),
-           py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("host_id"), py::arg("address"), py::arg("timeout_s"))
+           py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("host_id"),
+           py::arg("address"), py::arg("timeout_s"))
       .def_property_readonly("rank", &cpu::Endpoint::rank)
       .def_property_readonly("size", &cpu::Endpoint::size)
       .def_property_readonly("host_ids", [](const cpu::Endpoint& endpoint) {
         std::vector<std::string> hosts;
-        for (int rank = 0; rank < endpoint.size(); ++rank) hosts.push_back(endpoint.member(rank).host);
+        for (int rank = 0; rank < endpoint.size(); ++rank)
+          hosts.push_back(endpoint.member(rank).host);
         return hosts;
       });
 
   const auto none = py::none();
   py::class_<PyGroup>(m, "Group")
-      .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint, const c10::intrusive_ptr<c10d::Store>& store,
-                       const std::string& name, const std::vector<int>& ranks, const py::object& planner, double timeout_s) {
+      .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
+                       const c10::intrusive_ptr<c10d::Store>& store, const std::string& name,
+                       const std::vector<int>& ranks, const py::object& planner, double timeout_s) {
              return PyGroup(make_group(endpoint, store, name, ranks, planner, timeout_s));
            }),
-           py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("ranks"), py::arg("planner"), py::arg("timeout_s"))
+           py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("ranks"),
+           py::arg("planner"), py::arg("timeout_s"))
       .def_property_readonly("rank", [](const PyGroup& group) { return group.group()->rank(); })
       .def_property_readonly("size", [](const PyGroup& group) { return group.group()->size(); })
       .def_property_readonly("name", [](const PyGroup& group) { return group.group()->name(); })
-      .def_property("timeout_s", [](const PyGroup& group) { return static_cast<double>(group.group()->timeout().count()) / 1e3; },
-                    [](PyGroup& group, double timeout_s) { group.group()->set_timeout(milliseconds_of(timeout_s)); })
-      .def("native_nbytes", [](const PyGroup& group, const std::string& collective) {
-        return group.group()->engine().native_nbytes(parse_collective(collective));
-      })
+      .def_property(
+          "timeout_s",
+          [](const PyGroup& group) {
+            return static_cast<double>(group.group()->timeout().count()) / 1e3;
+          },
+          [](PyGroup& group, double timeout_s) {
+            group.group()->set_timeout(milliseconds_of(timeout_s));
+          })
+      .def("native_nbytes",
+           [](const PyGroup& group, const std::string& collective) {
+             return group.group()->engine().native_nbytes(parse_collective(collective));
+           })
       .def("all_reduce", &PyGroup::all_reduce)
       .def("reduce", &PyGroup::reduce)
       .def("broadcast", &PyGroup::broadcast)
@@ -477,33 +574,46 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("close", &PyGroup::close);
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
-      .def(py::init([](const PyGroup& group, const py::object& make, const std::shared_ptr<cpu::Endpoint>& endpoint) {
+      .def(py::init([](const PyGroup& group, const py::object& make,
+                       const std::shared_ptr<cpu::Endpoint>& endpoint) {
              const std::shared_ptr<void> keep = held(make);
              return c10::make_intrusive<PycommBackend>(
-                 group.group(), endpoint, [keep](const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks, const std::string& name) {
+                 group.group(), endpoint,
+                 [keep](const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
+                        const std::string& name) {
                    py::gil_scoped_acquire gil;
-                   return (*static_cast<py::object*>(keep.get()))(store, ranks, name).cast<PyGroup&>().group();
+                   return (*static_cast<py::object*>(keep.get()))(store, ranks, name)
+                       .cast<PyGroup&>()
+                       .group();
                  });
            }),
            py::arg("group"), py::arg("make_group"), py::arg("endpoint"))
       .def_property_readonly("endpoint", &PycommBackend::endpoint)
-      .def_property_readonly("pycomm_group", [](const PycommBackend& backend) { return PyGroup(backend.group()); });
+      .def_property_readonly("pycomm_group",
+                             [](const PycommBackend& backend) { return PyGroup(backend.group()); });
 
 #ifdef PYCOMM_WITH_CUDA
-  m.def("cuda_info", [](const std::string& nccl_wheel) {
-    const cuda::Info info = cuda::info(nccl_wheel);
-    py::list devices;
-    for (const auto& device : info.devices)
-      devices.append(py::dict(py::arg("name") = device.name, py::arg("capability") = py::make_tuple(device.major, device.minor),
-                              py::arg("n_multiprocessors") = device.n_multiprocessors,
-                              py::arg("memory_nbytes") = device.memory_nbytes));
-    py::dict features;
-    for (const auto& [name, present] : info.nccl_features) features[py::str(name)] = present;
-    return py::dict(py::arg("runtime_version") = info.runtime_version, py::arg("driver_version") = info.driver_version,
-                    py::arg("devices") = devices, py::arg("device_problem") = info.device_problem,
-                    py::arg("nccl_path") = info.nccl_path, py::arg("nccl_version") = info.nccl_version,
-                    py::arg("nccl_features") = features, py::arg("nccl_problem") = info.nccl_problem);
-  }, py::arg("nccl_wheel") = "", "What CUDA and NCCL this machine has, as pycomm sees them.");
+  m.def(
+      "cuda_info",
+      [](const std::string& nccl_wheel) {
+        const cuda::Info info = cuda::info(nccl_wheel);
+        py::list devices;
+        for (const auto& device : info.devices)
+          devices.append(
+              py::dict(py::arg("name") = device.name,
+                       py::arg("capability") = py::make_tuple(device.major, device.minor),
+                       py::arg("n_multiprocessors") = device.n_multiprocessors,
+                       py::arg("memory_nbytes") = device.memory_nbytes));
+        py::dict features;
+        for (const auto& [name, present] : info.nccl_features) features[py::str(name)] = present;
+        return py::dict(
+            py::arg("runtime_version") = info.runtime_version,
+            py::arg("driver_version") = info.driver_version, py::arg("devices") = devices,
+            py::arg("device_problem") = info.device_problem, py::arg("nccl_path") = info.nccl_path,
+            py::arg("nccl_version") = info.nccl_version, py::arg("nccl_features") = features,
+            py::arg("nccl_problem") = info.nccl_problem);
+      },
+      py::arg("nccl_wheel") = "", "What CUDA and NCCL this machine has, as pycomm sees them.");
 #endif
 }
 

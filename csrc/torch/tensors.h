@@ -2,10 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <optional>
 #include <string>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 #include <vector>
 
 #include "core/dtype.h"
@@ -16,22 +16,38 @@ namespace pycomm::torch_layer {
 
 inline std::optional<DType> dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kByte: return DType::uint8;
-    case at::kChar: return DType::int8;
-    case at::kShort: return DType::int16;
-    case at::kInt: return DType::int32;
-    case at::kLong: return DType::int64;
-    case at::kUInt16: return DType::uint16;
-    case at::kUInt32: return DType::uint32;
-    case at::kUInt64: return DType::uint64;
-    case at::kHalf: return DType::float16;
-    case at::kBFloat16: return DType::bfloat16;
-    case at::kFloat: return DType::float32;
-    case at::kDouble: return DType::float64;
-    case at::kBool: return DType::boolean;
-    case at::kComplexFloat: return DType::complex64;
-    case at::kComplexDouble: return DType::complex128;
-    default: return std::nullopt;
+    case at::kByte:
+      return DType::uint8;
+    case at::kChar:
+      return DType::int8;
+    case at::kShort:
+      return DType::int16;
+    case at::kInt:
+      return DType::int32;
+    case at::kLong:
+      return DType::int64;
+    case at::kUInt16:
+      return DType::uint16;
+    case at::kUInt32:
+      return DType::uint32;
+    case at::kUInt64:
+      return DType::uint64;
+    case at::kHalf:
+      return DType::float16;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    case at::kFloat:
+      return DType::float32;
+    case at::kDouble:
+      return DType::float64;
+    case at::kBool:
+      return DType::boolean;
+    case at::kComplexFloat:
+      return DType::complex64;
+    case at::kComplexDouble:
+      return DType::complex128;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -42,20 +58,25 @@ class TorchStore final : public Store {
   void set(const std::string& key, const std::string& value) override {
     store_->set(key, std::vector<uint8_t>(value.begin(), value.end()));
   }
-  std::vector<std::string> get_all(const std::vector<std::string>& keys, std::chrono::milliseconds timeout) override {
+  std::vector<std::string> get_all(const std::vector<std::string>& keys,
+                                   std::chrono::milliseconds timeout) override {
     try {
       store_->wait(keys, timeout);
     } catch (const std::exception& error) {
       std::string missing;
       for (const auto& key : keys)
         if (!store_->check({key})) missing += (missing.empty() ? "'" : ", '") + key + "'";
-      throw Error(Code::timeout, "set-up waited " + std::to_string(static_cast<double>(timeout.count()) / 1000.0).substr(0, 6) +
-                                     " s for " + missing + " in the store: did every rank start, and does each reach the store? (" +
-                                     error.what() + ")");
+      throw Error(Code::timeout,
+                  "set-up waited " +
+                      std::to_string(static_cast<double>(timeout.count()) / 1000.0).substr(0, 6) +
+                      " s for " + missing +
+                      " in the store: did every rank start, and does each reach the store? (" +
+                      error.what() + ")");
     }
     std::vector<std::string> values;
     if (store_->hasExtendedApi()) {
-      for (const auto& value : store_->multiGet(keys)) values.emplace_back(value.begin(), value.end());
+      for (const auto& value : store_->multiGet(keys))
+        values.emplace_back(value.begin(), value.end());
     } else {
       for (const auto& key : keys) {
         const auto value = store_->get(key);

@@ -1,5 +1,5 @@
-// Ranks as threads of one process, for the engine's tests: a store in memory, a ring planner written here by hand (an oracle apart
-// from pycomm/planners), and groups over any hosts.
+// Ranks as threads of one process, for the engine's tests: a store in memory, a ring planner
+// written here by hand (an oracle apart from pycomm/planners), and groups over any hosts.
 #pragma once
 
 #include <condition_variable>
@@ -22,7 +22,8 @@ class MemoryStore final : public Store {
     values_[key] = value;
     changed_.notify_all();
   }
-  std::vector<std::string> get_all(const std::vector<std::string>& keys, std::chrono::milliseconds timeout) override {
+  std::vector<std::string> get_all(const std::vector<std::string>& keys,
+                                   std::chrono::milliseconds timeout) override {
     std::unique_lock lock(mutex_);
     std::vector<std::string> found;
     for (const auto& key : keys) {
@@ -47,30 +48,38 @@ class MemoryStore final : public Store {
 class PrefixStore final : public Store {
  public:
   PrefixStore(Store& store, std::string prefix) : store_(store), prefix_(std::move(prefix)) {}
-  void set(const std::string& key, const std::string& value) override { store_.set(prefix_ + key, value); }
-  std::vector<std::string> get_all(const std::vector<std::string>& keys, std::chrono::milliseconds timeout) override {
+  void set(const std::string& key, const std::string& value) override {
+    store_.set(prefix_ + key, value);
+  }
+  std::vector<std::string> get_all(const std::vector<std::string>& keys,
+                                   std::chrono::milliseconds timeout) override {
     std::vector<std::string> prefixed;
     for (const auto& key : keys) prefixed.push_back(prefix_ + key);
     return store_.get_all(prefixed, timeout);
   }
-  std::optional<std::string> peek(const std::string& key) override { return store_.peek(prefix_ + key); }
+  std::optional<std::string> peek(const std::string& key) override {
+    return store_.peek(prefix_ + key);
+  }
 
  private:
   Store& store_;
   const std::string prefix_;
 };
 
-// Ring all_reduce (2(n-1) rounds), and all_to_all in one round: what a planner and project() would give.
+// Ring all_reduce (2(n-1) rounds), and all_to_all in one round: what a planner and project() would
+// give.
 inline Program ring_program(Collective collective, int n, int rank) {
   Program program;
   program.collective = collective;
   program.algorithm = "ring";
   program.n_ranks = n;
   program.rank = rank;
-  const auto add = [&](StepKind kind, Buffer source, Buffer destination, int peer, int chunk, int round, std::vector<int> deps) {
+  const auto add = [&](StepKind kind, Buffer source, Buffer destination, int peer, int chunk,
+                       int round, std::vector<int> deps) {
     const auto begin = static_cast<int32_t>(program.deps.size());
     for (const int dep : deps) program.deps.push_back(dep);
-    program.steps.push_back({kind, source, destination, 0, peer, chunk, -1, round, begin, static_cast<int32_t>(deps.size()), -1});
+    program.steps.push_back({kind, source, destination, 0, peer, chunk, -1, round, begin,
+                             static_cast<int32_t>(deps.size()), -1});
     return static_cast<int>(program.steps.size()) - 1;
   };
   if (collective == Collective::all_to_all) {
@@ -103,7 +112,8 @@ inline Program ring_program(Collective collective, int n, int rank) {
     std::vector<int> out_deps;
     if (wrote[out] >= 0) out_deps.push_back(wrote[out]);
     const int send = add(StepKind::send, from, Buffer::output, next, out, round, out_deps);
-    const int recv = add(reduces ? StepKind::recv_reduce : StepKind::recv, Buffer::input, Buffer::output, before, in, round, deps(in));
+    const int recv = add(reduces ? StepKind::recv_reduce : StepKind::recv, Buffer::input,
+                         Buffer::output, before, in, round, deps(in));
     sent[out] = send;
     wrote[in] = recv;
   }
@@ -111,14 +121,20 @@ inline Program ring_program(Collective collective, int n, int rank) {
 }
 
 inline Planner ring_planner(int n, int rank) {
-  return {[](Collective, int) { return std::vector<std::pair<uint64_t, std::string>>{{UINT64_MAX, "ring"}}; },
-          [n, rank](Collective collective, const std::string&, int) { return ring_program(collective, n, rank); }};
+  return {[](Collective, int) {
+            return std::vector<std::pair<uint64_t, std::string>>{{UINT64_MAX, "ring"}};
+          },
+          [n, rank](Collective collective, const std::string&, int) {
+            return ring_program(collective, n, rank);
+          }};
 }
 
 using Body = std::function<void(Group&, const std::shared_ptr<cpu::Endpoint>&, Store&)>;
 
-// Runs body on every rank, hosts[i] being rank i's host label; a rank's exception fails the test, named.
-inline void run_ranks(const std::vector<std::string>& hosts, const Body& body, std::chrono::milliseconds timeout = std::chrono::seconds(30)) {
+// Runs body on every rank, hosts[i] being rank i's host label; a rank's exception fails the test,
+// named.
+inline void run_ranks(const std::vector<std::string>& hosts, const Body& body,
+                      std::chrono::milliseconds timeout = std::chrono::seconds(30)) {
   MemoryStore store;
   const int n = static_cast<int>(hosts.size());
   std::vector<std::thread> threads;
@@ -131,7 +147,9 @@ inline void run_ranks(const std::vector<std::string>& hosts, const Body& body, s
         std::vector<int> ranks(static_cast<size_t>(n));
         for (int i = 0; i < n; ++i) ranks[static_cast<size_t>(i)] = i;
         auto own = std::make_shared<PrefixStore>(store, "world/");
-        Group group("world", rank, n, cpu::CpuEngine::create(endpoint, own, "world", ranks, timeout), ring_planner(n, rank), timeout);
+        Group group("world", rank, n,
+                    cpu::CpuEngine::create(endpoint, own, "world", ranks, timeout),
+                    ring_planner(n, rank), timeout);
         body(group, endpoint, store);
       } catch (const std::exception& error) {
         ::testing::fail("rank", rank, error.what());
@@ -140,7 +158,9 @@ inline void run_ranks(const std::vector<std::string>& hosts, const Body& body, s
   for (auto& thread : threads) thread.join();
 }
 
-inline std::vector<std::string> one_host(int n) { return std::vector<std::string>(static_cast<size_t>(n), "a"); }
+inline std::vector<std::string> one_host(int n) {
+  return std::vector<std::string>(static_cast<size_t>(n), "a");
+}
 
 inline Call all_reduce(float* data, uint64_t numel, ReduceOp op = ReduceOp::sum) {
   Call call;

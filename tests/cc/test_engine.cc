@@ -1,4 +1,5 @@
-// The CPU engine end to end, ranks as threads: shared memory, TCP, both, and what happens when ranks disagree, stall or leave.
+// The CPU engine end to end, ranks as threads: shared memory, TCP, both, and what happens when
+// ranks disagree, stall or leave.
 #include "ranks.h"
 
 using namespace pycomm;
@@ -6,15 +7,19 @@ using namespace pycomm::testing;
 
 namespace {
 
-const std::vector<std::vector<std::string>> kHosts = {{"a"}, {"a", "a"}, {"a", "a", "a"}, {"a", "b"}, {"a", "a", "b", "b"}, {"a", "b", "a", "b", "b"}};
+const std::vector<std::vector<std::string>> kHosts = {
+    {"a"},      {"a", "a"},           {"a", "a", "a"},
+    {"a", "b"}, {"a", "a", "b", "b"}, {"a", "b", "a", "b", "b"}};
 
 void check_all_reduce(Group& group, uint64_t numel) {
   std::vector<float> data(numel);
-  for (uint64_t i = 0; i < numel; ++i) data[i] = static_cast<float>((i + static_cast<uint64_t>(group.rank())) % 97);
+  for (uint64_t i = 0; i < numel; ++i)
+    data[i] = static_cast<float>((i + static_cast<uint64_t>(group.rank())) % 97);
   group.run(all_reduce(data.data(), numel));
   for (uint64_t i = 0; i < numel; ++i) {
     float expected = 0;
-    for (int r = 0; r < group.size(); ++r) expected += static_cast<float>((i + static_cast<uint64_t>(r)) % 97);
+    for (int r = 0; r < group.size(); ++r)
+      expected += static_cast<float>((i + static_cast<uint64_t>(r)) % 97);
     if (data[i] != expected) {
       EXPECT_EQ(data[i], expected);
       return;
@@ -27,7 +32,8 @@ void check_all_reduce(Group& group, uint64_t numel) {
 TEST(all_reduce_is_exact_on_every_layout_and_size) {
   for (const auto& hosts : kHosts)
     run_ranks(hosts, [](Group& group, auto&, Store&) {
-      for (const uint64_t numel : {0ul, 1ul, 2ul, 12ul, 13ul, 1000ul, 8192ul, 8193ul, 300001ul, 1000003ul})
+      for (const uint64_t numel :
+           {0ul, 1ul, 2ul, 12ul, 13ul, 1000ul, 8192ul, 8193ul, 300001ul, 1000003ul})
         for (int repeat = 0; repeat < 3; ++repeat) check_all_reduce(group, numel);
     });
 }
@@ -50,8 +56,10 @@ TEST(all_to_all_with_uneven_counts_moves_each_piece_to_its_place) {
       for (uint64_t j = 0; j < n; ++j) {
         call.counts.push_back(count(me, j));
         call.recv_counts.push_back(count(j, me));
-        for (uint64_t k = 0; k < count(me, j); ++k) input.push_back(static_cast<int32_t>(me * 1000000 + j * 10000 + k));
-        for (uint64_t k = 0; k < count(j, me); ++k) expected.push_back(static_cast<int32_t>(j * 1000000 + me * 10000 + k));
+        for (uint64_t k = 0; k < count(me, j); ++k)
+          input.push_back(static_cast<int32_t>(me * 1000000 + j * 10000 + k));
+        for (uint64_t k = 0; k < count(j, me); ++k)
+          expected.push_back(static_cast<int32_t>(j * 1000000 + me * 10000 + k));
       }
       std::vector<int32_t> output(expected.size(), -1);
       call.input = input.data();
@@ -63,10 +71,12 @@ TEST(all_to_all_with_uneven_counts_moves_each_piece_to_its_place) {
 }
 
 TEST(asynchronous_work_runs_in_order_while_the_caller_does_something_else) {
-  for (const auto& hosts : {one_host(2), std::vector<std::string>{"a", "b"}, std::vector<std::string>{"a", "a", "b"}})
+  for (const auto& hosts :
+       {one_host(2), std::vector<std::string>{"a", "b"}, std::vector<std::string>{"a", "a", "b"}})
     run_ranks(hosts, [](Group& group, auto&, Store&) {
       constexpr uint64_t kNumel = 50000;
-      std::vector<std::vector<float>> data(8, std::vector<float>(kNumel, 1.0f + static_cast<float>(group.rank())));
+      std::vector<std::vector<float>> data(
+          8, std::vector<float>(kNumel, 1.0f + static_cast<float>(group.rank())));
       std::vector<std::shared_ptr<Work>> works;
       std::atomic<int> called{0};
       for (auto& tensor : data) {
@@ -103,12 +113,14 @@ TEST(messages_find_their_receive_by_tag_in_any_order) {
 }
 
 TEST(a_mismatched_call_raises_on_every_rank_and_names_both_sides) {
-  for (const auto& hosts : {one_host(3), std::vector<std::string>{"a", "b"}, std::vector<std::string>{"a", "a", "b"}})
+  for (const auto& hosts :
+       {one_host(3), std::vector<std::string>{"a", "b"}, std::vector<std::string>{"a", "a", "b"}})
     for (const uint64_t numel : {4ul, 100000ul})
       run_ranks(hosts, [numel](Group& group, auto&, Store&) {
         std::vector<float> data(numel + 2, 1);
         const bool odd = group.rank() == group.size() - 1;
-        EXPECT_THROWS("called all_reduce #0 (sum", group.run(all_reduce(data.data(), numel + (odd ? 1 : 0))));
+        EXPECT_THROWS("called all_reduce #0 (sum",
+                      group.run(all_reduce(data.data(), numel + (odd ? 1 : 0))));
         EXPECT_THROWS("cannot be used any more", group.run(all_reduce(data.data(), numel)));
       });
 }
@@ -146,7 +158,8 @@ TEST(several_groups_over_the_same_ranks_do_not_wait_for_each_other) {
     const std::vector<int> ranks = first ? std::vector<int>{0, 2} : std::vector<int>{1, 3};
     const int rank = world.rank() / 2;
     auto own = std::make_shared<PrefixStore>(store, first ? "even/" : "odd/");
-    Group group("half", rank, 2, cpu::CpuEngine::create(endpoint, own, "half", ranks, std::chrono::seconds(20)),
+    Group group("half", rank, 2,
+                cpu::CpuEngine::create(endpoint, own, "half", ranks, std::chrono::seconds(20)),
                 ring_planner(2, rank), std::chrono::seconds(20));
     std::vector<float> ours(200000, 1), all(200000, 1);
     // Started in another order on odd ranks: each group has a queue of its own.
@@ -172,7 +185,8 @@ TEST(bytes_between_hosts_are_counted) {
     group.run(all_reduce(data.data(), data.size()));
     const Stats stats = group.engine().stats();
     const double wanted = 4.0 * (1 << 20);  // 2(n-1)/n of the tensor, n = 2
-    EXPECT_TRUE(static_cast<double>(stats.bytes_between_hosts) >= wanted && static_cast<double>(stats.bytes_between_hosts) < wanted * 1.001);
+    EXPECT_TRUE(static_cast<double>(stats.bytes_between_hosts) >= wanted &&
+                static_cast<double>(stats.bytes_between_hosts) < wanted * 1.001);
     EXPECT_EQ(stats.bytes_inside_hosts, 0ul);
     EXPECT_TRUE(stats.busy_s > 0);
   });

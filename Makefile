@@ -33,7 +33,7 @@ CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*)
 .DELETE_ON_ERROR:
 
 run: build
-	pycomm launch --hosts 2 --ranks-per-host 2 -- python -m training run default
+	pycomm launch --hosts 2 --ranks-per-host 2 --output rank0 -- python -m training run default
 
 # Ranks take turns with Gloo's on the same machine; several minutes, best with nothing else running.
 benchmark: build

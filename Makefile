@@ -39,6 +39,7 @@ run: build
 benchmark: build
 	$(PY) benchmarks/against_gloo.py
 	$(PY) benchmarks/host_link_bytes.py
+	$(PY) benchmarks/readme.py
 
 test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)

@@ -30,6 +30,14 @@ def test_every_python_block_has_a_name_and_a_command_that_runs_it():
         assert any(name in command.split() for command in COMMANDS), f"no command runs {name}"
 
 
+def test_figures_are_those_of_the_committed_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme
+
+    _, _, rest = (ROOT / "README.md").read_text().partition(readme.BEGIN)
+    assert rest.partition(readme.END)[0] == readme.figures()
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command: str, tmp_path: Path):

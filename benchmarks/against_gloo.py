@@ -37,8 +37,8 @@ CASES = [
     ("barrier", 0),
 ]
 N_BLOCKS = 6  # of each contender; a multiple of their number, so that each comes first equally often
-BLOCK_S = 0.06  # what a block's timed calls may take, unless three take longer
-MAX_CALLS = 1000
+BLOCK_S = 0.04  # what a block's timed calls may take, unless three take longer
+MAX_CALLS = 500
 
 # torch 2.13 renamed these; the old names warn on every call
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,41 +46,35 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Buffers:
-    """One rank's float32 arrays for one size: `whole` has a piece for each rank, `piece` is one of them.
+    """One rank's float32 arrays of one case: `whole` has a piece for each rank, `piece` is one of them.
 
     Filled with small integers that differ by place and rank, so that sums are exact and a piece from a wrong rank, or
     at a wrong place, is a wrong number."""
 
-    def __init__(self, nbytes: int, rank: int, n: int) -> None:
+    def __init__(self, collective: str, nbytes: int, rank: int, n: int) -> None:
         rows = max(1, math.ceil(nbytes / 4 / n))
-        self.rank, self.n = rank, n
-        self.whole, self.source, self.piece = torch.empty(rows * n), torch.empty(rows * n), torch.empty(rows)
-
-    def contribution(self, rank: int) -> torch.Tensor:
-        return (torch.arange(len(self.whole)) % 61 + 100 * rank).float()
-
-    def pieces(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.view(self.n, -1)
+        ramp = (torch.arange(rows * n, dtype=torch.int32) % 61).float()
+        self._filled = ramp + 100 * rank
+        self._own_piece = self._filled.view(n, -1)[rank].clone()
+        self.whole, self.source, self.piece = torch.empty(rows * n), self._filled.clone(), torch.empty(rows)
+        total = ramp * n + 100 * sum(range(n))
+        mine = ramp.view(n, -1)[rank]
+        # what one call on the filled arrays must leave, and where
+        self._expected = {
+            "all_reduce": (self.whole, total),
+            "broadcast": (self.whole, ramp),
+            "all_gather": (self.whole, ramp + 100 * torch.arange(n).repeat_interleave(rows)),
+            "reduce_scatter": (self.piece, total.view(n, -1)[rank].clone()),
+            "all_to_all": (self.whole, torch.cat([mine + 100 * r for r in range(n)])),
+            "barrier": (self.piece, self._own_piece),
+        }[collective]
 
     def fill(self) -> None:
-        self.whole.copy_(self.contribution(self.rank))
-        self.source.copy_(self.whole)
-        self.piece.copy_(self.pieces(self.whole)[self.rank])
+        self.whole.copy_(self._filled)
+        self.piece.copy_(self._own_piece)
 
-    def right(self, collective: str) -> bool:
-        """Whether one call on the filled arrays has left what it should."""
-        everyone = [self.contribution(rank) for rank in range(self.n)]
-        if collective == "all_reduce":
-            return torch.equal(self.whole, sum(everyone))
-        if collective == "broadcast":
-            return torch.equal(self.whole, everyone[0])
-        if collective == "all_gather":
-            return torch.equal(self.whole, torch.cat([self.pieces(x)[r] for r, x in enumerate(everyone)]))
-        if collective == "reduce_scatter":
-            return torch.equal(self.piece, self.pieces(sum(everyone))[self.rank])
-        if collective == "all_to_all":
-            return torch.equal(self.whole, torch.cat([self.pieces(x)[self.rank] for x in everyone]))
-        return True
+    def right(self) -> bool:
+        return torch.equal(*self._expected)
 
 
 def torch_call(collective: str, b: Buffers, group: Any) -> Callable[[], Any]:
@@ -109,7 +103,7 @@ def verify(name: str, call: Callable[[], Any], collective: str, b: Buffers) -> N
     """One call on fresh values. Leaves zeros, which sums in place do not let grow. Raises where the result is wrong."""
     b.fill()
     call()
-    if not b.right(collective):
+    if not b.right():
         raise AssertionError(f"rank {b.rank}: {name} gives a wrong {collective} of {size_name(4 * len(b.whole))}")
     b.whole.zero_()
 
@@ -137,7 +131,7 @@ def measure(store: Any, rank: int, n: int, cases: Sequence[tuple[str, int]]) -> 
     gc.disable()  # a collection in the midst of a call would be counted as its time
     results = []
     for collective, nbytes in cases:
-        b = Buffers(nbytes, rank, n)
+        b = Buffers(collective, nbytes, rank, n)
         calls = {
             GLOO: torch_call(collective, b, gloo),
             TORCH: torch_call(collective, b, ours),

@@ -85,7 +85,9 @@ def test_a_rank_that_never_calls_is_named_at_the_deadline(hosts):
     results = run_torch_ranks(absent, n, hosts=hosts)
     for message, seconds in results[:-1]:
         assert message is not None and 1.0 < seconds < 1.5 + SOON_S
-    assert any(f"rank {n - 1}" in message for message, _ in results[:-1]), results
+    # deadlines are a moment apart: the first to pass may be that of a rank that waits for the absent one's host
+    on_its_host = [rank for rank in range(n) if hosts[rank] == hosts[-1]]
+    assert any(f"for rank {rank}" in message for message, _ in results[:-1] for rank in on_its_host), results
 
 
 def absent(rank, n):

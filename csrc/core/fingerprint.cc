@@ -1,6 +1,7 @@
 #include "core/fingerprint.h"
 
 #include <cstring>
+#include <vector>
 
 namespace pycomm {
 
@@ -27,15 +28,18 @@ uint64_t Fingerprint::hash() const {
 }
 
 std::string Fingerprint::describe() const {
-  std::string text = std::string(name_of(collective)) + " #" + std::to_string(sequence) + " (";
-  if (reduces(collective)) text += std::string(name_of(op)) + ", ";
-  if (collective != Collective::barrier)
-    text += std::string(name_of(dtype)) + ", " + std::to_string(numel) + " elements";
-  if (rooted(collective)) text += ", root " + std::to_string(root);
-  if (has_counts) text += ", uneven counts";
-  if (algorithm[0] != '\0')
-    text += std::string(", ") + std::string(algorithm, strnlen(algorithm, sizeof(algorithm)));
-  return text + ")";
+  std::vector<std::string> parts;
+  if (reduces(collective)) parts.push_back(name_of(op));
+  if (collective != Collective::barrier) {
+    parts.push_back(name_of(dtype));
+    parts.push_back(std::to_string(numel) + " elements");
+  }
+  if (rooted(collective)) parts.push_back("root " + std::to_string(root));
+  if (has_counts) parts.push_back("uneven counts");
+  if (algorithm[0] != '\0') parts.emplace_back(algorithm, strnlen(algorithm, sizeof(algorithm)));
+  std::string text = std::string(name_of(collective)) + " #" + std::to_string(sequence);
+  for (size_t i = 0; i < parts.size(); ++i) text += (i == 0 ? " (" : ", ") + parts[i];
+  return parts.empty() ? text : text + ")";
 }
 
 std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs) {

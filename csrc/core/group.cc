@@ -158,11 +158,13 @@ Launch Group::bind(const Call& call) {
                       "': a rank in between does not know the size of what it forwards");
     launch.program = program(call.collective, algorithm, call.root);
   } else if (!native) {
-    // A barrier across hosts is an all_reduce of nothing: every rank's hello must have reached
-    // every rank's program.
-    Call nothing;
-    nothing.collective = Collective::all_reduce;
-    launch.program = program(Collective::all_reduce, choose(nothing, 0), 0);
+    // A barrier across hosts is an all_reduce of one byte: to have it, every rank must have given
+    // it. (Of no bytes at all a rank would be done with the word of its neighbours.)
+    Call one_byte;
+    one_byte.collective = Collective::all_reduce;
+    launch.program = program(Collective::all_reduce, choose(one_byte, 1), 0);
+    launch.dtype = DType::uint8;
+    launch.input = launch.output = &barrier_byte_;
   }
   const std::string_view algorithm =
       launch.program ? std::string_view(launch.program->algorithm) : "native";
@@ -174,10 +176,14 @@ Launch Group::bind(const Call& call) {
     case Collective::all_reduce:
     case Collective::reduce:
     case Collective::broadcast:
-    case Collective::barrier:
       launch.input_nbytes = launch.output_nbytes = nbytes;
       if (launch.program)
         launch.layout = Layout::cut(call.numel, element, launch.program->n_chunks);
+      break;
+    case Collective::barrier:
+      if (!launch.program) break;
+      launch.input_nbytes = launch.output_nbytes = 1;
+      launch.layout = Layout::cut(1, 1, launch.program->n_chunks);
       break;
     case Collective::reduce_scatter:
     case Collective::scatter:

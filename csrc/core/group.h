@@ -82,7 +82,8 @@ class Group {
   std::shared_ptr<Engine> engine_;
   Planner planner_;
   std::chrono::milliseconds timeout_;
-  std::mutex cache_mutex_;  // never held while Python plans: a planner needs the GIL
+  uint8_t barrier_byte_ = 0;  // what barriers across hosts reduce; one runs at a time
+  std::mutex cache_mutex_;    // never held while Python plans: a planner needs the GIL
   std::map<std::pair<Collective, int>, Choices> choices_;
   std::map<std::tuple<Collective, std::string, int>, std::unique_ptr<Program>> programs_;
 };

@@ -138,8 +138,7 @@ void CpuEngine::require_sound() const {
 void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
   require_sound();
   if (segment_.header().poisoned.load(std::memory_order_relaxed) != 0) [[unlikely]] {
-    Status why = word();
-    while (why.ok()) why = word();  // being written
+    const Status why = settled_word();
     fail(why);
     throw Error(why);
   }
@@ -554,6 +553,9 @@ void CpuEngine::look_for_lost_peers() {
                           .closed.load(std::memory_order_acquire) != 0;
     if (!ended && !left) continue;
     if (drive()) return;  // what it sent before it went may be all we need
+    // It may have gone because the group broke: then it said why before.
+    if (segment_.header().poisoned.load(std::memory_order_acquire) != 0)
+      throw Error(settled_word());
     const std::string what =
         !queue_.empty() ? queue_.front()->launch.fingerprint.describe() : "a message";
     throw Error(Code::peer_lost,
@@ -603,6 +605,17 @@ Status CpuEngine::word() const {
   if (header.poisoned.load(std::memory_order_acquire) != 2) return {};
   return {static_cast<Code>(header.code),
           std::string(header.text, strnlen(header.text, sizeof(header.text)))};
+}
+
+// word(), where it is known that a rank has begun to say it. One that is killed over it never ends.
+Status CpuEngine::settled_word() const {
+  Status why = word();
+  for (const auto until = Clock::now() + kGrace; why.ok() && Clock::now() < until; why = word())
+    ::sched_yield();
+  if (why.ok())
+    why = {Code::peer_lost,
+           "a rank of this host ended while it told the others why the group broke"};
+  return why;
 }
 
 Status CpuEngine::word_from_store(std::chrono::milliseconds patience) {

@@ -71,6 +71,7 @@ class CpuEngine final : public Engine,
   void fail(Status why);
   Status word()
       const;  // why the group is broken, as another rank of this host says; ok() where none does
+  Status settled_word() const;
   Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience
                                                                // after a look at the store
   void publish(const Status& why);

@@ -100,11 +100,16 @@ bool TcpChannel::send_out(const void* data, size_t nbytes, size_t* sent) {
   const auto n = ::sendmsg(socket_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
   if (n < 0) {
     if (errno == EAGAIN || errno == EINTR || errno == ENOBUFS) return false;
-    receive(
-        nullptr,
-        0);  // the peer's own account of what went wrong may be waiting: it says more than EPIPE
-    while (next_frame()) consume(std::min(frame_left_in_, in_end_ - in_begin_));
-    lost(errno_text("send"));
+    // The peer's own account of what went wrong may be on its way in: it says more than EPIPE.
+    const std::string how = errno_text("send");
+    size_t before = 0;
+    do {
+      while (next_frame() && in_begin_ < in_end_)
+        consume(std::min(frame_left_in_, in_end_ - in_begin_));
+      before = in_end_ - in_begin_;
+      receive(nullptr, 0);
+    } while (in_end_ - in_begin_ > before);
+    lost(how);
   }
   const size_t gathered = std::min(static_cast<size_t>(n), out_.size() - out_begin_);
   out_begin_ += gathered;

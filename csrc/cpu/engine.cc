@@ -16,6 +16,8 @@ constexpr uint64_t kTileBytes = 128 * 1024;
 constexpr auto kAskStore = std::chrono::milliseconds(250);
 constexpr auto kStorePatience =
     std::chrono::milliseconds(200);  // for the store's answer, where it matters
+constexpr auto kEcho =
+    std::chrono::milliseconds(250);  // how much longer a rank waits whose peers wait as well
 constexpr auto kGrace = std::chrono::milliseconds(
     50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kNap =
@@ -447,7 +449,12 @@ const CollectiveOp* CpuEngine::late_collective(Clock::time_point now) {
   if (now < next_deadline_) return nullptr;
   auto next = Clock::time_point::max();
   for (const auto& op : queue_) {
-    if (now >= op->deadline) return op.get();
+    // Where all our peers are in it, one of them waits for the rank that is missing: it is to name
+    // it.
+    const bool running =
+        op == queue_.front() && op->state.load(std::memory_order_relaxed) == Op::running;
+    const bool echo = running && op->launch.program != nullptr && interpreter_.all_entered();
+    if (now >= op->deadline + (echo ? kEcho : Clock::duration(0))) return op.get();
     next = std::min(next, op->deadline);
   }
   next_deadline_ = next;
@@ -546,13 +553,27 @@ void CpuEngine::look_for_lost_peers() {
   auto blocked = messages_.blocked_on();
   const auto more = blocked_on();
   blocked.insert(blocked.end(), more.begin(), more.end());
+  const auto ended = [this](int peer) {
+    return endpoint_->ended(ranks_[static_cast<size_t>(peer)]);
+  };
+  const auto left = [this](int peer) {
+    return segment_.board(local_index_[static_cast<size_t>(peer)])
+               .closed.load(std::memory_order_acquire) != 0;
+  };
+  const auto gone = [&](int peer) {
+    return peer == rank_ || (local(peer) ? ended(peer) || left(peer) : messages_.gone(peer));
+  };
+  if (messages_.waits_for_any()) {
+    int peer = 0;
+    while (peer < static_cast<int>(ranks_.size()) && gone(peer)) ++peer;
+    if (peer == static_cast<int>(ranks_.size()) && !drive())
+      throw Error(Code::peer_lost, "rank " + std::to_string(rank_) +
+                                       " waits for a message from any rank, and all others have "
+                                       "ended or closed the group");
+  }
   for (const int peer : blocked) {
-    if (!local(peer)) continue;  // its connection tells
-    const bool ended = endpoint_->ended(ranks_[static_cast<size_t>(peer)]);
-    const bool left = segment_.board(local_index_[static_cast<size_t>(peer)])
-                          .closed.load(std::memory_order_acquire) != 0;
-    if (!ended && !left) continue;
-    if (drive()) return;  // what it sent before it went may be all we need
+    if (!local(peer) || !gone(peer)) continue;  // another host's: its connection tells
+    if (drive()) return;                        // what it sent before it went may be all we need
     // It may have gone because the group broke: then it said why before.
     if (segment_.header().poisoned.load(std::memory_order_acquire) != 0)
       throw Error(settled_word());
@@ -563,7 +584,7 @@ void CpuEngine::look_for_lost_peers() {
                     " (host " + endpoint_->member(ranks_[static_cast<size_t>(peer)]).host +
                     ", pid " +
                     std::to_string(endpoint_->member(ranks_[static_cast<size_t>(peer)]).pid) +
-                    "), " + (ended ? "whose process ended" : "which closed the group") +
+                    "), " + (ended(peer) ? "whose process ended" : "which closed the group") +
                     ". See that rank's output for why; the others must form a new group.");
   }
 }

@@ -223,6 +223,11 @@ bool Interpreter::advance_tile(const Launch& launch, bool* moved) {
   return finished && copies_left_ == 0;
 }
 
+bool Interpreter::all_entered() const {
+  return std::all_of(links_.begin(), links_.end(),
+                     [](const Link& link) { return link.heard == sizeof(Fingerprint); });
+}
+
 bool Interpreter::talks_to(int peer) const {
   return std::any_of(links_.begin(), links_.end(),
                      [peer](const Link& link) { return link.steps->peer == peer; });

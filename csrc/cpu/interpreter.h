@@ -29,6 +29,7 @@ class Interpreter {
   // Peers whose bytes, or whose reading, this rank waits for; not those it would get to later.
   std::vector<int> blocked_on(const Launch& launch) const;
   bool talks_to(int peer) const;
+  bool all_entered() const;  // every peer has said that it runs this too
   std::string describe_wait(const Launch& launch)
       const;  // "rank 5 (shared memory), round 7 of 14, chunk 3, 1024 of 4096 bytes"
 

@@ -126,8 +126,15 @@ bool Messages::advance_recv(int peer, Peer& state) {
   for (;;) {
     if (state.in_bytes < sizeof(Header)) {
       if (state.in_bytes == 0 && !wanted(peer)) break;  // what nobody asks for waits in the channel
-      const size_t n = channel.read(reinterpret_cast<std::byte*>(&state.in) + state.in_bytes,
-                                    sizeof(Header) - state.in_bytes);
+      size_t n = 0;
+      try {
+        n = channel.read(reinterpret_cast<std::byte*>(&state.in) + state.in_bytes,
+                         sizeof(Header) - state.in_bytes);
+      } catch (const Error& error) {
+        if (error.code() != Code::peer_lost || state.in_bytes > 0 || asked(peer)) throw;
+        state.gone = true;  // a receive from any rank goes on with the others
+        break;
+      }
       state.in_bytes += n;
       moved |= n > 0;
       if (state.in_bytes < sizeof(Header)) break;
@@ -180,7 +187,8 @@ bool Messages::advance() {
     if (peer == rank_) continue;
     Peer& state = peers_[static_cast<size_t>(peer)];
     if (!state.sends.empty()) moved |= advance_send(peer, state);
-    if (state.in_bytes > 0 || wanted(peer)) moved |= advance_recv(peer, state);
+    if (state.in_bytes > 0 || (state.gone ? asked(peer) : wanted(peer)))
+      moved |= advance_recv(peer, state);
   }
   return moved;
 }
@@ -245,11 +253,17 @@ std::vector<int> Messages::blocked_on() const {
   std::vector<int> ranks;
   for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer) {
     const Peer& state = peers_[static_cast<size_t>(peer)];
-    const bool asked = std::any_of(receives_.begin(), receives_.end(),
-                                   [peer](const auto& op) { return op->peer == peer; });
-    if (peer != rank_ && (!state.sends.empty() || state.target || asked)) ranks.push_back(peer);
+    if (peer != rank_ && (!state.sends.empty() || state.target || asked(peer)))
+      ranks.push_back(peer);
   }
   return ranks;
 }
+
+bool Messages::asked(int peer) const {
+  return std::any_of(receives_.begin(), receives_.end(),
+                     [peer](const auto& op) { return op->peer == peer; });
+}
+
+bool Messages::waits_for_any() const { return asked(-1); }
 
 }  // namespace pycomm::cpu

@@ -31,7 +31,9 @@ class Messages {
   // *broken set where a stream was cut in the middle, which breaks the group.
   bool expire(Clock::time_point now, Status* broken);
   void fail_all(const Status& why);
-  std::vector<int> blocked_on() const;
+  std::vector<int> blocked_on() const;  // ranks that a send or a receive names
+  bool waits_for_any() const;
+  bool gone(int peer) const { return peers_[static_cast<size_t>(peer)].gone; }
   Clock::time_point waiting_since()
       const;  // the oldest operation's start; max() where there is none
 
@@ -52,6 +54,7 @@ class Messages {
     size_t out_bytes = 0;  // of the header of sends.front()
     Header in{};
     size_t in_bytes = 0;  // of the incoming header
+    bool gone = false;    // its connection ended while only receives from any rank wanted it
     bool chosen = false;  // where the payload goes is decided: target, or else aside
     std::shared_ptr<MessageOp> target;
     SetAside aside;
@@ -60,7 +63,8 @@ class Messages {
   };
   bool advance_send(int peer, Peer& state);
   bool advance_recv(int peer, Peer& state);
-  bool wanted(int peer) const;
+  bool wanted(int peer) const;  // a receive would take a message of this rank
+  bool asked(int peer) const;   // a receive names it
   std::shared_ptr<MessageOp> match(int peer, int64_t tag);
   void deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes);
   void deliver(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside);

@@ -44,7 +44,7 @@ class Waiter {
   };  // try again; take the slow look at deadlines and peers first; go to sleep
 
   explicit Waiter(bool oversubscribed, std::chrono::microseconds awake)
-      : spins_(oversubscribed ? 8 : 2000), awake_(awake) {}
+      : spins_(oversubscribed ? 8 : 200), awake_(awake) {}
 
   void moved() { count_ = 0; }
   Next idle() {

@@ -1,5 +1,7 @@
 #include "cpu/reduce.h"
 
+#include <type_traits>
+
 #define PYCOMM_SIMD plain
 #include "cpu/reduce_kernels.inc"
 
@@ -32,9 +34,10 @@ Kernel best_kernel() {
 
 template <class T>
 void divide_by(void* data, size_t numel, int divisor) {
+  using Wide = std::conditional_t<(sizeof(T) < sizeof(int)), int, T>;  // one that holds the divisor
   auto* values = static_cast<T*>(data);
   for (size_t i = 0; i < numel; ++i)
-    values[i] = static_cast<T>(values[i] / static_cast<T>(divisor));
+    values[i] = static_cast<T>(static_cast<Wide>(values[i]) / static_cast<Wide>(divisor));
 }
 
 template <class T>

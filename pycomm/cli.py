@@ -12,8 +12,11 @@ import importlib.util
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pycomm import __version__
 from pycomm.errors import PycommError
@@ -91,9 +94,30 @@ def _extension_rows() -> list[tuple[str, str]]:
     except ImportError as error:
         return [("extension", f"not loaded: {error}")]
     rows = [("extension", str(_C.__file__))]
-    cuda_info = getattr(_C, "cuda_info", None)
-    rows.append(("cuda", "not compiled in" if cuda_info is None else str(cuda_info())))
-    return rows
+    if not _C.with_cuda:
+        return [*rows, ("cuda", "not compiled in")]
+    return rows + _cuda_rows(_C.cuda_info(_nccl_wheel()))
+
+
+def _cuda_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
+    devices = ", ".join(
+        f"{device['name']} (sm_{device['capability'][0]}{device['capability'][1]}, {device['memory_nbytes'] >> 30} GiB)"
+        for device in info["devices"]
+    )
+    runtime = f"runtime {info['runtime_version'] // 1000}.{info['runtime_version'] % 1000 // 10}"
+    rows = [("cuda", f"{runtime}, {devices or info['device_problem']}")]
+    if info["nccl_problem"]:
+        return [*rows, ("nccl", str(info["nccl_problem"]))]
+    version = info["nccl_version"]
+    lacks = [name for name, present in info["nccl_features"].items() if not present]
+    found = f"{version // 10000}.{version // 100 % 100}.{version % 100} at {info['nccl_path']}"
+    return [*rows, ("nccl", found + (f", without {', '.join(lacks)}" if lacks else ""))]
+
+
+def _nccl_wheel() -> str:
+    """The libnccl.so.2 that torch's wheels brought, or ""."""
+    path = Path(sysconfig.get_path("purelib")) / "nvidia/nccl/lib/libnccl.so.2"
+    return str(path) if path.exists() else ""
 
 
 def _distribution_version(name: str) -> str:

@@ -4,8 +4,6 @@ from typing import Any
 from torch._C._distributed_c10d import Backend as C10dBackend
 from torch._C._distributed_c10d import Store
 
-with_cuda: bool
-
 class Stats:
     ops: int
     bytes_inside_hosts: int
@@ -102,4 +100,5 @@ class Backend(C10dBackend):
     @property
     def pycomm_group(self) -> Group: ...
 
+# Only where the CUDA sources were compiled in.
 def cuda_info(nccl_wheel: str = "") -> dict[str, Any]: ...

@@ -94,7 +94,7 @@ def _extension_rows() -> list[tuple[str, str]]:
     except ImportError as error:
         return [("extension", f"not loaded: {error}")]
     rows = [("extension", str(_C.__file__))]
-    if not _C.with_cuda:
+    if not hasattr(_C, "cuda_info"):
         return [*rows, ("cuda", "not compiled in")]
     return rows + _cuda_rows(_C.cuda_info(_nccl_wheel()))
 

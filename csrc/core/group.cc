@@ -66,6 +66,11 @@ void Group::check(const Call& call) const {
     if (call.collective == Collective::all_to_all &&
         call.counts.empty() != call.recv_counts.empty())
       refuse("give both input and output counts, or neither");
+    if (call.collective == Collective::all_to_all && !call.counts.empty() &&
+        call.counts[static_cast<size_t>(rank_)] != call.recv_counts[static_cast<size_t>(rank_)])
+      refuse("rank " + std::to_string(rank_) + " sends itself " +
+             std::to_string(call.counts[static_cast<size_t>(rank_)]) + " elements and expects " +
+             std::to_string(call.recv_counts[static_cast<size_t>(rank_)]) + " from itself");
   }
   if (reduces(call.collective)) {
     const bool complex = call.dtype == DType::complex64 || call.dtype == DType::complex128;

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as c10d
+import torch_ranks  # noqa: F401  (its RES_OPTIONS serve the TCPStore here too)
 
 import pycomm
 from pycomm.errors import GroupClosed, PeerLost, PeerTimeout, PycommError

@@ -598,7 +598,6 @@ def check_bad_arguments(group):
     group.all_reduce(np.ones(3), timeout_s=1e300)
 
 
-@pytest.mark.xfail(strict=True, reason="csrc/torch/module.cc takes these arrays for what they are not")
 @pytest.mark.parametrize("kind", ("bytes swapped", "not aligned", "conjugated"))
 def test_arrays_that_are_not_what_their_memory_says_are_refused(kind):
     with pycomm.init(c10d.HashStore(), 0, 1, timeout_s=10) as group, pytest.raises(InvalidArgument):

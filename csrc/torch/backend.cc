@@ -192,6 +192,9 @@ const at::Tensor& PycommBackend::checked(const char* op, const at::Tensor& tenso
                    ", this backend moves CPU tensors; call .cpu(), or register another "
                    "backend for that device, as in init_process_group('cpu:pycomm,cuda:nccl')");
   if (tensor.layout() != at::kStrided) refuse(op, "the tensor is sparse; call .to_dense()");
+  if (tensor.is_conj() || tensor.is_neg())
+    refuse(op,
+           "the tensor is a conjugated or negated view; call .resolve_conj() or .resolve_neg()");
   if (!dtype_of(tensor.scalar_type()))
     refuse(op, std::string("dtype ") + c10::toString(tensor.scalar_type()) + " is not supported");
   return tensor;

@@ -97,6 +97,9 @@ View view(const char* what, py::handle object, bool writable) {
                        "; this group moves CPU memory, call .cpu()");
     if (tensor.layout() != at::kStrided) refuse(what, "the tensor is sparse; call .to_dense()");
     if (!tensor.is_contiguous()) refuse(what, "the tensor is not contiguous; call .contiguous()");
+    if (tensor.is_conj() || tensor.is_neg())
+      refuse(what,
+             "the tensor is a conjugated or negated view; call .resolve_conj() or .resolve_neg()");
     if (writable && tensor.requires_grad() && tensor.is_leaf() && at::GradMode::is_enabled())
       refuse(what,
              "the tensor requires grad and would be written in place; use torch.no_grad() or "
@@ -117,6 +120,10 @@ View view(const char* what, py::handle object, bool writable) {
   const auto array = py::reinterpret_borrow<py::array>(object);
   if ((array.flags() & py::array::c_style) == 0)
     refuse(what, "the array is not C-contiguous; call numpy.ascontiguousarray()");
+  if ((array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0)
+    refuse(what, "the array's memory is not aligned for its dtype; copy it");
+  if (const char order = array.dtype().byteorder(); order == '<' || order == '>')  // native is '='
+    refuse(what, "the array's bytes are swapped; call .astype() with a native dtype");
   if (writable && !array.writeable())
     refuse(what, "the array is read-only; give one that can be written");
   view.dtype = numpy_dtype(what, array.dtype());

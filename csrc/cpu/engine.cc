@@ -660,8 +660,10 @@ void CpuEngine::close() {
     std::lock_guard lock(mutex_);
     if (broken_.ok()) {
       broken_ = {Code::closed, "it was closed"};
-      for (const auto& op : std::exchange(queue_, {})) finish(*op, broken_);
-      messages_.fail_all(broken_);
+      const Status why{Code::closed,
+                       "group '" + name_ + "' was closed before this operation ended"};
+      for (const auto& op : std::exchange(queue_, {})) finish(*op, why);
+      messages_.fail_all(why);
     }
     segment_.board(local_index_[static_cast<size_t>(rank_)])
         .closed.store(1, std::memory_order_release);
@@ -674,9 +676,10 @@ void CpuEngine::close() {
             lane[peer]->bytes_written();
         lane[peer].reset();  // a connection closes: the other side sees it
       }
-    // For ranks that no connection joins yet.
-    if (!std::exchange(closed_, true) && !one_host_)
+    if (!std::exchange(closed_, true) && !one_host_) {  // for ranks that no connection joins yet
+      endpoint_->listener().refuse(id_);
       store_word_.set("group/left/" + std::to_string(rank_), "", kStorePatience);
+    }
   }
   run_callbacks();
   endpoint_->progress().remove(this);

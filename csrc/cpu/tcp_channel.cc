@@ -64,7 +64,10 @@ bool TcpChannel::open() {
   const auto receive_all = [&](void* data, size_t nbytes) {
     const auto n = ::recv(socket_.get(), static_cast<char*>(data) + handshake_bytes_,
                           nbytes - handshake_bytes_, 0);
-    if (n == 0) lost("it closed the connection during the handshake (another job's secret?)");
+    if (n == 0)
+      lost(
+          "it closed the connection during the handshake: it closed the group, or has another "
+          "job's secret");
     if (n < 0 && errno != EAGAIN && errno != EINTR) lost(errno_text("handshake"));
     if (n > 0) handshake_bytes_ += static_cast<size_t>(n);
     return handshake_bytes_ == nbytes;

@@ -116,11 +116,18 @@ bool TcpListener::advance(Pending& pending) {
   const Greeting& greeting = pending.greeting;
   if (greeting.mac != greeting_mac(secret_, pending.challenge, greeting))
     return true;  // a stranger: dropped unanswered
+  if (refused_.contains(greeting.group)) return true;
   const uint64_t welcome = welcome_mac(secret_, greeting);
   if (::send(fd, &welcome, sizeof(welcome), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(welcome)))
     return true;
   ready_[{greeting.group, greeting.from, greeting.to, greeting.lane}] = std::move(pending.socket);
   return true;
+}
+
+void TcpListener::refuse(uint64_t group) {
+  std::lock_guard lock(mutex_);
+  refused_.insert(group);
+  std::erase_if(ready_, [group](const auto& entry) { return std::get<0>(entry.first) == group; });
 }
 
 std::optional<UniqueFd> TcpListener::take(uint64_t group, int from, int to, int lane) {

@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -47,6 +48,9 @@ class TcpListener {
   void set_secret(const Secret& secret) { secret_ = secret; }
   // The connection from rank `from` of the group, once it has come and proved itself; never blocks.
   std::optional<UniqueFd> take(uint64_t group, int from, int to, int lane);
+  // Connections for this group, which have come or will come, are closed: its rank here has left
+  // it.
+  void refuse(uint64_t group);
 
  private:
   struct Pending {
@@ -65,6 +69,7 @@ class TcpListener {
   Secret secret_{};
   std::vector<Pending> pending_;
   std::map<std::tuple<uint64_t, int, int, int>, UniqueFd> ready_;
+  std::set<uint64_t> refused_;
 };
 
 // A non-blocking TCP socket that is connecting to address:port. Errors: Error(peer_lost).

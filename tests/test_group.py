@@ -5,6 +5,7 @@ per layout and check all that fits in it."""
 
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -246,7 +247,11 @@ def check_bits(group):
                 group.all_reduce(again.view(np.float32), op, algorithm=algorithm)
                 everyone = group.all_gather(np.empty((group.size, numel), np.uint32), first)
                 assert (everyone == everyone[0]).all(), (algorithm, op, numel)
-                assert (first == again).all(), f"another result from run to run: {algorithm}, {op}, {numel}"
+                # Of two NaNs the processor takes one's payload, by its place in a register: that alone may vary.
+                both_nan = np.isnan(first.view(np.float32)) & np.isnan(again.view(np.float32))
+                assert ((first == again) | both_nan).all(), (
+                    f"another result the second time: {algorithm}, {op}, {numel}"
+                )
 
 
 @pytest.mark.parametrize("hosts", ("a", *FEW_LAYOUTS, "ababb"))
@@ -653,6 +658,23 @@ def check_lanes(group):
     for work in works:
         work.wait(timeout_s=20)
     assert (inbox == np.arange(20)[:, None] + left).all()
+
+
+@pytest.mark.parametrize("hosts", ("aaa", "abb", "aabb", "ababb"))
+def test_a_barrier_waits_for_every_rank(hosts):
+    run(check_barrier, hosts)
+
+
+def check_barrier(group):
+    store = group._store
+    for trial in range(3):
+        for late in range(group.size):
+            key = f"rank {late} enters barrier {trial}"
+            if group.rank == late:
+                time.sleep(0.01)  # only so that the others are there first
+                store.set(key, "")
+            group.barrier()
+            assert store.check([key]), f"rank {group.rank} left before rank {late} came"
 
 
 def test_init_twice_on_one_store():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -90,6 +91,8 @@ class Group:
         self.name: str = engine.name
         self.host_ids: tuple[str, ...] = tuple(endpoint.host_ids[rank] for rank in ranks)
         self.topology = Topology.from_host_ids(self.host_ids)
+        # Also when the interpreter ends: an operation under way would let go of its arrays when there is no Python left.
+        weakref.finalize(self, engine.close)
 
     def __repr__(self) -> str:
         return f"<pycomm.Group {self.name!r}, rank {self.rank} of {self.size}, {len(set(self.host_ids))} host(s)>"

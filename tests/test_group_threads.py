@@ -1,6 +1,8 @@
 """Ranks as threads of one process, over stores of every kind, and one rank's group used by several threads."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -242,3 +244,27 @@ def test_no_thread_and_no_descriptor_is_left_behind():
             pass  # a thread that was told to end may still be at it
         fds, threads = count()
         assert fds <= before[0] and threads <= before[1], (before, fds, threads)
+
+
+@pytest.mark.parametrize("hosts", ("aa", "ab"))
+def test_a_program_may_end_with_operations_under_way(hosts):
+    """Their arrays are let go of while Python is still there; the process ends as any other."""
+    program = """
+import sys, threading
+import numpy as np
+import torch.distributed as c10d
+import pycomm
+store, kept = c10d.HashStore(), []
+def rank_main(rank):
+    group = pycomm.init(store, rank, 2, host_id=sys.argv[1][rank], timeout_s=10)
+    kept.append([group.all_reduce(np.ones(100_000), async_op=True) for _ in range(20)])
+    kept.append((group.recv(np.ones(3), async_op=True), group))
+threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", program, hosts], capture_output=True, text=True, timeout=40)
+        assert (ended.returncode, ended.stderr) == (0, "")

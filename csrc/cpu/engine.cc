@@ -320,11 +320,13 @@ void CpuEngine::run_callbacks() {
     std::lock_guard lock(mutex_);
     ready.swap(callbacks_);
     has_callbacks_.store(false, std::memory_order_relaxed);
+    in_callbacks_.fetch_add(1, std::memory_order_relaxed);
   }
   for (auto& callback : ready) {
     callback();
     callback = nullptr;
   }
+  in_callbacks_.fetch_sub(1, std::memory_order_release);
 }
 
 void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
@@ -683,6 +685,11 @@ void CpuEngine::close() {
   }
   run_callbacks();
   endpoint_->progress().remove(this);
+  // Another thread's callbacks may need Python, which may end after this call. Not for ever: they
+  // may wait for a lock of the caller's, or be the caller.
+  for (const auto until = Clock::now() + kGrace;
+       in_callbacks_.load(std::memory_order_acquire) > 0 && Clock::now() < until;)
+    ::sched_yield();
 }
 
 // ---- numbers ----

@@ -116,8 +116,9 @@ class CpuEngine final : public Engine,
   Clock::duration busy_{};
   std::vector<std::function<void()>> callbacks_;
   std::atomic<bool> has_callbacks_{false};
-  std::atomic<int> waiters_{0};     // callers that drive
-  std::atomic<int> background_{0};  // unfinished operations that no caller may be waiting for
+  std::atomic<int> in_callbacks_{0};  // threads that run some
+  std::atomic<int> waiters_{0};       // callers that drive
+  std::atomic<int> background_{0};    // unfinished operations that no caller may be waiting for
 };
 
 }  // namespace pycomm::cpu

@@ -91,7 +91,7 @@ class Group:
         self.name: str = engine.name
         self.host_ids: tuple[str, ...] = tuple(endpoint.host_ids[rank] for rank in ranks)
         self.topology = Topology.from_host_ids(self.host_ids)
-        # Also when the interpreter ends: an operation under way would let go of its arrays when there is no Python left.
+        # Also when the interpreter ends: operations under way would let go of their arrays with no Python left.
         weakref.finalize(self, engine.close)
 
     def __repr__(self) -> str:

@@ -550,6 +550,10 @@ def bad_calls(group):
     yield lambda: group.all_gather(whole, piece, [-2] + [2] * (n - 1)), "cannot be negative"
     if n > 1:
         yield lambda: group.all_gather(whole, np.ones((3, 3)), [2] * n), "piece must have 6"
+    if n == 3 and me == 2:
+        wrapped = [2**63 - 1, 2**63 - 1, 8]  # six rows, modulo 2**64
+        yield lambda: group.all_gather(whole, np.ones((8, 3)), wrapped), "a count is|add up"
+    if n > 1:
         yield lambda: group.gather(None if me == 1 else np.ones(6 * n, np.float32), x, 1), "root \\(rank 1\\)"
         yield lambda: group.scatter(x, None if me == 1 else np.ones(6 * n, np.float32), 1), "root \\(rank 1\\)"
         yield lambda: group.all_to_all(np.ones(2 * n + 1), np.ones(2 * n + 1)), "do not divide"

@@ -56,6 +56,11 @@ void Group::check(const Call& call) const {
       if (!counts->empty() && counts->size() != n)
         refuse(std::to_string(counts->size()) + " counts for " + std::to_string(size_) +
                " ranks; give one per rank");
+    for (const auto* counts : {&call.counts, &call.recv_counts})
+      for (const uint64_t count : *counts)  // a sum of larger ones may wrap around
+        if (count > call.numel)
+          refuse("a count is " + std::to_string(count) + " elements, the tensor has " +
+                 std::to_string(call.numel));
     if (call.counts.empty() && call.numel % n != 0)
       refuse(std::to_string(call.numel) + " elements do not divide by " + std::to_string(size_) +
              " ranks; pad the tensor, or give counts");

@@ -131,3 +131,23 @@ def check_coalesced(rank, n):
     for numel, g, s in zip(sizes, gathered, scattered, strict=True):
         same(g, torch.cat([pattern(r, numel) for r in range(n)]))
         same(s, reduced(ReduceOp.SUM, [pattern(r, numel, salt=rank) for r in range(n)], torch.float32))
+
+
+def test_sums_of_premultiplied_inputs(hosts):
+    run_torch_ranks(check_premultiplied, len(hosts), hosts=hosts)
+
+
+def check_premultiplied(rank, n):
+    doubled, halved = dist._make_nccl_premul_sum(2.0), dist._make_nccl_premul_sum(torch.tensor([0.5]))
+    for numel in (1, 1000, 30_001):
+        whole, ranks = torch.arange(float(numel * n)) % 97, sum(range(n))
+        x = whole + rank
+        dist.all_reduce(x, doubled)
+        assert torch.equal(x, 2 * (n * whole + ranks))
+        piece = torch.empty(numel)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(piece, whole + rank, doubled)
+        assert torch.equal(piece, 2 * (n * whole + ranks)[rank * numel :][:numel])
+        x = whole + rank
+        dist.reduce(x, n - 1, halved)
+        assert torch.equal(x, (n * whole + ranks) / 2 if rank == n - 1 else whole + rank)

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch._C._distributed_c10d import Backend as C10dBackend
 from torch._C._distributed_c10d import Store
 
@@ -24,6 +25,9 @@ class Endpoint:
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
+    @property
+    def peer_memory_problem(self) -> str: ...
     @property
     def host_ids(self) -> list[str]: ...
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pycomm.group import Group, Stats, Work, init
+    from pycomm.group import Group, Stats, Work, empty, init
     from pycomm.topology import Topology
 
 # Public names and where they live; imported when first used.
@@ -24,11 +24,12 @@ _HOMES = {
     "Group": "pycomm.group",
     "Stats": "pycomm.group",
     "Work": "pycomm.group",
+    "empty": "pycomm.group",
     "init": "pycomm.group",
     "Topology": "pycomm.topology",
 }
 
-__all__ = ["Group", "Stats", "Topology", "Work", "__version__", "init"]
+__all__ = ["Group", "Stats", "Topology", "Work", "__version__", "empty", "init"]
 
 
 def __getattr__(name: str) -> Any:

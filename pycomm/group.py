@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
 
 from pycomm import _C
@@ -27,7 +28,7 @@ from pycomm.tuner import Choices, choice_table
 if TYPE_CHECKING:
     from typing import Literal
 
-__all__ = ["Group", "Stats", "Work", "engine_group", "init"]
+__all__ = ["Group", "Stats", "Work", "empty", "engine_group", "init"]
 
 DEFAULT_TIMEOUT_S = 300.0
 
@@ -252,6 +253,16 @@ class Group:
         with async_op a Work with .source. Raises InvalidArgument where the message has another size."""
         return self._engine.recv(x, src, tag, async_op, timeout_s)
 
+    # Memory.
+
+    def empty(self, *shape: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An uninitialised tensor, as torch.empty(*shape), in memory that the other ranks of this host map: collectives
+        read and write it in place, with no copy through the system (docs/performance.md). Any collective takes any mix
+        of such and other tensors, views included. dtype: torch's default where none is given. Its pages are taken now
+        and given back with the tensor.
+        Raises InvalidArgument where the host has no such memory left."""
+        return _empty(self._endpoint, shape, dtype)
+
     # Groups of fewer ranks.
 
     def new_group(self, ranks: Sequence[int], name: str | None = None) -> Group | None:
@@ -319,6 +330,25 @@ class Group:
         self.close()
 
 
+def _empty(endpoint: _C.Endpoint, shape: tuple[int | Sequence[int], ...], dtype: torch.dtype | None) -> torch.Tensor:
+    sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+    return endpoint.empty([int(size) for size in sizes], dtype or torch.get_default_dtype())  # type: ignore[arg-type]
+
+
+def empty(*shape: int | Sequence[int], dtype: torch.dtype | None = None, group: Group | None = None) -> torch.Tensor:
+    """Group.empty() for a program that has one job: the group's, or without one that of the last pycomm.init() or
+    init_process_group("pycomm") of this process. Raises PycommError before the first."""
+    endpoint = group._endpoint if group is not None else _last_endpoint
+    if endpoint is None:
+        raise PycommError(
+            "empty: no group yet; call pycomm.init() or torch.distributed.init_process_group('pycomm') first"
+        )
+    return _empty(endpoint, shape, dtype)
+
+
+_last_endpoint: _C.Endpoint | None = None  # what empty() without a group takes
+
+
 def _from_environment(name: str) -> str:
     value = os.environ.get(name)
     if value is None:
@@ -351,8 +381,10 @@ def local_address() -> str:
 def make_endpoint(store: Store, rank: int, size: int, host_id: str | None, timeout_s: float) -> _C.Endpoint:
     """This rank's place among `size` ranks. host_id: an emulated host's label (default PYCOMM_HOST_ID, else the
     machine). Collective over the store."""
+    global _last_endpoint
     label = host_id if host_id is not None else os.environ.get("PYCOMM_HOST_ID", "")
-    return _C.Endpoint(store, rank, size, label, local_address(), timeout_s)
+    _last_endpoint = _C.Endpoint(store, rank, size, label, local_address(), timeout_s)
+    return _last_endpoint
 
 
 def init(

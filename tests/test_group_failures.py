@@ -161,7 +161,10 @@ def check_killed(group, moment, victim):
         elif moment == "barrier":
             group.barrier()
         else:
-            works = [group.all_reduce(np.zeros(100_000), async_op=True) for _ in range(5)]
+            works = []
+            with suppress(GroupClosed):  # the news may come before the fifth
+                for _ in range(5):
+                    works.append(group.all_reduce(np.zeros(100_000), async_op=True))
             for work in reversed(works):
                 work.wait()
     except PycommError as error:
@@ -529,7 +532,8 @@ def bad_calls(group):
     yield lambda: group.all_reduce(np.ones(3, bool), "avg"), "no meaning for bool"
     yield lambda: group.all_reduce(x, algorithm="fastest"), "no algorithm 'fastest'; choose from .*ring"
     yield lambda: group.broadcast(x, algorithm="ring"), "no algorithm 'ring'"
-    yield lambda: group.all_reduce(np.ones(100_000), algorithm="native"), "native"
+    if len(set(group.host_ids)) > 1 or group.size == 1:
+        yield lambda: group.all_reduce(np.ones(100_000), algorithm="native"), "native"
     yield lambda: group.all_reduce(x, timeout_s=0), "timeout must be positive"
     yield lambda: group.all_reduce(x, timeout_s=-1), "timeout must be positive"
     yield lambda: group.all_reduce(x, timeout_s=float("nan")), "timeout must be positive"

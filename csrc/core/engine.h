@@ -66,8 +66,9 @@ struct Stats {
 class Engine {
  public:
   virtual ~Engine() = default;
-  // The largest contribution per rank for which the native path is taken, 0 where there is none.
-  virtual uint64_t native_nbytes(Collective collective) const = 0;
+  // The largest tensor for which the native path is taken, in bytes; 0 where there is none. With
+  // uneven counts only a limit of 0 or UINT64_MAX has meaning: ranks need not know one size.
+  virtual uint64_t native_nbytes(Collective collective, bool even) const = 0;
   virtual void run(Launch launch) = 0;  // blocks, driven by the caller
   virtual std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) = 0;
   virtual std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,

@@ -149,13 +149,14 @@ Launch Group::bind(const Call& call) {
     print.counts_hash = fnv1a(call.counts.data(), call.counts.size() * sizeof(uint64_t));
 
   const uint64_t nbytes = call.numel * element;
-  const uint64_t native_limit = engine_->native_nbytes(call.collective);
-  if (call.algorithm == "native" && (uneven || nbytes > native_limit))
-    throw Error(Code::invalid_argument,
-                std::string("the native path of ") + name_of(call.collective) + " takes at most " +
-                    std::to_string(native_limit) +
-                    " bytes and even counts; leave the algorithm to the group");
-  const bool native = size_ > 1 && !uneven && native_limit > 0 && nbytes <= native_limit &&
+  const uint64_t native_limit = engine_->native_nbytes(call.collective, !uneven);
+  if (call.algorithm == "native" && nbytes > native_limit)
+    throw Error(Code::invalid_argument, std::string("the native path of ") +
+                                            name_of(call.collective) + " takes at most " +
+                                            std::to_string(native_limit) + " bytes" +
+                                            (uneven ? " with uneven counts" : "") +
+                                            " in this group; leave the algorithm to the group");
+  const bool native = size_ > 1 && native_limit > 0 && nbytes <= native_limit &&
                       (call.algorithm.empty() || call.algorithm == "native");
   if (!native && call.collective != Collective::barrier) {
     // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could
@@ -205,7 +206,7 @@ Launch Group::bind(const Call& call) {
                                     : nbytes / static_cast<uint64_t>(size_);
       launch.input_nbytes = whole_input ? nbytes : piece;
       launch.output_nbytes = whole_input ? piece : nbytes;
-      if (launch.program) {
+      if (launch.program || uneven) {
         const auto counts = uneven ? call.counts : even_counts(call.numel, size_);
         launch.layout = Layout::pieces(counts, element, rank_, whole_input, !whole_input);
       }
@@ -214,7 +215,7 @@ Launch Group::bind(const Call& call) {
     case Collective::all_to_all: {
       launch.input_nbytes = uneven ? sum(call.counts) * element : nbytes;
       launch.output_nbytes = uneven ? sum(call.recv_counts) * element : nbytes;
-      if (!launch.program) break;
+      if (!launch.program && !uneven) break;
       const auto send = uneven ? call.counts : even_counts(call.numel, size_);
       const auto recv = uneven ? call.recv_counts : send;
       launch.layout = Layout::exchange(send, recv, element, rank_);

@@ -30,26 +30,41 @@ Board::Board(const Segment& segment, Endpoint& endpoint, const std::vector<int>&
       rank_(rank),
       n_(static_cast<int>(ranks.size())) {}
 
-const std::byte* Board::contribution(int rank, uint64_t nbytes) const {
-  const BoardEntry& entry = segment_.board(rank);
-  return nbytes <= kInlineBytes ? entry.lines[sequence_ & 1].payload : entry.payload[sequence_ & 1];
+std::byte* Board::payload(int rank, bool large) const {
+  BoardEntry& entry = segment_.board(rank);
+  const uint32_t slot = sequence_ & 1;
+  return large ? entry.payload[slot] : entry.lines[slot].payload;
 }
 
 void Board::begin(const Launch& launch) {
+  prepare();
+  if (contributes(launch.fingerprint, rank_) && launch.input_nbytes > 0)
+    std::memcpy(payload(rank_, launch.input_nbytes > kInlineBytes), launch.input,
+                launch.input_nbytes);
+  publish(launch);
+}
+
+void Board::prepare() {
   ++sequence_;
   seen_ = 0;
+}
+
+void Board::publish(const Launch& launch) {
   BoardLine& line = segment_.board(rank_).lines[sequence_ & 1];
-  if (contributes(launch.fingerprint, rank_) && launch.input_nbytes > 0)
-    std::memcpy(const_cast<std::byte*>(contribution(rank_, launch.input_nbytes)), launch.input,
-                launch.input_nbytes);
   line.hash = launch.fingerprint.hash();
-  line.sequence.store(
-      sequence_, std::memory_order_release);  // publishes hash and payload; pairs with advance()
+  line.sequence.store(sequence_, std::memory_order_release);  // publishes hash and payload; pairs
+                                                              // with all_entered()
   for (int i = 0; i < n_; ++i)
     if (i != rank_) endpoint_.ring(ranks_[static_cast<size_t>(i)]);
 }
 
 bool Board::advance(const Launch& launch, bool* moved) {
+  if (!all_entered(launch, moved)) return false;
+  finish(launch);
+  return true;
+}
+
+bool Board::all_entered(const Launch& launch, bool* moved) {
   for (; seen_ < n_; ++seen_) {
     if (seen_ == rank_) continue;
     const BoardEntry& entry = segment_.board(seen_);
@@ -64,7 +79,6 @@ bool Board::advance(const Launch& launch, bool* moved) {
     if (!read_announcement(entry, launch.fingerprint.sequence, &theirs)) return false;
     throw Error(Code::mismatch, describe_mismatch(launch.fingerprint, theirs));
   }
-  finish(launch);
   return true;
 }
 

@@ -17,16 +17,27 @@ namespace pycomm::cpu {
 class Board {
  public:
   Board(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank);
-  // Publishes this rank's contribution to launch. REQUIRES: at most kBoardBytes; the previous one
-  // is done.
+  // Publishes this rank's contribution to launch. REQUIRES: at most kBoardBytes; the previous
+  // native collective is done.
   void begin(const Launch& launch);
   // True once the result is in launch.output. `moved` is set when a rank was newly seen.
   // Throws Error(mismatch) where a rank published another call.
   bool advance(const Launch& launch, bool* moved);
   std::vector<int> blocked_on() const;  // group ranks not yet seen
 
+  // Its steps, for a native collective that brings a payload of its own (direct.h): prepare(), fill
+  // payload(rank, ..), publish(), then ask all_entered().
+  void prepare();
+  // large: kBoardBytes of room, else kInlineBytes beside the flag.
+  std::byte* payload(int rank, bool large) const;
+  void publish(const Launch& launch);
+  bool all_entered(const Launch& launch, bool* moved);
+  uint32_t sequence() const { return sequence_; }  // of the collective prepared last
+
  private:
-  const std::byte* contribution(int rank, uint64_t nbytes) const;
+  const std::byte* contribution(int rank, uint64_t nbytes) const {
+    return payload(rank, nbytes > kInlineBytes);
+  }
   void finish(const Launch& launch) const;
 
   const Segment& segment_;

@@ -45,6 +45,7 @@ Member describe_self(const EndpointOptions& options, int port) {
   self.machine = self.boot_id + "/" + namespace_id("net");
   self.pid_namespace = namespace_id("pid");
   self.pid = ::getpid();
+  self.probe = reinterpret_cast<uint64_t>(&PeerMemory::probe());
   self.address = options.address;
   self.port = port;
   char name[256] = {};
@@ -61,6 +62,7 @@ std::string pack(const Member& member) {
       << member.boot_id << '\n'
       << member.pid_namespace << '\n'
       << member.pid << '\n'
+      << member.probe << '\n'
       << member.address << '\n'
       << member.port << '\n';
   return out.str();
@@ -69,16 +71,18 @@ std::string pack(const Member& member) {
 Member unpack(const std::string& text) {
   Member member;
   std::istringstream in(text);
-  std::string pid, port;
+  std::string pid, probe, port;
   std::getline(in, member.host);
   std::getline(in, member.machine);
   std::getline(in, member.boot_id);
   std::getline(in, member.pid_namespace);
   std::getline(in, pid);
+  std::getline(in, probe);
   std::getline(in, member.address);
   if (!std::getline(in, port))
     throw Error(Code::internal, "a rank published a member entry that cannot be read");
   member.pid = std::stoi(pid);
+  member.probe = std::stoull(probe);
   member.port = std::stoi(port);
   return member;
 }
@@ -138,11 +142,11 @@ Endpoint::~Endpoint() = default;
 void Endpoint::share_host(Store& store, std::chrono::milliseconds timeout) {
   const int n_local = static_cast<int>(local_ranks_.size());
   const int index = local_index_[static_cast<size_t>(rank_)];
-  const size_t nbytes = sizeof(Sleeper) * static_cast<size_t>(n_local);
+  const size_t nbytes = sizeof(HostLine) * static_cast<size_t>(n_local);
   UniqueFd doorbell(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!doorbell)
     throw_errno(Code::internal, "eventfd (is the limit on open files reached? see ulimit -n)");
-  std::vector<int> mine{doorbell.get()};
+  std::vector<int> mine{doorbell.get(), peer_memory_.heap().fd()};
   UniqueFd memory;
   if (index == 0) {
     memory = make_memfd("pycomm-host", nbytes);
@@ -150,22 +154,31 @@ void Endpoint::share_host(Store& store, std::chrono::milliseconds timeout) {
   }
   auto fds =
       exchange_fds(store, "host/" + std::to_string(local_ranks_[0]), index, n_local, mine, timeout);
-  PYCOMM_CHECK(fds.size() == static_cast<size_t>(n_local) + 1,
-               "one doorbell per rank, and the host's page");
-  host_page_ = map_shared(fds[1].get(), nbytes);
-  fds.erase(fds.begin() + 1);
-  doorbells_ = std::move(fds);
+  PYCOMM_CHECK(fds.size() == 2 * static_cast<size_t>(n_local) + 1,
+               "a doorbell and a heap per rank, and the host's page");
+  host_page_ = map_shared(fds[2].get(), nbytes);
+  fds.erase(fds.begin() + 2);
   const Member& me = member(rank_);
-  for (const int other : local_ranks_) {
-    const Member& peer = member(other);
+  std::vector<PeerMemory::Peer> peers;
+  for (size_t i = 0; i < local_ranks_.size(); ++i) {
+    const Member& peer = member(local_ranks_[i]);
+    doorbells_.push_back(std::move(fds[2 * i]));
     // Where the peer's pid means something here. Elsewhere a lost peer shows by its deadline.
-    const bool watch = peer.pid != me.pid && peer.pid_namespace == me.pid_namespace;
+    const bool known = peer.pid_namespace == me.pid_namespace;
+    const bool watch = known && peer.pid != me.pid;
     processes_.emplace_back(watch ? static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)) : -1);
+    peers.push_back({known ? peer.pid : 0, peer.probe, std::move(fds[2 * i + 1]),
+                     &host_line(local_ranks_[i]).memory});
   }
+  peer_memory_.attach(index, std::move(peers));
 }
 
-Endpoint::Sleeper& Endpoint::sleeper(int rank) const {
-  return reinterpret_cast<Sleeper*>(host_page_.data())[local_index_[static_cast<size_t>(rank)]];
+std::string Endpoint::whereabouts(int rank) const {
+  return "host " + member(rank).host + ", pid " + std::to_string(member(rank).pid);
+}
+
+Endpoint::HostLine& Endpoint::host_line(int rank) const {
+  return reinterpret_cast<HostLine*>(host_page_.data())[place(rank)];
 }
 
 void Endpoint::ring(int rank) {

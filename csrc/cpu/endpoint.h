@@ -11,6 +11,7 @@
 
 #include "core/siphash.h"
 #include "core/store.h"
+#include "cpu/peer_memory.h"
 #include "cpu/posix.h"
 #include "cpu/progress.h"
 #include "cpu/tcp_listener.h"
@@ -23,6 +24,7 @@ struct Member {
   std::string boot_id;  // ranks with the same one share cores
   std::string pid_namespace;
   int pid = 0;
+  uint64_t probe = 0;  // where its PeerMemory::probe() lies
   std::string address;
   int port = 0;
 };
@@ -45,7 +47,12 @@ class Endpoint {
   int rank() const { return rank_; }
   int size() const { return static_cast<int>(members_.size()); }
   const Member& member(int rank) const { return members_[static_cast<size_t>(rank)]; }
-  bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
+  std::string whereabouts(int rank) const;  // "host a, pid 123"
+  bool local(int rank) const { return place(rank) >= 0; }
+  // Index among the ranks of this host, in rank order; -1 on other hosts.
+  int place(int rank) const { return local_index_[static_cast<size_t>(rank)]; }
+  // By place.
+  PeerMemory& peer_memory() { return peer_memory_; }
   // More ranks than cores on this machine: whoever waits must let others run.
   bool oversubscribed() const { return oversubscribed_; }
   const Secret& secret() const { return secret_; }
@@ -69,9 +76,14 @@ class Endpoint {
   struct alignas(64) Sleeper {
     std::atomic<uint32_t> sleepers{0};
   };
+  struct HostLine {
+    Sleeper sleeper;
+    PeerMemoryLine memory;
+  };
   Endpoint() = default;
   void share_host(Store& store, std::chrono::milliseconds timeout);
-  Sleeper& sleeper(int rank) const;
+  HostLine& host_line(int rank) const;
+  Sleeper& sleeper(int rank) const { return host_line(rank).sleeper; }
 
   int rank_ = 0;
   std::vector<Member> members_;
@@ -79,9 +91,10 @@ class Endpoint {
   std::vector<int> local_index_;  // by rank; -1 on other hosts
   bool oversubscribed_ = false;
   Secret secret_{};
-  Mapping host_page_;                // a Sleeper per local rank
+  Mapping host_page_;                // a HostLine per local rank
   std::vector<UniqueFd> doorbells_;  // eventfd per local rank
   std::vector<UniqueFd> processes_;  // pidfd per local rank; none for ranks of this process
+  PeerMemory peer_memory_;
   std::unique_ptr<TcpListener> listener_;
   ProgressThread progress_{*this};
 };

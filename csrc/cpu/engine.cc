@@ -20,6 +20,8 @@ constexpr auto kEcho =
     std::chrono::milliseconds(250);  // how much longer a rank waits whose peers wait as well
 constexpr auto kGrace = std::chrono::milliseconds(
     50);  // after a broken link: the reason is on its way from a rank of this host
+constexpr auto kRetire =
+    std::chrono::milliseconds(1000);  // for a rank that is in the middle of a block of ours
 constexpr auto kNap =
     std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
 
@@ -68,6 +70,7 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
       segment_(static_cast<int>(
           std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
       board_(segment_, *endpoint_, ranks_, rank_),
+      direct_(segment_, board_, *endpoint_, ranks_, rank_),
       messages_(
           static_cast<int>(ranks_.size()), rank_,
           [this](int peer) -> Channel& { return channel(peer, kMessageLane); },
@@ -103,6 +106,10 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
                                 index, static_cast<int>(self->local_ranks_.size()), mine, timeout);
   PYCOMM_CHECK(fds.size() == 1, "one segment per host");
   self->segment_.attach(map_shared(fds[0].get(), nbytes));
+  if (self->one_host_)
+    self->reads_peers_ = std::all_of(ranks.begin(), ranks.end(), [&](int r) {
+      return self->endpoint_->peer_memory().reads(self->endpoint_->place(r));
+    });
   self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
   if (self->one_host_)
     self->store_word_
@@ -112,7 +119,20 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
 
 CpuEngine::~CpuEngine() = default;
 
-uint64_t CpuEngine::native_nbytes(Collective) const { return one_host_ ? kBoardBytes : 0; }
+uint64_t CpuEngine::native_nbytes(Collective collective, bool even) const {
+  if (!one_host_) return 0;
+  if (collective == Collective::barrier) return even ? kBoardBytes : 0;
+  return reads_peers_ ? UINT64_MAX : even ? kBoardBytes : 0;
+}
+
+CpuEngine::Path CpuEngine::path(const Launch& launch) const {
+  if (launch.program != nullptr) return Path::program;
+  if (!reads_peers_) return Path::board;
+  const uint64_t nbytes = launch.fingerprint.numel * size_of(launch.dtype);
+  // System calls per call grow with the ranks, copies over the board with the bytes.
+  const size_t small = ranks_.size() == 2 ? kBoardBytes / 8 : kBoardBytes;
+  return launch.fingerprint.has_counts || nbytes > small ? Path::direct : Path::board;
+}
 
 Channel& CpuEngine::channel(int peer, Lane lane) {
   auto& slot = channels_[lane][static_cast<size_t>(peer)];
@@ -237,21 +257,34 @@ bool CpuEngine::advance_collectives() {
         interpreter_.begin(
             launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); },
             tiled ? kTileBytes : 0);
+      } else if (path(launch) == Path::direct) {
+        direct_.begin(launch);
+        native_bytes_ += direct_.sent_nbytes();
       } else {
         board_.begin(launch);
         native_bytes_ += launch.input_nbytes;
       }
       moved = true;
     }
-    const bool done = launch.program != nullptr ? interpreter_.advance(launch, &moved)
-                                                : board_.advance(launch, &moved);
-    if (!done) break;
+    if (!advance(launch, &moved)) break;
     if (launch.finish) launch.finish();
     const auto keep = queue_.front();
     queue_.pop_front();
     finish(op, {});
   }
   return moved;
+}
+
+bool CpuEngine::advance(const Launch& launch, bool* moved) {
+  switch (path(launch)) {
+    case Path::board:
+      return board_.advance(launch, moved);
+    case Path::direct:
+      return direct_.advance(launch, moved);
+    case Path::program:
+      break;
+  }
+  return interpreter_.advance(launch, moved);
 }
 
 bool CpuEngine::drive() {
@@ -455,7 +488,7 @@ const CollectiveOp* CpuEngine::late_collective(Clock::time_point now) {
     // it.
     const bool running =
         op == queue_.front() && op->state.load(std::memory_order_relaxed) == Op::running;
-    const bool echo = running && op->launch.program != nullptr && interpreter_.all_entered();
+    const bool echo = running && path(op->launch) == Path::program && interpreter_.all_entered();
     if (now >= op->deadline + (echo ? kEcho : Clock::duration(0))) return op.get();
     next = std::min(next, op->deadline);
   }
@@ -491,7 +524,15 @@ std::vector<int> CpuEngine::blocked_on() const {
   if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running)
     return {};
   const Launch& launch = queue_.front()->launch;
-  return launch.program != nullptr ? interpreter_.blocked_on(launch) : board_.blocked_on();
+  switch (path(launch)) {
+    case Path::board:
+      return board_.blocked_on();
+    case Path::direct:
+      return direct_.blocked_on();
+    case Path::program:
+      break;
+  }
+  return interpreter_.blocked_on(launch);
 }
 
 std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
@@ -504,8 +545,9 @@ std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
   } else {
     for (size_t i = 0; i < blocked.size(); ++i)
       text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
-    text += blocked.size() == 1 ? ", which has not entered this collective"
-                                : ", which have not entered this collective";
+    const bool entered = path(op.launch) == Path::direct && direct_.all_entered();
+    text += blocked.size() == 1 ? ", which has" : ", which have";
+    text += entered ? " not finished its part of this collective" : " not entered this collective";
   }
   for (const int peer : blocked) {
     if (!local(peer)) continue;
@@ -583,10 +625,8 @@ void CpuEngine::look_for_lost_peers() {
         !queue_.empty() ? queue_.front()->launch.fingerprint.describe() : "a message";
     throw Error(Code::peer_lost,
                 what + ": rank " + std::to_string(rank_) + " needs rank " + std::to_string(peer) +
-                    " (host " + endpoint_->member(ranks_[static_cast<size_t>(peer)]).host +
-                    ", pid " +
-                    std::to_string(endpoint_->member(ranks_[static_cast<size_t>(peer)]).pid) +
-                    "), " + (ended(peer) ? "whose process ended" : "which closed the group") +
+                    " (" + endpoint_->whereabouts(ranks_[static_cast<size_t>(peer)]) + "), " +
+                    (ended(peer) ? "whose process ended" : "which closed the group") +
                     ". See that rank's output for why; the others must form a new group.");
   }
 }
@@ -595,8 +635,13 @@ void CpuEngine::fail(Status why) {
   if (!broken_.ok()) return;
   const std::string prefix = "group '" + name_ + "': ";
   if (why.message.rfind("group '", 0) != 0) why.message = prefix + why.message;
-  broken_ = why;
   publish(why);
+  if (const int writer = direct_.retire(kRetire); writer >= 0)
+    why.message +=
+        " Rank " + std::to_string(writer) +
+        " stands still in the middle of writing into this rank's tensors: what they hold "
+        "may still change.";
+  broken_ = why;
   for (auto& lane : channels_)
     for (auto& channel : lane)
       if (channel) channel->poison(why);
@@ -660,6 +705,9 @@ void CpuEngine::revoke(const Status& why) {
 void CpuEngine::close() {
   {
     std::lock_guard lock(mutex_);
+    segment_.board(local_index_[static_cast<size_t>(rank_)])
+        .closed.store(1, std::memory_order_release);
+    direct_.retire(kRetire);
     if (broken_.ok()) {
       broken_ = {Code::closed, "it was closed"};
       const Status why{Code::closed,
@@ -667,8 +715,6 @@ void CpuEngine::close() {
       for (const auto& op : std::exchange(queue_, {})) finish(*op, why);
       messages_.fail_all(why);
     }
-    segment_.board(local_index_[static_cast<size_t>(rank_)])
-        .closed.store(1, std::memory_order_release);
     for (const int rank : local_ranks_)
       if (rank != endpoint_->rank()) endpoint_->ring(rank);
     for (size_t peer = 0; peer < ranks_.size(); ++peer)

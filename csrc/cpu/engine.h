@@ -15,6 +15,7 @@
 #include "core/store.h"
 #include "cpu/board.h"
 #include "cpu/channel.h"
+#include "cpu/direct.h"
 #include "cpu/endpoint.h"
 #include "cpu/interpreter.h"
 #include "cpu/messages.h"
@@ -35,7 +36,7 @@ class CpuEngine final : public Engine,
                                            std::chrono::milliseconds timeout);
   ~CpuEngine() override;
 
-  uint64_t native_nbytes(Collective collective) const override;
+  uint64_t native_nbytes(Collective collective, bool even) const override;
   void run(Launch launch) override;
   std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) override;
   std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
@@ -65,6 +66,7 @@ class CpuEngine final : public Engine,
                                        std::shared_ptr<void> keep_alive);
   bool drive();  // one round under the lock; errors end in fail()
   bool advance_collectives();
+  bool advance(const Launch& launch, bool* moved);  // true when it is done
   void look();  // under the lock: word of a broken group, mismatches, deadlines, lost peers
   void look_for_mismatch();
   void look_for_lost_peers();
@@ -84,6 +86,9 @@ class CpuEngine final : public Engine,
   Channel& channel(int peer, Lane lane);
   bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
   std::string describe_front_wait(Clock::time_point now) const;
+  // Which of the three runs a launch.
+  enum class Path { board, direct, program };
+  Path path(const Launch& launch) const;
 
   const std::shared_ptr<Endpoint> endpoint_;
   StoreWord store_word_;  // over the group's own store, kept where ranks stand on several hosts
@@ -96,6 +101,8 @@ class CpuEngine final : public Engine,
   uint64_t id_ = 0;  // tells this group's connections from others'
   Segment segment_;
   Board board_;
+  Direct direct_;
+  bool reads_peers_ = false;  // every rank of the group reads every other's memory
 
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Channel>> channels_[kLanes];

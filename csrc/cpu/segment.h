@@ -37,8 +37,11 @@ struct alignas(64) Announcement {
 
 struct alignas(64) BoardEntry {
   BoardLine lines[2];
-  alignas(64) std::atomic<uint32_t> closed{0};  // the rank left the group
-  Announcement announcements[2];                // by parity of the collective's sequence number
+  alignas(64) std::atomic<uint32_t> direct_done{0};  // the last direct collective (direct.h) in
+                                                     // which the rank has done its part
+  alignas(64) std::atomic<uint32_t> writing{0};      // it is writing into another rank's memory
+  alignas(64) std::atomic<uint32_t> closed{0};       // the rank left the group
+  Announcement announcements[2];  // by parity of the collective's sequence number
   alignas(64) std::byte payload[2][kBoardBytes];
 };
 

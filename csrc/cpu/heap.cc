@@ -1,0 +1,68 @@
+#include "cpu/heap.h"
+
+#include <fcntl.h>
+
+#include <algorithm>
+#include <iterator>
+
+namespace pycomm::cpu {
+namespace {
+constexpr size_t kPage = 4096;
+}  // namespace
+
+Heap::Heap(size_t capacity)
+    : memory_(make_memfd("pycomm-heap", capacity)), capacity_(capacity), free_{{0, capacity}} {}
+
+std::byte* Heap::base() const {
+  std::lock_guard lock(mutex_);
+  return mapping_.data();
+}
+
+std::byte* Heap::allocate(size_t nbytes) {
+  const size_t size = (std::max<size_t>(nbytes, 1) + kPage - 1) / kPage * kPage;
+  std::lock_guard lock(mutex_);
+  if (mapping_.data() == nullptr) mapping_ = map_shared(memory_.get(), capacity_);
+  // First fit, lowest address first: few long-lived tensors, so nothing cleverer pays.
+  const auto found = std::find_if(free_.begin(), free_.end(),
+                                  [&](const auto& hole) { return hole.second >= size; });
+  if (size < nbytes || found == free_.end())
+    throw Error(Code::invalid_argument,
+                "empty: " + std::to_string(nbytes) + " bytes do not fit into the shared heap of " +
+                    std::to_string(capacity_) + " bytes, the machine's memory");
+  const size_t offset = found->first;
+  if (::fallocate(memory_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(size)) != 0)
+    throw_errno(Code::invalid_argument,
+                "empty: " + std::to_string(nbytes) + " bytes of shared memory");
+  const size_t rest = found->second - size;
+  free_.erase(found);
+  if (rest > 0) free_.emplace(offset + size, rest);
+  used_.emplace(offset, size);
+  return mapping_.data() + offset;
+}
+
+void Heap::release(std::byte* data) {
+  std::lock_guard lock(mutex_);
+  const auto used = used_.find(static_cast<size_t>(data - mapping_.data()));
+  PYCOMM_CHECK(used != used_.end(), "memory that is not the heap's");
+  auto [offset, size] = *used;
+  used_.erase(used);
+  // The pages go back to the system now. Where it refuses, they are used again by a later tensor.
+  [[maybe_unused]] const int rc =
+      ::fallocate(memory_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  static_cast<off_t>(offset), static_cast<off_t>(size));
+  auto next = free_.lower_bound(offset);
+  if (next != free_.end() && offset + size == next->first) {
+    size += next->second;
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    const auto before = std::prev(next);
+    if (before->first + before->second == offset) {
+      before->second += size;
+      return;
+    }
+  }
+  free_.emplace(offset, size);
+}
+
+}  // namespace pycomm::cpu

@@ -1,0 +1,35 @@
+// Heap: a rank's memory that the other ranks of its host can map (pycomm.empty()). One sparse memfd
+// per endpoint, mapped at the first allocation; pages cost memory while they are allocated. Thread
+// safety: all members.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+
+#include "cpu/posix.h"
+
+namespace pycomm::cpu {
+
+class Heap {
+ public:
+  explicit Heap(size_t capacity);
+  int fd() const { return memory_.get(); }
+  size_t capacity() const { return capacity_; }
+
+  // Page-aligned; pages are reserved here, so that a host out of memory shows as an Error and not
+  // as a SIGBUS later. Contents are zero the first time, then anything. nbytes 0 takes a page too.
+  std::byte* allocate(size_t nbytes);
+  void release(std::byte* data);  // REQUIRES: from allocate()
+  std::byte* base() const;        // nullptr before the first allocation
+
+ private:
+  UniqueFd memory_;
+  const size_t capacity_;
+  mutable std::mutex mutex_;
+  Mapping mapping_;
+  std::map<size_t, size_t> free_;  // offset -> bytes; neighbours are joined
+  std::map<size_t, size_t> used_;
+};
+
+}  // namespace pycomm::cpu

@@ -10,8 +10,9 @@ namespace pycomm::cpu {
 namespace {
 
 constexpr uint64_t kReduceBlock = 256 * 1024;  // operands and result of one stay in a core's cache
-constexpr uint64_t kPullBlock = 512 * 1024;
-constexpr uint64_t kCut = 4096;  // pieces of a reduction begin at multiples of it
+constexpr uint64_t kCopyBlock = 512 * 1024;
+constexpr uint64_t kSharedBlock = 64 * 1024;  // the two ends meet within one
+constexpr uint64_t kCut = 4096;               // pieces of a reduction begin at multiples of it
 constexpr uint64_t kKeptScratch = 4 << 20;
 constexpr uint64_t kBudget = 2 << 20;  // bytes moved before the engine's lock is let go
 
@@ -32,16 +33,15 @@ bool overlap(const void* a, uint64_t a_nbytes, const void* b, uint64_t b_nbytes)
 
 }  // namespace
 
-Direct::Direct(const Segment& segment, Board& board, Endpoint& endpoint,
+Direct::Direct(const Segment& segment, Board& board, Reach& reach, Endpoint& endpoint,
                const std::vector<int>& ranks, int rank)
     : segment_(segment),
       board_(board),
+      reach_(reach),
       endpoint_(endpoint),
       ranks_(ranks),
       rank_(rank),
-      n_(static_cast<int>(ranks.size())) {
-  for (const int to : ranks_) places_.push_back(endpoint_.place(to));
-}
+      n_(static_cast<int>(ranks.size())) {}
 
 std::byte* Direct::scratch(uint64_t nbytes) {
   if (nbytes > scratch_nbytes_) {
@@ -61,8 +61,8 @@ void Direct::plan(const Launch& launch) {
   const auto n = static_cast<uint64_t>(n_), me = static_cast<uint64_t>(rank_);
   input_ = static_cast<const std::byte*>(launch.input);
   auto* out = static_cast<std::byte*>(launch.output);
-  pulls_.clear();
-  next_pull_ = 0;
+  copies_.clear();
+  next_copy_ = 0;
   targets_.clear();
   reduces_ = false;
   reduced_ = nullptr;
@@ -70,7 +70,7 @@ void Direct::plan(const Launch& launch) {
   sent_nbytes_ = 0;
   waits_for_.assign(static_cast<size_t>(n_), true);
   const auto pull = [&](int rank, uint64_t offset, uint64_t nbytes, std::byte* to) {
-    if (nbytes > 0) pulls_.push_back({rank, offset, nbytes, to, 0});
+    if (nbytes > 0) copies_.push_back({rank, false, false, offset, nbytes, to, 0});
   };
   const auto wait_only_for = [&](int reader) {
     waits_for_.assign(static_cast<size_t>(n_), false);
@@ -135,14 +135,21 @@ void Direct::plan(const Launch& launch) {
       pull(rank_, 0, size(rank_), out + place(rank_));
       break;
     }
-    case Collective::broadcast:
+    case Collective::broadcast: {
+      const uint64_t nbytes = launch.input_nbytes;
       if (rank_ != root) {
-        wait_only_for(-1);
-        pull(root, 0, launch.output_nbytes, out);
+        wait_only_for(root);
+        copies_.push_back({root, false, true, 0, nbytes, out, 0});
+        segment_.board(rank_).taken.store(static_cast<uint64_t>(board_.sequence()) << 32,
+                                          std::memory_order_relaxed);  // published with the entry
       } else {
-        sent_nbytes_ = (n - 1) * launch.input_nbytes;
+        sent_nbytes_ = (n - 1) * nbytes;
+        others_from_next([&](int i) {
+          copies_.push_back({i, true, true, 0, nbytes, const_cast<std::byte*>(input_), 0});
+        });
       }
       break;
+    }
     case Collective::scatter: {
       const uint64_t offset = even ? me * launch.output_nbytes : layout.input_offset(rank_);
       if (rank_ == root) {
@@ -177,8 +184,8 @@ void Direct::plan(const Launch& launch) {
 
 void Direct::begin(const Launch& launch) {
   entered_ = done_ = false;
-  plan(launch);
   board_.prepare();
+  plan(launch);
   Offer offer;
   offer.input = reinterpret_cast<uint64_t>(input_);
   offer.output = reinterpret_cast<uint64_t>(launch.output);
@@ -211,8 +218,8 @@ void Direct::resolve(const Launch& launch) {
     theirs.numel = table[2 * rank_ + 1] / size_of(launch.dtype);
     throw Error(Code::mismatch, describe_mismatch(mine, theirs));
   }
-  for (Pull& pull : pulls_)
-    pull.offset = reinterpret_cast<const uint64_t*>(board_.payload(pull.rank, true))[2 * rank_];
+  for (Copy& copy : copies_)
+    copy.offset = reinterpret_cast<const uint64_t*>(board_.payload(copy.rank, true))[2 * rank_];
 }
 
 bool Direct::done(int rank) const {
@@ -228,27 +235,11 @@ void Direct::publish_done() {
     if (i != rank_) endpoint_.ring(ranks_[static_cast<size_t>(i)]);
 }
 
-template <class Access>
-void Direct::reach(int rank, Access access) const {
-  try {
-    access();
-  } catch (const Error& error) {
-    throw Error(error.code(), "rank " + std::to_string(rank_) + " needs memory of rank " +
-                                  std::to_string(rank) + " (" +
-                                  endpoint_.whereabouts(ranks_[static_cast<size_t>(rank)]) +
-                                  "), which is gone (" + error.status().message +
-                                  "). See that rank's output for why; the others must form a new "
-                                  "group.");
-  }
-}
-
 const std::byte* Direct::operand(int rank, uint64_t offset, uint64_t nbytes, std::byte* to) const {
   if (rank == rank_) return input_ + offset;
   const uint64_t address = offers_[static_cast<size_t>(rank)].input + offset;
-  PeerMemory& memory = endpoint_.peer_memory();
-  const int place = places_[static_cast<size_t>(rank)];
-  if (const std::byte* data = memory.mapped(place, address, nbytes)) return data;
-  reach(rank, [&] { memory.read(place, to, address, nbytes); });
+  if (const std::byte* data = reach_.mapped(rank, address, nbytes)) return data;
+  reach_.read(rank, to, address, nbytes);
   return to;
 }
 
@@ -267,64 +258,32 @@ void Direct::reduce_block(const Launch& launch) {
   }
   if (launch.op == ReduceOp::avg) divide(result, numel, launch.dtype, n_);
   for (const int target : targets_)
-    write(target, offers_[static_cast<size_t>(target)].output + offset, result, nbytes);
+    reach_.write(target, offers_[static_cast<size_t>(target)].output + offset, result, nbytes);
   piece_moved_ += nbytes;
 }
 
-void Direct::pull_block(Pull& pull) {
-  const uint64_t nbytes = std::min(pull.nbytes - pull.moved, kPullBlock);
-  std::byte* to = pull.to + pull.moved;
-  const uint64_t offset = pull.offset + pull.moved;
-  if (pull.rank != rank_)
-    reach(pull.rank, [&] {
-      endpoint_.peer_memory().read(places_[static_cast<size_t>(pull.rank)], to,
-                                   offers_[static_cast<size_t>(pull.rank)].input + offset, nbytes);
-    });
-  else if (to != input_ + offset)
-    std::memcpy(to, input_ + offset, nbytes);
-  pull.moved += nbytes;
-}
-
-// A store of the flag, a fence, a look at whether the owner still waits; in retire() the owner says
-// that it does not, a fence, a look at the flag (Dekker): one of the two sees the other.
-void Direct::write(int rank, uint64_t address, const std::byte* from, uint64_t nbytes) {
-  std::atomic<uint32_t>& writing = segment_.board(rank_).writing;
-  writing.store(1, std::memory_order_relaxed);
-  full_fence();
-  try {
-    require_sound(rank);
-    reach(rank, [&] {
-      endpoint_.peer_memory().write(places_[static_cast<size_t>(rank)], address, from, nbytes);
-    });
-  } catch (...) {
-    writing.store(0, std::memory_order_release);
-    throw;
+bool Direct::copy_block(Copy& copy) {
+  uint64_t begin = copy.begin, size = kCopyBlock;
+  if (copy.shared) {
+    // The receiver's word: a collective's sequence number, then blocks taken. Only takers of this
+    // collective touch it: it is set before the receiver's entry and done with before its end.
+    size = kSharedBlock;
+    begin = size * static_cast<uint32_t>(segment_.board(copy.push ? copy.rank : rank_)
+                                             .taken.fetch_add(1, std::memory_order_relaxed));
   }
-  writing.store(0, std::memory_order_release);  // after the block; pairs with retire()
-}
-
-int Direct::retire(std::chrono::milliseconds patience) const {
-  full_fence();
-  const auto until = Clock::now() + patience;
-  for (int i = 0; i < n_; ++i) {
-    if (i == rank_) continue;
-    while (segment_.board(i).writing.load(std::memory_order_acquire) != 0 &&
-           !endpoint_.ended(ranks_[static_cast<size_t>(i)])) {
-      if (Clock::now() >= until) return i;
-      ::sched_yield();
-    }
-  }
-  return -1;
-}
-
-// A rank that failed, or closed the group in the middle, may have used its memory for other things
-// since. It said so before; what was read before this look is good.
-void Direct::require_sound(int rank) const {
-  std::atomic_thread_fence(std::memory_order_acquire);
-  if (segment_.header().poisoned.load(std::memory_order_acquire) != 0 ||
-      segment_.board(rank).closed.load(std::memory_order_acquire) != 0)
-    throw Error(Code::peer_lost,
-                "rank " + std::to_string(rank) + " left the group while its memory was being read");
+  if (begin >= copy.nbytes) return false;
+  const uint64_t nbytes = std::min(copy.nbytes - begin, size);
+  const Offer& offer = offers_[static_cast<size_t>(copy.rank)];
+  std::byte* here = copy.here + begin;
+  const uint64_t there = copy.offset + begin;
+  if (copy.push)
+    reach_.write(copy.rank, offer.output + there, here, nbytes);
+  else if (copy.rank != rank_)
+    reach_.read(copy.rank, here, offer.input + there, nbytes);
+  else if (here != input_ + there)
+    std::memcpy(here, input_ + there, nbytes);
+  copy.begin = begin + nbytes;
+  return true;
 }
 
 bool Direct::advance(const Launch& launch, bool* moved) {
@@ -338,15 +297,14 @@ bool Direct::advance(const Launch& launch, bool* moved) {
     if (piece_moved_ < piece_nbytes_) {
       reduce_block(launch);
       spent += static_cast<uint64_t>(n_) * kReduceBlock;
-    } else if (next_pull_ < pulls_.size()) {
-      pull_block(pulls_[next_pull_]);
-      next_pull_ += pulls_[next_pull_].moved == pulls_[next_pull_].nbytes;
-      spent += kPullBlock;
+    } else if (next_copy_ < copies_.size()) {
+      next_copy_ += !copy_block(copies_[next_copy_]);
+      spent += kCopyBlock;
     } else {
       for (int i = 0; i < n_; ++i) {
-        const bool read = reduces_ || std::any_of(pulls_.begin(), pulls_.end(),
-                                                  [i](const Pull& p) { return p.rank == i; });
-        if (read && i != rank_) require_sound(i);
+        const bool used = reduces_ || std::any_of(copies_.begin(), copies_.end(),
+                                                  [i](const Copy& c) { return c.rank == i; });
+        if (used && i != rank_) reach_.require_sound(i);
       }
       publish_done();
       done_ = true;

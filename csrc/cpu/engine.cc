@@ -70,7 +70,9 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
       segment_(static_cast<int>(
           std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
       board_(segment_, *endpoint_, ranks_, rank_),
-      direct_(segment_, board_, *endpoint_, ranks_, rank_),
+      reach_(segment_, *endpoint_, ranks_, rank_),
+      direct_(segment_, board_, reach_, *endpoint_, ranks_, rank_),
+      rendezvous_(segment_, reach_, *endpoint_, ranks_, local_index_, rank_),
       messages_(
           static_cast<int>(ranks_.size()), rank_,
           [this](int peer) -> Channel& { return channel(peer, kMessageLane); },
@@ -110,6 +112,9 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
     self->reads_peers_ = std::all_of(ranks.begin(), ranks.end(), [&](int r) {
       return self->endpoint_->peer_memory().reads(self->endpoint_->place(r));
     });
+  if (self->reads_peers_)
+    for (int peer = 0; peer < static_cast<int>(ranks.size()); ++peer)
+      self->messages_.use_rendezvous(peer, self->rendezvous_);
   self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
   if (self->one_host_)
     self->store_word_
@@ -636,7 +641,7 @@ void CpuEngine::fail(Status why) {
   const std::string prefix = "group '" + name_ + "': ";
   if (why.message.rfind("group '", 0) != 0) why.message = prefix + why.message;
   publish(why);
-  if (const int writer = direct_.retire(kRetire); writer >= 0)
+  if (const int writer = reach_.retire(kRetire); writer >= 0)
     why.message +=
         " Rank " + std::to_string(writer) +
         " stands still in the middle of writing into this rank's tensors: what they hold "
@@ -707,7 +712,7 @@ void CpuEngine::close() {
     std::lock_guard lock(mutex_);
     segment_.board(local_index_[static_cast<size_t>(rank_)])
         .closed.store(1, std::memory_order_release);
-    direct_.retire(kRetire);
+    reach_.retire(kRetire);
     if (broken_.ok()) {
       broken_ = {Code::closed, "it was closed"};
       const Status why{Code::closed,
@@ -744,7 +749,7 @@ Stats CpuEngine::stats() const {
   std::lock_guard lock(mutex_);
   Stats stats;
   stats.ops = n_ops_;
-  stats.bytes_inside_hosts = native_bytes_ + closed_bytes_inside_;
+  stats.bytes_inside_hosts = native_bytes_ + rendezvous_.sent_nbytes() + closed_bytes_inside_;
   stats.bytes_between_hosts = closed_bytes_between_;
   for (const auto& lane : channels_)
     for (size_t peer = 0; peer < lane.size(); ++peer)

@@ -101,12 +101,14 @@ class CpuEngine final : public Engine,
   uint64_t id_ = 0;  // tells this group's connections from others'
   Segment segment_;
   Board board_;
+  Reach reach_;
   Direct direct_;
   bool reads_peers_ = false;  // every rank of the group reads every other's memory
 
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Channel>> channels_[kLanes];
   Interpreter interpreter_;
+  Rendezvous rendezvous_;
   Messages messages_;
   std::deque<std::shared_ptr<CollectiveOp>> queue_;  // only the first one runs
   uint64_t sequence_ = 0;

@@ -7,6 +7,7 @@ namespace pycomm::cpu {
 namespace {
 constexpr uint64_t kMagic = 0x70636f6d6d6d7367ull;
 constexpr uint64_t kSegmentBytes = 64 * 1024;
+constexpr uint64_t kEagerBytes = 16 * 1024;  // larger ones wait for their receive where they can
 }  // namespace
 
 Messages::Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish)
@@ -14,6 +15,10 @@ Messages::Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish)
       channel_of_(std::move(channel_of)),
       finish_(std::move(finish)),
       peers_(static_cast<size_t>(n_ranks)) {}
+
+void Messages::use_rendezvous(int peer, Rendezvous& rendezvous) {
+  peers_[static_cast<size_t>(peer)].rendezvous = &rendezvous;
+}
 
 std::string Messages::describe(const MessageOp& op) const {
   return std::string(op.is_send ? "send to " : "recv from ") +
@@ -34,29 +39,44 @@ void Messages::send(std::shared_ptr<MessageOp> op) {
 
 void Messages::recv(std::shared_ptr<MessageOp> op) {
   ++n_open_;
-  const auto take = [&](int peer) {
+  const auto take_from = [&](int peer) {
     auto& waiting = peers_[static_cast<size_t>(peer)].waiting;
-    const auto found = std::find_if(waiting.begin(), waiting.end(),
-                                    [&](const SetAside& aside) { return aside.tag == op->tag; });
-    if (found == waiting.end()) return false;
-    const SetAside aside = std::move(*found);
-    waiting.erase(found);
-    deliver(op, peer, aside);
-    return true;
+    for (auto at = waiting.begin(); at != waiting.end();) {
+      if (at->tag != op->tag) {
+        ++at;
+        continue;
+      }
+      const SetAside aside = std::move(*at);
+      at = waiting.erase(at);
+      if (take(op, peer, aside)) return true;
+    }
+    return false;
   };
   if (op->peer >= 0) {
-    if (take(op->peer)) return;
+    if (take_from(op->peer)) return;
   } else {
     for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer)
-      if (take(peer)) return;
+      if (take_from(peer)) return;
   }
   receives_.push_back(std::move(op));
 }
 
-void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside) {
-  if (aside.data.size() == op->nbytes && op->nbytes > 0)
+bool Messages::take(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside) {
+  const bool fits = aside.nbytes() == op->nbytes;
+  if (aside.transit.use != 0) {
+    Peer& state = peers_[static_cast<size_t>(source)];
+    if (!state.rendezvous->accept(aside.transit, fits ? op->data : nullptr)) return false;
+    if (fits) {
+      op->source = source;
+      state.receiving.push_back({op, aside.transit});
+      state.receiving.back().transit.here = op->data;
+      return true;
+    }
+  } else if (fits && op->nbytes > 0) {
     std::memcpy(op->data, aside.data.data(), op->nbytes);
-  deliver(op, source, aside.data.size());
+  }
+  deliver(op, source, aside.nbytes());
+  return true;
 }
 
 void Messages::deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes) {
@@ -90,7 +110,18 @@ bool Messages::advance_send(int peer, Peer& state) {
   bool moved = false;
   while (!state.sends.empty()) {
     const auto op = state.sends.front();
-    if (state.out_bytes == 0) state.out = {kMagic, op->tag, op->nbytes, 0};
+    const bool offers = state.rendezvous != nullptr && op->nbytes > kEagerBytes;
+    if (state.out_bytes == 0) {
+      state.out = {kMagic, op->tag, op->nbytes, 0, 0, 0};
+      if (offers) {
+        const auto offer = state.rendezvous->offer(peer, op->data, op->nbytes);
+        if (!offer) break;  // a message before it has to arrive first
+        state.offer = *offer;
+        state.out.use = offer->use;
+        state.out.address = reinterpret_cast<uint64_t>(op->data);
+        state.out.slot = offer->slot;
+      }
+    }
     if (state.out_bytes < sizeof(Header)) {
       const size_t n =
           channel.write(reinterpret_cast<const std::byte*>(&state.out) + state.out_bytes,
@@ -98,6 +129,13 @@ bool Messages::advance_send(int peer, Peer& state) {
       state.out_bytes += n;
       moved |= n > 0;
       if (state.out_bytes < sizeof(Header)) break;
+    }
+    if (offers) {
+      channel.align_write();
+      state.out_bytes = 0;
+      state.sending.push_back({op, state.offer});
+      state.sends.pop_front();
+      continue;
     }
     if (op->moved < op->nbytes) {
       const size_t n =
@@ -141,6 +179,22 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (state.in.magic != kMagic)
         throw Error(Code::internal, "rank " + std::to_string(peer) + "'s messages are out of step");
     }
+    if (state.in.use != 0) {
+      if (!wanted(peer)) break;
+      SetAside aside{state.in.tag,
+                     {},
+                     {peer, static_cast<uint32_t>(state.in.slot), state.in.use, state.in.nbytes,
+                      nullptr, state.in.address, false}};
+      channel.align_read();
+      state.in_bytes = 0;
+      moved = true;
+      const auto target = match(peer, aside.tag);
+      if (!target)
+        state.waiting.push_back(std::move(aside));
+      else if (!take(target, peer, aside))
+        receives_.push_front(target);  // withdrawn: the next of its tag is for it
+      continue;
+    }
     if (!state.chosen) {
       state.target = match(peer, state.in.tag);
       if (!state.target && !wanted(peer)) break;
@@ -170,13 +224,31 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (target)
         deliver(target, peer, state.in.nbytes);
       else if (const auto late = match(peer, aside.tag))  // asked for while it was being set aside
-        deliver(late, peer, aside);
+        take(late, peer, aside);
       else
         state.waiting.push_back(std::move(aside));
       moved = true;
     }
   }
   channel.flush();
+  return moved;
+}
+
+bool Messages::advance_rendezvous(Peer& state) {
+  bool moved = false;
+  const auto drive = [&](std::list<Moving>& list, auto advance) {
+    for (auto at = list.begin(); at != list.end();) {
+      if (!(state.rendezvous->*advance)(at->transit, &moved)) {
+        ++at;
+        continue;
+      }
+      const auto op = std::move(at->op);
+      at = list.erase(at);
+      end(op, {});
+    }
+  };
+  drive(state.sending, &Rendezvous::advance_send);
+  drive(state.receiving, &Rendezvous::advance_recv);
   return moved;
 }
 
@@ -189,6 +261,7 @@ bool Messages::advance() {
     if (!state.sends.empty()) moved |= advance_send(peer, state);
     if (state.in_bytes > 0 || (state.gone ? asked(peer) : wanted(peer)))
       moved |= advance_recv(peer, state);
+    if (!state.sending.empty() || !state.receiving.empty()) moved |= advance_rendezvous(state);
   }
   return moved;
 }
@@ -214,6 +287,19 @@ bool Messages::expire(Clock::time_point now, Status* broken) {
     const MessageOp* cut = state.target && late(*state.target) ? state.target.get() : nullptr;
     if (!state.sends.empty() && state.out_bytes > 0 && late(*state.sends.front()))
       cut = state.sends.front().get();
+    for (auto at = state.sending.begin(); cut == nullptr && at != state.sending.end();) {
+      const auto op = at->op;
+      if (!late(*op)) {
+        ++at;
+      } else if (state.rendezvous->withdraw(at->transit)) {
+        at = state.sending.erase(at);
+        end(op, complaint(*op));
+      } else {
+        cut = op.get();
+      }
+    }
+    for (const Moving& receive : state.receiving)
+      if (cut == nullptr && late(*receive.op)) cut = receive.op.get();
     if (cut != nullptr) {
       *broken = complaint(*cut);
       return true;
@@ -236,6 +322,8 @@ void Messages::fail_all(const Status& why) {
   for (Peer& state : peers_) {
     for (const auto& op : std::exchange(state.sends, {})) end(op, why);
     if (state.target) end(std::exchange(state.target, nullptr), why);
+    for (auto* list : {&state.sending, &state.receiving})
+      for (const Moving& moving : std::exchange(*list, {})) end(moving.op, why);
   }
 }
 
@@ -245,6 +333,8 @@ Clock::time_point Messages::waiting_since() const {
   for (const Peer& state : peers_) {
     if (!state.sends.empty()) since = std::min(since, state.sends.front()->submitted);
     if (state.target) since = std::min(since, state.target->submitted);
+    for (const auto* list : {&state.sending, &state.receiving})
+      for (const Moving& moving : *list) since = std::min(since, moving.op->submitted);
   }
   return since;
 }
@@ -253,7 +343,8 @@ std::vector<int> Messages::blocked_on() const {
   std::vector<int> ranks;
   for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer) {
     const Peer& state = peers_[static_cast<size_t>(peer)];
-    if (peer != rank_ && (!state.sends.empty() || state.target || asked(peer)))
+    if (peer != rank_ && (!state.sends.empty() || state.target || !state.sending.empty() ||
+                          !state.receiving.empty() || asked(peer)))
       ranks.push_back(peer);
   }
   return ranks;

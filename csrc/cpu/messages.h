@@ -1,7 +1,8 @@
 // Messages: point-to-point over each pair's message lane. Sends to a peer leave in order; a receive
 // takes the first message of its tag. A message nobody has asked for waits in the channel, and is
-// set aside in memory only while a receive of another tag wants what comes behind it. Thread
-// safety: none; the engine's lock guards it.
+// set aside in memory only while a receive of another tag wants what comes behind it. A large
+// message to a rank whose memory is in reach sends only its offer over the lane, and completes when
+// it is received (rendezvous.h). Thread safety: none; the engine's lock guards it.
 #pragma once
 
 #include <deque>
@@ -14,6 +15,7 @@
 
 #include "cpu/channel.h"
 #include "cpu/op.h"
+#include "cpu/rendezvous.h"
 
 namespace pycomm::cpu {
 
@@ -22,6 +24,8 @@ class Messages {
   using ChannelOf = std::function<Channel&(int peer)>;
   using Finish = std::function<void(const std::shared_ptr<MessageOp>&, Status)>;
   Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish);
+  // Large messages to and from `peer` go through it from now on. Both sides must say so.
+  void use_rendezvous(int peer, Rendezvous& rendezvous);
   void send(std::shared_ptr<MessageOp> op);
   void recv(std::shared_ptr<MessageOp> op);
   bool idle() const { return n_open_ == 0; }
@@ -42,11 +46,19 @@ class Messages {
     uint64_t magic;
     int64_t tag;
     uint64_t nbytes;
-    uint64_t pad;
+    uint64_t use;  // of a transfer record, 0: the bytes follow
+    uint64_t address;
+    uint64_t slot;
   };
   struct SetAside {
     int64_t tag;
     std::vector<std::byte> data;
+    Transit transit;  // with use != 0: an offer, and no data
+    uint64_t nbytes() const { return transit.use != 0 ? transit.nbytes : data.size(); }
+  };
+  struct Moving {  // accepted, or offered
+    std::shared_ptr<MessageOp> op;
+    Transit transit;
   };
   struct Peer {
     std::deque<std::shared_ptr<MessageOp>> sends;
@@ -60,14 +72,19 @@ class Messages {
     SetAside aside;
     uint64_t payload = 0;
     std::list<SetAside> waiting;
+    Rendezvous* rendezvous = nullptr;
+    Transit offer;  // of sends.front(), while its header is on its way
+    std::list<Moving> sending, receiving;
   };
+  bool advance_rendezvous(Peer& state);
+  // Ends a receive with what was set aside or offered. False where that was withdrawn.
+  bool take(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside);
   bool advance_send(int peer, Peer& state);
   bool advance_recv(int peer, Peer& state);
   bool wanted(int peer) const;  // a receive would take a message of this rank
   bool asked(int peer) const;   // a receive names it
   std::shared_ptr<MessageOp> match(int peer, int64_t tag);
   void deliver(const std::shared_ptr<MessageOp>& op, int source, uint64_t sent_nbytes);
-  void deliver(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside);
   void end(const std::shared_ptr<MessageOp>& op, Status status);
   std::string describe(const MessageOp& op) const;
 

@@ -1,6 +1,7 @@
 // Segment: the shared memory of one group's ranks on one host. One mapping, laid out here and
 // nowhere else:
-//   header | board entry per rank | ring per ordered pair and lane
+//   header | board entry per rank | transfer records per ordered pair | ring per ordered pair and
+//   lane
 // Anonymous (memfd): pages cost memory once they are touched, and everything goes with the last
 // process.
 #pragma once
@@ -39,9 +40,10 @@ struct alignas(64) BoardEntry {
   BoardLine lines[2];
   alignas(64) std::atomic<uint32_t> direct_done{0};  // the last direct collective (direct.h) in
                                                      // which the rank has done its part
-  alignas(64) std::atomic<uint32_t> writing{0};      // it is writing into another rank's memory
-  alignas(64) std::atomic<uint32_t> closed{0};       // the rank left the group
-  Announcement announcements[2];  // by parity of the collective's sequence number
+  alignas(64) std::atomic<uint64_t> taken{0};    // a broadcast's blocks on their way to this rank
+  alignas(64) std::atomic<uint32_t> writing{0};  // it is writing into another rank's memory
+  alignas(64) std::atomic<uint32_t> closed{0};   // the rank left the group
+  Announcement announcements[2];                 // by parity of the collective's sequence number
   alignas(64) std::byte payload[2][kBoardBytes];
 };
 
@@ -51,6 +53,17 @@ struct RingControl {
   alignas(64) std::atomic<uint64_t> tail{0};  // by the producer: bytes before it are complete
   alignas(64) std::atomic<uint64_t> head{0};  // by the consumer: bytes before it may be overwritten
 };
+
+// One large message between two ranks (rendezvous.h). `use` counts the messages a record has
+// carried.
+struct alignas(128) TransferRecord {
+  std::atomic<uint64_t> state{0};              // use << 2 | offered, accepted or withdrawn
+  uint64_t address = 0;                        // where the receiver wants it; with `accepted`
+  alignas(64) std::atomic<uint64_t> taken{0};  // blocks that one side or the other moves
+  std::atomic<uint64_t> sent{0};               // use whose blocks the sender has moved
+  std::atomic<uint64_t> received{0};           // use that is over: the record is free
+};
+constexpr uint32_t kTransfers = 4;  // per ordered pair; more messages wait for one
 
 struct SegmentHeader {
   std::atomic<uint32_t> poisoned{
@@ -73,7 +86,7 @@ class Segment {
     return bytes;
   }
   size_t nbytes() const {
-    return kHeaderBytes + static_cast<size_t>(n_ranks_) * sizeof(BoardEntry) +
+    return kHeaderBytes + static_cast<size_t>(n_ranks_) * sizeof(BoardEntry) + transfers_nbytes() +
            kLanes * static_cast<size_t>(n_ranks_) * static_cast<size_t>(n_ranks_) * ring_stride();
   }
   void attach(Mapping mapping) { mapping_ = std::move(mapping); }
@@ -90,16 +103,27 @@ class Segment {
     return ring(from, to, lane) + sizeof(RingControl);
   }
   size_t ring_bytes() const { return ring_bytes(n_ranks_); }
+  TransferRecord& transfer(int from, int to, uint32_t slot) const {
+    const auto n = static_cast<size_t>(n_ranks_);
+    const size_t index = (static_cast<size_t>(from) * n + static_cast<size_t>(to)) * kTransfers;
+    return reinterpret_cast<TransferRecord*>(mapping_.data() + kHeaderBytes +
+                                             n * sizeof(BoardEntry))[index + slot];
+  }
 
  private:
   static constexpr size_t kHeaderBytes = 4096;
   static_assert(sizeof(SegmentHeader) <= kHeaderBytes);
+  size_t transfers_nbytes() const {
+    const auto n = static_cast<size_t>(n_ranks_);
+    return n * n * kTransfers * sizeof(TransferRecord);
+  }
   size_t ring_stride() const { return sizeof(RingControl) + ring_bytes(n_ranks_); }
   std::byte* ring(int from, int to, Lane lane) const {
     const auto n = static_cast<size_t>(n_ranks_);
     const size_t index =
         (static_cast<size_t>(lane) * n + static_cast<size_t>(from)) * n + static_cast<size_t>(to);
-    return mapping_.data() + kHeaderBytes + n * sizeof(BoardEntry) + index * ring_stride();
+    return mapping_.data() + kHeaderBytes + n * sizeof(BoardEntry) + transfers_nbytes() +
+           index * ring_stride();
   }
 
   const int n_ranks_;

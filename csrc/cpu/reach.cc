@@ -1,0 +1,74 @@
+#include "cpu/reach.h"
+
+#include <sched.h>
+
+#include "core/engine.h"
+#include "cpu/waiter.h"
+
+namespace pycomm::cpu {
+
+Reach::Reach(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank)
+    : segment_(segment), endpoint_(endpoint), ranks_(ranks), rank_(rank) {}
+
+template <class Access>
+void Reach::access(int rank, Access what) const {
+  const int at = ranks_[static_cast<size_t>(rank)];
+  try {
+    what(endpoint_.peer_memory(), endpoint_.place(at));
+  } catch (const Error& error) {
+    throw Error(error.code(), "rank " + std::to_string(rank_) + " needs memory of rank " +
+                                  std::to_string(rank) + " (" + endpoint_.whereabouts(at) +
+                                  "), which is gone (" + error.status().message +
+                                  "). See that rank's output for why; the others must form a new "
+                                  "group.");
+  }
+}
+
+std::byte* Reach::mapped(int rank, uint64_t address, size_t nbytes) const {
+  return endpoint_.peer_memory().mapped(endpoint_.place(ranks_[static_cast<size_t>(rank)]), address,
+                                        nbytes);
+}
+
+void Reach::read(int rank, void* to, uint64_t address, size_t nbytes) const {
+  access(rank, [&](PeerMemory& memory, int place) { memory.read(place, to, address, nbytes); });
+}
+
+void Reach::require_sound(int rank) const {
+  std::atomic_thread_fence(std::memory_order_acquire);  // after the caller's reads
+  if (segment_.header().poisoned.load(std::memory_order_acquire) != 0 ||
+      segment_.board(rank).closed.load(std::memory_order_acquire) != 0)
+    throw Error(Code::peer_lost, "rank " + std::to_string(rank) + " (" +
+                                     endpoint_.whereabouts(ranks_[static_cast<size_t>(rank)]) +
+                                     ") left the group while its memory was in use");
+}
+
+// A store of the flag, a fence, a look at whether the owner still waits. In retire() the owner has
+// said that it does not; a fence, a look at the flag. One of the two sees the other (Dekker).
+void Reach::write(int rank, uint64_t address, const void* from, size_t nbytes) const {
+  struct Flag {
+    explicit Flag(std::atomic<uint32_t>& writing) : writing(writing) {
+      writing.store(1, std::memory_order_relaxed);
+      full_fence();
+    }
+    ~Flag() { writing.store(0, std::memory_order_release); }  // after the block; see retire()
+    std::atomic<uint32_t>& writing;
+  } flag(segment_.board(rank_).writing);
+  require_sound(rank);
+  access(rank, [&](PeerMemory& memory, int place) { memory.write(place, address, from, nbytes); });
+}
+
+int Reach::retire(std::chrono::milliseconds patience) const {
+  full_fence();
+  const auto until = Clock::now() + patience;
+  for (int i = 0; i < static_cast<int>(ranks_.size()); ++i) {
+    if (i == rank_) continue;
+    while (segment_.board(i).writing.load(std::memory_order_acquire) != 0 &&
+           !endpoint_.ended(ranks_[static_cast<size_t>(i)])) {
+      if (Clock::now() >= until) return i;
+      ::sched_yield();
+    }
+  }
+  return -1;
+}
+
+}  // namespace pycomm::cpu

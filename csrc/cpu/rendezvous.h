@@ -1,0 +1,66 @@
+// Rendezvous: a large message between two ranks of a host goes from the sender's memory to the
+// receiver's in one copy, which both sides work on: each takes the next block that nobody has
+// taken. The message lane carries only the offer; what follows goes over a few transfer records per
+// ordered pair in the segment. Thread safety: none; the engine's lock guards it.
+//
+//   sender    offered ------------------> sees accepted, moves blocks, says sent   -> done
+//   receiver           accepts: address, moves blocks, says received               -> done
+//   sender    offered -> withdrawn (its deadline): the receiver drops the message
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/reach.h"
+#include "cpu/segment.h"
+
+namespace pycomm::cpu {
+
+// A message under way, as one side holds it.
+struct Transit {
+  int peer = -1;
+  uint32_t slot = 0;
+  uint64_t use = 0;  // which use of the slot; 0: none
+  uint64_t nbytes = 0;
+  std::byte* here = nullptr;
+  uint64_t there = 0;  // the other side's memory
+  bool moved = false;  // this side finds no block left, and has said so
+};
+
+class Rendezvous {
+ public:
+  // ranks, places: by group rank; endpoint rank and index in the segment.
+  Rendezvous(const Segment& segment, Reach& reach, Endpoint& endpoint,
+             const std::vector<int>& ranks, const std::vector<int>& places, int rank);
+
+  // Takes a free record for a message to `peer`; nullopt while all are in use.
+  std::optional<Transit> offer(int peer, const void* data, uint64_t nbytes);
+  // Takes a message back that no receive has accepted; false where one has.
+  bool withdraw(const Transit& transit);
+  // The receiver's side. data nullptr: the message is refused, which ends the send. False where it
+  // was withdrawn.
+  bool accept(const Transit& transit, void* data);
+  // Moves some blocks; true once both sides are done. *moved is set when anything happened.
+  // Throws Error(peer_lost).
+  bool advance_send(Transit& transit, bool* moved);
+  bool advance_recv(Transit& transit, bool* moved);
+
+  uint64_t sent_nbytes() const { return sent_nbytes_; }
+
+ private:
+  TransferRecord& record(int from, int to, uint32_t slot) const;
+  bool move_block(TransferRecord& record, const Transit& transit, bool is_send);
+  void ring(int peer) { endpoint_.ring(ranks_[static_cast<size_t>(peer)]); }
+
+  const Segment& segment_;
+  Reach& reach_;
+  Endpoint& endpoint_;
+  const std::vector<int>& ranks_;
+  const std::vector<int>& places_;
+  const int rank_;
+  std::vector<uint64_t> uses_;  // of this rank's own records, by peer and slot
+  uint64_t sent_nbytes_ = 0;
+};
+
+}  // namespace pycomm::cpu

@@ -17,6 +17,8 @@ uint64_t sum(const std::vector<uint64_t>& counts) {
   return total;
 }
 
+constexpr std::string_view kNative = "native";
+
 bool splits(Collective collective) {
   return collective == Collective::reduce_scatter || collective == Collective::all_gather ||
          collective == Collective::gather || collective == Collective::scatter ||
@@ -39,13 +41,13 @@ Group::~Group() { engine_->close(); }
 Clock::time_point Group::deadline(std::optional<std::chrono::milliseconds> timeout) const {
   const auto limit = timeout.value_or(timeout_);
   // A caller's "for ever" (c10d uses years) must not overflow the clock.
-  return Clock::now() + std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
+  return coarse_now() + std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
 }
 
 void Group::check(const Call& call) const {
-  const std::string where = std::string(name_of(call.collective)) + " in group '" + name_ + "': ";
   const auto refuse = [&](const std::string& text) {
-    throw Error(Code::invalid_argument, where + text);
+    throw Error(Code::invalid_argument,
+                std::string(name_of(call.collective)) + " in group '" + name_ + "': " + text);
   };
   if (rooted(call.collective) && (call.root < 0 || call.root >= size_))
     refuse("root " + std::to_string(call.root) + " is not a rank of a group of " +
@@ -150,14 +152,14 @@ Launch Group::bind(const Call& call) {
 
   const uint64_t nbytes = call.numel * element;
   const uint64_t native_limit = engine_->native_nbytes(call.collective, !uneven);
-  if (call.algorithm == "native" && nbytes > native_limit)
+  if (call.algorithm == kNative && nbytes > native_limit)
     throw Error(Code::invalid_argument, std::string("the native path of ") +
                                             name_of(call.collective) + " takes at most " +
                                             std::to_string(native_limit) + " bytes" +
                                             (uneven ? " with uneven counts" : "") +
                                             " in this group; leave the algorithm to the group");
   const bool native = size_ > 1 && native_limit > 0 && nbytes <= native_limit &&
-                      (call.algorithm.empty() || call.algorithm == "native");
+                      (call.algorithm.empty() || call.algorithm == kNative);
   if (!native && call.collective != Collective::barrier) {
     // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could
     // forward it.
@@ -177,11 +179,16 @@ Launch Group::bind(const Call& call) {
     launch.dtype = DType::uint8;
     launch.input = launch.output = &barrier_byte_;
   }
-  const std::string_view algorithm =
-      launch.program ? std::string_view(launch.program->algorithm) : "native";
-  print.algorithm_hash = fnv1a(algorithm.data(), algorithm.size());
-  std::memcpy(print.algorithm, algorithm.data(),
-              std::min(algorithm.size(), sizeof(print.algorithm)));
+  if (launch.program) {
+    const std::string& algorithm = launch.program->algorithm;
+    print.algorithm_hash = fnv1a(algorithm.data(), algorithm.size());
+    std::memcpy(print.algorithm, algorithm.data(),
+                std::min(algorithm.size(), sizeof(print.algorithm)));
+  } else {
+    static const uint64_t hash = fnv1a(kNative.data(), kNative.size());
+    print.algorithm_hash = hash;
+    std::memcpy(print.algorithm, kNative.data(), kNative.size());
+  }
 
   switch (call.collective) {
     case Collective::all_reduce:

@@ -51,11 +51,11 @@ void Board::prepare() {
 
 void Board::publish(const Launch& launch) {
   BoardLine& line = segment_.board(rank_).lines[sequence_ & 1];
-  line.hash = launch.fingerprint.hash();
+  hash_ = launch.fingerprint.hash();
+  line.hash = hash_;
   line.sequence.store(sequence_, std::memory_order_release);  // publishes hash and payload; pairs
                                                               // with all_entered()
-  for (int i = 0; i < n_; ++i)
-    if (i != rank_) endpoint_.ring(ranks_[static_cast<size_t>(i)]);
+  endpoint_.ring_others(ranks_);
 }
 
 bool Board::advance(const Launch& launch, bool* moved) {
@@ -71,7 +71,7 @@ bool Board::all_entered(const Launch& launch, bool* moved) {
     const BoardLine& line = entry.lines[sequence_ & 1];
     if (line.sequence.load(std::memory_order_acquire) != sequence_) return false;
     *moved = true;
-    if (line.hash == launch.fingerprint.hash()) continue;
+    if (line.hash == hash_) continue;
     Fingerprint theirs;
     theirs.rank = seen_;
     // Written before its line was published, unless it is an older native call: then its own look

@@ -46,7 +46,8 @@ class Board {
   const int rank_;
   const int n_;
   uint32_t sequence_ = 0;
-  int seen_ = 0;  // ranks below it are in, this one counted
+  uint64_t hash_ = 0;  // of the fingerprint published last
+  int seen_ = 0;       // ranks below it are in, this one counted
 };
 
 // The latest announcement of a rank of this host for collective `sequence`; false where it has not

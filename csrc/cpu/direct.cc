@@ -231,8 +231,7 @@ bool Direct::done(int rank) const {
 void Direct::publish_done() {
   segment_.board(rank_).direct_done.store(
       board_.sequence(), std::memory_order_release);  // after this rank's last block; see done()
-  for (int i = 0; i < n_; ++i)
-    if (i != rank_) endpoint_.ring(ranks_[static_cast<size_t>(i)]);
+  endpoint_.ring_others(ranks_);
 }
 
 const std::byte* Direct::operand(int rank, uint64_t offset, uint64_t nbytes, std::byte* to) const {

@@ -185,6 +185,16 @@ void Endpoint::ring(int rank) {
   // Orders the caller's publication before this look at the sleeper; pairs with the fence in
   // prepare_sleep().
   full_fence();
+  ring_sleeper(rank);
+}
+
+void Endpoint::ring_others(const std::vector<int>& ranks) {
+  full_fence();  // as in ring()
+  for (const int rank : ranks)
+    if (rank != rank_) ring_sleeper(rank);
+}
+
+void Endpoint::ring_sleeper(int rank) {
   if (sleeper(rank).sleepers.load(std::memory_order_relaxed) == 0) return;
   const uint64_t one = 1;
   // A full counter (EAGAIN) has been rung already.

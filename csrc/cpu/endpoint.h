@@ -59,6 +59,7 @@ class Endpoint {
 
   // Wakes `rank` of this host if it sleeps. Call after publishing what it may wait for.
   void ring(int rank);
+  void ring_others(const std::vector<int>& ranks);  // likewise all of them but this one
   void ring_self() { ring(rank_); }
   // Announces that this rank is about to sleep; what is published after it is followed by ring().
   // Re-check, then sleep().
@@ -84,6 +85,7 @@ class Endpoint {
   void share_host(Store& store, std::chrono::milliseconds timeout);
   HostLine& host_line(int rank) const;
   Sleeper& sleeper(int rank) const { return host_line(rank).sleeper; }
+  void ring_sleeper(int rank);
 
   int rank_ = 0;
   std::vector<Member> members_;

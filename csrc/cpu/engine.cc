@@ -22,6 +22,7 @@ constexpr auto kGrace = std::chrono::milliseconds(
     50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kRetire =
     std::chrono::milliseconds(1000);  // for a rank that is in the middle of a block of ours
+constexpr int kFirstSpins = 1000;     // some 20 us
 constexpr auto kNap =
     std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
 
@@ -85,6 +86,7 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
     if (here) local_ranks_.push_back(rank);
   }
   one_host_ = local_ranks_.size() == ranks_.size();
+  first_spins_ = endpoint_->oversubscribed() ? 0 : kFirstSpins;
   for (auto& lane : channels_) lane.resize(ranks_.size());
 }
 
@@ -130,7 +132,7 @@ uint64_t CpuEngine::native_nbytes(Collective collective, bool even) const {
   return reads_peers_ ? UINT64_MAX : even ? kBoardBytes : 0;
 }
 
-CpuEngine::Path CpuEngine::path(const Launch& launch) const {
+Path CpuEngine::path(const Launch& launch) const {
   if (launch.program != nullptr) return Path::program;
   if (!reads_peers_) return Path::board;
   const uint64_t nbytes = launch.fingerprint.numel * size_of(launch.dtype);
@@ -169,7 +171,7 @@ void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
     fail(why);
     throw Error(why);
   }
-  op->submitted = Clock::now();
+  op->submitted = op->timed ? Clock::now() : coarse_now();
   op->deadline = op->launch.deadline;
   next_deadline_ = std::min(next_deadline_, op->deadline);
   op->launch.fingerprint.sequence = sequence_++;
@@ -177,20 +179,31 @@ void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
 }
 
 void CpuEngine::run(Launch launch) {
-  CollectiveOp op;
-  op.launch = std::move(launch);
+  const Path taken = path(launch);
+  CollectiveOp op(std::move(launch), taken);
+  op.timed = false;
   {
     std::lock_guard lock(mutex_);
     submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(),
                                          &op));  // on the stack: this call outlives it in the queue
+    // Most small collectives end here, with one taking of the lock and no look at the clock.
+    for (int left = first_spins_; !op.done() && left > 0; --left)
+      if (!drive()) cpu_relax();
+    if (!op.done()) {
+      op.timed = true;
+      op.submitted = op.started = Clock::now();
+      if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
+        running_since_ = op.started;
+    }
   }
-  wait_for(op, kForever);
+  if (!op.done()) wait_for(op, kForever);
+  run_callbacks();
   if (!op.status.ok()) throw Error(op.status);
 }
 
 std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep_alive) {
-  auto op = std::make_shared<CollectiveOp>();
-  op->launch = std::move(launch);
+  const Path taken = path(launch);
+  auto op = std::make_shared<CollectiveOp>(std::move(launch), taken);
   op->keep_alive = std::move(keep_alive);
   op->background = true;
   {
@@ -257,12 +270,12 @@ bool CpuEngine::advance_collectives() {
       op.state.store(Op::running, std::memory_order_relaxed);
       if (n_running_++ == 0) running_since_ = op.started;
       announce(segment_.board(local_index_[static_cast<size_t>(rank_)]), launch.fingerprint);
-      if (launch.program != nullptr) {
+      if (op.path == Path::program) {
         const bool tiled = one_host_ && launch.fingerprint.collective != Collective::all_to_all;
         interpreter_.begin(
             launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); },
             tiled ? kTileBytes : 0);
-      } else if (path(launch) == Path::direct) {
+      } else if (op.path == Path::direct) {
         direct_.begin(launch);
         native_bytes_ += direct_.sent_nbytes();
       } else {
@@ -271,7 +284,7 @@ bool CpuEngine::advance_collectives() {
       }
       moved = true;
     }
-    if (!advance(launch, &moved)) break;
+    if (!advance(op, &moved)) break;
     if (launch.finish) launch.finish();
     const auto keep = queue_.front();
     queue_.pop_front();
@@ -280,16 +293,16 @@ bool CpuEngine::advance_collectives() {
   return moved;
 }
 
-bool CpuEngine::advance(const Launch& launch, bool* moved) {
-  switch (path(launch)) {
+bool CpuEngine::advance(const CollectiveOp& op, bool* moved) {
+  switch (op.path) {
     case Path::board:
-      return board_.advance(launch, moved);
+      return board_.advance(op.launch, moved);
     case Path::direct:
-      return direct_.advance(launch, moved);
+      return direct_.advance(op.launch, moved);
     case Path::program:
       break;
   }
-  return interpreter_.advance(launch, moved);
+  return interpreter_.advance(op.launch, moved);
 }
 
 bool CpuEngine::drive() {
@@ -321,7 +334,7 @@ bool CpuEngine::drive() {
 
 void CpuEngine::finish(Op& op, Status status) {
   op.status = std::move(status);
-  op.ended = Clock::now();
+  op.ended = op.timed ? Clock::now() : coarse_now();
   if (op.state.load(std::memory_order_relaxed) == Op::running && --n_running_ == 0)
     busy_ += op.ended - running_since_;
   ++n_ops_;
@@ -493,7 +506,7 @@ const CollectiveOp* CpuEngine::late_collective(Clock::time_point now) {
     // it.
     const bool running =
         op == queue_.front() && op->state.load(std::memory_order_relaxed) == Op::running;
-    const bool echo = running && path(op->launch) == Path::program && interpreter_.all_entered();
+    const bool echo = running && op->path == Path::program && interpreter_.all_entered();
     if (now >= op->deadline + (echo ? kEcho : Clock::duration(0))) return op.get();
     next = std::min(next, op->deadline);
   }
@@ -529,7 +542,7 @@ std::vector<int> CpuEngine::blocked_on() const {
   if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running)
     return {};
   const Launch& launch = queue_.front()->launch;
-  switch (path(launch)) {
+  switch (queue_.front()->path) {
     case Path::board:
       return board_.blocked_on();
     case Path::direct:
@@ -550,7 +563,7 @@ std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
   } else {
     for (size_t i = 0; i < blocked.size(); ++i)
       text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
-    const bool entered = path(op.launch) == Path::direct && direct_.all_entered();
+    const bool entered = op.path == Path::direct && direct_.all_entered();
     text += blocked.size() == 1 ? ", which has" : ", which have";
     text += entered ? " not finished its part of this collective" : " not entered this collective";
   }
@@ -650,8 +663,7 @@ void CpuEngine::fail(Status why) {
   for (auto& lane : channels_)
     for (auto& channel : lane)
       if (channel) channel->poison(why);
-  for (const int rank : local_ranks_)
-    if (rank != endpoint_->rank()) endpoint_->ring(rank);
+  endpoint_->ring_others(local_ranks_);
   for (const auto& op : std::exchange(queue_, {})) finish(*op, why);
   messages_.fail_all(why);
 }
@@ -720,8 +732,7 @@ void CpuEngine::close() {
       for (const auto& op : std::exchange(queue_, {})) finish(*op, why);
       messages_.fail_all(why);
     }
-    for (const int rank : local_ranks_)
-      if (rank != endpoint_->rank()) endpoint_->ring(rank);
+    endpoint_->ring_others(local_ranks_);
     for (size_t peer = 0; peer < ranks_.size(); ++peer)
       for (auto& lane : channels_) {
         if (!lane[peer]) continue;

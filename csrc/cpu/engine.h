@@ -66,7 +66,7 @@ class CpuEngine final : public Engine,
                                        std::shared_ptr<void> keep_alive);
   bool drive();  // one round under the lock; errors end in fail()
   bool advance_collectives();
-  bool advance(const Launch& launch, bool* moved);  // true when it is done
+  bool advance(const CollectiveOp& op, bool* moved);  // true when it is done
   void look();  // under the lock: word of a broken group, mismatches, deadlines, lost peers
   void look_for_mismatch();
   void look_for_lost_peers();
@@ -86,9 +86,7 @@ class CpuEngine final : public Engine,
   Channel& channel(int peer, Lane lane);
   bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
   std::string describe_front_wait(Clock::time_point now) const;
-  // Which of the three runs a launch.
-  enum class Path { board, direct, program };
-  Path path(const Launch& launch) const;
+  Path path(const Launch& launch) const;  // which of them runs it
 
   const std::shared_ptr<Endpoint> endpoint_;
   StoreWord store_word_;  // over the group's own store, kept where ranks stand on several hosts
@@ -98,7 +96,8 @@ class CpuEngine final : public Engine,
   std::vector<int> local_index_;  // by group rank: index in the segment, -1 on other hosts
   std::vector<int> local_ranks_;  // by index in the segment: endpoint rank
   bool one_host_ = true;
-  uint64_t id_ = 0;  // tells this group's connections from others'
+  int first_spins_ = 0;  // of a blocking call before it lets the lock go
+  uint64_t id_ = 0;      // tells this group's connections from others'
   Segment segment_;
   Board board_;
   Reach reach_;

@@ -18,6 +18,7 @@ struct Op {
   Clock::time_point submitted;
   Clock::time_point started;
   Clock::time_point ended;
+  bool timed = true;        // by Clock, else by coarse_now(): right on average, not each time
   int source = -1;          // recv from any rank: who sent it
   bool background = false;  // started without a caller who waits: the progress thread drives it
   std::shared_ptr<void> keep_alive;
@@ -25,8 +26,13 @@ struct Op {
   bool done() const { return state.load(std::memory_order_acquire) == finished; }
 };
 
+// What runs a collective; in one group all ranks take the same.
+enum class Path { board, direct, program };
+
 struct CollectiveOp : Op {
+  CollectiveOp(Launch launch, Path path) : launch(std::move(launch)), path(path) {}
   Launch launch;
+  const Path path;
 };
 
 struct MessageOp : Op {

@@ -40,6 +40,28 @@ std::optional<Milliseconds> limit_of(const std::optional<double>& timeout_s) {
   return timeout_s ? std::optional(milliseconds_of(*timeout_s)) : std::nullopt;
 }
 
+const char* exception_name(Code code) {
+  switch (code) {
+    case Code::invalid_argument:
+      return "InvalidArgument";
+    case Code::timeout:
+      return "PeerTimeout";
+    case Code::peer_lost:
+      return "PeerLost";
+    case Code::mismatch:
+      return "CollectiveMismatch";
+    case Code::closed:
+      return "GroupClosed";
+    default:
+      return "PycommError";
+  }
+}
+
+void set_python_error(const Error& error) {
+  const py::object type = py::module_::import("pycomm.errors").attr(exception_name(error.code()));
+  PyErr_SetString(type.ptr(), error.what());
+}
+
 // A Python object whose last owner may be any thread.
 std::shared_ptr<void> held(py::object object) {
   return std::shared_ptr<void>(new py::object(std::move(object)), [](void* pointer) {
@@ -408,6 +430,85 @@ class PyGroup {
   const std::shared_ptr<Group> group_;
 };
 
+// Raises the exception that is being handled in Python.
+PyObject* raise_in_python() noexcept {
+  try {
+    throw;
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const Error& error) {
+    set_python_error(error);
+  } catch (const py::cast_error& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <class T>
+T from_python(PyObject* object) {
+  return py::cast<T>(py::handle(object));
+}
+template <>
+bool from_python(PyObject* object) {
+  return object == Py_True || (object != Py_False && py::cast<bool>(py::handle(object)));
+}
+template <>
+std::optional<double> from_python(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  return py::cast<double>(py::handle(object));
+}
+template <>
+std::optional<std::string> from_python(PyObject* object) {
+  if (object == Py_None) return std::nullopt;
+  return py::cast<std::string>(py::handle(object));
+}
+template <>
+py::object from_python(PyObject* object) {
+  return py::reinterpret_borrow<py::object>(object);
+}
+
+// A method of PyGroup as CPython calls it, with positional arguments alone: pybind11's own dispatch
+// would double the price of a small collective.
+template <auto method>
+struct Positional;
+template <class... Args, py::object (PyGroup::*method)(Args...)>
+struct Positional<method> {
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t n_args) noexcept {
+    if (n_args != sizeof...(Args)) {
+      PyErr_Format(PyExc_TypeError, "takes %zu arguments, got %zd", sizeof...(Args), n_args);
+      return nullptr;
+    }
+    return call(self, args, std::index_sequence_for<Args...>());
+  }
+  template <size_t... i>
+  static PyObject* call(PyObject* self, PyObject* const* args, std::index_sequence<i...>) noexcept {
+    try {
+      // What pybind11 keeps of an object that has one C++ base.
+      void* group = reinterpret_cast<py::detail::instance*>(self)->simple_value_holder[0];
+      return (static_cast<PyGroup*>(group)->*method)(
+                 from_python<std::remove_cvref_t<Args>>(args[i])...)
+          .release()
+          .ptr();
+    } catch (...) {
+      return raise_in_python();
+    }
+  }
+};
+template <auto method>
+void def_positional(py::class_<PyGroup>& type, const char* name) {
+  static PyMethodDef definition{
+      name,
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
+          static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(
+              &Positional<method>::call))),
+      METH_FASTCALL, nullptr};
+  auto* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition);
+  if (descriptor == nullptr) throw py::error_already_set();
+  type.attr(name) = py::reinterpret_steal<py::object>(descriptor);
+}
+
 Program program_of(const py::object& planned) {
   Program program;
   program.collective = parse_collective(planned.attr("collective").cast<std::string>());
@@ -486,23 +587,6 @@ at::Tensor empty(const std::shared_ptr<cpu::Endpoint>& endpoint, const std::vect
       at::TensorOptions().dtype(dtype));
 }
 
-const char* exception_name(Code code) {
-  switch (code) {
-    case Code::invalid_argument:
-      return "InvalidArgument";
-    case Code::timeout:
-      return "PeerTimeout";
-    case Code::peer_lost:
-      return "PeerLost";
-    case Code::mismatch:
-      return "CollectiveMismatch";
-    case Code::closed:
-      return "GroupClosed";
-    default:
-      return "PycommError";
-  }
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -511,9 +595,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {
-      const py::object type =
-          py::module_::import("pycomm.errors").attr(exception_name(error.code()));
-      PyErr_SetString(type.ptr(), error.what());
+      set_python_error(error);
     }
   });
 
@@ -579,7 +661,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
 
   const auto none = py::none();
-  py::class_<PyGroup>(m, "Group")
+  py::class_<PyGroup> group(m, "Group");
+  group
       .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
                        const c10::intrusive_ptr<c10d::Store>& store, const std::string& name,
                        const std::vector<int>& ranks, const py::object& planner, double timeout_s) {
@@ -602,20 +685,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            [](const PyGroup& group, const std::string& collective) {
              return group.group()->engine().native_nbytes(parse_collective(collective), true);
            })
-      .def("all_reduce", &PyGroup::all_reduce)
-      .def("reduce", &PyGroup::reduce)
-      .def("broadcast", &PyGroup::broadcast)
-      .def("all_gather", &PyGroup::all_gather)
-      .def("reduce_scatter", &PyGroup::reduce_scatter)
-      .def("gather", &PyGroup::gather)
-      .def("scatter", &PyGroup::scatter)
-      .def("all_to_all", &PyGroup::all_to_all)
-      .def("barrier", &PyGroup::barrier)
-      .def("send", &PyGroup::send)
-      .def("recv", &PyGroup::recv)
       .def("stats", &PyGroup::stats)
       .def("revoke", &PyGroup::revoke)
       .def("close", &PyGroup::close);
+  def_positional<&PyGroup::all_reduce>(group, "all_reduce");
+  def_positional<&PyGroup::reduce>(group, "reduce");
+  def_positional<&PyGroup::broadcast>(group, "broadcast");
+  def_positional<&PyGroup::all_gather>(group, "all_gather");
+  def_positional<&PyGroup::reduce_scatter>(group, "reduce_scatter");
+  def_positional<&PyGroup::gather>(group, "gather");
+  def_positional<&PyGroup::scatter>(group, "scatter");
+  def_positional<&PyGroup::all_to_all>(group, "all_to_all");
+  def_positional<&PyGroup::barrier>(group, "barrier");
+  def_positional<&PyGroup::send>(group, "send");
+  def_positional<&PyGroup::recv>(group, "recv");
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
       .def(py::init([](const PyGroup& group, const py::object& make,

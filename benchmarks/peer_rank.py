@@ -1,0 +1,378 @@
+"""One rank of one library, told by peers.py what to run: python peer_rank.py KIND NAME HOST:PORT KEY
+
+Needs numpy and the library, nothing else: each library has an environment of its own. Between two commands a rank
+sleeps on its connection, so that libraries do not disturb each other."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+import numpy as np
+
+Call = Callable[[], Any]
+F32, BF16 = "float32", "bfloat16"
+WIDTH = {F32: 4, BF16: 2}
+RAW = {F32: np.float32, BF16: np.uint16}
+PERIOD = 61  # of the values; its sums over 4 ranks are exact in bfloat16 too
+VERIFY_BYTES = 4 << 20  # compared at once
+
+
+def encode(values: Any, dtype: str) -> Any:
+    """Small integers as the array's bits."""
+    exact = np.asarray(values, np.float32)
+    return exact if dtype == F32 else (exact.view(np.uint32) >> 16).astype(np.uint16)
+
+
+class Buffers:
+    """A rank's arrays for one case: `whole` has a piece for each rank, `piece` is one of them, `source` as whole.
+
+    Values are small integers that differ by place and rank: sums are exact, and a piece of a wrong rank or at a wrong
+    place is a wrong number. nbytes: of the whole tensor."""
+
+    def __init__(
+        self, collective: str, dtype: str, nbytes: int, rank: int, n: int, empty: Callable[[int, str], Any]
+    ) -> None:
+        self.collective, self.dtype, self.rank, self.n = collective, dtype, rank, n
+        self.each = max(1, nbytes // WIDTH[dtype] // n)
+        self.numel = self.each * n if collective not in ("sendrecv", "barrier") else max(1, nbytes // WIDTH[dtype])
+        splits = collective in ("all_gather", "reduce_scatter")
+        self.whole = empty(self.numel, dtype)
+        self.piece = empty(self.each, dtype) if splits else self.whole[:0]
+        self.source = empty(self.numel, dtype) if collective == "all_to_all" else self.whole[:0]
+
+    def _values(self, rank: int, begin: int, end: int) -> Any:
+        return np.arange(begin, end, dtype=np.int64) % PERIOD % (16 if self.dtype == BF16 else PERIOD) + 3 * rank
+
+    def _sum(self, begin: int, end: int) -> Any:
+        return sum(self._values(rank, begin, end) for rank in range(self.n))
+
+    def _blocks(self, numel: int) -> Any:
+        step = VERIFY_BYTES // 4
+        return ((begin, min(begin + step, numel)) for begin in range(0, numel, step))
+
+    def _write(self, array: Any, offset: int = 0) -> None:
+        for begin, end in self._blocks(len(array)):
+            array[begin:end] = encode(self._values(self.rank, offset + begin, offset + end), self.dtype)
+
+    def fill(self) -> None:
+        """What goes in; where a result is to stand, what cannot be one."""
+        self.whole[:] = self.piece[:] = encode(255, self.dtype)
+        if self.collective == "all_gather":
+            self._write(self.piece, self.rank * self.each)
+        elif self.collective == "all_to_all":
+            self._write(self.source)
+        elif self.collective != "broadcast" or self.rank == 0:
+            self._write(self.whole)
+
+    def right(self) -> bool:
+        """Whether what came out is right, to the last element."""
+        out = self.piece if self.collective == "reduce_scatter" else self.whole
+        for begin, end in self._blocks(len(out)):
+            if not np.array_equal(out[begin:end], encode(self._expected(begin, end), self.dtype)):
+                return False
+        return True
+
+    def _expected(self, begin: int, end: int) -> Any:
+        places = np.arange(begin, end, dtype=np.int64)
+        owner = places // self.each
+        match self.collective:
+            case "all_reduce":
+                return self._sum(begin, end)
+            case "reduce_scatter":
+                return self._sum(self.rank * self.each + begin, self.rank * self.each + end)
+            case "broadcast":
+                return self._values(0, begin, end)
+            case "all_gather":
+                return self._values(0, begin, end) + 3 * owner
+            case "all_to_all":
+                mine = self.rank * self.each + places % self.each
+                return mine % PERIOD % (16 if self.dtype == BF16 else PERIOD) + 3 * owner
+            case "sendrecv":
+                return self._values(self.rank ^ 1 if self.rank & 1 else self.rank, begin, end)
+        return self._values(self.rank, begin, end)
+
+    def zero(self) -> None:
+        """Repeated sums in place do not grow from here."""
+        self.whole[:] = self.piece[:] = self.source[:] = 0
+
+
+class Mpi:
+    """An MPI through mpi4py, buffers and datatypes prepared once."""
+
+    def __init__(self) -> None:
+        from mpi4py import MPI
+
+        self.mpi, self.comm = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.version = MPI.Get_library_version().split("\n")[0].split("\0")[0].strip()
+        if "MPICH" in self.version:  # has the type, under a name of its own
+            self.bf16 = MPI.Datatype.fromhandle(0x4C00024C)
+            self.bf16_sum = MPI.SUM
+        else:
+            op = ctypes.CDLL(os.environ["PEER_BF16_OP"]).bf16_sum
+            op.restype = ctypes.c_uint64
+            self.bf16, self.bf16_sum = MPI.UINT16_T, MPI.Op.fromhandle(op())
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
+        pass
+
+    def contenders(self) -> tuple[str, ...]:
+        return ("",)
+
+    def empty(self, contender: str, numel: int, dtype: str) -> Any:
+        return np.empty(numel, RAW[dtype])
+
+    def call(self, contender: str, b: Buffers) -> Call:
+        comm, mpi = self.comm, self.mpi
+        kind = mpi.FLOAT if b.dtype == F32 else self.bf16
+        op = mpi.SUM if b.dtype == F32 else self.bf16_sum
+        whole, piece, source = [b.whole, kind], [b.piece, kind], [b.source, kind]
+        peer = b.rank ^ 1
+
+        def ping_pong() -> None:
+            if b.rank & 1:
+                comm.Recv(whole, peer)
+                comm.Send(whole, peer)
+            else:
+                comm.Send(whole, peer)
+                comm.Recv(whole, peer)
+
+        calls: dict[str, Call] = {
+            "all_reduce": lambda: comm.Allreduce(mpi.IN_PLACE, whole, op),
+            "reduce_scatter": lambda: comm.Reduce_scatter_block(whole, piece, op),
+            "all_gather": lambda: comm.Allgather(piece, whole),
+            "all_to_all": lambda: comm.Alltoall(source, whole),
+            "broadcast": lambda: comm.Bcast(whole, 0),
+            "sendrecv": ping_pong,
+            "barrier": comm.Barrier,
+        }
+        return calls[b.collective]
+
+
+class OneCcl:
+    """oneCCL by ctypes, over its own MPI. Its send and recv crash on CPU memory (2022.1.2), so it has none here."""
+
+    def __init__(self) -> None:
+        self.lib = ctypes.CDLL(os.environ["PEER_SHIM"])
+        for name in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
+            getattr(self.lib, f"peer_{name}").argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self.lib.peer_broadcast.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self.rank, self.size = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
+        self.version = "oneCCL " + os.environ["PEER_VERSION"]
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
+        address = ctypes.create_string_buffer(256)
+        if self.rank == 0:
+            self.lib.peer_address(address)
+        self.lib.peer_join(self.size, self.rank, exchange(address.raw))
+
+    def contenders(self) -> tuple[str, ...]:
+        return ("",)
+
+    def empty(self, contender: str, numel: int, dtype: str) -> Any:
+        return np.empty(numel, RAW[dtype])
+
+    def call(self, contender: str, b: Buffers) -> Call:
+        lib, bf16 = self.lib, int(b.dtype == BF16)
+        whole, piece, source = (array.ctypes.data for array in (b.whole, b.piece, b.source))
+        calls: dict[str, Call] = {
+            "all_reduce": lambda: lib.peer_all_reduce(whole, whole, b.numel, bf16),
+            "reduce_scatter": lambda: lib.peer_reduce_scatter(whole, piece, b.each, bf16),
+            "all_gather": lambda: lib.peer_all_gather(piece, whole, b.each, bf16),
+            "all_to_all": lambda: lib.peer_all_to_all(source, whole, b.each, bf16),
+            "broadcast": lambda: lib.peer_broadcast(whole, b.numel, bf16),
+            "barrier": lib.peer_barrier,
+        }
+        return calls[b.collective]
+
+
+class Torch:
+    """Gloo and pycomm's ways in, from one process: they share what surrounds them."""
+
+    GLOO, TORCH, GROUP, OWN = "Gloo", "torch.distributed", "Group", "Group, pycomm.empty"
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self.torch = torch
+        self.rank, self.size = int(os.environ["PEER_RANK"]), int(os.environ["PEER_SIZE"])
+        self.version = f"torch {torch.__version__}"
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        import pycomm
+
+        host, port = os.environ["PEER_STORE"].split(":")
+        store = dist.TCPStore(host, int(port), is_master=False)
+        patience = timedelta(seconds=120)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=patience)
+        self.dist, self.gloo = dist, dist.group.WORLD
+        self.backend = dist.new_group(backend="pycomm", timeout=patience)
+        self.group = pycomm.init(dist.PrefixStore("group", store), self.rank, self.size, timeout_s=120)
+
+    def contenders(self) -> tuple[str, ...]:
+        return (self.GLOO, self.TORCH, self.GROUP, self.OWN)
+
+    def empty(self, contender: str, numel: int, dtype: str) -> Any:
+        if contender != self.OWN:
+            return np.empty(numel, RAW[dtype])
+        kept = self.group.empty(max(numel, 1), dtype=getattr(self.torch, dtype))
+        array: Any = kept[:numel].view(self.torch.uint16 if dtype == BF16 else self.torch.float32).numpy()
+        return array
+
+    def _tensor(self, array: Any, dtype: str) -> Any:
+        return self.torch.from_numpy(array).view(getattr(self.torch, dtype))
+
+    def call(self, contender: str, b: Buffers) -> Call:
+        whole, piece, source = (self._tensor(array, b.dtype) for array in (b.whole, b.piece, b.source))
+        peer = b.rank ^ 1
+        if contender in (self.GROUP, self.OWN):
+            g = self.group
+            send, recv = (lambda: g.send(whole, peer)), (lambda: g.recv(whole, peer))
+            calls: dict[str, Call] = {
+                "all_reduce": lambda: g.all_reduce(whole),
+                "reduce_scatter": lambda: g.reduce_scatter(piece, whole),
+                "all_gather": lambda: g.all_gather(whole, piece),
+                "all_to_all": lambda: g.all_to_all(whole, source),
+                "broadcast": lambda: g.broadcast(whole, 0),
+                "barrier": g.barrier,
+            }
+        else:
+            dist, group = self.dist, self.gloo if contender == self.GLOO else self.backend
+            # torch 2.13 renamed these; the old names warn on every call
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            send, recv = (
+                (lambda: dist.send(whole, peer, group=group)),
+                (lambda: dist.recv(whole, peer, group=group)),
+            )
+            calls = {
+                "all_reduce": lambda: dist.all_reduce(whole, group=group),
+                "reduce_scatter": lambda: scatter(piece, whole, group=group),
+                "all_gather": lambda: gather(whole, piece, group=group),
+                "all_to_all": lambda: dist.all_to_all_single(whole, source, group=group),
+                "broadcast": lambda: dist.broadcast(whole, 0, group=group),
+                "barrier": lambda: dist.barrier(group=group),
+            }
+        first, second = (recv, send) if b.rank & 1 else (send, recv)
+
+        def ping_pong() -> None:
+            first()
+            second()
+
+        calls["sendrecv"] = ping_pong
+        return calls[b.collective]
+
+
+class Nothing:
+    """What the memory does: every rank copies at once, with nobody to wait for."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ["PEER_RANK"]), int(os.environ["PEER_SIZE"])
+        self.version = f"numpy {np.__version__}"
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
+        pass
+
+    def contenders(self) -> tuple[str, ...]:
+        return ("",)
+
+    def empty(self, contender: str, numel: int, dtype: str) -> Any:
+        return np.empty(numel, RAW[dtype])
+
+    def call(self, contender: str, b: Buffers) -> Call:
+        half = len(b.whole) // 2
+        to, source = b.whole[:half], b.whole[half : 2 * half]
+        return lambda: np.copyto(to, source)
+
+
+def timed(call: Call, n_calls: int) -> list[int]:
+    """Nanoseconds of each call."""
+    clock = time.perf_counter_ns
+    times = []
+    for _ in range(n_calls):
+        begin = clock()
+        call()
+        times.append(clock() - begin)
+    return times
+
+
+def serve(library: Any, control: Connection) -> None:
+    """Runs what comes over the connection until it closes."""
+    buffers: dict[str, Buffers] = {}
+    calls: dict[str, Call] = {}
+    idle = isinstance(library, Nothing)
+    while True:
+        command, *arguments = control.recv()
+        answer: Any = None
+        if command == "prepare":
+            collective, dtype, nbytes, contenders = arguments
+            shared: Buffers | None = None
+            for name in contenders:
+                if name == Torch.OWN or shared is None:
+                    b = Buffers(
+                        collective, dtype, nbytes, library.rank, library.size, lambda k, d, who=name: library.empty(who, k, d)
+                    )
+                    if name != Torch.OWN:
+                        shared = b
+                else:
+                    b = shared
+                buffers[name], calls[name] = b, library.call(name, b)
+        elif command == "release":
+            buffers, calls = {}, {}
+        elif command == "calibrate":
+            (name,) = arguments
+            buffers[name].zero()
+            answer = statistics.median(timed(calls[name], 5)[1:])
+        elif command == "block":
+            name, n_calls, verify = arguments
+            b, call = buffers[name], calls[name]
+            if verify and not idle:
+                b.fill()
+                call()
+                answer = b.right()
+                b.zero()
+            else:
+                answer = True
+            timed(call, 1 + n_calls // 20)  # the ranks fall into step
+            answer = (answer, timed(call, n_calls))
+        elif command == "end":
+            control.send(None)
+            return
+        control.send(answer)
+
+
+def main() -> None:
+    kinds = {"mpi": Mpi, "oneccl": OneCcl, "torch": Torch, "copy": Nothing}
+    kind, name, address, key = sys.argv[1:5]
+    library = kinds[kind]()
+    host, port = address.split(":")
+    control = Client((host, int(port)), authkey=bytes.fromhex(key))
+    control.send((name, library.rank, library.version, library.contenders()))
+
+    def exchange(mine: Any) -> Any:
+        control.send(mine)
+        return control.recv()
+
+    import gc
+
+    gc.disable()  # a collection in the midst of a call would count as its time
+    library.join(exchange)
+    control.send("joined")
+    serve(library, control)
+    os._exit(0)  # finalising a library may wait for ranks that ended otherwise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,11 @@
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch._C._distributed_c10d import Backend as C10dBackend
 from torch._C._distributed_c10d import Store
+
+Array = TypeVar("Array")  # torch.Tensor or numpy.ndarray
 
 class Stats:
     ops: int
@@ -43,57 +45,102 @@ class Group:
     @property
     def name(self) -> str: ...
     def native_nbytes(self, collective: str) -> int: ...
-    def all_reduce(self, x: Any, op: str, async_op: bool, timeout_s: float | None, algorithm: str | None, /) -> Any: ...
+    @overload
+    def all_reduce(
+        self,
+        x: Array,
+        op: str = "sum",
+        *,
+        async_op: Literal[False] = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+    ) -> Array: ...
+    @overload
+    def all_reduce(
+        self, x: Array, op: str = "sum", *, async_op: bool, timeout_s: float | None = None, algorithm: str | None = None
+    ) -> Any: ...
     def reduce(
-        self, x: Any, root: int, op: str, async_op: bool, timeout_s: float | None, algorithm: str | None, /
+        self,
+        x: Any,
+        root: int = 0,
+        op: str = "sum",
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
     def broadcast(
-        self, x: Any, root: int, async_op: bool, timeout_s: float | None, algorithm: str | None, /
+        self,
+        x: Any,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
     def all_gather(
         self,
         output: Any,
         input: Any,
-        counts: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        algorithm: str | None,
-        /,
+        counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
     def reduce_scatter(
         self,
         output: Any,
         input: Any,
-        op: str,
-        counts: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        algorithm: str | None,
-        /,
+        op: str = "sum",
+        counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
     def gather(
-        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, algorithm: str | None, /
+        self,
+        output: Any,
+        input: Any,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
     def scatter(
-        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, algorithm: str | None, /
+        self,
+        output: Any,
+        input: Any,
+        root: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
     def all_to_all(
         self,
         output: Any,
         input: Any,
-        output_counts: Sequence[int] | None,
-        input_counts: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        algorithm: str | None,
-        /,
+        output_counts: Sequence[int] | None = None,
+        input_counts: Sequence[int] | None = None,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
     ) -> Any: ...
-    def barrier(self, async_op: bool, timeout_s: float | None, /) -> Any: ...
-    def send(self, x: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> Any: ...
-    def recv(self, x: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /) -> Any: ...
+    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Any: ...
+    def send(
+        self, x: Any, dst: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
+    ) -> Any: ...
+    def recv(
+        self, x: Any, src: int | None = None, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
+    ) -> Any: ...
     def stats(self) -> Stats: ...
     def revoke(self, why: str) -> None: ...
     def close(self) -> None: ...
+    def _closer(self) -> Callable[[], None]: ...
 
 class Backend(C10dBackend):
     def __init__(

@@ -10,7 +10,6 @@ import socket
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
@@ -25,14 +24,9 @@ from pycomm.project import Program, project
 from pycomm.topology import Topology
 from pycomm.tuner import Choices, choice_table
 
-if TYPE_CHECKING:
-    from typing import Literal
-
 __all__ = ["Group", "Stats", "Work", "empty", "engine_group", "init"]
 
 DEFAULT_TIMEOUT_S = 300.0
-
-Array = TypeVar("Array")  # torch.Tensor or numpy.ndarray
 
 
 class Planning:
@@ -56,14 +50,19 @@ class Planning:
         return project(schedule, self.rank)
 
 
-def engine_group(endpoint: _C.Endpoint, store: Store, name: str, ranks: Sequence[int], timeout_s: float) -> _C.Group:
-    """The engine's half of a group. ranks: the endpoint's ranks, in the group's order; all of them call this."""
+def plan(endpoint: _C.Endpoint, ranks: Sequence[int]) -> Planning:
+    """Planning of a group of these ranks of the endpoint, for the endpoint's own."""
     topology = Topology.from_host_ids([endpoint.host_ids[rank] for rank in ranks])
-    planning = Planning(topology, list(ranks).index(endpoint.rank))
-    return _C.Group(endpoint, store, name, list(ranks), planning, timeout_s)
+    return Planning(topology, list(ranks).index(endpoint.rank))
 
 
-class Group:
+def engine_group(endpoint: _C.Endpoint, store: Store, name: str, ranks: Sequence[int], timeout_s: float) -> _C.Group:
+    """The engine's half of a group, which is all that torch.distributed's backend needs. ranks: the endpoint's ranks,
+    in the group's order; all of them call this."""
+    return _C.Group(endpoint, store, name, list(ranks), plan(endpoint, ranks), timeout_s)
+
+
+class Group(_C.Group):
     """One rank's membership in a group of ranks 0 .. size-1.
 
     Arrays are contiguous torch CPU tensors or C-contiguous numpy arrays. Every rank calls the same collectives in the
@@ -73,185 +72,25 @@ class Group:
     planner of pycomm.planners (all ranks the same) instead of the group's own choice.
 
     Errors of every call: InvalidArgument before anything is sent; PeerTimeout, PeerLost and CollectiveMismatch, after
-    which the group is broken on every rank; GroupClosed ever after."""
+    which the group is broken on every rank; GroupClosed ever after.
 
-    def __init__(
-        self,
-        engine: _C.Group,
-        endpoint: _C.Endpoint,
-        store: Store,
-        ranks: Sequence[int],
-    ) -> None:
-        self._engine = engine
+    The collectives and messages are the engine's own methods (csrc/torch/module.cc), with no Python in between; it
+    checks shapes, dtypes and devices."""
+
+    def __init__(self, endpoint: _C.Endpoint, store: Store, name: str, ranks: Sequence[int], timeout_s: float) -> None:
+        planning = plan(endpoint, ranks)
+        super().__init__(endpoint, store, name, list(ranks), planning, timeout_s)
+        self.topology = planning.topology
         self._endpoint = endpoint
         self._store = store
         self._ranks = tuple(ranks)  # the endpoint's
         self._n_children = 0
-        self.rank: int = engine.rank
-        self.size: int = engine.size
-        self.name: str = engine.name
         self.host_ids: tuple[str, ...] = tuple(endpoint.host_ids[rank] for rank in ranks)
-        self.topology = Topology.from_host_ids(self.host_ids)
         # Also when the interpreter ends: operations under way would let go of their arrays with no Python left.
-        weakref.finalize(self, engine.close)
+        weakref.finalize(self, self._closer())
 
     def __repr__(self) -> str:
         return f"<pycomm.Group {self.name!r}, rank {self.rank} of {self.size}, {len(set(self.host_ids))} host(s)>"
-
-    @property
-    def timeout_s(self) -> float:
-        """The deadline of a call that gives none, in seconds."""
-        return self._engine.timeout_s
-
-    @timeout_s.setter
-    def timeout_s(self, value: float) -> None:
-        self._engine.timeout_s = value
-
-    # Collectives. The engine checks shapes, dtypes and devices.
-
-    if TYPE_CHECKING:
-
-        @overload
-        def all_reduce(
-            self,
-            x: Array,
-            op: str = ...,
-            *,
-            async_op: Literal[False] = ...,
-            timeout_s: float | None = ...,
-            algorithm: str | None = ...,
-        ) -> Array: ...
-        @overload
-        def all_reduce(
-            self,
-            x: Array,
-            op: str = ...,
-            *,
-            async_op: bool,
-            timeout_s: float | None = ...,
-            algorithm: str | None = ...,
-        ) -> Any: ...
-
-    def all_reduce(
-        self,
-        x: Any,
-        op: str = "sum",
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """x becomes the reduction of all ranks' x, on every rank, bit for bit the same. Any shape."""
-        return self._engine.all_reduce(x, op, async_op, timeout_s, algorithm)
-
-    def reduce(
-        self,
-        x: Any,
-        root: int = 0,
-        op: str = "sum",
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """The root's x becomes the reduction of all ranks' x; other ranks' x stays as it is."""
-        return self._engine.reduce(x, root, op, async_op, timeout_s, algorithm)
-
-    def broadcast(
-        self,
-        x: Any,
-        root: int = 0,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """Every rank's x becomes the root's."""
-        return self._engine.broadcast(x, root, async_op, timeout_s, algorithm)
-
-    def all_gather(
-        self,
-        output: Any,
-        input: Any,
-        counts: Sequence[int] | None = None,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """output, [sum of rows, ...], becomes all ranks' inputs one after the other; counts: rows of each rank's."""
-        return self._engine.all_gather(output, input, counts, async_op, timeout_s, algorithm)
-
-    def reduce_scatter(
-        self,
-        output: Any,
-        input: Any,
-        op: str = "sum",
-        counts: Sequence[int] | None = None,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """output becomes this rank's piece of the reduction of all inputs, [sum of rows, ...]; counts: rows of each."""
-        return self._engine.reduce_scatter(output, input, op, counts, async_op, timeout_s, algorithm)
-
-    def gather(
-        self,
-        output: Any,
-        input: Any,
-        root: int = 0,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """The root's output, size times as long, becomes all inputs in rank order; None elsewhere."""
-        return self._engine.gather(output, input, root, async_op, timeout_s, algorithm)
-
-    def scatter(
-        self,
-        output: Any,
-        input: Any,
-        root: int = 0,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """output becomes this rank's piece of the root's input, which is size times as long; None elsewhere."""
-        return self._engine.scatter(output, input, root, async_op, timeout_s, algorithm)
-
-    def all_to_all(
-        self,
-        output: Any,
-        input: Any,
-        output_counts: Sequence[int] | None = None,
-        input_counts: Sequence[int] | None = None,
-        *,
-        async_op: bool = False,
-        timeout_s: float | None = None,
-        algorithm: str | None = None,
-    ) -> Any:
-        """Piece j of input goes to rank j, whose piece i comes from rank i. Counts are rows; without them all equal."""
-        return self._engine.all_to_all(output, input, output_counts, input_counts, async_op, timeout_s, algorithm)
-
-    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
-        """Returns once every rank has entered it."""
-        return self._engine.barrier(async_op, timeout_s)
-
-    # Messages.
-
-    def send(self, x: Any, dst: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None) -> Any:
-        """x goes to rank dst. Returns when x may be written again, which may be before it is received."""
-        return self._engine.send(x, dst, tag, async_op, timeout_s)
-
-    def recv(
-        self, x: Any, src: int | None = None, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
-    ) -> Any:
-        """x becomes the next message with this tag from rank src (None: from any). Returns the rank that sent it, or
-        with async_op a Work with .source. Raises InvalidArgument where the message has another size."""
-        return self._engine.recv(x, src, tag, async_op, timeout_s)
 
     # Memory.
 
@@ -294,18 +133,13 @@ class Group:
             return None
         store = PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)
         endpoint_ranks = [self._ranks[rank] for rank in ranks]
-        engine = engine_group(self._endpoint, store, name or f"{self.name}/{suffix}", endpoint_ranks, self.timeout_s)
-        return Group(engine, self._endpoint, store, endpoint_ranks)
+        return Group(self._endpoint, store, name or f"{self.name}/{suffix}", endpoint_ranks, self.timeout_s)
 
     # Insight and end.
 
-    def stats(self) -> Stats:
-        """What this rank has sent since the group was made, in bytes inside and between hosts; busy seconds."""
-        return self._engine.stats()
-
     def explain(self, op: str, nbytes: int) -> str:
         """Which schedule a collective of nbytes takes in this group, what the others would cost, and why."""
-        limit = self._engine.native_nbytes(op)
+        limit = self.native_nbytes(op)
         text = str(explain(self.topology, op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
         if self.size > 1 and nbytes <= limit:
             text += (
@@ -314,14 +148,6 @@ class Group:
                 "path, where each rank writes once and reads the others."
             )
         return text
-
-    def revoke(self, why: str) -> None:
-        """Every pending and later operation of the group fails, on every rank, saying why."""
-        self._engine.revoke(why)
-
-    def close(self) -> None:
-        """Leaves the group; pending operations fail. Ranks that still need this one are told at once."""
-        self._engine.close()
 
     def __enter__(self) -> Group:
         return self
@@ -417,8 +243,7 @@ def init(
     attempt = store.add(f"pycomm/init/{rank}", 1)
     own = PrefixStore(f"pycomm/{attempt}", store)
     endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s)
-    ranks = range(world_size)
-    return Group(engine_group(endpoint, own, name, ranks, timeout_s), endpoint, own, ranks)
+    return Group(endpoint, own, name, range(world_size), timeout_s)
 
 
 def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) -> Store:

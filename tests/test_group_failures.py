@@ -404,7 +404,7 @@ def check_close_under_way(group):
 
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while inner._engine.stats().ops == 0 and waiting.is_alive() and not waiting.ident:
+        while inner.stats().ops == 0 and waiting.is_alive() and not waiting.ident:
             pass
         inner.close()
         waiting.join(10)

@@ -22,12 +22,21 @@ namespace pycomm {
 
 using Clock = std::chrono::steady_clock;
 
-// Clock, up to some milliseconds late: enough for deadlines, and 5 ns where Clock::now() takes 30.
+// Clock, up to coarse_lag() behind: enough for deadlines, and 5 ns where Clock::now() takes 30.
 inline Clock::time_point coarse_now() {
   timespec now{};
   ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
   return Clock::time_point(std::chrono::seconds(now.tv_sec) +
                            std::chrono::nanoseconds(now.tv_nsec));
+}
+
+inline Clock::duration coarse_lag() {
+  static const Clock::duration lag = [] {
+    timespec tick{};
+    ::clock_getres(CLOCK_MONOTONIC_COARSE, &tick);
+    return std::chrono::seconds(tick.tv_sec) + std::chrono::nanoseconds(tick.tv_nsec);
+  }();
+  return lag;
 }
 
 // One collective, bound: what to run on which memory. The memory stays valid until the Work is

@@ -41,7 +41,8 @@ Group::~Group() { engine_->close(); }
 Clock::time_point Group::deadline(std::optional<std::chrono::milliseconds> timeout) const {
   const auto limit = timeout.value_or(timeout_);
   // A caller's "for ever" (c10d uses years) must not overflow the clock.
-  return coarse_now() + std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
+  return coarse_now() + coarse_lag() +
+         std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
 }
 
 void Group::check(const Call& call) const {

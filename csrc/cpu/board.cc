@@ -4,6 +4,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "cpu/copy.h"
 #include "cpu/reduce.h"
 
 namespace pycomm::cpu {
@@ -39,8 +40,7 @@ std::byte* Board::payload(int rank, bool large) const {
 void Board::begin(const Launch& launch) {
   prepare();
   if (contributes(launch.fingerprint, rank_) && launch.input_nbytes > 0)
-    std::memcpy(payload(rank_, launch.input_nbytes > kInlineBytes), launch.input,
-                launch.input_nbytes);
+    copy(payload(rank_, launch.input_nbytes > kInlineBytes), launch.input, launch.input_nbytes);
   publish(launch);
 }
 
@@ -95,9 +95,6 @@ void Board::finish(const Launch& launch) const {
       reduce(dst, first, contribution(i, in_bytes) + offset, nbytes / element, launch.dtype,
              launch.op);
     if (launch.op == ReduceOp::avg) divide(dst, nbytes / element, launch.dtype, n_);
-  };
-  const auto copy = [](std::byte* dst, const std::byte* src, uint64_t nbytes) {
-    if (nbytes > 0) std::memcpy(dst, src, nbytes);
   };
   const auto me = static_cast<uint64_t>(rank_);
   switch (print.collective) {

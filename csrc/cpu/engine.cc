@@ -72,7 +72,7 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
           std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
       board_(segment_, *endpoint_, ranks_, rank_),
       reach_(segment_, *endpoint_, ranks_, rank_),
-      direct_(segment_, board_, reach_, *endpoint_, ranks_, rank_),
+      large_(segment_, board_, reach_, *endpoint_, ranks_, rank_),
       rendezvous_(segment_, reach_, *endpoint_, ranks_, local_index_, rank_),
       messages_(
           static_cast<int>(ranks_.size()), rank_,
@@ -111,10 +111,6 @@ std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
   PYCOMM_CHECK(fds.size() == 1, "one segment per host");
   self->segment_.attach(map_shared(fds[0].get(), nbytes));
   if (self->one_host_)
-    self->reads_peers_ = std::all_of(ranks.begin(), ranks.end(), [&](int r) {
-      return self->endpoint_->peer_memory().reads(self->endpoint_->place(r));
-    });
-  if (self->reads_peers_)
     for (int peer = 0; peer < static_cast<int>(ranks.size()); ++peer)
       self->messages_.use_rendezvous(peer, self->rendezvous_);
   self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
@@ -129,16 +125,13 @@ CpuEngine::~CpuEngine() = default;
 uint64_t CpuEngine::native_nbytes(Collective collective, bool even) const {
   if (!one_host_) return 0;
   if (collective == Collective::barrier) return even ? kBoardBytes : 0;
-  return reads_peers_ ? UINT64_MAX : even ? kBoardBytes : 0;
+  return UINT64_MAX;
 }
 
 Path CpuEngine::path(const Launch& launch) const {
   if (launch.program != nullptr) return Path::program;
-  if (!reads_peers_) return Path::board;
   const uint64_t nbytes = launch.fingerprint.numel * size_of(launch.dtype);
-  // System calls per call grow with the ranks, copies over the board with the bytes.
-  const size_t small = ranks_.size() == 2 ? kBoardBytes / 8 : kBoardBytes;
-  return launch.fingerprint.has_counts || nbytes > small ? Path::direct : Path::board;
+  return launch.fingerprint.has_counts || nbytes > kBoardBytes ? Path::large : Path::board;
 }
 
 Channel& CpuEngine::channel(int peer, Lane lane) {
@@ -275,9 +268,9 @@ bool CpuEngine::advance_collectives() {
         interpreter_.begin(
             launch, [this](int peer) -> Channel& { return channel(peer, kCollectiveLane); },
             tiled ? kTileBytes : 0);
-      } else if (op.path == Path::direct) {
-        direct_.begin(launch);
-        native_bytes_ += direct_.sent_nbytes();
+      } else if (op.path == Path::large) {
+        large_.begin(launch);
+        native_bytes_ += large_.sent_nbytes();
       } else {
         board_.begin(launch);
         native_bytes_ += launch.input_nbytes;
@@ -297,8 +290,8 @@ bool CpuEngine::advance(const CollectiveOp& op, bool* moved) {
   switch (op.path) {
     case Path::board:
       return board_.advance(op.launch, moved);
-    case Path::direct:
-      return direct_.advance(op.launch, moved);
+    case Path::large:
+      return large_.advance(op.launch, moved);
     case Path::program:
       break;
   }
@@ -545,8 +538,8 @@ std::vector<int> CpuEngine::blocked_on() const {
   switch (queue_.front()->path) {
     case Path::board:
       return board_.blocked_on();
-    case Path::direct:
-      return direct_.blocked_on();
+    case Path::large:
+      return large_.blocked_on();
     case Path::program:
       break;
   }
@@ -563,7 +556,7 @@ std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
   } else {
     for (size_t i = 0; i < blocked.size(); ++i)
       text += (i > 0 ? ", rank " : "rank ") + std::to_string(blocked[i]);
-    const bool entered = op.path == Path::direct && direct_.all_entered();
+    const bool entered = op.path == Path::large && large_.all_entered();
     text += blocked.size() == 1 ? ", which has" : ", which have";
     text += entered ? " not finished its part of this collective" : " not entered this collective";
   }

@@ -15,9 +15,9 @@
 #include "core/store.h"
 #include "cpu/board.h"
 #include "cpu/channel.h"
-#include "cpu/direct.h"
 #include "cpu/endpoint.h"
 #include "cpu/interpreter.h"
+#include "cpu/large.h"
 #include "cpu/messages.h"
 #include "cpu/op.h"
 #include "cpu/segment.h"
@@ -101,8 +101,7 @@ class CpuEngine final : public Engine,
   Segment segment_;
   Board board_;
   Reach reach_;
-  Direct direct_;
-  bool reads_peers_ = false;  // every rank of the group reads every other's memory
+  Large large_;
 
   mutable std::mutex mutex_;
   std::vector<std::unique_ptr<Channel>> channels_[kLanes];

@@ -18,6 +18,12 @@ std::byte* Heap::base() const {
   return mapping_.data();
 }
 
+bool Heap::holds(const void* data) const {
+  const std::byte* base = this->base();
+  const auto* at = static_cast<const std::byte*>(data);
+  return base != nullptr && at >= base && at < base + capacity_;
+}
+
 std::byte* Heap::allocate(size_t nbytes) {
   const size_t size = (std::max<size_t>(nbytes, 1) + kPage - 1) / kPage * kPage;
   std::lock_guard lock(mutex_);

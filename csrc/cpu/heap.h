@@ -22,6 +22,7 @@ class Heap {
   std::byte* allocate(size_t nbytes);
   void release(std::byte* data);  // REQUIRES: from allocate()
   std::byte* base() const;        // nullptr before the first allocation
+  bool holds(const void* data) const;
 
  private:
   UniqueFd memory_;

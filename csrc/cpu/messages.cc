@@ -3,11 +3,15 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/copy.h"
+
 namespace pycomm::cpu {
 namespace {
 constexpr uint64_t kMagic = 0x70636f6d6d6d7367ull;
 constexpr uint64_t kSegmentBytes = 64 * 1024;
+constexpr uint64_t kLocalSegmentBytes = 16 * 1024;  // one is read while the next is written
 constexpr uint64_t kEagerBytes = 16 * 1024;  // larger ones wait for their receive where they can
+constexpr uint64_t kBudget = 2 << 20;        // bytes moved before the engine's lock is let go
 }  // namespace
 
 Messages::Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish)
@@ -105,12 +109,18 @@ std::shared_ptr<MessageOp> Messages::match(int peer, int64_t tag) {
   return op;
 }
 
+uint64_t Messages::segment_bytes(const Peer& state) {
+  return state.rendezvous != nullptr ? kLocalSegmentBytes : kSegmentBytes;
+}
+
 bool Messages::advance_send(int peer, Peer& state) {
   Channel& channel = channel_of_(peer);
   bool moved = false;
+  uint64_t spent = 0;
   while (!state.sends.empty()) {
     const auto op = state.sends.front();
-    const bool offers = state.rendezvous != nullptr && op->nbytes > kEagerBytes;
+    const bool offers = state.rendezvous != nullptr && op->nbytes > kEagerBytes &&
+                        state.rendezvous->offers(op->data);
     if (state.out_bytes == 0) {
       state.out = {kMagic, op->tag, op->nbytes, 0, 0, 0};
       if (offers) {
@@ -138,11 +148,12 @@ bool Messages::advance_send(int peer, Peer& state) {
       continue;
     }
     if (op->moved < op->nbytes) {
-      const size_t n =
-          channel.write(op->data + op->moved, std::min(op->nbytes - op->moved, kSegmentBytes));
+      const size_t n = channel.write(op->data + op->moved,
+                                     std::min(op->nbytes - op->moved, segment_bytes(state)));
       op->moved += n;
+      spent += n;
       moved |= n > 0;
-      if (n == 0) break;
+      if (n == 0 || spent > kBudget) break;
     }
     if (op->moved == op->nbytes) {
       channel.flush();
@@ -161,6 +172,7 @@ bool Messages::advance_send(int peer, Peer& state) {
 bool Messages::advance_recv(int peer, Peer& state) {
   Channel& channel = channel_of_(peer);
   bool moved = false;
+  uint64_t spent = 0;
   for (;;) {
     if (state.in_bytes < sizeof(Header)) {
       if (state.in_bytes == 0 && !wanted(peer)) break;  // what nobody asks for waits in the channel
@@ -209,11 +221,20 @@ bool Messages::advance_recv(int peer, Peer& state) {
     if (state.payload < state.in.nbytes) {
       const bool direct = state.target && state.target->nbytes == state.in.nbytes;
       std::byte* to = direct ? state.target->data : state.aside.data.data();
-      const size_t n = channel.read(to + state.payload,
-                                    std::min(state.in.nbytes - state.payload, kSegmentBytes));
+      const size_t left = std::min(state.in.nbytes - state.payload, segment_bytes(state));
+      size_t n = 0;
+      if (state.rendezvous != nullptr) {
+        const auto here = channel.readable();
+        n = std::min(here.size(), left);
+        copy(to + state.payload, here.data(), n, exceeds_cache(2 * state.in.nbytes));
+        if (n > 0) channel.consume(n);
+      } else {
+        n = channel.read(to + state.payload, left);
+      }
       state.payload += n;
+      spent += n;
       moved |= n > 0;
-      if (n == 0) break;
+      if (n == 0 || spent > kBudget) break;
     }
     if (state.payload == state.in.nbytes) {
       channel.align_read();

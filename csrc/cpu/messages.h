@@ -1,8 +1,8 @@
 // Messages: point-to-point over each pair's message lane. Sends to a peer leave in order; a receive
 // takes the first message of its tag. A message nobody has asked for waits in the channel, and is
 // set aside in memory only while a receive of another tag wants what comes behind it. A large
-// message to a rank whose memory is in reach sends only its offer over the lane, and completes when
-// it is received (rendezvous.h). Thread safety: none; the engine's lock guards it.
+// message out of the heap to a rank of this host sends only its offer over the lane, and completes
+// when it is received (rendezvous.h). Thread safety: none; the engine's lock guards it.
 #pragma once
 
 #include <deque>
@@ -24,7 +24,8 @@ class Messages {
   using ChannelOf = std::function<Channel&(int peer)>;
   using Finish = std::function<void(const std::shared_ptr<MessageOp>&, Status)>;
   Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish);
-  // Large messages to and from `peer` go through it from now on. Both sides must say so.
+  // `peer` is a rank of this host: large messages from the heap go through it from now on. Both
+  // sides must say so.
   void use_rendezvous(int peer, Rendezvous& rendezvous);
   void send(std::shared_ptr<MessageOp> op);
   void recv(std::shared_ptr<MessageOp> op);
@@ -79,6 +80,7 @@ class Messages {
   bool advance_rendezvous(Peer& state);
   // Ends a receive with what was set aside or offered. False where that was withdrawn.
   bool take(const std::shared_ptr<MessageOp>& op, int source, const SetAside& aside);
+  static uint64_t segment_bytes(const Peer& state);  // of an ordinary message, moved at once
   bool advance_send(int peer, Peer& state);
   bool advance_recv(int peer, Peer& state);
   bool wanted(int peer) const;  // a receive would take a message of this rank

@@ -27,7 +27,7 @@ struct Op {
 };
 
 // What runs a collective; in one group all ranks take the same.
-enum class Path { board, direct, program };
+enum class Path { board, large, program };
 
 struct CollectiveOp : Op {
   CollectiveOp(Launch launch, Path path) : launch(std::move(launch)), path(path) {}

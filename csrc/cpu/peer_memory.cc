@@ -75,20 +75,6 @@ std::byte* PeerMemory::mapped(int index, uint64_t address, size_t nbytes) {
   return data + (address - base);
 }
 
-void PeerMemory::read(int index, void* to, uint64_t address, size_t nbytes) {
-  if (const std::byte* data = mapped(index, address, nbytes))
-    std::memcpy(to, data, nbytes);
-  else
-    copy(Way::read, index, to, address, nbytes);
-}
-
-void PeerMemory::write(int index, uint64_t address, const void* from, size_t nbytes) {
-  if (std::byte* data = mapped(index, address, nbytes))
-    std::memcpy(data, from, nbytes);
-  else
-    copy(Way::write, index, const_cast<void*>(from), address, nbytes);
-}
-
 void PeerMemory::copy(Way way, int index, void* here, uint64_t address, size_t nbytes) const {
   const int pid = peers_[static_cast<size_t>(index)].pid;
 #if defined(__SANITIZE_THREAD__)

@@ -44,11 +44,9 @@ class PeerMemory {
   // Memory of this rank's heap, which the others can map.
   std::byte* allocate(size_t nbytes);
 
-  // Where [address, address + nbytes) of rank `index` can be used in place; nullptr elsewhere.
+  bool in_heap(const void* data) const { return heap_.holds(data); }  // of this rank
+  // Where [address, address + nbytes) of the heap of rank `index` lies here; nullptr elsewhere.
   std::byte* mapped(int index, uint64_t address, size_t nbytes);
-  // Copies from and to rank `index`. Error(peer_lost) where that memory or its process is gone.
-  void read(int index, void* to, uint64_t address, size_t nbytes);
-  void write(int index, uint64_t address, const void* from, size_t nbytes);
 
  private:
   enum class Way { read, write };

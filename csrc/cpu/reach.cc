@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include "core/engine.h"
+#include "cpu/copy.h"
 #include "cpu/waiter.h"
 
 namespace pycomm::cpu {
@@ -10,27 +11,15 @@ namespace pycomm::cpu {
 Reach::Reach(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank)
     : segment_(segment), endpoint_(endpoint), ranks_(ranks), rank_(rank) {}
 
-template <class Access>
-void Reach::access(int rank, Access what) const {
-  const int at = ranks_[static_cast<size_t>(rank)];
-  try {
-    what(endpoint_.peer_memory(), endpoint_.place(at));
-  } catch (const Error& error) {
-    throw Error(error.code(), "rank " + std::to_string(rank_) + " needs memory of rank " +
-                                  std::to_string(rank) + " (" + endpoint_.whereabouts(at) +
-                                  "), which is gone (" + error.status().message +
-                                  "). See that rank's output for why; the others must form a new "
-                                  "group.");
-  }
+uint64_t Reach::in_heap(const void* data) const {
+  return endpoint_.peer_memory().in_heap(data) ? reinterpret_cast<uint64_t>(data) : 0;
 }
 
 std::byte* Reach::mapped(int rank, uint64_t address, size_t nbytes) const {
-  return endpoint_.peer_memory().mapped(endpoint_.place(ranks_[static_cast<size_t>(rank)]), address,
-                                        nbytes);
-}
-
-void Reach::read(int rank, void* to, uint64_t address, size_t nbytes) const {
-  access(rank, [&](PeerMemory& memory, int place) { memory.read(place, to, address, nbytes); });
+  std::byte* data = endpoint_.peer_memory().mapped(
+      endpoint_.place(ranks_[static_cast<size_t>(rank)]), address, nbytes);
+  PYCOMM_CHECK(data != nullptr, "a rank named memory that is not in its heap");
+  return data;
 }
 
 void Reach::require_sound(int rank) const {
@@ -44,7 +33,7 @@ void Reach::require_sound(int rank) const {
 
 // A store of the flag, a fence, a look at whether the owner still waits. In retire() the owner has
 // said that it does not; a fence, a look at the flag. One of the two sees the other (Dekker).
-void Reach::write(int rank, uint64_t address, const void* from, size_t nbytes) const {
+void Reach::write(int rank, uint64_t address, const void* from, size_t nbytes, bool streams) const {
   struct Flag {
     explicit Flag(std::atomic<uint32_t>& writing) : writing(writing) {
       writing.store(1, std::memory_order_relaxed);
@@ -54,7 +43,7 @@ void Reach::write(int rank, uint64_t address, const void* from, size_t nbytes) c
     std::atomic<uint32_t>& writing;
   } flag(segment_.board(rank_).writing);
   require_sound(rank);
-  access(rank, [&](PeerMemory& memory, int place) { memory.write(place, address, from, nbytes); });
+  copy(mapped(rank, address, nbytes), from, nbytes, streams);
 }
 
 int Reach::retire(std::chrono::milliseconds patience) const {

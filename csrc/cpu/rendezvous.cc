@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/copy.h"
+
 namespace pycomm::cpu {
 namespace {
 
@@ -55,7 +57,7 @@ bool Rendezvous::withdraw(const Transit& transit) {
 bool Rendezvous::accept(const Transit& transit, void* data) {
   TransferRecord& record = this->record(transit.peer, rank_, transit.slot);
   if (data == nullptr) record.taken.store(kNone, std::memory_order_relaxed);
-  record.address = reinterpret_cast<uint64_t>(data);
+  record.address = reach_.in_heap(data);
   uint64_t was = word(transit.use, offered);
   const bool mine =  // publishes the address
       record.state.compare_exchange_strong(was, word(transit.use, accepted),
@@ -70,10 +72,12 @@ bool Rendezvous::move_block(TransferRecord& record, const Transit& transit, bool
   const uint64_t begin = record.taken.fetch_add(1, std::memory_order_relaxed) * kBlock;
   if (begin >= transit.nbytes) return false;
   const uint64_t nbytes = std::min(transit.nbytes - begin, kBlock);
+  const bool streams = exceeds_cache(2 * transit.nbytes);
   if (is_send)
-    reach_.write(transit.peer, transit.there + begin, transit.here + begin, nbytes);
+    reach_.write(transit.peer, transit.there + begin, transit.here + begin, nbytes, streams);
   else
-    reach_.read(transit.peer, transit.here + begin, transit.there + begin, nbytes);
+    copy(transit.here + begin, reach_.mapped(transit.peer, transit.there + begin, nbytes), nbytes,
+         streams);
   return true;
 }
 
@@ -83,6 +87,7 @@ bool Rendezvous::advance_send(Transit& transit, bool* moved) {
     if (record.state.load(std::memory_order_acquire) != word(transit.use, accepted)) return false;
     *moved = true;
     transit.there = record.address;
+    transit.moved = transit.there == 0;  // only the receiver reaches both
     for (int i = 0; i < kBlocksAtOnce && !transit.moved; ++i)
       transit.moved = !move_block(record, transit, true);
     if (!transit.moved) return false;

@@ -1,7 +1,8 @@
-// Rendezvous: a large message between two ranks of a host goes from the sender's memory to the
-// receiver's in one copy, which both sides work on: each takes the next block that nobody has
-// taken. The message lane carries only the offer; what follows goes over a few transfer records per
-// ordered pair in the segment. Thread safety: none; the engine's lock guards it.
+// Rendezvous: a large message from the heap of a rank of this host (heap.h) goes to the receiver's
+// memory in one copy, which both sides work on where that is in a heap too: each takes the next
+// block that nobody has taken. The message lane carries only the offer; what follows goes over a
+// few transfer records per ordered pair in the segment. Thread safety: none; the engine's lock
+// guards it.
 //
 //   sender    offered ------------------> sees accepted, moves blocks, says sent   -> done
 //   receiver           accepts: address, moves blocks, says received               -> done
@@ -34,6 +35,7 @@ class Rendezvous {
   Rendezvous(const Segment& segment, Reach& reach, Endpoint& endpoint,
              const std::vector<int>& ranks, const std::vector<int>& places, int rank);
 
+  bool offers(const void* data) const { return reach_.in_heap(data) != 0; }
   // Takes a free record for a message to `peer`; nullopt while all are in use.
   std::optional<Transit> offer(int peer, const void* data, uint64_t nbytes);
   // Takes a message back that no receive has accepted; false where one has.

@@ -1,11 +1,12 @@
 // Segment: the shared memory of one group's ranks on one host. One mapping, laid out here and
 // nowhere else:
 //   header | board entry per rank | transfer records per ordered pair | ring per ordered pair and
-//   lane
+//   lane | stage per rank
 // Anonymous (memfd): pages cost memory once they are touched, and everything goes with the last
 // process.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,7 @@
 namespace pycomm::cpu {
 
 constexpr size_t kBoardBytes = 32 * 1024;  // a rank's largest contribution to a native collective
+constexpr size_t kStageSlot = 64 * 1024;   // a block of a large collective (staged.h)
 constexpr size_t kInlineBytes = 48;        // rides in the flag's own cache line
 
 // A rank's contribution to a native collective; two of them, used in turn (board.h says why two are
@@ -40,9 +42,12 @@ struct alignas(64) BoardEntry {
   BoardLine lines[2];
   alignas(64) std::atomic<uint32_t> direct_done{0};  // the last direct collective (direct.h) in
                                                      // which the rank has done its part
-  alignas(64) std::atomic<uint64_t> taken{0};    // a broadcast's blocks on their way to this rank
+  alignas(64) std::atomic<uint64_t> shared{0};   // a broadcast's blocks on their way to this rank
   alignas(64) std::atomic<uint32_t> writing{0};  // it is writing into another rank's memory
   alignas(64) std::atomic<uint32_t> closed{0};   // the rank left the group
+  alignas(64) std::atomic<uint64_t> given{0};    // blocks in its stage, over all collectives
+  alignas(64) std::atomic<uint64_t> reduced{0};  // (staged.h), of which its own piece is reduced
+  alignas(64) std::atomic<uint64_t> taken{0};    // blocks of the others that it needs no more
   Announcement announcements[2];                 // by parity of the collective's sequence number
   alignas(64) std::byte payload[2][kBoardBytes];
 };
@@ -85,9 +90,14 @@ class Segment {
     for (int n = 2; n < n_ranks && bytes > (size_t{64} << 10); n *= 2) bytes /= 2;
     return bytes;
   }
+  static size_t stage_bytes(int n_ranks) {
+    // Above a core's own cache (staged.h says why), and all of them within the one that cores
+    // share.
+    const size_t share = (size_t{8} << 20) / static_cast<size_t>(n_ranks);
+    return std::clamp(share, size_t{256} << 10, size_t{2} << 20) / kStageSlot * kStageSlot;
+  }
   size_t nbytes() const {
-    return kHeaderBytes + static_cast<size_t>(n_ranks_) * sizeof(BoardEntry) + transfers_nbytes() +
-           kLanes * static_cast<size_t>(n_ranks_) * static_cast<size_t>(n_ranks_) * ring_stride();
+    return stages_offset() + static_cast<size_t>(n_ranks_) * stage_bytes(n_ranks_);
   }
   void attach(Mapping mapping) { mapping_ = std::move(mapping); }
 
@@ -103,6 +113,9 @@ class Segment {
     return ring(from, to, lane) + sizeof(RingControl);
   }
   size_t ring_bytes() const { return ring_bytes(n_ranks_); }
+  std::byte* stage(int index) const {
+    return mapping_.data() + stages_offset() + static_cast<size_t>(index) * stage_bytes(n_ranks_);
+  }
   TransferRecord& transfer(int from, int to, uint32_t slot) const {
     const auto n = static_cast<size_t>(n_ranks_);
     const size_t index = (static_cast<size_t>(from) * n + static_cast<size_t>(to)) * kTransfers;
@@ -116,6 +129,11 @@ class Segment {
   size_t transfers_nbytes() const {
     const auto n = static_cast<size_t>(n_ranks_);
     return n * n * kTransfers * sizeof(TransferRecord);
+  }
+  size_t stages_offset() const {
+    const auto n = static_cast<size_t>(n_ranks_);
+    return kHeaderBytes + n * sizeof(BoardEntry) + transfers_nbytes() +
+           kLanes * n * n * ring_stride();
   }
   size_t ring_stride() const { return sizeof(RingControl) + ring_bytes(n_ranks_); }
   std::byte* ring(int from, int to, Lane lane) const {

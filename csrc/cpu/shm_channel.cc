@@ -1,7 +1,8 @@
 #include "cpu/shm_channel.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "cpu/copy.h"
 
 namespace pycomm::cpu {
 namespace {
@@ -27,8 +28,8 @@ size_t ShmChannel::write(const void* data, size_t nbytes) {
   if (n == 0) return 0;
   const uint64_t at = out_tail_ % size_;
   const size_t first = std::min<uint64_t>(n, size_ - at);
-  std::memcpy(out_ + at, data, first);
-  std::memcpy(out_, static_cast<const std::byte*>(data) + first, n - first);
+  copy(out_ + at, data, first);
+  copy(out_, static_cast<const std::byte*>(data) + first, n - first);
   out_tail_ += n;
   bytes_written_ += n;
   out_control_.tail.store(
@@ -55,7 +56,7 @@ size_t ShmChannel::read(void* data, size_t nbytes) {
   const auto here = readable();
   const size_t n = std::min(nbytes, here.size());
   if (n == 0) return 0;
-  std::memcpy(data, here.data(), n);
+  copy(data, here.data(), n);
   consume(n);
   return n;
 }

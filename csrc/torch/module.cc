@@ -198,20 +198,20 @@ class PyGroup {
   explicit PyGroup(std::shared_ptr<Group> group) : group_(std::move(group)) {}
   const std::shared_ptr<Group>& group() const { return group_; }
 
-  py::object all_reduce(const py::object& x, const std::string& op, bool async_op,
+  py::object all_reduce(const py::object& x, ReduceOp op, bool async_op,
                         std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View data = view("all_reduce", x, true);
     Call call =
         start_call(Collective::all_reduce, data, data.numel, {async_op, timeout_s, algorithm});
-    call.op = parse_op(op);
+    call.op = op;
     call.input = call.output = data.data;
     return submit(std::move(call), async_op, x, x);
   }
-  py::object reduce(const py::object& x, int root, const std::string& op, bool async_op,
+  py::object reduce(const py::object& x, int root, ReduceOp op, bool async_op,
                     std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View data = view("reduce", x, group_->rank() == root);
     Call call = start_call(Collective::reduce, data, data.numel, {async_op, timeout_s, algorithm});
-    call.op = parse_op(op);
+    call.op = op;
     call.root = root;
     call.input = data.data;
     call.output = group_->rank() == root ? data.data : nullptr;
@@ -238,15 +238,14 @@ class PyGroup {
     call.output = out.data;
     return submit(std::move(call), async_op, output, py::make_tuple(output, input));
   }
-  py::object reduce_scatter(const py::object& output, const py::object& input,
-                            const std::string& op,
+  py::object reduce_scatter(const py::object& output, const py::object& input, ReduceOp op,
                             const std::optional<std::vector<int64_t>>& counts, bool async_op,
                             std::optional<double> timeout_s, std::optional<std::string> algorithm) {
     const View out = view("reduce_scatter output", output, true),
                in = view("reduce_scatter input", input, false);
     Call call =
         start_call(Collective::reduce_scatter, in, in.numel, {async_op, timeout_s, algorithm});
-    call.op = parse_op(op);
+    call.op = op;
     call.counts = elements("reduce_scatter", counts, in, out, "input", "output");
     call.input = in.data;
     call.output = out.data;
@@ -446,49 +445,90 @@ PyObject* raise_in_python() noexcept {
   return nullptr;
 }
 
+// What a call from Python gives for a parameter; nullptr where it gives none, which is T{}.
 template <class T>
 T from_python(PyObject* object) {
-  return py::cast<T>(py::handle(object));
+  return object == nullptr ? T{} : py::cast<T>(py::handle(object));
 }
 template <>
 bool from_python(PyObject* object) {
-  return object == Py_True || (object != Py_False && py::cast<bool>(py::handle(object)));
-}
-template <>
-std::optional<double> from_python(PyObject* object) {
-  if (object == Py_None) return std::nullopt;
-  return py::cast<double>(py::handle(object));
-}
-template <>
-std::optional<std::string> from_python(PyObject* object) {
-  if (object == Py_None) return std::nullopt;
-  return py::cast<std::string>(py::handle(object));
+  if (object == nullptr || object == Py_False) return false;
+  return object == Py_True || py::cast<bool>(py::handle(object));
 }
 template <>
 py::object from_python(PyObject* object) {
-  return py::reinterpret_borrow<py::object>(object);
+  return object == nullptr ? py::none() : py::reinterpret_borrow<py::object>(object);
+}
+template <>
+ReduceOp from_python(PyObject* object) {
+  return object == nullptr ? ReduceOp::sum : parse_op(py::cast<std::string>(py::handle(object)));
 }
 
-// A method of PyGroup as CPython calls it, with positional arguments alone: pybind11's own dispatch
-// would double the price of a small collective.
-template <auto method>
-struct Positional;
-template <class... Args, py::object (PyGroup::*method)(Args...)>
-struct Positional<method> {
-  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t n_args) noexcept {
-    if (n_args != sizeof...(Args)) {
-      PyErr_Format(PyExc_TypeError, "takes %zu arguments, got %zd", sizeof...(Args), n_args);
-      return nullptr;
+// A method of PyGroup as CPython calls it. pybind11's own dispatch would double the price of a
+// small collective.
+struct Method {
+  const char* name;
+  const char* doc;  // begins with the signature, as inspect.signature() reads it
+  std::vector<const char*> parameters;
+  Py_ssize_t n_required;
+  Py_ssize_t n_positional;         // those after it are given by keyword
+  std::vector<PyObject*> names{};  // interned
+};
+
+// Where each parameter's argument is, in order. False with a TypeError set.
+bool take_arguments(const Method& method, PyObject* const* given, Py_ssize_t n_given,
+                    PyObject* keywords, PyObject** taken) {
+  if (n_given > method.n_positional) {
+    PyErr_Format(PyExc_TypeError, "%s() takes %zd positional arguments, got %zd", method.name,
+                 method.n_positional, n_given);
+    return false;
+  }
+  std::copy(given, given + n_given, taken);
+  const Py_ssize_t n_keywords = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+  for (Py_ssize_t k = 0; k < n_keywords; ++k) {
+    PyObject* keyword = PyTuple_GET_ITEM(keywords, k);
+    size_t i = 0;
+    while (i < method.names.size() && keyword != method.names[i] &&
+           PyUnicode_Compare(keyword, method.names[i]) != 0)
+      ++i;
+    if (i == method.names.size() || taken[i] != nullptr) {
+      PyErr_Format(PyExc_TypeError, "%s() got %s '%U'", method.name,
+                   i == method.names.size() ? "an unexpected keyword argument"
+                                            : "multiple values for argument",
+                   keyword);
+      return false;
     }
-    return call(self, args, std::index_sequence_for<Args...>());
+    taken[i] = given[n_given + k];
+  }
+  for (Py_ssize_t i = 0; i < method.n_required; ++i)
+    if (taken[i] == nullptr) {
+      PyErr_Format(PyExc_TypeError, "%s() missing required argument: '%s'", method.name,
+                   method.parameters[static_cast<size_t>(i)]);
+      return false;
+    }
+  return true;
+}
+
+template <auto member>
+struct Bound;
+template <class... Args, py::object (PyGroup::*member)(Args...)>
+struct Bound<member> {
+  static inline Method method{};
+  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t n_given,
+                        PyObject* keywords) noexcept {
+    PyObject* taken[sizeof...(Args)] = {};
+    if (!take_arguments(method, given, n_given, keywords, taken)) return nullptr;
+    return call(self, taken, std::index_sequence_for<Args...>());
   }
   template <size_t... i>
-  static PyObject* call(PyObject* self, PyObject* const* args, std::index_sequence<i...>) noexcept {
+  static PyObject* call(PyObject* self, PyObject* const* taken,
+                        std::index_sequence<i...>) noexcept {
     try {
-      // What pybind11 keeps of an object that has one C++ base.
+      // What pybind11 keeps of an object with one C++ base; nullptr before __init__.
       void* group = reinterpret_cast<py::detail::instance*>(self)->simple_value_holder[0];
-      return (static_cast<PyGroup*>(group)->*method)(
-                 from_python<std::remove_cvref_t<Args>>(args[i])...)
+      if (group == nullptr) refuse(method.name, "the group's __init__ has not run");
+      return (static_cast<PyGroup*>(group)->*member)(
+                 from_python<std::remove_cvref_t<Args>>(taken[i])...)
           .release()
           .ptr();
     } catch (...) {
@@ -496,17 +536,127 @@ struct Positional<method> {
     }
   }
 };
-template <auto method>
-void def_positional(py::class_<PyGroup>& type, const char* name) {
+
+template <auto member>
+void def_method(py::class_<PyGroup>& type, Method method) {
+  using Bound = torch_layer::Bound<member>;
+  for (const char* name : method.parameters)
+    method.names.push_back(PyUnicode_InternFromString(name));
+  Bound::method = std::move(method);
+  PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*) = &Bound::call;
   static PyMethodDef definition{
-      name,
-      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-          static_cast<PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t)>(
-              &Positional<method>::call))),
-      METH_FASTCALL, nullptr};
+      Bound::method.name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+      METH_FASTCALL | METH_KEYWORDS, Bound::method.doc};
   auto* descriptor = PyDescr_NewMethod(reinterpret_cast<PyTypeObject*>(type.ptr()), &definition);
   if (descriptor == nullptr) throw py::error_already_set();
-  type.attr(name) = py::reinterpret_steal<py::object>(descriptor);
+  type.attr(Bound::method.name) = py::reinterpret_steal<py::object>(descriptor);
+}
+
+void def_collectives(py::class_<PyGroup>& type) {
+  def_method<&PyGroup::all_reduce>(
+      type, {"all_reduce",
+             "all_reduce($self, x, op='sum', *, async_op=False, timeout_s=None, algorithm=None)\n"
+             "--\n\n"
+             "x becomes the reduction of all ranks' x, on every rank, bit for bit the same. Any "
+             "shape.",
+             {"x", "op", "async_op", "timeout_s", "algorithm"},
+             1,
+             2});
+  def_method<&PyGroup::reduce>(
+      type,
+      {"reduce",
+       "reduce($self, x, root=0, op='sum', *, async_op=False, timeout_s=None, algorithm=None)\n"
+       "--\n\n"
+       "The root's x becomes the reduction of all ranks' x; other ranks' x stays as it is.",
+       {"x", "root", "op", "async_op", "timeout_s", "algorithm"},
+       1,
+       3});
+  def_method<&PyGroup::broadcast>(
+      type, {"broadcast",
+             "broadcast($self, x, root=0, *, async_op=False, timeout_s=None, algorithm=None)\n"
+             "--\n\n"
+             "Every rank's x becomes the root's.",
+             {"x", "root", "async_op", "timeout_s", "algorithm"},
+             1,
+             2});
+  def_method<&PyGroup::all_gather>(
+      type, {"all_gather",
+             "all_gather($self, output, input, counts=None, *, async_op=False, timeout_s=None, "
+             "algorithm=None)\n"
+             "--\n\n"
+             "output, [sum of rows, ...], becomes all ranks' inputs one after the other; counts: "
+             "rows of each rank's.",
+             {"output", "input", "counts", "async_op", "timeout_s", "algorithm"},
+             2,
+             3});
+  def_method<&PyGroup::reduce_scatter>(
+      type, {"reduce_scatter",
+             "reduce_scatter($self, output, input, op='sum', counts=None, *, async_op=False, "
+             "timeout_s=None, algorithm=None)\n"
+             "--\n\n"
+             "output becomes this rank's piece of the reduction of all inputs, [sum of rows, ...]; "
+             "counts: rows of each.",
+             {"output", "input", "op", "counts", "async_op", "timeout_s", "algorithm"},
+             2,
+             4});
+  def_method<&PyGroup::gather>(
+      type, {"gather",
+             "gather($self, output, input, root=0, *, async_op=False, timeout_s=None, "
+             "algorithm=None)\n"
+             "--\n\n"
+             "The root's output, size times as long, becomes all inputs in rank order; None "
+             "elsewhere.",
+             {"output", "input", "root", "async_op", "timeout_s", "algorithm"},
+             2,
+             3});
+  def_method<&PyGroup::scatter>(
+      type, {"scatter",
+             "scatter($self, output, input, root=0, *, async_op=False, timeout_s=None, "
+             "algorithm=None)\n"
+             "--\n\n"
+             "output becomes this rank's piece of the root's input, which is size times as long; "
+             "None elsewhere.",
+             {"output", "input", "root", "async_op", "timeout_s", "algorithm"},
+             2,
+             3});
+  def_method<&PyGroup::all_to_all>(
+      type,
+      {"all_to_all",
+       "all_to_all($self, output, input, output_counts=None, input_counts=None, *, "
+       "async_op=False, timeout_s=None, algorithm=None)\n"
+       "--\n\n"
+       "Piece j of input goes to rank j, whose piece i comes from rank i. Counts are rows; "
+       "without them all equal.",
+       {"output", "input", "output_counts", "input_counts", "async_op", "timeout_s", "algorithm"},
+       2,
+       4});
+  def_method<&PyGroup::barrier>(type, {"barrier",
+                                       "barrier($self, *, async_op=False, timeout_s=None)\n"
+                                       "--\n\n"
+                                       "Returns once every rank has entered it.",
+                                       {"async_op", "timeout_s"},
+                                       0,
+                                       0});
+  def_method<&PyGroup::send>(
+      type, {"send",
+             "send($self, x, dst, tag=0, *, async_op=False, timeout_s=None)\n"
+             "--\n\n"
+             "x goes to rank dst. Returns when x may be written again, which may be before it is "
+             "received.",
+             {"x", "dst", "tag", "async_op", "timeout_s"},
+             2,
+             3});
+  def_method<&PyGroup::recv>(
+      type,
+      {"recv",
+       "recv($self, x, src=None, tag=0, *, async_op=False, timeout_s=None)\n"
+       "--\n\n"
+       "x becomes the next message with this tag from rank src (None: from any). Returns the rank "
+       "that sent it, or with async_op a Work with .source. Raises InvalidArgument where the "
+       "message has another size.",
+       {"x", "src", "tag", "async_op", "timeout_s"},
+       1,
+       3});
 }
 
 Program program_of(const py::object& planned) {
@@ -687,18 +837,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            })
       .def("stats", &PyGroup::stats)
       .def("revoke", &PyGroup::revoke)
-      .def("close", &PyGroup::close);
-  def_positional<&PyGroup::all_reduce>(group, "all_reduce");
-  def_positional<&PyGroup::reduce>(group, "reduce");
-  def_positional<&PyGroup::broadcast>(group, "broadcast");
-  def_positional<&PyGroup::all_gather>(group, "all_gather");
-  def_positional<&PyGroup::reduce_scatter>(group, "reduce_scatter");
-  def_positional<&PyGroup::gather>(group, "gather");
-  def_positional<&PyGroup::scatter>(group, "scatter");
-  def_positional<&PyGroup::all_to_all>(group, "all_to_all");
-  def_positional<&PyGroup::barrier>(group, "barrier");
-  def_positional<&PyGroup::send>(group, "send");
-  def_positional<&PyGroup::recv>(group, "recv");
+      .def("close", &PyGroup::close)
+      .def(
+          "_closer",
+          [](const PyGroup& group) {
+            return py::cpp_function([group = group.group()] {
+              py::gil_scoped_release release;
+              group->engine().close();
+            });
+          },
+          "close() for whoever must not hold on to the group.");
+  def_collectives(group);
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
       .def(py::init([](const PyGroup& group, const py::object& make,

@@ -97,6 +97,11 @@ class Engine {
   virtual std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
                                      Clock::time_point deadline,
                                      std::shared_ptr<void> keep_alive) = 0;
+  // send() and recv() that block, driven by the caller; run_recv() returns who sent it.
+  virtual void run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                        Clock::time_point deadline) = 0;
+  virtual int run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                       Clock::time_point deadline) = 0;
   virtual Stats stats() const = 0;
   virtual uint64_t sequence() const = 0;  // collectives submitted so far; the next one's number
   virtual void revoke(

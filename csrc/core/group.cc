@@ -243,26 +243,38 @@ std::shared_ptr<Work> Group::start(const Call& call, std::shared_ptr<void> keep_
   return engine_->start(bind(call), std::move(keep_alive));
 }
 
+void Group::check_peer(const char* what, const char* towards, int peer, int least) const {
+  if (peer < least || peer >= size_ || peer == rank_)
+    throw Error(Code::invalid_argument,
+                std::string(what) + " in group '" + name_ + "': rank " + std::to_string(rank_) +
+                    " cannot " + (least < 0 ? "receive " : "send ") + towards + " rank " +
+                    std::to_string(peer) + " in a group of " + std::to_string(size_));
+}
+
 std::shared_ptr<Work> Group::send(const void* data, uint64_t nbytes, int peer, int64_t tag,
                                   std::optional<std::chrono::milliseconds> timeout,
                                   std::shared_ptr<void> keep_alive) {
-  if (peer < 0 || peer >= size_ || peer == rank_)
-    throw Error(Code::invalid_argument, "send in group '" + name_ + "': rank " +
-                                            std::to_string(rank_) + " cannot send to rank " +
-                                            std::to_string(peer) + " in a group of " +
-                                            std::to_string(size_));
+  check_peer("send", "to", peer, 0);
   return engine_->send(data, nbytes, peer, tag, deadline(timeout), std::move(keep_alive));
 }
 
 std::shared_ptr<Work> Group::recv(void* data, uint64_t nbytes, int peer, int64_t tag,
                                   std::optional<std::chrono::milliseconds> timeout,
                                   std::shared_ptr<void> keep_alive) {
-  if (peer < -1 || peer >= size_ || peer == rank_)
-    throw Error(Code::invalid_argument, "recv in group '" + name_ + "': rank " +
-                                            std::to_string(rank_) + " cannot receive from rank " +
-                                            std::to_string(peer) + " in a group of " +
-                                            std::to_string(size_));
+  check_peer("recv", "from", peer, -1);
   return engine_->recv(data, nbytes, peer, tag, deadline(timeout), std::move(keep_alive));
+}
+
+void Group::run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                     std::optional<std::chrono::milliseconds> timeout) {
+  check_peer("send", "to", peer, 0);
+  engine_->run_send(data, nbytes, peer, tag, deadline(timeout));
+}
+
+int Group::run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                    std::optional<std::chrono::milliseconds> timeout) {
+  check_peer("recv", "from", peer, -1);
+  return engine_->run_recv(data, nbytes, peer, tag, deadline(timeout));
 }
 
 }  // namespace pycomm

@@ -59,6 +59,10 @@ class Group {
 
   void run(const Call& call);
   std::shared_ptr<Work> start(const Call& call, std::shared_ptr<void> keep_alive);
+  void run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                std::optional<std::chrono::milliseconds> timeout);
+  int run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+               std::optional<std::chrono::milliseconds> timeout);
   std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
                              std::optional<std::chrono::milliseconds> timeout,
                              std::shared_ptr<void> keep_alive);
@@ -72,6 +76,7 @@ class Group {
   };
   Launch bind(const Call& call);
   void check(const Call& call) const;
+  void check_peer(const char* what, const char* towards, int peer, int least) const;
   const std::string& choose(const Call& call, uint64_t nbytes);
   const Program* program(Collective collective, const std::string& algorithm, int root);
   Clock::time_point deadline(std::optional<std::chrono::milliseconds> timeout) const;

@@ -222,6 +222,16 @@ void Endpoint::sleep(const std::vector<int>& sockets, std::chrono::milliseconds 
   sleeper(rank_).sleepers.fetch_sub(1, std::memory_order_relaxed);
 }
 
+bool Endpoint::shares_core(const std::vector<int>& ranks) {
+  const int core = ::sched_getcpu();
+  auto& mine = host_line(rank_).core;
+  // Relaxed: a hint; a stale one costs some microseconds.
+  if (mine.load(std::memory_order_relaxed) != core) mine.store(core, std::memory_order_relaxed);
+  return std::any_of(ranks.begin(), ranks.end(), [&](int rank) {
+    return rank != rank_ && host_line(rank).core.load(std::memory_order_relaxed) == core;
+  });
+}
+
 bool Endpoint::ended(int rank) const {
   const int index = local_index_[static_cast<size_t>(rank)];
   if (index < 0 || !processes_[static_cast<size_t>(index)]) return false;

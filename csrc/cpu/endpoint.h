@@ -67,6 +67,9 @@ class Endpoint {
   // Sleeps until rung, a socket is readable, a local rank ended, or the time is over. Ends
   // prepare_sleep().
   void sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit);
+  // Whether one of `ranks`, all of this host, last waited on the core that this thread is on: then
+  // it cannot answer while this one spins. Says where this one waits, too.
+  bool shares_core(const std::vector<int>& ranks);
   // Whether the process of a rank of this host has ended.
   bool ended(int rank) const;
 
@@ -79,6 +82,7 @@ class Endpoint {
   };
   struct HostLine {
     Sleeper sleeper;
+    alignas(64) std::atomic<int> core{-1};  // where the rank waited last; written when it moves
     PeerMemoryLine memory;
   };
   Endpoint() = default;

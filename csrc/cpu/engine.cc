@@ -22,7 +22,10 @@ constexpr auto kGrace = std::chrono::milliseconds(
     50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kRetire =
     std::chrono::milliseconds(1000);  // for a rank that is in the middle of a block of ours
-constexpr int kFirstSpins = 1000;     // some 20 us
+constexpr int kFirstSpins = 400;      // of a blocking call, with the lock held: some 20 us
+constexpr int kSpinsUnseen = 20;      // of those, before it asks whether a peer wants its core
+constexpr int kSpins = 200;           // of whoever waits on
+constexpr int kSpinsOnSharedCore = 2;
 constexpr auto kNap =
     std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
 
@@ -86,7 +89,6 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
     if (here) local_ranks_.push_back(rank);
   }
   one_host_ = local_ranks_.size() == ranks_.size();
-  first_spins_ = endpoint_->oversubscribed() ? 0 : kFirstSpins;
   for (auto& lane : channels_) lane.resize(ranks_.size());
 }
 
@@ -171,27 +173,36 @@ void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
   queue_.push_back(std::move(op));
 }
 
+// Blocks until `op`, just submitted, is done. Most small operations end within the first spins,
+// with one taking of the lock and no look at the clock.
+void CpuEngine::run_to_end(Op& op, std::unique_lock<std::mutex> lock) {
+  for (int spins = 0; !op.done() && spins < kFirstSpins; ++spins) {
+    if (drive()) continue;
+    if (spins == kSpinsUnseen && endpoint_->shares_core(local_ranks_)) break;
+    cpu_relax();
+  }
+  if (!op.done()) {
+    op.timed = true;
+    op.submitted = op.started = Clock::now();
+    if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
+      running_since_ = op.started;
+    lock.unlock();
+    wait_for(op, kForever);
+  } else {
+    lock.unlock();
+    run_callbacks();
+  }
+  if (!op.status.ok()) throw Error(op.status);
+}
+
 void CpuEngine::run(Launch launch) {
   const Path taken = path(launch);
   CollectiveOp op(std::move(launch), taken);
   op.timed = false;
-  {
-    std::lock_guard lock(mutex_);
-    submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(),
-                                         &op));  // on the stack: this call outlives it in the queue
-    // Most small collectives end here, with one taking of the lock and no look at the clock.
-    for (int left = first_spins_; !op.done() && left > 0; --left)
-      if (!drive()) cpu_relax();
-    if (!op.done()) {
-      op.timed = true;
-      op.submitted = op.started = Clock::now();
-      if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
-        running_since_ = op.started;
-    }
-  }
-  if (!op.done()) wait_for(op, kForever);
-  run_callbacks();
-  if (!op.status.ok()) throw Error(op.status);
+  std::unique_lock lock(mutex_);
+  submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(),
+                                       &op));  // on the stack: this call outlives it in the queue
+  run_to_end(op, std::move(lock));
 }
 
 std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep_alive) {
@@ -210,31 +221,49 @@ std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep
   return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
 }
 
+void CpuEngine::submit(std::shared_ptr<MessageOp> op) {
+  require_sound();
+  op->submitted = op->started = op->timed ? Clock::now() : coarse_now();
+  op->state.store(Op::running, std::memory_order_relaxed);
+  if (n_running_++ == 0) running_since_ = op->started;
+  op->is_send ? messages_.send(std::move(op)) : messages_.recv(std::move(op));
+}
+
 std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, uint64_t nbytes,
                                                 int peer, int64_t tag, Clock::time_point deadline,
                                                 std::shared_ptr<void> keep_alive) {
-  auto op = std::make_shared<MessageOp>();
-  op->is_send = is_send;
-  op->peer = peer;
-  op->tag = tag;
-  op->data = data;
-  op->nbytes = nbytes;
-  op->deadline = deadline;
+  auto op = std::make_shared<MessageOp>(is_send, peer, tag, data, nbytes, deadline);
   op->keep_alive = std::move(keep_alive);
   op->background = true;
   {
     std::lock_guard lock(mutex_);
-    require_sound();
-    op->submitted = op->started = Clock::now();
-    op->state.store(Op::running, std::memory_order_relaxed);
-    if (n_running_++ == 0) running_since_ = op->started;
+    submit(op);
     background_.fetch_add(1, std::memory_order_relaxed);
-    is_send ? messages_.send(op) : messages_.recv(op);
     drive();
   }
   run_callbacks();
   if (!op->done()) endpoint_->progress().add(shared_from_this());
   return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
+}
+
+int CpuEngine::run_message(MessageOp& op) {
+  op.timed = false;
+  std::unique_lock lock(mutex_);
+  submit(std::shared_ptr<MessageOp>(std::shared_ptr<void>(), &op));  // on the stack, as in run()
+  run_to_end(op, std::move(lock));
+  return op.source;
+}
+
+void CpuEngine::run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                         Clock::time_point deadline) {
+  MessageOp op(true, peer, tag, static_cast<std::byte*>(const_cast<void*>(data)), nbytes, deadline);
+  run_message(op);
+}
+
+int CpuEngine::run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                        Clock::time_point deadline) {
+  MessageOp op(false, peer, tag, static_cast<std::byte*>(data), nbytes, deadline);
+  return run_message(op);
 }
 
 std::shared_ptr<Work> CpuEngine::send(const void* data, uint64_t nbytes, int peer, int64_t tag,
@@ -376,9 +405,8 @@ void CpuEngine::run_callbacks() {
 void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
   // Where ranks outnumber cores, yielding is what lets the others answer: stay with it longer.
-  Waiter waiter(endpoint_->oversubscribed(), endpoint_->oversubscribed()
-                                                 ? std::chrono::microseconds(1000)
-                                                 : std::chrono::microseconds(150));
+  Waiter waiter(endpoint_->shares_core(local_ranks_) ? kSpinsOnSharedCore : kSpins,
+                std::chrono::microseconds(endpoint_->oversubscribed() ? 1000 : 150));
   waiters_.fetch_add(1, std::memory_order_relaxed);
   const auto round = [&](bool slow) {
     std::unique_lock lock(mutex_, std::try_to_lock);

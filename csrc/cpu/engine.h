@@ -43,6 +43,10 @@ class CpuEngine final : public Engine,
                              Clock::time_point deadline, std::shared_ptr<void> keep_alive) override;
   std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
                              Clock::time_point deadline, std::shared_ptr<void> keep_alive) override;
+  void run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                Clock::time_point deadline) override;
+  int run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+               Clock::time_point deadline) override;
   Stats stats() const override;
   uint64_t sequence() const override;
   void revoke(const Status& why) override;
@@ -61,6 +65,9 @@ class CpuEngine final : public Engine,
   CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name,
             std::vector<int> ranks);
   void submit(std::shared_ptr<CollectiveOp> op);
+  void submit(std::shared_ptr<MessageOp> op);
+  int run_message(MessageOp& op);
+  void run_to_end(Op& op, std::unique_lock<std::mutex> lock);
   std::shared_ptr<Work> submit_message(bool is_send, std::byte* data, uint64_t nbytes, int peer,
                                        int64_t tag, Clock::time_point deadline,
                                        std::shared_ptr<void> keep_alive);
@@ -96,8 +103,7 @@ class CpuEngine final : public Engine,
   std::vector<int> local_index_;  // by group rank: index in the segment, -1 on other hosts
   std::vector<int> local_ranks_;  // by index in the segment: endpoint rank
   bool one_host_ = true;
-  int first_spins_ = 0;  // of a blocking call before it lets the lock go
-  uint64_t id_ = 0;      // tells this group's connections from others'
+  uint64_t id_ = 0;  // tells this group's connections from others'
   Segment segment_;
   Board board_;
   Reach reach_;

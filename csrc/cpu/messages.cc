@@ -11,6 +11,7 @@ constexpr uint64_t kMagic = 0x70636f6d6d6d7367ull;
 constexpr uint64_t kSegmentBytes = 64 * 1024;
 constexpr uint64_t kLocalSegmentBytes = 16 * 1024;  // one is read while the next is written
 constexpr uint64_t kEagerBytes = 16 * 1024;  // larger ones wait for their receive where they can
+constexpr uint64_t kTogether = 464;          // with its header, eight lines
 constexpr uint64_t kBudget = 2 << 20;        // bytes moved before the engine's lock is let go
 }  // namespace
 
@@ -131,6 +132,16 @@ bool Messages::advance_send(int peer, Peer& state) {
         state.out.address = reinterpret_cast<uint64_t>(op->data);
         state.out.slot = offer->slot;
       }
+    }
+    if (state.out_bytes == 0 && !offers && op->moved == 0 && op->nbytes <= kTogether) {
+      std::byte both[sizeof(Header) + kTogether];  // so that the peer sees it all at once
+      std::memcpy(both, &state.out, sizeof(Header));
+      if (op->nbytes > 0) std::memcpy(both + sizeof(Header), op->data, op->nbytes);
+      const size_t n = channel.write(both, sizeof(Header) + op->nbytes);
+      state.out_bytes = std::min(n, sizeof(Header));
+      op->moved = n - state.out_bytes;
+      moved |= n > 0;
+      if (state.out_bytes < sizeof(Header)) break;
     }
     if (state.out_bytes < sizeof(Header)) {
       const size_t n =

@@ -36,11 +36,16 @@ struct CollectiveOp : Op {
 };
 
 struct MessageOp : Op {
-  bool is_send = false;
-  int peer = -1;  // -1: from any rank, until matched
-  int64_t tag = 0;
-  std::byte* data = nullptr;
-  uint64_t nbytes = 0;
+  MessageOp(bool is_send, int peer, int64_t tag, std::byte* data, uint64_t nbytes,
+            Clock::time_point due)
+      : is_send(is_send), peer(peer), tag(tag), data(data), nbytes(nbytes) {
+    deadline = due;
+  }
+  const bool is_send;
+  const int peer;  // -1: from any rank
+  const int64_t tag;
+  std::byte* const data;
+  const uint64_t nbytes;
   uint64_t moved = 0;
 };
 

@@ -50,7 +50,7 @@ void ProgressThread::remove(Driven* driven) {
 void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
   // Behind a computing caller the thread takes little of its core: it goes to sleep after 50 us of
   // nothing.
-  Waiter waiter(true, std::chrono::microseconds(50));
+  Waiter waiter(8, std::chrono::microseconds(50));
   std::vector<std::shared_ptr<Driven>> round;
   std::vector<int> sockets;
   std::unique_lock lock(state->mutex);

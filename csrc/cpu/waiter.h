@@ -1,9 +1,9 @@
 // Waiter: how a thread that can do nothing waits. Spin while a peer on another core may answer
-// within microseconds, then yield the core, then sleep until rung. Where ranks outnumber cores
-// spinning only keeps the answer from being computed: yield at once. Waking a sleeper on another
-// core costs some 80 us, sched_yield 2 us, a spinning flag 0.2 us. So a waiter stays awake for
-// about the price of a wake-up: it never waits much longer than the best choice would have, and a
-// core that another program wants, maybe our own peer, is free again soon (Karlin et al.,
+// within microseconds, then yield the core, then sleep until rung. Where a peer waits for the same
+// core spinning only keeps the answer from being computed: yield at once. Waking a sleeper on
+// another core costs some 80 us, sched_yield 2 us, a spinning flag 0.2 us. So a waiter stays awake
+// for about the price of a wake-up: it never waits much longer than the best choice would have, and
+// a core that another program wants, maybe our own peer, is free again soon (Karlin et al.,
 // "Competitive randomized algorithms for nonuniform problems", SODA 1990).
 #pragma once
 
@@ -43,8 +43,7 @@ class Waiter {
     sleep
   };  // try again; take the slow look at deadlines and peers first; go to sleep
 
-  explicit Waiter(bool oversubscribed, std::chrono::microseconds awake)
-      : spins_(oversubscribed ? 8 : 200), awake_(awake) {}
+  Waiter(int spins, std::chrono::microseconds awake) : spins_(spins), awake_(awake) {}
 
   void moved() { count_ = 0; }
   Next idle() {

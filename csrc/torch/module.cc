@@ -320,29 +320,41 @@ class PyGroup {
   py::object send(const py::object& x, int dst, int64_t tag, bool async_op,
                   std::optional<double> timeout_s) {
     const View data = view("send", x, false);
-    std::shared_ptr<void> keep = async_op ? held(x) : nullptr;
+    if (!async_op) {
+      py::gil_scoped_release release;
+      group_->run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
+      return py::none();
+    }
+    std::shared_ptr<void> keep = held(x);
     std::shared_ptr<Work> work;
     {
       py::gil_scoped_release release;
       work = group_->send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s), std::move(keep));
-      if (!async_op) work->wait(Milliseconds(std::chrono::hours(24 * 365)));
     }
-    return async_op ? py::cast(PyWork(std::move(work))) : py::none();
+    return py::cast(PyWork(std::move(work)));
   }
   py::object recv(const py::object& x, std::optional<int> src, int64_t tag, bool async_op,
                   std::optional<double> timeout_s) {
     const View data = view("recv", x, true);
     if (src && *src < 0)
       refuse("recv", "src is " + std::to_string(*src) + "; give a rank, or None for any");
-    std::shared_ptr<void> keep = async_op ? held(x) : nullptr;
+    if (!async_op) {
+      int source = -1;
+      {
+        py::gil_scoped_release release;
+        source =
+            group_->run_recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s));
+      }
+      return py::int_(source);
+    }
+    std::shared_ptr<void> keep = held(x);
     std::shared_ptr<Work> work;
     {
       py::gil_scoped_release release;
       work = group_->recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s),
                           std::move(keep));
-      if (!async_op) work->wait(Milliseconds(std::chrono::hours(24 * 365)));
     }
-    return async_op ? py::cast(PyWork(work)) : py::cast(work->source());
+    return py::cast(PyWork(work));
   }
   Stats stats() const {
     py::gil_scoped_release release;

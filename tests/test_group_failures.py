@@ -277,27 +277,29 @@ def check_deadlines(group):
     assert (inner.all_reduce(np.ones(2)) == n).all()
     inner.close()
 
-    # A large send that nobody takes. Inside a host it waits aside, and ends alone. Over TCP what comes behind it waits
-    # too; it was cut in the middle, and takes the group along.
-    inner = group.new_group(range(n))
-    inner.barrier()
-    aside = len(set(inner.host_ids)) == 1
-    if me == 0:
-        stuck = inner.send(np.zeros(2_000_000), 1, async_op=True, timeout_s=1.5)
-        with nullcontext() if aside else raises_soon(PeerTimeout, "send to rank 1 .*waited 0.2", 1.2):
-            inner.send(np.full(1, 3.0), 1, timeout_s=0.2)
-        with raises_soon(PeerTimeout, "send to rank 1", 4):
-            stuck.wait()
-    group.barrier()
-    if aside and me == 0:
-        inner.send(np.full(2_000_000, 4.0), 1)
-    elif aside and me == 1:  # the first of its tag was taken back
-        x, y = np.zeros(1), np.zeros(2_000_000)
-        inner.recv(x, 0)
-        inner.recv(y, 0)
-        assert x == 3 and (y == 4).all()
-    group.barrier()
-    inner.close()
+    # A large send that nobody takes. From the heap, inside a host, it waits aside and ends alone. Otherwise what comes
+    # behind it waits too; it was cut in the middle, and takes the group along.
+    for shared in (False, True):
+        inner = group.new_group(range(n))
+        inner.barrier()
+        aside = shared and len(set(inner.host_ids)) == 1
+        if me == 0:
+            big = inner.empty(2_000_000) if shared else torch.empty(2_000_000)
+            stuck = inner.send(big, 1, async_op=True, timeout_s=1.5)
+            with nullcontext() if aside else raises_soon(PeerTimeout, "send to rank 1 .*waited 0.2", 1.2):
+                inner.send(torch.full((1,), 3.0), 1, timeout_s=0.2)
+            with raises_soon(PeerTimeout, "send to rank 1", 4):
+                stuck.wait()
+        group.barrier()
+        if aside and me == 0:
+            inner.send(big.fill_(4), 1)
+        elif aside and me == 1:  # the first of its tag was taken back
+            x, y = torch.zeros(1), torch.zeros(2_000_000)
+            inner.recv(x, 0)
+            inner.recv(y, 0)
+            assert x == 3 and (y == 4).all()
+        group.barrier()
+        inner.close()
 
 
 @pytest.mark.parametrize("hosts", ("aa", "ab"))

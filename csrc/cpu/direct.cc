@@ -71,8 +71,7 @@ void Direct::begin(const Launch& launch, const std::byte* input, const std::vect
   reduces_ = false;
   reduced_ = nullptr;
   piece_offset_ = piece_nbytes_ = piece_moved_ = 0;
-  streams_ = launch.input != launch.output &&
-             exceeds_cache(n * (launch.input_nbytes + launch.output_nbytes));
+  streams_ = exceeds_cache(n * (launch.input_nbytes + launch.output_nbytes));
   waits_for_.assign(static_cast<size_t>(n_), true);
   const auto pull = [&](int rank, uint64_t offset, uint64_t nbytes, std::byte* to) {
     if (nbytes > 0) copies_.push_back({rank, false, false, offset, nbytes, to, 0});

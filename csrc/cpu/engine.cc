@@ -183,7 +183,7 @@ void CpuEngine::run_to_end(Op& op, std::unique_lock<std::mutex> lock) {
   }
   if (!op.done()) {
     op.timed = true;
-    op.submitted = op.started = Clock::now();
+    op.started = Clock::now();
     if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
       running_since_ = op.started;
     lock.unlock();

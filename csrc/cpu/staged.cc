@@ -72,7 +72,8 @@ void Staged::begin(const Launch& launch, const std::byte* input, uint64_t larges
   if (sliced_) largest = ceil_div(largest, n);
   width_ = std::clamp(align(ceil_div(largest, kStepsAhead)), std::min(kLeastWidth, most), most);
   n_blocks_ = ceil_div(largest, width_);
-  streams_ = launch.input != launch.output &&
+  // Where the input lies at the output and was given a moment ago, that is in a cache.
+  streams_ = !(sliced_ && launch.input == launch.output) &&
              exceeds_cache(n * (launch.input_nbytes + launch.output_nbytes));
   const auto skip = [&](std::atomic<uint64_t> BoardEntry::* count) {
     (segment_.board(rank_).*count).store(base_ + n_blocks_, std::memory_order_release);

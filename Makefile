@@ -35,9 +35,9 @@ CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*)
 run: build
 	pycomm launch --hosts 2 --ranks-per-host 2 --output rank0 -- python -m training run default
 
-# Ranks take turns with Gloo's on the same machine; several minutes, best with nothing else running.
+# pycomm, Gloo, MPI and oneCCL take turns; half an hour, best with nothing else running.
 benchmark: build
-	$(PY) benchmarks/against_gloo.py
+	$(PY) benchmarks/peers.py
 	$(PY) benchmarks/host_link_bytes.py
 	$(PY) benchmarks/readme.py
 

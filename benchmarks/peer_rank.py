@@ -162,7 +162,12 @@ class OneCcl:
     def __init__(self) -> None:
         self.lib = ctypes.CDLL(os.environ["PEER_SHIM"])
         for name in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
-            getattr(self.lib, f"peer_{name}").argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            getattr(self.lib, f"peer_{name}").argtypes = [
+                ctypes.c_void_p,
+                ctypes.c_void_p,
+                ctypes.c_size_t,
+                ctypes.c_int,
+            ]
         self.lib.peer_broadcast.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self.rank, self.size = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
         self.version = "oneCCL " + os.environ["PEER_VERSION"]
@@ -322,7 +327,12 @@ def serve(library: Any, control: Connection) -> None:
             for name in contenders:
                 if name == Torch.OWN or shared is None:
                     b = Buffers(
-                        collective, dtype, nbytes, library.rank, library.size, lambda k, d, who=name: library.empty(who, k, d)
+                        collective,
+                        dtype,
+                        nbytes,
+                        library.rank,
+                        library.size,
+                        lambda k, d, who=name: library.empty(who, k, d),
                     )
                     if name != Torch.OWN:
                         shared = b

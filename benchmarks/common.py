@@ -14,29 +14,37 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from netns import Network
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def run_ranks(
-    body: Callable[..., Any], n_ranks: int, *args: Any, hosts: Sequence[str] | None = None, timeout_s: float = 600
+    body: Callable[..., Any],
+    n_ranks: int,
+    *args: Any,
+    hosts: Sequence[str] | None = None,
+    network: Network | None = None,
+    timeout_s: float = 600,
 ) -> list[Any]:
-    """What body(store, rank, n_ranks, *args) returned in a process of its own, by rank. hosts: a label per rank.
+    """What body(store, rank, n_ranks, *args) returned in a process of its own, by rank. hosts: a label per rank; with a
+    network, each rank runs in its host's namespace.
 
     Raises RuntimeError with the traceback of the first rank that failed, or when a rank is not done in timeout_s."""
     context = multiprocessing.get_context("spawn")
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = _serve(network)
     ranks: list[tuple[Connection, BaseProcess]] = []
     try:
         for rank in range(n_ranks):
             ours, theirs = context.Pipe(duplex=False)
             host = None if hosts is None else hosts[rank]
             process = context.Process(
-                target=_rank_main, args=(theirs, body, server.port, rank, n_ranks, host, args), daemon=True
+                target=_rank_main, args=(theirs, body, server.port, rank, n_ranks, host, network, args), daemon=True
             )
             process.start()
             theirs.close()
@@ -59,6 +67,25 @@ def run_ranks(
             process.join()
 
 
+def _serve(network: Network | None) -> dist.TCPStore:
+    """The ranks' store; with a network, on its host a: the threads that serve it are of the thread that made it."""
+    made: list[dist.TCPStore] = []
+
+    def serve() -> None:
+        address = "127.0.0.1"
+        if network is not None:
+            network.enter("a")
+            address = network.store_address()
+        made.append(dist.TCPStore(address, 0, is_master=True, wait_for_workers=False))
+
+    thread = Thread(target=serve)
+    thread.start()
+    thread.join()
+    if not made:
+        raise RuntimeError("the ranks' store could not be served; see above")
+    return made[0]
+
+
 def _rank_main(
     connection: Connection,
     body: Callable[..., Any],
@@ -66,13 +93,19 @@ def _rank_main(
     rank: int,
     n_ranks: int,
     host: str | None,
+    network: Network | None,
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     if host is not None:
         os.environ["PYCOMM_HOST_ID"] = host
     try:
-        connection.send((True, body(dist.TCPStore("127.0.0.1", port, is_master=False), rank, n_ranks, *args)))
+        address = "127.0.0.1"
+        if network is not None and host is not None:
+            network.enter(host)
+            address = network.store_address()
+            os.environ["PYCOMM_ADDRESS"] = ",".join(network.addresses(host))
+        connection.send((True, body(dist.TCPStore(address, port, is_master=False), rank, n_ranks, *args)))
     except BaseException:  # whatever it was, the parent reports it
         connection.send((False, traceback.format_exc()))
 

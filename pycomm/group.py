@@ -186,8 +186,8 @@ def _from_environment(name: str) -> str:
 
 
 def local_address() -> str:
-    """The address other hosts reach this one at: PYCOMM_ADDRESS, else the one that routes to MASTER_ADDR, else
-    loopback. Nothing is sent."""
+    """The addresses other hosts reach this one at, one per NIC (docs/tcp.md): PYCOMM_ADDRESS, else the one that routes
+    to MASTER_ADDR, else loopback. Nothing is sent."""
     if given := os.environ.get("PYCOMM_ADDRESS"):
         return given
     master = os.environ.get("MASTER_ADDR")

@@ -10,7 +10,7 @@ from plans import EVERY_PLANNER, plan, some_roots, topologies
 from replay import Deadlock, run
 
 from pycomm.errors import ScheduleError
-from pycomm.planners import PLANNERS
+from pycomm.planners import EXCHANGES, PLANNERS
 from pycomm.project import COPY, INPUT, OUTPUT, RECV, RECV_REDUCE, SCRATCH, SEND, STEP, project
 from pycomm.schedule import COLLECTIVES, Schedule, transfers
 from pycomm.topology import Topology
@@ -46,7 +46,7 @@ def execute(schedule, sizes, rng, dtype=np.int64, in_place=False, capacity=3):
                 for chunk in np.flatnonzero(end[rank])
             }
         )
-    run(all_programs(schedule), inputs, outputs, sizes, rng, capacity)
+    run(all_programs(schedule), inputs, outputs, sizes, rng, max(capacity, schedule.algorithm in EXCHANGES))
     return given_values, inputs, outputs
 
 
@@ -103,7 +103,7 @@ def test_all_reduce_of_floats_is_bit_identical_on_all_ranks_and_in_every_order(a
         values = contributions(schedule, sizes, rng, np.float32)
         inputs = [{chunk: array.copy() for chunk, array in chunks.items()} for chunks in values]
         outputs = [{chunk: np.zeros(4, np.float32) for chunk in range(schedule.n_chunks)} for _ in ids]
-        run(all_programs(schedule), inputs, outputs, sizes, np.random.default_rng(order), capacity=order)
+        run(all_programs(schedule), inputs, outputs, sizes, np.random.default_rng(order), capacity=order + 1)
         results += [np.concatenate([chunks[c] for c in range(schedule.n_chunks)]).tobytes() for chunks in outputs]
     assert len(set(results)) == 1
 

@@ -4,10 +4,13 @@
 // stream, after each message, so that the next one starts aligned for any element type.
 #pragma once
 
+#include <poll.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/status.h"
 
@@ -36,7 +39,9 @@ class Channel {
   }  // all that was written has left this rank's own buffers
   // Tells the peer that the group is broken, past anything half-written. Best effort; never throws.
   virtual void poison(const Status& why) = 0;
-  virtual int socket() const { return -1; }  // to sleep on, where there is one
+  virtual size_t segment_nbytes() const = 0;  // the most that one write() should be offered
+  // What to sleep on until it can go on, where that is a socket.
+  virtual void add_waits(std::vector<pollfd>&) const {}
   virtual bool joined() const {
     return true;
   }  // the peer has answered: from here on the link itself tells when it goes

@@ -39,15 +39,14 @@ std::string short_hash(const std::string& text) {
   return out.str();
 }
 
-Member describe_self(const EndpointOptions& options, int port) {
+Member describe_self(const EndpointOptions& options, const TcpListener& listener) {
   Member self;
   self.boot_id = boot_id();
   self.machine = self.boot_id + "/" + namespace_id("net");
   self.pid_namespace = namespace_id("pid");
   self.pid = ::getpid();
   self.probe = reinterpret_cast<uint64_t>(&PeerMemory::probe());
-  self.address = options.address;
-  self.port = port;
+  self.addresses = pack(listener.addresses());
   char name[256] = {};
   ::gethostname(name, sizeof(name) - 1);
   self.host = options.host_id.empty() ? std::string(name) + "-" + short_hash(self.machine)
@@ -63,27 +62,24 @@ std::string pack(const Member& member) {
       << member.pid_namespace << '\n'
       << member.pid << '\n'
       << member.probe << '\n'
-      << member.address << '\n'
-      << member.port << '\n';
+      << member.addresses << '\n';
   return out.str();
 }
 
 Member unpack(const std::string& text) {
   Member member;
   std::istringstream in(text);
-  std::string pid, probe, port;
+  std::string pid, probe;
   std::getline(in, member.host);
   std::getline(in, member.machine);
   std::getline(in, member.boot_id);
   std::getline(in, member.pid_namespace);
   std::getline(in, pid);
   std::getline(in, probe);
-  std::getline(in, member.address);
-  if (!std::getline(in, port))
+  if (!std::getline(in, member.addresses))
     throw Error(Code::internal, "a rank published a member entry that cannot be read");
   member.pid = std::stoi(pid);
   member.probe = std::stoull(probe);
-  member.port = std::stoi(port);
   return member;
 }
 
@@ -106,8 +102,7 @@ std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size,
     const uint64_t words[2] = {random_u64(), random_u64()};
     store.set("secret", std::string(reinterpret_cast<const char*>(words), sizeof(words)));
   }
-  store.set("member/" + std::to_string(rank),
-            pack(describe_self(options, self->listener_->port())));
+  store.set("member/" + std::to_string(rank), pack(describe_self(options, *self->listener_)));
   std::vector<std::string> keys{"secret"};
   for (int i = 0; i < size; ++i) keys.push_back("member/" + std::to_string(i));
   const auto values = store.get_all(keys, options.timeout);
@@ -208,11 +203,11 @@ void Endpoint::prepare_sleep() {
   full_fence();  // what the caller re-checks next is newer than this
 }
 
-void Endpoint::sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit) {
+void Endpoint::sleep(const std::vector<pollfd>& sockets, std::chrono::milliseconds limit) {
   const int index = local_index_[static_cast<size_t>(rank_)];
   if (limit.count() > 0) {
     std::vector<pollfd> entries{{doorbells_[static_cast<size_t>(index)].get(), POLLIN, 0}};
-    for (const int socket : sockets) entries.push_back({socket, POLLIN, 0});
+    entries.insert(entries.end(), sockets.begin(), sockets.end());
     ::poll(entries.data(), entries.size(), static_cast<int>(limit.count()));
     uint64_t rings = 0;
     if ((entries[0].revents & POLLIN) != 0) {

@@ -3,6 +3,8 @@
 // sub-groups share it. Thread safety: all members.
 #pragma once
 
+#include <poll.h>
+
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -24,14 +26,13 @@ struct Member {
   std::string boot_id;  // ranks with the same one share cores
   std::string pid_namespace;
   int pid = 0;
-  uint64_t probe = 0;  // where its PeerMemory::probe() lies
-  std::string address;
-  int port = 0;
+  uint64_t probe = 0;     // where its PeerMemory::probe() lies
+  std::string addresses;  // where its TcpListener listens, packed
 };
 
 struct EndpointOptions {
   std::string host_id;  // label of an emulated host; empty: the machine and its network namespace
-  std::string address = "127.0.0.1";
+  std::string address = "127.0.0.1";  // of this host, one per NIC; see TcpListener
   std::chrono::milliseconds timeout{30000};
 };
 
@@ -64,9 +65,9 @@ class Endpoint {
   // Announces that this rank is about to sleep; what is published after it is followed by ring().
   // Re-check, then sleep().
   void prepare_sleep();
-  // Sleeps until rung, a socket is readable, a local rank ended, or the time is over. Ends
+  // Sleeps until rung, a socket is ready, a local rank ended, or the time is over. Ends
   // prepare_sleep().
-  void sleep(const std::vector<int>& sockets, std::chrono::milliseconds limit);
+  void sleep(const std::vector<pollfd>& sockets, std::chrono::milliseconds limit);
   // Whether one of `ranks`, all of this host, last waited on the core that this thread is on: then
   // it cannot answer while this one spins. Says where this one waits, too.
   bool shares_core(const std::vector<int>& ranks);

@@ -13,6 +13,7 @@ namespace {
 
 constexpr auto kForever = std::chrono::milliseconds(std::chrono::hours(24 * 365));
 constexpr uint64_t kTileBytes = 128 * 1024;
+constexpr uint64_t kSizeableBytes = 1024 * 1024;
 constexpr auto kAskStore = std::chrono::milliseconds(250);
 constexpr auto kStorePatience =
     std::chrono::milliseconds(200);  // for the store's answer, where it matters
@@ -26,6 +27,7 @@ constexpr int kFirstSpins = 400;      // of a blocking call, with the lock held:
 constexpr int kSpinsUnseen = 20;      // of those, before it asks whether a peer wants its core
 constexpr int kSpins = 200;           // of whoever waits on
 constexpr int kSpinsOnSharedCore = 2;
+constexpr int kSpinsBetweenHosts = 8;  // each a look at sockets, which costs what yielding does
 constexpr auto kNap =
     std::chrono::milliseconds(5);  // the longest sleep between two looks at deadlines and peers
 
@@ -147,7 +149,8 @@ Channel& CpuEngine::channel(int peer, Lane lane) {
   } else {
     const Member& member = endpoint_->member(to);
     slot = std::make_unique<TcpChannel>(
-        TcpPeer{id_, rank_, peer, member.host, member.address, member.port, lane}, *endpoint_);
+        TcpPeer{id_, rank_, peer, member.host, unpack_addresses(member.addresses), lane},
+        *endpoint_);
   }
   return *slot;
 }
@@ -168,6 +171,7 @@ void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
   }
   op->submitted = op->timed ? Clock::now() : coarse_now();
   op->deadline = op->launch.deadline;
+  op->sizeable = std::max(op->launch.input_nbytes, op->launch.output_nbytes) >= kSizeableBytes;
   next_deadline_ = std::min(next_deadline_, op->deadline);
   op->launch.fingerprint.sequence = sequence_++;
   queue_.push_back(std::move(op));
@@ -176,7 +180,8 @@ void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
 // Blocks until `op`, just submitted, is done. Most small operations end within the first spins,
 // with one taking of the lock and no look at the clock.
 void CpuEngine::run_to_end(Op& op, std::unique_lock<std::mutex> lock) {
-  for (int spins = 0; !op.done() && spins < kFirstSpins; ++spins) {
+  const int first_spins = one_host_ ? kFirstSpins : kSpinsBetweenHosts;
+  for (int spins = 0; !op.done() && spins < first_spins; ++spins) {
     if (drive()) continue;
     if (spins == kSpinsUnseen && endpoint_->shares_core(local_ranks_)) break;
     cpu_relax();
@@ -223,6 +228,7 @@ std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep
 
 void CpuEngine::submit(std::shared_ptr<MessageOp> op) {
   require_sound();
+  op->sizeable = op->nbytes >= kSizeableBytes;
   op->submitted = op->started = op->timed ? Clock::now() : coarse_now();
   op->state.store(Op::running, std::memory_order_relaxed);
   if (n_running_++ == 0) running_since_ = op->started;
@@ -405,8 +411,12 @@ void CpuEngine::run_callbacks() {
 void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
   // Where ranks outnumber cores, yielding is what lets the others answer: stay with it longer.
-  Waiter waiter(endpoint_->shares_core(local_ranks_) ? kSpinsOnSharedCore : kSpins,
-                std::chrono::microseconds(endpoint_->oversubscribed() ? 1000 : 150));
+  // While much is on its way between hosts the system needs the core to receive it.
+  const int spins = !one_host_                             ? kSpinsBetweenHosts
+                    : endpoint_->shares_core(local_ranks_) ? kSpinsOnSharedCore
+                                                           : kSpins;
+  const int awake_us = !one_host_ && op.sizeable ? 20 : endpoint_->oversubscribed() ? 1000 : 150;
+  Waiter waiter(spins, std::chrono::microseconds(awake_us));
   waiters_.fetch_add(1, std::memory_order_relaxed);
   const auto round = [&](bool slow) {
     std::unique_lock lock(mutex_, std::try_to_lock);
@@ -432,8 +442,8 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
       case Waiter::Next::sleep: {
         endpoint_->prepare_sleep();
         const bool moved = round(true);
-        std::vector<int> sockets;
-        if (!moved) add_sockets(sockets);
+        std::vector<pollfd> sockets;
+        if (!moved) add_waits(sockets);
         endpoint_->sleep(sockets, moved || op.done() ? std::chrono::milliseconds(0) : kNap);
         late = Clock::now() >= until;
         break;
@@ -476,12 +486,14 @@ void CpuEngine::check_background() {
   run_callbacks();
 }
 
-void CpuEngine::add_sockets(std::vector<int>& sockets) {
+void CpuEngine::add_waits(std::vector<pollfd>& sockets) {
   if (one_host_) return;
   std::lock_guard lock(mutex_);
-  for (const auto& lane : channels_)
-    for (const auto& channel : lane)
-      if (channel && channel->socket() >= 0) sockets.push_back(channel->socket());
+  // What comes for an operation that is not under way would only keep a sleeper awake.
+  const bool used[kLanes] = {!queue_.empty(), !messages_.idle()};
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (const auto& channel : channels_[lane])
+      if (channel && used[lane]) channel->add_waits(sockets);
 }
 
 // ---- failure ----
@@ -548,9 +560,8 @@ void CpuEngine::ask_about_remote_peers(bool last) {
   store_word_.look(keys, last ? kStorePatience : std::chrono::milliseconds(0));
   if (const Status why = word_from_store({}); !why.ok()) throw Error(why);
   for (const auto& [peer, lane] : needed) {
-    if (channel(peer, lane).joined()) continue;
     channel(peer, lane).probe();
-    if (!store_word_.found(left(peer))) continue;
+    if (channel(peer, lane).joined() || !store_word_.found(left(peer))) continue;
     throw Error(Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " +
                                      std::to_string(peer) + " (" + channel(peer, lane).describe() +
                                      "), which closed the group. See that rank's output for why; "

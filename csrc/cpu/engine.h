@@ -59,7 +59,7 @@ class CpuEngine final : public Engine,
   bool drive_background() override;
   bool has_background() override;
   void check_background() override;
-  void add_sockets(std::vector<int>& sockets) override;
+  void add_waits(std::vector<pollfd>& sockets) override;
 
  private:
   CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name,

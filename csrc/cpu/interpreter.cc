@@ -7,9 +7,10 @@
 
 namespace pycomm::cpu {
 namespace {
-// What moves between two looks at other links. Small enough to stay in the second-level cache
-// between a peer's write and our reduction, large enough that the flags do not show.
+// What is received between two looks at other links. Small enough to stay in the second-level cache
+// between its arrival and our reduction.
 constexpr uint64_t kSegmentBytes = 64 * 1024;
+constexpr uint64_t kCopyBytes = 256 * 1024;
 constexpr uint64_t kAlign = 64;
 }  // namespace
 
@@ -93,12 +94,13 @@ bool Interpreter::advance_copies(const Launch& launch) {
     const uint64_t nbytes = nbytes_of(launch, step);
     uint64_t& done = done_[static_cast<size_t>(index)];
     if (done == nbytes) continue;
-    const uint64_t limit = allowed(program, step, nbytes);
-    if (limit < nbytes) continue;
+    // A piece at a time: links stay busy meanwhile.
+    const uint64_t n = std::min(allowed(program, step, nbytes) - done, kCopyBytes);
+    if (n == 0) continue;
     const std::byte* from = source(launch, step);
     std::byte* to = destination(launch, step);
-    if (from != to) std::memmove(to, from, nbytes);
-    done = nbytes;
+    if (from != to) std::memmove(to + done, from + done, n);
+    done += n;
     moved = true;
   }
   copies_left_ = static_cast<size_t>(
@@ -128,7 +130,8 @@ bool Interpreter::advance_send(const Launch& launch, Link& link) {
       const uint64_t limit = allowed(program, step, nbytes);
       if (limit <= done) break;
       const size_t n =
-          link.channel->write(source(launch, step) + done, std::min(limit - done, kSegmentBytes));
+          link.channel->write(source(launch, step) + done,
+                              std::min<uint64_t>(limit - done, link.channel->segment_nbytes()));
       if (n == 0) break;
       done += n;
       moved = true;
@@ -173,8 +176,13 @@ bool Interpreter::advance_recv(const Launch& launch, Link& link) {
         const auto here = link.channel->readable(element);
         n = std::min<size_t>(here.size(), limit) / element * element;
         if (n > 0) {
-          reduce(destination(launch, step) + done, source(launch, step) + done, here.data(),
-                 n / element, launch.dtype, launch.op);
+          // The lower rank's value first: where two ranks combine the same values, in either's
+          // memory, they get the same bits (zeros of two signs, NaNs).
+          const std::byte* first = source(launch, step) + done;
+          const std::byte* second = here.data();
+          if (step.peer < program.rank) std::swap(first, second);
+          reduce(destination(launch, step) + done, first, second, n / element, launch.dtype,
+                 launch.op);
           link.channel->consume(n);
         }
       }
@@ -209,12 +217,17 @@ bool Interpreter::advance(const Launch& launch, bool* moved) {
 }
 
 bool Interpreter::advance_tile(const Launch& launch, bool* moved) {
-  bool any = advance_copies(launch);
+  bool any = false;
   bool finished = true;
   for (Link& link : links_) {
-    any |= advance_send(launch, link);
-    any |= advance_recv(launch, link);
-    any |= advance_send(launch, link);  // what just arrived may go on at once
+    if (advance_send(launch, link)) {
+      any = true;
+      link.channel->flush();  // before a look at what came: the peer waits for this
+    }
+    if (advance_recv(launch, link)) {
+      any = true;
+      advance_send(launch, link);  // what just arrived may go on at once
+    }
     link.channel->flush();
     finished = finished && link.done();
   }

@@ -159,8 +159,10 @@ bool Messages::advance_send(int peer, Peer& state) {
       continue;
     }
     if (op->moved < op->nbytes) {
-      const size_t n = channel.write(op->data + op->moved,
-                                     std::min(op->nbytes - op->moved, segment_bytes(state)));
+      const uint64_t segment =
+          state.rendezvous != nullptr ? kLocalSegmentBytes : channel.segment_nbytes();
+      const size_t n =
+          channel.write(op->data + op->moved, std::min(op->nbytes - op->moved, segment));
       op->moved += n;
       spent += n;
       moved |= n > 0;

@@ -20,6 +20,7 @@ struct Op {
   Clock::time_point ended;
   bool timed = true;        // by Clock, else by coarse_now(): right on average, not each time
   int source = -1;          // recv from any rank: who sent it
+  bool sizeable = false;    // takes much longer than waking up
   bool background = false;  // started without a caller who waits: the progress thread drives it
   std::shared_ptr<void> keep_alive;
   std::function<void()> callback;

@@ -52,7 +52,7 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
   // nothing.
   Waiter waiter(8, std::chrono::microseconds(50));
   std::vector<std::shared_ptr<Driven>> round;
-  std::vector<int> sockets;
+  std::vector<pollfd> sockets;
   std::unique_lock lock(state->mutex);
   for (;;) {
     const auto idle =
@@ -87,7 +87,7 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
         case Waiter::Next::sleep:
           endpoint->prepare_sleep();
           sockets.clear();
-          for (const auto& driven : round) driven->add_sockets(sockets);
+          for (const auto& driven : round) driven->add_waits(sockets);
           endpoint->sleep(sockets,
                           drive() ? std::chrono::milliseconds(0) : std::chrono::milliseconds(2));
           for (const auto& driven : round) driven->check_background();

@@ -2,6 +2,8 @@
 // by the first such operation, parked while there is none, so that an idle library costs nothing.
 #pragma once
 
+#include <poll.h>
+
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -20,7 +22,7 @@ class Driven {
                                         // blocking; true if anything moved
   virtual bool has_background() = 0;    // whether an operation is under way that nobody else drives
   virtual void check_background() = 0;  // the slow look: deadlines, lost peers, mismatches
-  virtual void add_sockets(std::vector<int>& sockets) = 0;
+  virtual void add_waits(std::vector<pollfd>& sockets) = 0;  // what to sleep on
 };
 
 class ProgressThread {

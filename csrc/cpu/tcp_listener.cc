@@ -1,10 +1,16 @@
 #include "cpu/tcp_listener.h"
 
+#include <ifaddrs.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <sstream>
 
 namespace pycomm::cpu {
 namespace {
@@ -32,7 +38,90 @@ Address parse(const std::string& address, int port) {
   return result;
 }
 
+SocketAddress unparse(const Address& address) {
+  char host[NI_MAXHOST] = {}, port[NI_MAXSERV] = {};
+  if (::getnameinfo(reinterpret_cast<const sockaddr*>(&address.storage), address.length, host,
+                    sizeof(host), port, sizeof(port), NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+    return {"an unknown address", 0};
+  return {host, std::atoi(port)};
+}
+
+// An interface's first address, IPv4 before IPv6; what is no interface's name, as it is.
+std::string resolve(const std::string& name) {
+  if (name.empty() || ::if_nametoindex(name.c_str()) == 0) return name;
+  ifaddrs* all = nullptr;
+  if (::getifaddrs(&all) != 0) throw_errno(Code::internal, "getifaddrs");
+  std::string found;
+  for (const int family : {AF_INET, AF_INET6})
+    for (const ifaddrs* at = all; at != nullptr && found.empty(); at = at->ifa_next) {
+      if (at->ifa_addr == nullptr || at->ifa_addr->sa_family != family || name != at->ifa_name)
+        continue;
+      Address address;
+      address.length = family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6);
+      std::memcpy(&address.storage, at->ifa_addr, address.length);
+      found = unparse(address).address;
+    }
+  ::freeifaddrs(all);
+  if (found.empty())
+    throw Error(Code::invalid_argument, "network interface " + name + " has no address");
+  return found;
+}
+
+UniqueFd listen_on(const std::string& address, SocketAddress* bound) {
+  Address at = parse(address, 0);
+  UniqueFd fd(::socket(at.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd)
+    throw_errno(errno == EAFNOSUPPORT ? Code::invalid_argument : Code::internal, "tcp socket");
+  if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&at.storage), at.length) != 0)
+    throw_errno(Code::invalid_argument,
+                "cannot listen on " + address + " (set PYCOMM_ADDRESS to an address of this host)");
+  if (::listen(fd.get(), 1024) != 0) throw_errno(Code::internal, "listen");
+  ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&at.storage), &at.length);
+  *bound = unparse(at);
+  return fd;
+}
+
+// A host that dies without a word shows after some 25 s, also where nothing is under way. Buffers
+// stay the system's: it grows them with the link's bandwidth-delay product (tcp_rmem, tcp_wmem),
+// which a size of our own would end. No TCP_USER_TIMEOUT: it ends connections to a peer that is
+// alive and does not read for a while; see TcpSocket::silent().
+void set_tcp_options(int socket) {
+  const auto set = [socket](int level, int option, int value) {
+    ::setsockopt(socket, level, option, &value, sizeof(value));
+  };
+  set(IPPROTO_TCP, TCP_NODELAY, 1);
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+  set(IPPROTO_TCP, TCP_KEEPIDLE, 10);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, 5);
+  set(IPPROTO_TCP, TCP_KEEPCNT, 3);
+}
+
 }  // namespace
+
+std::string SocketAddress::text() const {
+  const bool v6 = address.find(':') != std::string::npos;
+  return (v6 ? "[" + address + "]" : address) + ":" + std::to_string(port);
+}
+
+std::string pack(const std::vector<SocketAddress>& addresses) {
+  std::string text;
+  for (const SocketAddress& at : addresses)
+    text += (text.empty() ? "" : " ") + at.address + " " + std::to_string(at.port);
+  return text;
+}
+
+std::vector<SocketAddress> unpack_addresses(const std::string& text) {
+  std::vector<SocketAddress> addresses;
+  std::istringstream in(text);
+  bool whole = true;
+  for (SocketAddress at; whole && in >> at.address;) {
+    whole = (in >> at.port) && at.port > 0 && at.port < 65536;
+    addresses.push_back(at);
+  }
+  if (addresses.empty() || !whole)
+    throw Error(Code::internal, "a rank published addresses that cannot be read: " + text);
+  return addresses;
+}
 
 uint64_t random_u64() {
   uint64_t value = 0;
@@ -55,47 +144,74 @@ uint64_t welcome_mac(const Secret& secret, const Greeting& greeting) {
   return siphash(secret, text, sizeof(text));
 }
 
-void set_tcp_options(int socket) {
-  const int one = 1;
-  ::setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
-}
-
-UniqueFd tcp_connect(const std::string& address, int port) {
-  const Address to = parse(address, port);
+UniqueFd tcp_connect(const SocketAddress& peer, const std::string& from) {
+  const Address to = parse(peer.address, peer.port);
   UniqueFd socket(::socket(to.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   if (!socket)
     throw_errno(Code::internal, "tcp socket (is the limit on open files reached? see ulimit -n)");
   set_tcp_options(socket.get());
+  if (!from.empty()) {
+    const Address own = parse(from, 0);
+    const int one = 1;
+    ::setsockopt(socket.get(), IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one));
+    if (own.storage.ss_family == to.storage.ss_family &&
+        ::bind(socket.get(), reinterpret_cast<const sockaddr*>(&own.storage), own.length) != 0)
+      throw_errno(Code::peer_lost, "leaving by " + from);
+  }
   if (::connect(socket.get(), reinterpret_cast<const sockaddr*>(&to.storage), to.length) != 0 &&
       errno != EINPROGRESS)
-    throw_errno(Code::peer_lost, "connecting to " + address + ":" + std::to_string(port));
+    throw_errno(Code::peer_lost, "connecting to " + peer.text());
   return socket;
 }
 
-TcpListener::TcpListener(const std::string& address) {
-  Address at = parse(address, 0);
-  fd_ = UniqueFd(::socket(at.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  if (!fd_) throw_errno(Code::internal, "tcp socket");
-  if (::bind(fd_.get(), reinterpret_cast<sockaddr*>(&at.storage), at.length) != 0)
-    throw_errno(Code::invalid_argument,
-                "cannot listen on " + address + " (set PYCOMM_ADDRESS to an address of this host)");
-  if (::listen(fd_.get(), 1024) != 0) throw_errno(Code::internal, "listen");
-  ::getsockname(fd_.get(), reinterpret_cast<sockaddr*>(&at.storage), &at.length);
-  port_ =
-      ntohs(at.storage.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6&>(at.storage).sin6_port
-                                             : reinterpret_cast<sockaddr_in&>(at.storage).sin_port);
+SocketAddress own_address(int socket) {
+  Address at;
+  at.length = sizeof(at.storage);
+  ::getsockname(socket, reinterpret_cast<sockaddr*>(&at.storage), &at.length);
+  return unparse(at);
+}
+
+SocketAddress peer_address(int socket) {
+  Address at;
+  at.length = sizeof(at.storage);
+  ::getpeername(socket, reinterpret_cast<sockaddr*>(&at.storage), &at.length);
+  return unparse(at);
+}
+
+TcpListener::TcpListener(const std::string& addresses) {
+  std::istringstream in(addresses);
+  std::string refused;
+  for (std::string name; std::getline(in, name, ',');) {
+    try {
+      SocketAddress bound;
+      fds_.push_back(listen_on(resolve(name), &bound));
+      addresses_.push_back(bound);
+    } catch (const Error& error) {
+      if (error.code() != Code::invalid_argument) throw;
+      refused += (refused.empty() ? "" : "; ") + std::string(error.what());
+    }
+  }
+  if (fds_.empty())
+    throw Error(Code::invalid_argument,
+                refused.empty() ? "no address to listen on; set PYCOMM_ADDRESS" : refused);
+  if (!refused.empty()) warn_once(refused + "; goes on with " + addresses_[0].address);
+}
+
+void TcpListener::add_waits(std::vector<pollfd>& entries) const {
+  for (const UniqueFd& fd : fds_) entries.push_back({fd.get(), POLLIN, 0});
 }
 
 void TcpListener::accept_all() {
-  for (;;) {
-    UniqueFd socket(::accept4(fd_.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
-    if (!socket) return;
-    set_tcp_options(socket.get());
-    Pending pending;
-    pending.socket = std::move(socket);
-    pending.challenge.nonce = random_u64();
-    pending_.push_back(std::move(pending));
-  }
+  for (const UniqueFd& fd : fds_)
+    for (;;) {
+      UniqueFd socket(::accept4(fd.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+      if (!socket) break;
+      set_tcp_options(socket.get());
+      Pending pending;
+      pending.socket = std::move(socket);
+      pending.challenge.nonce = random_u64();
+      pending_.push_back(std::move(pending));
+    }
 }
 
 bool TcpListener::advance(Pending& pending) {
@@ -116,12 +232,21 @@ bool TcpListener::advance(Pending& pending) {
   const Greeting& greeting = pending.greeting;
   if (greeting.mac != greeting_mac(secret_, pending.challenge, greeting))
     return true;  // a stranger: dropped unanswered
+  if (greeting.path < 0 || greeting.path >= greeting.n_paths || greeting.n_paths > kMaxPaths)
+    return true;
   if (refused_.contains(greeting.group)) return true;
   const uint64_t welcome = welcome_mac(secret_, greeting);
   if (::send(fd, &welcome, sizeof(welcome), MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(welcome)))
     return true;
-  ready_[{greeting.group, greeting.from, greeting.to, greeting.lane}] = std::move(pending.socket);
+  ready_.insert_or_assign(
+      {greeting.group, greeting.from, greeting.to, greeting.lane, greeting.path},
+      Taken{greeting.path, greeting.n_paths, std::move(pending.socket)});
   return true;
+}
+
+void TcpListener::warn_once(const std::string& text) {
+  std::lock_guard lock(mutex_);
+  if (warned_.insert(text).second) std::fprintf(stderr, "pycomm: warning: %s\n", text.c_str());
 }
 
 void TcpListener::refuse(uint64_t group) {
@@ -130,15 +255,18 @@ void TcpListener::refuse(uint64_t group) {
   std::erase_if(ready_, [group](const auto& entry) { return std::get<0>(entry.first) == group; });
 }
 
-std::optional<UniqueFd> TcpListener::take(uint64_t group, int from, int to, int lane) {
+std::optional<TcpListener::Taken> TcpListener::take(uint64_t group, int from, int to, int lane) {
   std::lock_guard lock(mutex_);
   accept_all();
   std::erase_if(pending_, [this](Pending& pending) { return advance(pending); });
-  const auto found = ready_.find({group, from, to, lane});
-  if (found == ready_.end()) return std::nullopt;
-  UniqueFd socket = std::move(found->second);
+  const auto found = ready_.lower_bound({group, from, to, lane, 0});
+  if (found == ready_.end() ||
+      std::tie(std::get<0>(found->first), std::get<1>(found->first), std::get<2>(found->first),
+               std::get<3>(found->first)) != std::tie(group, from, to, lane))
+    return std::nullopt;
+  Taken taken = std::move(found->second);
   ready_.erase(found);
-  return socket;
+  return taken;
 }
 
 }  // namespace pycomm::cpu

@@ -9,7 +9,17 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
-from pycomm.planners import bruck, direct, halving_doubling, hierarchical, pairwise, ring, scatter_gather, tree
+from pycomm.planners import (
+    bruck,
+    direct,
+    doubling,
+    halving_doubling,
+    hierarchical,
+    pairwise,
+    ring,
+    scatter_gather,
+    tree,
+)
 from pycomm.schedule import Schedule
 from pycomm.topology import Topology
 
@@ -18,6 +28,10 @@ Planner = Callable[[Topology, int], Schedule]
 
 # On one host these are other planners under another name.
 TWO_LEVEL: Final = frozenset({"hierarchical", "hierarchical_tiled", "leader"})
+
+# Their ranks exchange whole chunks: each sends what it is about to overwrite, so that a channel must hold some bytes of
+# it, as all do. Others would run over channels that hold none.
+EXCHANGES: Final = frozenset({"doubling", "leader"})
 
 
 def _table(**planners: Planner) -> Mapping[str, Planner]:
@@ -28,6 +42,7 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
     {
         "all_reduce": _table(
             pairwise=pairwise.pairwise_all_reduce,
+            doubling=doubling.doubling_all_reduce,
             hierarchical=hierarchical.hierarchical_all_reduce,
             hierarchical_tiled=hierarchical.hierarchical_tiled_all_reduce,
             leader=hierarchical.leader_all_reduce,

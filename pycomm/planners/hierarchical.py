@@ -63,13 +63,12 @@ def hierarchical_all_gather(topology: Topology, root: int = 0) -> Schedule:
 
 
 def leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
-    """Leader-wise: reduce inside, halving_doubling all_reduce across the leaders, broadcast inside."""
-    n_hosts = len(topology.hosts)
+    """Leader-wise: reduce inside, doubling all_reduce across the leaders in rank order, broadcast inside."""
     hosts = _leaders(topology, root)
-    across = place(shapes.halving_gather(n_hosts), [ranks[0] for ranks in hosts], np.arange(n_hosts))
-    inside = _broadcast_inside(hosts, range(n_hosts))
-    rows = in_sequence(reverse(inside, reduce=True), reverse(across, reduce=True), across, inside)
-    return Schedule("all_reduce", "leader", topology.n_ranks, n_hosts, root, rows)
+    across = place(shapes.doubling_reduce(len(hosts)), sorted(ranks[0] for ranks in hosts), [[0]])
+    inside = _broadcast_inside(hosts, [0])
+    rows = in_sequence(reverse(inside, reduce=True), across, inside)
+    return Schedule("all_reduce", "leader", topology.n_ranks, 1, root, rows)
 
 
 def hierarchical_broadcast(topology: Topology, root: int = 0) -> Schedule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pycomm.schedule import Transfers, in_parallel, transfers
+from pycomm.schedule import Transfers, in_parallel, in_sequence, reverse, transfers
 
 
 def ring_gather(n: int) -> Transfers:
@@ -49,6 +49,16 @@ def halving_gather(n: int) -> Transfers:
 
     meet(0, list(range(n)), [np.array([rank]) for rank in range(n)])
     return in_parallel(parts)
+
+
+def doubling_reduce(n: int) -> Transfers:
+    """Partners exchange and combine chunk 0, whole, at distances 1, 2, 4, ..: log2 n rounds to all ranks' sum on every
+    rank. Ranks beyond a power of two give theirs to a partner first and get the sum last: two rounds more."""
+    power = 1 << (n.bit_length() - 1)
+    rank = np.arange(power)
+    rounds = [transfers(0, rank, rank ^ (1 << bit), 0, True) for bit in range(power.bit_length() - 1)]
+    fold = transfers(0, np.arange(power, n), np.arange(n - power), 0, True)
+    return in_sequence(fold, *rounds, reverse(fold, reduce=False))
 
 
 def chain_broadcast(n: int) -> Transfers:

@@ -40,7 +40,7 @@ struct Pair {
       } else {
         const cpu::Member& member = endpoints[rank]->member(peer);
         const cpu::TcpPeer address{
-            7, rank, peer, member.host, member.address, member.port, cpu::kMessageLane};
+            7, rank, peer, member.host, cpu::unpack_addresses(member.addresses), cpu::kMessageLane};
         ends[rank] = std::make_unique<cpu::TcpChannel>(address, *endpoints[rank]);
       }
     }
@@ -170,6 +170,7 @@ void check_both_ways(bool shared, uint64_t seed, int n_ranks) {
       return channel.flushed();
     }
     void poison(const Status& why) override { channel.poison(why); }
+    size_t segment_nbytes() const override { return channel.segment_nbytes(); }
     std::string describe() const override { return channel.describe(); }
   };
   std::vector<std::thread> threads;
@@ -331,18 +332,19 @@ TEST(a_rank_that_never_connects_and_ends_is_noticed) {
 
 TEST(a_stranger_without_the_secret_is_dropped) {
   Pair pair(false);
-  const cpu::Member& listener = pair.endpoints[1]->member(1);
+  const cpu::SocketAddress listener =
+      cpu::unpack_addresses(pair.endpoints[1]->member(1).addresses).front();
   std::vector<cpu::UniqueFd> strangers;
   for (const std::string& says :
        {std::string(), std::string("GET / HTTP/1.0\r\n\r\n"), std::string(5000, 'x')}) {
-    cpu::UniqueFd socket = cpu::tcp_connect(listener.address, listener.port);
+    cpu::UniqueFd socket = cpu::tcp_connect(listener);
     while (!says.empty() && ::write(socket.get(), says.data(), says.size()) < 0)
       std::this_thread::yield();
     strangers.push_back(std::move(socket));
   }
   // One who speaks the protocol, and claims to be rank 0, with another secret.
-  cpu::UniqueFd socket = cpu::tcp_connect(listener.address, listener.port);
-  cpu::Greeting greeting{7, 0, 1, cpu::kMessageLane, 0, 1, 0};
+  cpu::UniqueFd socket = cpu::tcp_connect(listener);
+  cpu::Greeting greeting{7, 0, 1, cpu::kMessageLane, 0, 1, 1, 0};
   Secret secret{};
   greeting.mac = cpu::greeting_mac(secret, cpu::Challenge{}, greeting);
   while (::write(socket.get(), &greeting, sizeof(greeting)) < 0) std::this_thread::yield();

@@ -67,6 +67,7 @@ class FaultyChannel final : public cpu::Channel {
   void flush() override { flushed_ = !refuses(); }
   bool flushed() const override { return flushed_; }
   void poison(const Status&) override {}
+  size_t segment_nbytes() const override { return kSmall; }
   std::string describe() const override { return "a faulty link"; }
 
  private:

@@ -1,0 +1,142 @@
+"""Two hosts emulated on one machine: network namespaces joined by veth pairs, each a NIC of its own rate. Needs root.
+
+Everything made is named after this process and removed when the context ends, also after an exception or SIGTERM; what
+a process that was killed left behind goes when the next Network is made. Nothing outside the namespaces is touched."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+HOSTS = ("a", "b")
+_PREFIX = "pycomm-links"
+_CLONE_NEWNET = 0x40000000
+_BURST = (
+    "96kb"  # one packet of 64 KiB as the kernel segments it, with its headers; more would be a gift to short transfers
+)
+_QUEUE = "20ms"
+
+
+class Unavailable(RuntimeError):
+    """Why no namespaces can be made here."""
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Unavailable(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def remove_leftovers() -> None:
+    """Removes namespaces of processes that are gone."""
+    for path in Path("/run/netns").glob(f"{_PREFIX}-*"):
+        match = re.fullmatch(rf"{_PREFIX}-(\d+)-\w+", path.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            _run("ip", "netns", "delete", path.name)
+
+
+class Network:
+    """Hosts a and b, joined by n_nics links and by one more that is never shaped, for the ranks' store."""
+
+    def __init__(self, n_nics: int = 1) -> None:
+        self.n_nics = n_nics
+        self.namespaces = {host: f"{_PREFIX}-{os.getpid()}-{host}" for host in HOSTS}
+
+    def addresses(self, host: str) -> list[str]:
+        return [f"10.77.{nic}.{1 + HOSTS.index(host)}" for nic in range(self.n_nics)]
+
+    def store_address(self) -> str:
+        return "10.77.255.1"
+
+    def shape(self, rate: str | None) -> None:
+        """Every NIC sends at most at this rate (tc's notation), counted as tc does: Ethernet frames. None: no limit."""
+        for nic in range(self.n_nics):
+            self.shape_nic(nic, rate)
+
+    def shape_nic(self, nic: int, rate: str | None) -> None:
+        for host in HOSTS:
+            with suppress(Unavailable):  # none stands yet
+                self._in(host, "tc", "qdisc", "delete", "dev", f"nic{nic}", "root")
+            if rate is not None:
+                limit = ("tbf", "rate", rate, "burst", _BURST, "latency", _QUEUE)
+                self._in(host, "tc", "qdisc", "add", "dev", f"nic{nic}", "root", *limit)
+
+    def cut(self, nic: int, host: str = "b") -> None:
+        """The NIC answers no more; its address stays."""
+        self._in(host, "ip", "link", "set", f"nic{nic}", "down")
+
+    def enter(self, host: str) -> None:
+        """From here on this thread, and threads it starts, are on that host."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = os.open(f"/run/netns/{self.namespaces[host]}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if libc.setns(fd, _CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"setns to {self.namespaces[host]}")
+        finally:
+            os.close(fd)
+
+    def _in(self, host: str, *command: str) -> None:
+        _run("ip", "netns", "exec", self.namespaces[host], *command)
+
+    def _make(self) -> None:
+        for host in HOSTS:
+            _run("ip", "netns", "add", self.namespaces[host])
+            self._in(host, "ip", "link", "set", "lo", "up")
+        a, b = (self.namespaces[host] for host in HOSTS)
+        for name, subnet in [*((f"nic{nic}", nic) for nic in range(self.n_nics)), ("store", 255)]:
+            _run("ip", "-n", a, "link", "add", name, "type", "veth", "peer", "name", name, "netns", b)
+            for host in HOSTS:
+                at = f"10.77.{subnet}.{1 + HOSTS.index(host)}/24"
+                self._in(host, "ip", "address", "add", at, "dev", name)
+                self._in(host, "ip", "link", "set", name, "up")
+
+    def _remove(self) -> None:
+        for namespace in self.namespaces.values():
+            with suppress(Unavailable):
+                _run("ip", "netns", "delete", namespace)
+
+
+def why_unavailable() -> str | None:
+    """Why Network cannot be made here; None where it can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root; run as root, or in a container with CAP_NET_ADMIN and CAP_SYS_ADMIN"
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        return f"{' and '.join(missing)} not found; install iproute2"
+    try:
+        with emulated_hosts() as network:
+            network.shape("1gbit")
+    except (Unavailable, OSError) as error:
+        return str(error)
+    return None
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def emulated_hosts(n_nics: int = 1) -> Iterator[Network]:
+    """A Network while the context lasts. In the main thread SIGTERM ends it as an exception does."""
+    network = Network(n_nics)
+    remove_leftovers()
+    try:
+        before = signal.signal(signal.SIGTERM, _end)
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        network._make()
+        yield network
+    finally:
+        network._remove()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-# make run | test | benchmark | lint | tsan | asan | build | clean. Each does its own set-up; a second run starts in seconds.
+# make run | test | torch-suite | benchmark | lint | tsan | asan | build | clean. Each does its own set-up; a second run starts in seconds.
 #
 #   PYTHON=python3.12 make test           the interpreter that .venv is made from
 #   TORCH_VERSION=2.12.0 make test        the torch in .venv (2.11 to 2.15)
@@ -29,7 +29,7 @@ INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
 
-.PHONY: run test benchmark lint format tsan asan build clean
+.PHONY: run test torch-suite benchmark lint format tsan asan build clean
 .DELETE_ON_ERROR:
 
 run: build
@@ -45,6 +45,10 @@ test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)
 	ctest --test-dir build/cc-plain$(PYCOMM_CUDA) --output-on-failure
 	$(PY) -m pytest -q tests
+
+# torch's own distributed tests at 2, 3 and 4 ranks, on Gloo and on pycomm; ten minutes. Writes docs/torch_suite.md.
+torch-suite: build
+	$(PY) tests/torch_suite.py
 
 lint: build
 	ruff check .

@@ -144,7 +144,11 @@ class Group:
 
 class Backend(C10dBackend):
     def __init__(
-        self, group: Group, make_group: Callable[[Store, list[int], str], Group], endpoint: Endpoint
+        self,
+        group: Group,
+        endpoint: Endpoint,
+        split: Callable[[Store, list[int], str], Group],
+        merge: Callable[[Store, int, int, str, float], Backend],
     ) -> None: ...
     @property
     def endpoint(self) -> Endpoint: ...

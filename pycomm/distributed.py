@@ -4,8 +4,7 @@ It is torch.distributed itself: every name, default and error is torch's, and so
 that imports torch.distributed (DDP, FSDP2, DTensor, checkpointing) meets the same ones. What differs:
 
 * a backend that is not named is "pycomm" for CPU tensors, and torch's own for an accelerator that pycomm lacks;
-* split_group works on CPU groups, where torch asks for an accelerator;
-* monitored_barrier works, which torch keeps for Gloo.
+* monitored_barrier and split_group work on CPU groups (from `import pycomm` on in torch.distributed as well).
 
 Subpackages (torch.distributed.fsdp, .tensor, .checkpoint, ...) are imported from torch as ever.
 """
@@ -13,7 +12,6 @@ Subpackages (torch.distributed.fsdp, .tensor, .checkpoint, ...) are imported fro
 from __future__ import annotations
 
 import functools
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -65,47 +63,3 @@ def init_device_mesh(*args: Any, **kwargs: Any) -> DeviceMesh:
     if not _torch.is_initialized():
         init_process_group()
     return _torch.device_mesh.init_device_mesh(*args, **kwargs)
-
-
-@functools.wraps(_torch.split_group)
-def split_group(
-    parent_pg: _torch.ProcessGroup | None = None,
-    split_ranks: list[list[int]] | None = None,
-    timeout: timedelta | None = None,
-    pg_options: Any | None = None,
-    group_desc: str | None = None,
-    backend: str | None = None,
-) -> _torch.ProcessGroup | None:
-    parent = parent_pg or _torch.group.WORLD
-    if parent is None or (parent.bound_device_id is not None and torch.accelerator.is_available()):
-        filtered = {} if backend is None else {"backend": backend}  # older torch has no such argument
-        return _torch.split_group(parent_pg, split_ranks, timeout, pg_options, group_desc, **filtered)
-    if not split_ranks or not all(split_ranks):
-        raise ValueError(f"split_ranks cannot be None or empty, nor hold an empty group, got {split_ranks}")
-    global_ranks = _torch.get_process_group_ranks(parent)
-    mine = None
-    for split in split_ranks:
-        part = _torch.new_group(
-            [global_ranks[rank] for rank in sorted(split)],
-            timeout,
-            backend,
-            pg_options,
-            # all ranks agree on the name of a group that all of them make; fewer can only derive one from their ranks
-            use_local_synchronization=parent is not _torch.group.WORLD,
-            group_desc=group_desc,
-        )
-        if parent.rank() in split:
-            mine = part
-    return mine
-
-
-@functools.wraps(_torch.monitored_barrier)
-def monitored_barrier(
-    group: _torch.ProcessGroup | None = None, timeout: timedelta | None = None, wait_all_ranks: bool = False
-) -> None:
-    chosen = group or _torch.group.WORLD
-    if not isinstance(chosen, _torch.ProcessGroup) or "pycomm" not in _torch.get_backend_config(chosen):
-        _torch.monitored_barrier(group, timeout, wait_all_ranks)  # torch's own, or its error
-        return
-    limit = timeout or _torch.default_pg_timeout
-    chosen.monitored_barrier(limit, wait_all_ranks=wait_all_ranks)  # type: ignore[attr-defined]  # torch's stubs lack it

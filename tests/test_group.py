@@ -186,6 +186,42 @@ def check_dtypes(group):
 
 
 @pytest.mark.parametrize("hosts", FEW_LAYOUTS)
+def test_float8_is_summed_in_float32_and_rounded_once(hosts):
+    run(check_float8, hosts)
+
+
+def check_float8(group):
+    n, me = group.size, group.rank
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for numel in (1, 1001, 20_011):
+            # Multiples of 1/4 up to 4: exact in fp8 and in any order of fp32 sums. Of fp8 sums they would not be.
+            wide = [(torch.arange(numel * n) * (r + 3) % 17 / 4) for r in range(n)]
+            wide = [x.to(dtype).float() for x in wide]
+            total = torch.stack(wide).sum(0)
+            for op, right in (
+                ("sum", total),
+                ("avg", total / n),
+                ("max", torch.stack(wide).amax(0)),
+                ("product", torch.stack(wide).prod(0)),
+            ):
+                x = wide[me].to(dtype)
+                group.all_reduce(x, op)
+                assert torch.equal(x.float(), right.to(dtype).float()), (dtype, numel, op)
+            piece = torch.empty(numel, dtype=dtype)
+            work = group.reduce_scatter(piece, wide[me].to(dtype), async_op=True)
+            x = wide[me].to(dtype)
+            group.reduce(x, n - 1)
+            work.wait()
+            assert torch.equal(piece.float(), total.to(dtype).float().view(n, numel)[me])
+            assert torch.equal(x.float(), total.to(dtype).float() if me == n - 1 else wide[me])
+            everyone = torch.empty(numel * n * n, dtype=dtype)
+            group.all_gather(everyone, wide[me].to(dtype))
+            assert torch.equal(everyone.float(), torch.cat(wide))
+        with pytest.raises(ValueError, match="band has no meaning for float8"):
+            group.all_reduce(torch.ones(3).to(dtype), "band")
+
+
+@pytest.mark.parametrize("hosts", FEW_LAYOUTS)
 def test_numbers_at_the_edge(hosts):
     run(check_edges, hosts)
 

@@ -1,4 +1,4 @@
-"""What torch.distributed offers on CPU tensors and Gloo refuses: lists in all_to_all, averages, uneven pieces."""
+"""What torch.distributed offers on CPU tensors and Gloo refuses: lists in all_to_all, averages, uneven pieces, fp8."""
 
 import pytest
 import test_torch_collectives as usual
@@ -151,3 +151,83 @@ def check_premultiplied(rank, n):
         x = whole + rank
         dist.reduce(x, n - 1, halved)
         assert torch.equal(x, (n * whole + ranks) / 2 if rank == n - 1 else whole + rank)
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def test_float8_moves_and_is_summed_in_float32(hosts):
+    run_torch_ranks(check_float8, len(hosts), hosts=hosts)
+
+
+def check_float8(rank, n):
+    for dtype in FLOAT8:
+        for numel in (1, 7, 1000, 30_001):
+            # Sums that fp8 does not hold, so that a rounding at every hop would show.
+            inputs = [
+                (torch.randn(numel * n, generator=torch.Generator().manual_seed(r)) * 3).to(dtype) for r in range(n)
+            ]
+            wide = torch.stack([x.float() for x in inputs])
+            expected = {
+                ReduceOp.SUM: wide.cumsum(0)[-1].to(dtype),
+                ReduceOp.AVG: (wide.cumsum(0)[-1] / n).to(dtype),
+                ReduceOp.MAX: wide.amax(0).to(dtype),
+                ReduceOp.MIN: wide.amin(0).to(dtype),
+            }
+            for op, right in expected.items():
+                x = inputs[rank].clone()
+                dist.all_reduce(x, op)
+                close_float8(x, right, op)
+                piece = torch.empty(numel, dtype=dtype)
+                dist.reduce_scatter_tensor(piece, inputs[rank], op)
+                close_float8(piece, right.view(n, numel)[rank], op)
+            x = inputs[rank].clone()
+            dist.reduce(x, n - 1)
+            close_float8(x, expected[ReduceOp.SUM] if rank == n - 1 else inputs[rank], "reduce")
+            everyone = torch.empty(n * numel * n, dtype=dtype)
+            dist.all_gather_into_tensor(everyone, inputs[rank])
+            assert torch.equal(everyone.view(torch.uint8), torch.cat(inputs).view(torch.uint8))
+        swapped = [torch.empty(3, dtype=dtype) for _ in range(n)]
+        dist.all_to_all(swapped, [torch.full((3,), float(rank - to)).to(dtype) for to in range(n)])
+        assert [x.float().tolist() for x in swapped] == [[float(r - rank)] * 3 for r in range(n)]
+    x = torch.tensor([400.0, -400.0, 1.0]).to(torch.float8_e4m3fn)
+    dist.all_reduce(x)  # 800 is beyond e4m3fn: NaN, as torch casts it
+    assert x.float().isnan().tolist() == [True, True, False] and x.float()[2] == n
+    x = torch.full((4,), 2.0).to(torch.float8_e5m2fnuz)
+    dist.broadcast(x, 0)  # the others move, and are not summed
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="no meaning for bytes"):
+            dist.all_reduce(x)
+
+
+def close_float8(x, right, what):
+    """Equal but where the order of fp32 sums decides a tie."""
+    x, right = x.float(), right.float()
+    assert (x == right).float().mean() > 0.99, what
+    assert torch.all((x - right).abs() <= right.abs() / 4 + 1e-6), what
+
+
+def test_lists_that_lie_in_one_tensor_and_lists_that_do_not(hosts):
+    run_torch_ranks(check_adjacent, len(hosts), hosts=hosts)
+
+
+def check_adjacent(rank, n):
+    """chunk() gives pieces of one tensor, which go without a copy; the right bytes arrive also in a shuffled list."""
+    for order in (list(range(n)), list(reversed(range(n)))):
+        whole = torch.empty(n, 1000)
+        dist.all_gather([whole[i] for i in order], pattern(rank, 1000))
+        same(whole[order], torch.stack([pattern(r, 1000) for r in range(n)]))
+        source, target = torch.stack([pattern(rank, 1000, salt=p) for p in range(n)]), torch.empty(n, 1000)
+        dist.all_to_all([target[i] for i in order], list(source))
+        same(target[order], torch.stack([pattern(r, 1000, salt=rank) for r in range(n)]))
+        out = torch.empty(1000)
+        dist.reduce_scatter(out, [source[i] for i in order])
+        mine = [pattern(r, 1000, salt=order[rank]) for r in range(n)]
+        same(out, reduced(ReduceOp.SUM, mine, torch.float32))
+        scattered = torch.empty(1000)
+        dist.scatter(scattered, [source[i] for i in order] if rank == n - 1 else None, src=n - 1)
+        same(scattered, pattern(n - 1, 1000, salt=order[rank]))
+        places = torch.empty(n, 1000)
+        dist.gather(pattern(rank, 1000), [places[i] for i in order] if rank == 0 else None)
+        if rank == 0:
+            same(places[order], torch.stack([pattern(r, 1000) for r in range(n)]))

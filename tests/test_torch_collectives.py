@@ -361,6 +361,32 @@ def check_functional(rank, n):
     same(x.grad, torch.full_like(x, float(sum(range(1, n + 1)))))
 
 
+def test_a_futures_callback_may_wait_for_another_future(hosts):
+    run_torch_ranks(check_nested_futures, len(hosts), hosts=hosts)
+
+
+def check_nested_futures(rank, n):
+    """PowerSGD's hook does it. Such a callback must hold up neither the bytes it waits for nor other callbacks."""
+
+    def again(depth, group):
+        def callback(future):
+            x = future.value()[0]
+            if depth == 0:
+                return x.sum()
+            return dist.all_reduce(x, group=group, async_op=True).get_future().then(again(depth - 1, group)).wait()
+
+        return callback
+
+    numels = (3, 100_000, 5)
+    groups = [dist.new_group() for _ in numels]  # callbacks run at once; in one group their calls would have no order
+    futures = [
+        dist.all_reduce(torch.ones(numel), group=group, async_op=True).get_future().then(again(3, group))
+        for numel, group in zip(numels, groups, strict=True)
+    ]
+    for future, numel in zip(futures, numels, strict=True):
+        assert future.wait().item() == numel * n**4
+
+
 def test_barrier_holds_until_the_last_rank_comes(hosts):
     run_torch_ranks(check_barrier, len(hosts), hosts=hosts)
 

@@ -195,6 +195,14 @@ def check_arguments(rank, n):
         "bitwise on floats": lambda: dist.all_reduce(torch.ones(3), dist.ReduceOp.BAND),
         "product of complex": lambda: dist.all_reduce(torch.ones(3) * 1j, dist.ReduceOp.PRODUCT),
         "sparse": lambda: dist.broadcast(torch.eye(3).to_sparse(), 0),
+        "sparse maximum": lambda: dist.all_reduce(torch.eye(3).to_sparse(), dist.ReduceOp.MAX),
+        "bitwise on fp8": lambda: dist.all_reduce(torch.ones(3).to(torch.float8_e5m2), dist.ReduceOp.BOR),
+        "fp8 that is not summed": lambda: dist.all_reduce(torch.ones(3).to(torch.float8_e4m3fnuz)),
+        "too few in a list": lambda: dist.all_to_all([torch.empty(1)] * n, [torch.ones(1)] * (n - 1)),
+        "a list of two dtypes": lambda: dist.all_gather(
+            [torch.empty(3, dtype=torch.float64 if r else torch.float32) for r in range(n)], torch.ones(3)
+        ),
+        "another piece than the list has": lambda: dist.reduce_scatter(torch.empty(4), [torch.ones(3)] * n),
     }
     for what, call in wrong.items():
         if rank == 0:

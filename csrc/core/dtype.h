@@ -23,6 +23,8 @@ enum class DType : uint8_t {
   boolean,
   complex64,
   complex128,
+  float8_e4m3fn,
+  float8_e5m2,
   bytes,  // opaque: collectives that only move data take any element type as bytes
 };
 
@@ -31,6 +33,8 @@ constexpr size_t size_of(DType dtype) {
     case DType::uint8:
     case DType::int8:
     case DType::boolean:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
     case DType::bytes:
       return 1;
     case DType::int16:
@@ -55,12 +59,22 @@ constexpr size_t size_of(DType dtype) {
 
 constexpr const char* name_of(DType dtype) {
   constexpr const char* names[] = {
-      "uint8",   "int8",     "int16",   "int32",   "int64", "uint16",    "uint32",     "uint64",
-      "float16", "bfloat16", "float32", "float64", "bool",  "complex64", "complex128", "bytes"};
+      "uint8",  "int8",      "int16",      "int32",         "int64",       "uint16",
+      "uint32", "uint64",    "float16",    "bfloat16",      "float32",     "float64",
+      "bool",   "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "bytes"};
   return static_cast<size_t>(dtype) < sizeof(names) / sizeof(*names)
              ? names[static_cast<size_t>(dtype)]
              : "unknown";
 }
+
+constexpr bool is_float8(DType dtype) {
+  return dtype == DType::float8_e4m3fn || dtype == DType::float8_e5m2;
+}
+
+// What a reduction of `dtype` goes through the engine as. A sum of fp8 that is rounded at every hop
+// keeps no digit that is right, so fp8 is widened once, summed in fp32 and rounded once, at the
+// end.
+constexpr DType reduced_as(DType dtype) { return is_float8(dtype) ? DType::float32 : dtype; }
 
 // avg is sum, then a division by the group's size at the end (integers truncate, as NCCL does).
 enum class ReduceOp : uint8_t { sum, avg, product, min, max, band, bor, bxor };

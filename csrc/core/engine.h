@@ -45,7 +45,8 @@ struct Launch {
   const Program* program = nullptr;  // nullptr: the engine's native path
   Layout layout;
   Fingerprint fingerprint;
-  DType dtype = DType::bytes;
+  DType dtype = DType::bytes;  // what all sizes here count. In a reduction of fp8 it is fp32, while
+                               // input and output hold fingerprint.dtype: the engine converts
   ReduceOp op = ReduceOp::sum;
   const void* input = nullptr;
   void* output = nullptr;
@@ -70,8 +71,8 @@ class Work {
   virtual Status status() const = 0;         // ok() while not done
   virtual double duration_s() const = 0;     // from its first byte to its end; 0 before that
   virtual int source() const { return -1; }  // recv from any rank: who sent it
-  // Called once, from whichever thread completes the operation, or at once when it is done already.
-  // REQUIRES: does not throw.
+  // Called once, from whichever thread completes the operation, or at once when it is done already;
+  // several are called in the order they came. REQUIRES: does not throw.
   virtual void on_done(std::function<void()> callback) = 0;
 };
 
@@ -104,6 +105,7 @@ class Engine {
                        Clock::time_point deadline) = 0;
   virtual Stats stats() const = 0;
   virtual uint64_t sequence() const = 0;  // collectives submitted so far; the next one's number
+  virtual Status broken() const = 0;      // why no operation can succeed any more; ok() before that
   virtual void revoke(
       const Status& why) = 0;  // every pending and later operation, on every rank, fails with `why`
   virtual void close() = 0;

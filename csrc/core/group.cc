@@ -83,7 +83,8 @@ void Group::check(const Call& call) const {
   if (reduces(call.collective)) {
     const bool complex = call.dtype == DType::complex64 || call.dtype == DType::complex128;
     const bool floating = call.dtype == DType::float16 || call.dtype == DType::bfloat16 ||
-                          call.dtype == DType::float32 || call.dtype == DType::float64;
+                          call.dtype == DType::float32 || call.dtype == DType::float64 ||
+                          is_float8(call.dtype);
     const bool bitwise =
         call.op == ReduceOp::band || call.op == ReduceOp::bor || call.op == ReduceOp::bxor;
     if ((floating && bitwise) ||
@@ -129,11 +130,12 @@ const Program* Group::program(Collective collective, const std::string& algorith
 
 Launch Group::bind(const Call& call) {
   check(call);
-  const size_t element = size_of(call.dtype);
+  const DType dtype = reduces(call.collective) ? reduced_as(call.dtype) : call.dtype;
+  const size_t element = size_of(dtype);
   const bool exchange = call.collective == Collective::all_to_all;
   const bool uneven = !call.counts.empty();
   Launch launch;
-  launch.dtype = call.dtype;
+  launch.dtype = dtype;
   launch.op = call.op;
   launch.input = call.input;
   launch.output = call.output;

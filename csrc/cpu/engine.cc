@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/fd_exchange.h"
+#include "cpu/float8.h"
 #include "cpu/shm_channel.h"
 #include "cpu/tcp_channel.h"
 #include "cpu/waiter.h"
@@ -201,6 +202,8 @@ void CpuEngine::run_to_end(Op& op, std::unique_lock<std::mutex> lock) {
 }
 
 void CpuEngine::run(Launch launch) {
+  if (goes_as_float32(launch)) [[unlikely]]
+    put_on_float32(launch);
   const Path taken = path(launch);
   CollectiveOp op(std::move(launch), taken);
   op.timed = false;
@@ -211,6 +214,8 @@ void CpuEngine::run(Launch launch) {
 }
 
 std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep_alive) {
+  if (goes_as_float32(launch)) [[unlikely]]
+    put_on_float32(launch);
   const Path taken = path(launch);
   auto op = std::make_shared<CollectiveOp>(std::move(launch), taken);
   op->keep_alive = std::move(keep_alive);
@@ -248,7 +253,8 @@ std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, u
     drive();
   }
   run_callbacks();
-  if (!op->done()) endpoint_->progress().add(shared_from_this());
+  // Most callers wait for a message at once, and then drive it themselves: it may wait a little.
+  if (!op->done()) endpoint_->progress().add(shared_from_this(), ProgressThread::When::soon);
   return std::make_shared<CpuWork>(shared_from_this(), std::move(op));
 }
 
@@ -385,7 +391,11 @@ void CpuEngine::set_callback(Op& op, std::function<void()> callback) {
   {
     std::lock_guard lock(mutex_);
     if (!op.done()) {
-      op.callback = std::move(callback);
+      op.callback = !op.callback ? std::move(callback)
+                                 : [first = std::move(op.callback), then = std::move(callback)] {
+                                     first();
+                                     then();
+                                   };
       return;
     }
   }
@@ -460,7 +470,7 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
     throw Error(Code::timeout,
                 "group '" + name_ + "': rank " + std::to_string(rank_) + " waited " +
                     seconds_text(Clock::now() - op.submitted) +
-                    " for an operation that is still under way; wait again, or raise timeout_s");
+                    " for an operation that is still under way; wait again, or raise the timeout");
 }
 
 bool CpuEngine::drive_background() {
@@ -607,7 +617,7 @@ std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
     if (sequence > 0 && read_announcement(entry, sequence - 1, &last))
       text += "; rank " + std::to_string(peer) + " was last seen in " + last.describe();
   }
-  return text + ". Raise timeout_s, or find out what that rank is doing instead.";
+  return text + ". Raise the timeout of the call, or find out what that rank is doing instead.";
 }
 
 void CpuEngine::look_for_mismatch() {
@@ -803,6 +813,11 @@ Stats CpuEngine::stats() const {
   if (n_running_ > 0)
     stats.busy_s += std::chrono::duration<double>(Clock::now() - running_since_).count();
   return stats;
+}
+
+Status CpuEngine::broken() const {
+  std::lock_guard lock(mutex_);
+  return broken_;
 }
 
 uint64_t CpuEngine::sequence() const {

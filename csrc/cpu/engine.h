@@ -49,6 +49,7 @@ class CpuEngine final : public Engine,
                Clock::time_point deadline) override;
   Stats stats() const override;
   uint64_t sequence() const override;
+  Status broken() const override;
   void revoke(const Status& why) override;
   void close() override;
 

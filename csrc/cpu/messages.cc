@@ -306,7 +306,7 @@ bool Messages::expire(Clock::time_point now, Status* broken) {
     const double waited = std::chrono::duration<double>(now - op.submitted).count();
     return Status{Code::timeout, describe(op) + " waited " + std::to_string(waited).substr(0, 6) +
                                      " s for its peer. Is the other side's call missing, or its "
-                                     "tag another? Else raise timeout_s."};
+                                     "tag another? Else raise the timeout."};
   };
   for (auto at = receives_.begin(); at != receives_.end();) {
     const auto op = *at;

@@ -24,13 +24,19 @@ ProgressThread::~ProgressThread() {
     thread_.join();
 }
 
-void ProgressThread::add(std::shared_ptr<Driven> driven) {
+namespace {
+constexpr auto kDoze = std::chrono::microseconds(100);
+constexpr int kDozes = 50;  // then the thread is parked
+}  // namespace
+
+void ProgressThread::add(std::shared_ptr<Driven> driven, When when) {
   {
     std::lock_guard lock(state_->mutex);
     if (!thread_.joinable()) thread_ = std::thread(loop, state_, &endpoint_);
     auto& active = state_->active;
     if (std::find(active.begin(), active.end(), driven) == active.end())
       active.push_back(std::move(driven));
+    if (when == When::soon && state_->dozing) return;
   }
   state_->changed.notify_all();
   endpoint_.ring_self();  // it may sleep on behalf of another engine
@@ -66,7 +72,14 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
       round.clear();
       lock.lock();
     }
-    state->changed.wait(lock, [&] { return state->stopping || !state->active.empty(); });
+    const auto wanted = [&] { return state->stopping || !state->active.empty(); };
+    if (!wanted()) {
+      // wait_for() with a predicate would look only when it is over, or woken.
+      state->dozing = true;
+      for (int left = kDozes; left > 0 && !wanted(); --left) state->changed.wait_for(lock, kDoze);
+      state->dozing = false;
+      state->changed.wait(lock, wanted);
+    }
     if (state->stopping) return;
     round = state->active;
     lock.unlock();

@@ -29,8 +29,11 @@ class ProgressThread {
  public:
   explicit ProgressThread(Endpoint& endpoint);
   ~ProgressThread();
-  // Drives `driven` until it has nothing in the background.
-  void add(std::shared_ptr<Driven> driven);
+  // Drives `driven` until it has nothing in the background. Waking the thread costs the caller a
+  // system call, and where ranks fill the cores a rank its core: `soon` leaves that to a thread
+  // that has not been parked yet, and looks every 100 us for what has come.
+  enum class When { now, soon };
+  void add(std::shared_ptr<Driven> driven, When when = When::now);
   // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one
   // may be in a callback that needs a lock of the caller's (Python's), and keeps `driven` alive.
   void remove(Driven* driven);
@@ -40,6 +43,7 @@ class ProgressThread {
     std::mutex mutex;
     std::condition_variable changed;
     std::vector<std::shared_ptr<Driven>> active;
+    bool dozing = false;  // out of work, and looks by itself
     bool stopping = false;
   };
   static void loop(std::shared_ptr<State> state, Endpoint* endpoint);

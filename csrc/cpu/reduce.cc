@@ -10,26 +10,39 @@ namespace pycomm::cpu {
 #if defined(__x86_64__)
 namespace avx2 {
 void reduce(void* d, const void* a, const void* b, unsigned long n, DType dtype, ReduceOp op);
-}
+void widen_float8(float* out, const void* in, unsigned long n, DType dtype);
+void narrow_float8(void* out, const float* in, unsigned long n, DType dtype);
+}  // namespace avx2
 namespace avx512 {
 void reduce(void* d, const void* a, const void* b, unsigned long n, DType dtype, ReduceOp op);
-}
+void widen_float8(float* out, const void* in, unsigned long n, DType dtype);
+void narrow_float8(void* out, const float* in, unsigned long n, DType dtype);
+}  // namespace avx512
 #endif
 
 namespace {
 
-using Kernel = void (*)(void*, const void*, const void*, unsigned long, DType, ReduceOp);
+struct Kernels {
+  void (*reduce)(void*, const void*, const void*, unsigned long, DType, ReduceOp);
+  void (*widen_float8)(float*, const void*, unsigned long, DType);
+  void (*narrow_float8)(void*, const float*, unsigned long, DType);
+};
 
-Kernel best_kernel() {
+Kernels best_kernels() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return avx512::reduce;
+    return {avx512::reduce, avx512::widen_float8, avx512::narrow_float8};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2"))
-    return avx2::reduce;
+    return {avx2::reduce, avx2::widen_float8, avx2::narrow_float8};
 #endif
-  return plain::reduce;
+  return {plain::reduce, plain::widen_float8, plain::narrow_float8};
+}
+
+const Kernels& kernels() {
+  static const Kernels best = best_kernels();
+  return best;
 }
 
 template <class T>
@@ -50,8 +63,15 @@ void divide_narrow(void* data, size_t numel, int divisor) {
 }  // namespace
 
 void reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, ReduceOp op) {
-  static const Kernel kernel = best_kernel();
-  kernel(dst, a, b, numel, dtype, op);
+  kernels().reduce(dst, a, b, numel, dtype, op);
+}
+
+void widen_float8(float* out, const void* in, size_t numel, DType dtype) {
+  kernels().widen_float8(out, in, numel, dtype);
+}
+
+void narrow_float8(void* out, const float* in, size_t numel, DType dtype) {
+  kernels().narrow_float8(out, in, numel, dtype);
 }
 
 void divide(void* data, size_t numel, DType dtype, int divisor) {
@@ -85,6 +105,8 @@ void divide(void* data, size_t numel, DType dtype, int divisor) {
     case DType::complex128:
       return divide_by<double>(data, 2 * numel, divisor);
     case DType::boolean:
+    case DType::float8_e4m3fn:
+    case DType::float8_e5m2:
     case DType::bytes:
       return;
   }

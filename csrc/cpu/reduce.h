@@ -1,6 +1,7 @@
 // Element-wise kernels. dst may be a or b itself, never a partial overlap. AVX-512, AVX2 or plain
 // code, chosen once by what the processor has. bf16 and fp16 are combined in fp32 and rounded to
-// nearest even once. REQUIRES: the pair (dtype, op) passed Group::check().
+// nearest even once. REQUIRES: the pair (dtype, op) passed Group::check(), and dtype is its own
+// reduced_as().
 #pragma once
 
 #include <cstddef>
@@ -15,5 +16,10 @@ void reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, 
 
 // data[i] /= divisor, the end of avg. Integers truncate towards zero.
 void divide(void* data, size_t numel, DType dtype, int divisor);
+
+// fp8 to fp32, exactly, and back as torch casts: to nearest even once, beyond the largest value to
+// NaN (e4m3fn) or infinity (e5m2).
+void widen_float8(float* out, const void* in, size_t numel, DType dtype);
+void narrow_float8(void* out, const float* in, size_t numel, DType dtype);
 
 }  // namespace pycomm::cpu

@@ -1,80 +1,31 @@
 #include "torch/backend.h"
 
 #include <ATen/ATen.h>
+#include <ATen/record_function.h>
+#include <c10/util/SmallVector.h>
 
 #include <numeric>
-#include <sstream>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
+#include "torch/sparse.h"
 #include "torch/tensors.h"
 
 namespace pycomm::torch_layer {
 namespace {
 
 using Milliseconds = std::chrono::milliseconds;
+constexpr auto kForever = Milliseconds(std::chrono::hours(24 * 365));
 constexpr int64_t kMonitorTag =
     std::numeric_limits<int64_t>::min() + 1;  // no user's tag: c10d's are 32-bit
+constexpr auto kSettle = Milliseconds(50);    // for what users hung on futures
+constexpr auto kEcho = Milliseconds(250);
+// all_reduce_coalesced takes tensors that are together no larger than this as one: two copies of it
+// cost less than another operation.
+constexpr uint64_t kCoalesceBytes = 64 * 1024;
 
 std::optional<Milliseconds> limit_of(Milliseconds timeout) {
   return timeout == c10d::kUnsetTimeout ? std::nullopt : std::optional(timeout);
 }
-
-// One or several started operations as one c10d::Work.
-class BackendWork final : public c10d::Work {
- public:
-  BackendWork(int rank, c10d::OpType type, std::vector<std::shared_ptr<pycomm::Work>> works,
-              std::vector<at::Tensor> results)
-      : c10d::Work(rank, type), works_(std::move(works)), results_(std::move(results)) {}
-  bool isCompleted() override {
-    return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->done(); });
-  }
-  bool isSuccess() const override {
-    return std::all_of(works_.begin(), works_.end(),
-                       [](const auto& work) { return work->done() && work->status().ok(); });
-  }
-  std::exception_ptr exception() const override {
-    for (const auto& work : works_)
-      if (const Status status = work->status(); !status.ok())
-        return std::make_exception_ptr(Error(status));
-    return nullptr;
-  }
-  int sourceRank() const override { return works_.empty() ? -1 : works_.front()->source(); }
-  std::vector<at::Tensor> result() override { return results_; }
-  void synchronize() override { wait(kNoTimeout); }
-  bool wait(Milliseconds timeout) override {
-    const auto limit =
-        timeout <= Milliseconds(0) ? Milliseconds(std::chrono::hours(24 * 365)) : timeout;
-    for (const auto& work : works_) work->wait(limit);
-    return true;
-  }
-  void abort() override {}
-  // Completed by whoever completes the last operation.
-  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
-    std::lock_guard lock(mutex_);
-    if (future_) return future_;
-    future_ =
-        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
-    auto left = std::make_shared<std::atomic<size_t>>(works_.size());
-    const auto complete = [future = future_, works = works_, results = results_] {
-      for (const auto& work : works)
-        if (const Status status = work->status(); !status.ok())
-          return future->setError(std::make_exception_ptr(Error(status)));
-      future->markCompleted(c10::IValue(results));
-    };
-    if (works_.empty()) complete();
-    for (const auto& work : works_)
-      work->on_done([left, complete] {
-        if (left->fetch_sub(1) == 1) complete();
-      });
-    return future_;
-  }
-
- private:
-  const std::vector<std::shared_ptr<pycomm::Work>> works_;
-  const std::vector<at::Tensor> results_;
-  std::mutex mutex_;
-  c10::intrusive_ptr<c10::ivalue::Future> future_;
-};
 
 ReduceOp reduce_op_of(const c10d::ReduceOp& op) {
   switch (op.op_) {
@@ -110,8 +61,9 @@ at::Tensor premultiplied(const at::Tensor& input, const c10d::ReduceOp& op) {
                                              : input * supplement->double_factor;
 }
 
-std::vector<uint64_t> numels(const std::vector<at::Tensor>& tensors) {
+std::vector<uint64_t> numels(at::TensorList tensors) {
   std::vector<uint64_t> counts;
+  counts.reserve(tensors.size());
   for (const auto& tensor : tensors) counts.push_back(static_cast<uint64_t>(tensor.numel()));
   return counts;
 }
@@ -125,59 +77,105 @@ bool all_equal(const std::vector<uint64_t>& counts) {
                      [&](uint64_t count) { return count == counts.front(); });
 }
 
-at::Tensor flattened(const std::vector<at::Tensor>& tensors) {
-  std::vector<at::Tensor> rows;
-  for (const auto& tensor : tensors) rows.push_back(tensor.reshape(-1));
-  return at::cat(rows);
+// The memory of tensors that lie one after the other, as those of chunk() do; nullptr where they do
+// not.
+void* adjacent(at::TensorList tensors) {
+  auto* const begin = static_cast<std::byte*>(tensors.front().data_ptr());
+  const std::byte* at = begin;
+  for (const auto& tensor : tensors) {
+    if (!tensor.is_contiguous() || tensor.data_ptr() != at) return nullptr;
+    at += tensor.nbytes();
+  }
+  return begin;
 }
 
-void unflatten(const at::Tensor& flat, const std::vector<at::Tensor>& tensors) {
+// The tensors' places in a flat one.
+at::Tensor flat_like(at::TensorList tensors) {
+  return at::empty({static_cast<int64_t>(total(numels(tensors)))}, tensors.front().options());
+}
+
+void flatten(const at::Tensor& flat, at::TensorList tensors) {
+  const at::NoGradGuard no_grad;
   int64_t at = 0;
   for (const auto& tensor : tensors) {
-    const_cast<at::Tensor&>(tensor).copy_(flat.narrow(0, at, tensor.numel()).view(tensor.sizes()));
+    flat.narrow(0, at, tensor.numel()).view(tensor.sizes()).copy_(tensor);
+    at += tensor.numel();
+  }
+}
+
+void unflatten(const at::Tensor& flat, at::TensorList tensors) {
+  const at::NoGradGuard no_grad;
+  int64_t at = 0;
+  for (const auto& tensor : tensors) {
+    tensor.copy_(flat.narrow(0, at, tensor.numel()).view(tensor.sizes()));
     at += tensor.numel();
   }
 }
 
 }  // namespace
 
-// A call, the tensors it reads and writes, and those c10d gets back.
+// A call, and the tensors whose memory it names.
 struct PycommBackend::Plan {
   Call call;
-  std::vector<at::Tensor> held;  // memory the engine works on
-  std::vector<at::Tensor> results;
-  // The tensor to write into: `tensor` itself, or a contiguous stand-in copied back at the end.
+  c10::SmallVector<at::Tensor, 2> held;
+
+  // Where the engine writes: the tensor, or a contiguous stand-in that is copied back at the end.
   void* write(const at::Tensor& tensor) {
     if (tensor.is_contiguous()) {
       held.push_back(tensor);
       return tensor.data_ptr();
     }
     const at::Tensor flat = tensor.contiguous();
-    held.push_back(flat);
-    call.finish = [flat, tensor] { const_cast<at::Tensor&>(tensor).copy_(flat); };
+    call.finish = [flat, tensor] {
+      const at::NoGradGuard no_grad;
+      tensor.copy_(flat);
+    };
     return flat.data_ptr();
   }
   const void* read(const at::Tensor& tensor) {
     held.push_back(tensor.contiguous());
     return held.back().data_ptr();
   }
-  // One flat buffer, copied out to the list at the end.
-  void* write_list(const std::vector<at::Tensor>& tensors, const at::TensorOptions& options) {
-    const at::Tensor flat = at::empty({static_cast<int64_t>(total(numels(tensors)))}, options);
-    held.push_back(flat);
-    call.finish = [flat, tensors] { unflatten(flat, tensors); };
+  // The same of a list's tensors, one after the other. `also_read`: they hold values already.
+  void* write(at::TensorList tensors, bool also_read = false) {
+    if (void* const memory = adjacent(tensors)) {
+      held.append(tensors.begin(), tensors.end());
+      return memory;
+    }
+    const at::Tensor flat = flat_like(tensors);
+    if (also_read) flatten(flat, tensors);
+    call.finish = [flat, list = tensors.vec()] { unflatten(flat, list); };
     return flat.data_ptr();
+  }
+  const void* read(at::TensorList tensors) {
+    if (const void* const memory = adjacent(tensors)) {
+      held.append(tensors.begin(), tensors.end());
+      return memory;
+    }
+    held.push_back(flat_like(tensors));
+    flatten(held.back(), tensors);
+    return held.back().data_ptr();
   }
 };
 
+// How c10d knows a call, and what its caller asks beside the tensors.
+struct PycommBackend::What {
+  c10d::OpType type;
+  const char* title;  // the profiler's
+  bool async;
+  Milliseconds timeout;
+};
+
 PycommBackend::PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::Endpoint> endpoint,
-                             MakeGroup make_group)
+                             Makers makers)
     : c10d::Backend(group->rank(), group->size()),
       group_(std::move(group)),
       endpoint_(std::move(endpoint)),
-      make_group_(std::move(make_group)) {}
+      makers_(std::move(makers)) {}
 
 PycommBackend::~PycommBackend() = default;
+
+// ---- checks ----
 
 void PycommBackend::refuse(const char* op, const std::string& text) const {
   throw Error(Code::invalid_argument, std::string(op) + " in group '" + group_->name() +
@@ -206,8 +204,58 @@ const at::Tensor& PycommBackend::only(const char* op, const Tensors& tensors) co
   return checked(op, tensors.front());
 }
 
-PycommBackend::WorkPtr PycommBackend::collect(WorkPtr work) {
-  if (coalescing_) coalesced_.push_back(work);
+const PycommBackend::Tensors& PycommBackend::one_per_rank(const char* op, const char* what,
+                                                          const TensorLists& lists) const {
+  if (lists.size() != 1 || lists[0].size() != static_cast<size_t>(getSize()))
+    refuse(op, std::string(what) + " list must hold one tensor per rank (" +
+                   std::to_string(getSize()) + ")" +
+                   (lists.size() == 1 ? ", got " + std::to_string(lists[0].size()) : ""));
+  for (const auto& tensor : lists[0])
+    if (checked(op, tensor).scalar_type() != lists[0][0].scalar_type())
+      refuse(op, std::string("the tensors of ") + what + " list differ in dtype");
+  return lists[0];
+}
+
+// ---- launching ----
+
+PycommBackend::WorkPtr PycommBackend::launch(std::span<Plan> plans, const What& what,
+                                             at::TensorList inputs, at::TensorList results) {
+  for (Plan& plan : plans) plan.call.timeout = limit_of(what.timeout);
+  if (!what.async && !coalescing_) {
+    if (!at::hasCallbacks()) [[likely]] {
+      for (const Plan& plan : plans) group_->run(plan.call);
+    } else {
+      const auto event = begin(what.type, what.title, inputs);
+      for (const Plan& plan : plans) group_->run(plan.call);
+      event->end_event();
+    }
+    return {};
+  }
+  auto work = begin(what.type, what.title, inputs);
+  BackendWork::Works works;
+  for (Plan& plan : plans)
+    works.push_back(
+        group_->start(plan.call, std::make_shared<decltype(plan.held)>(std::move(plan.held))));
+  return started(std::move(work), std::move(works), results.vec());
+}
+
+PycommBackend::WorkPtr PycommBackend::launch(Plan plan, const What& what, at::TensorList inputs,
+                                             at::TensorList results) {
+  return launch(std::span(&plan, 1), what, inputs, results);
+}
+
+c10::intrusive_ptr<BackendWork> PycommBackend::begin(c10d::OpType type, const char* title,
+                                                     at::TensorList inputs) const {
+  return c10::make_intrusive<BackendWork>(getRank(), type, title, inputs.vec(), future_threads_);
+}
+
+PycommBackend::WorkPtr PycommBackend::started(c10::intrusive_ptr<BackendWork> work,
+                                              BackendWork::Works works, Tensors results) {
+  if (coalescing_) {
+    coalesced_.insert(coalesced_.end(), works.begin(), works.end());
+    coalesced_results_.insert(coalesced_results_.end(), results.begin(), results.end());
+  }
+  work->set(std::move(works), std::move(results));
   return work;
 }
 
@@ -216,72 +264,15 @@ void PycommBackend::startCoalescing() {
   coalescing_ = true;
 }
 
-namespace {
-// Several works as one; each was started already.
-class ManyWorks final : public c10d::Work {
- public:
-  ManyWorks(int rank, std::vector<c10::intrusive_ptr<c10d::Work>> works)
-      : c10d::Work(rank, c10d::OpType::COALESCED), works_(std::move(works)) {}
-  bool isCompleted() override {
-    return std::all_of(works_.begin(), works_.end(),
-                       [](const auto& work) { return work->isCompleted(); });
-  }
-  bool isSuccess() const override {
-    return std::all_of(works_.begin(), works_.end(),
-                       [](const auto& work) { return work->isSuccess(); });
-  }
-  std::exception_ptr exception() const override {
-    for (const auto& work : works_)
-      if (auto error = work->exception()) return error;
-    return nullptr;
-  }
-  std::vector<at::Tensor> result() override {
-    std::vector<at::Tensor> all;
-    for (const auto& work : works_)
-      for (auto& tensor : work->result()) all.push_back(tensor);
-    return all;
-  }
-  void synchronize() override { wait(kNoTimeout); }
-  bool wait(Milliseconds timeout) override {
-    for (const auto& work : works_) work->wait(timeout);
-    return true;
-  }
-  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
-    auto futures = c10::List<c10::intrusive_ptr<c10::ivalue::Future>>(
-        c10::FutureType::create(c10::ListType::create(c10::TensorType::get())));
-    for (const auto& work : works_) futures.push_back(work->getFuture());
-    return c10::collectAll(futures)->then(
-        [results = result()](c10::ivalue::Future& all) {
-          if (all.hasError()) std::rethrow_exception(all.exception_ptr());
-          return c10::IValue(results);
-        },
-        c10::ListType::create(c10::TensorType::get()));
-  }
-
- private:
-  const std::vector<c10::intrusive_ptr<c10d::Work>> works_;
-};
-}  // namespace
-
 PycommBackend::WorkPtr PycommBackend::endCoalescing() {
   if (!coalescing_) refuse("endCoalescing", "startCoalescing was not called");
   coalescing_ = false;
-  return c10::make_intrusive<ManyWorks>(getRank(), std::exchange(coalesced_, {}));
+  auto work = begin(c10d::OpType::COALESCED, nullptr, {});
+  work->set(std::exchange(coalesced_, {}), std::exchange(coalesced_results_, {}));
+  return work;
 }
 
-PycommBackend::WorkPtr PycommBackend::launch(Plan plan, c10d::OpType type, bool async,
-                                             Milliseconds timeout) {
-  plan.call.timeout = limit_of(timeout);
-  if (!async && !coalescing_) {
-    group_->run(plan.call);
-    return c10::make_intrusive<BackendWork>(
-        getRank(), type, std::vector<std::shared_ptr<pycomm::Work>>{}, std::move(plan.results));
-  }
-  auto held = std::make_shared<Tensors>(std::move(plan.held));
-  auto work = group_->start(plan.call, std::move(held));
-  return collect(c10::make_intrusive<BackendWork>(getRank(), type, std::vector{std::move(work)},
-                                                  std::move(plan.results)));
-}
+// ---- collectives ----
 
 PycommBackend::WorkPtr PycommBackend::broadcast(Tensors& tensors,
                                                 const c10d::BroadcastOptions& opts) {
@@ -293,34 +284,80 @@ PycommBackend::WorkPtr PycommBackend::broadcast(Tensors& tensors,
   plan.call.numel = static_cast<uint64_t>(tensor.numel());
   plan.call.output = plan.write(tensor);
   plan.call.input = plan.call.output;
-  plan.results = tensors;
-  return launch(std::move(plan), c10d::OpType::BROADCAST, opts.asyncOp, opts.timeout);
+  return launch(std::move(plan),
+                {c10d::OpType::BROADCAST, "pycomm:broadcast", opts.asyncOp, opts.timeout}, tensors,
+                tensors);
+}
+
+void PycommBackend::plan_all_reduce(Plan& plan, at::TensorList tensors,
+                                    const c10d::ReduceOp& op) const {
+  plan.call.collective = Collective::all_reduce;
+  plan.call.dtype = *dtype_of(tensors.front().scalar_type());
+  plan.call.op = reduce_op_of(op);
+  if (tensors.size() > 1) {
+    plan.call.numel = total(numels(tensors));
+    plan.call.output = plan.write(tensors, true);
+  } else {
+    plan.call.numel = static_cast<uint64_t>(tensors.front().numel());
+    plan.call.output = plan.write(tensors.front());
+  }
+  plan.call.input = plan.call.output;
+  if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return;
+  Tensors scaled;
+  for (const auto& tensor : tensors) scaled.push_back(premultiplied(tensor, op));
+  plan.call.input = plan.read(at::TensorList(scaled));
 }
 
 PycommBackend::WorkPtr PycommBackend::allreduce(Tensors& tensors,
                                                 const c10d::AllreduceOptions& opts) {
-  const at::Tensor& tensor = only("all_reduce", tensors);
+  if (tensors.size() == 1 && tensors[0].defined() && tensors[0].layout() == at::kSparse)
+      [[unlikely]]
+    return all_reduce_sparse(tensors, opts);
+  only("all_reduce", tensors);
   Plan plan;
-  plan.call.collective = Collective::all_reduce;
-  plan.call.dtype = *dtype_of(tensor.scalar_type());
-  plan.call.op = reduce_op_of(opts.reduceOp);
-  plan.call.numel = static_cast<uint64_t>(tensor.numel());
-  plan.call.output = plan.write(tensor);
-  plan.call.input = opts.reduceOp == c10d::ReduceOp::PREMUL_SUM
-                        ? plan.read(premultiplied(tensor, opts.reduceOp))
-                        : plan.call.output;
-  plan.results = tensors;
-  return launch(std::move(plan), c10d::OpType::ALLREDUCE, opts.asyncOp, opts.timeout);
+  plan_all_reduce(plan, tensors, opts.reduceOp);
+  return launch(std::move(plan),
+                {c10d::OpType::ALLREDUCE, "pycomm:all_reduce", opts.asyncOp, opts.timeout}, tensors,
+                tensors);
+}
+
+PycommBackend::WorkPtr PycommBackend::all_reduce_sparse(const Tensors& tensors,
+                                                        const c10d::AllreduceOptions& opts) {
+  const at::Tensor& tensor = tensors[0];
+  if (!tensor.device().is_cpu())
+    refuse("all_reduce", "the tensor is on " + tensor.device().str() + "; call .cpu()");
+  if (opts.reduceOp.op_ != c10d::ReduceOp::SUM)
+    refuse("all_reduce", "of sparse tensors knows SUM alone");
+  const auto dtype = dtype_of(tensor.scalar_type());
+  if (!dtype || is_float8(*dtype) || *dtype == DType::bytes)
+    refuse("all_reduce", std::string("sparse tensors of dtype ") +
+                             c10::toString(tensor.scalar_type()) + " are not supported");
+  auto work = begin(c10d::OpType::_ALLREDUCE_SPARSE, "pycomm:sparse_all_reduce", tensors);
+  WorkPtr result = started(
+      work,
+      {start_sparse_all_reduce(group_, tensor, n_sparse_.fetch_add(1), limit_of(opts.timeout))},
+      tensors);
+  if (opts.asyncOp || coalescing_) return result;
+  result->wait();
+  return {};
 }
 
 PycommBackend::WorkPtr PycommBackend::allreduce_coalesced(
     Tensors& tensors, const c10d::AllreduceCoalescedOptions& opts) {
-  std::vector<WorkPtr> works;
-  for (auto& tensor : tensors) {
-    Tensors one{tensor};
-    works.push_back(allreduce(one, opts));
+  for (const auto& tensor : tensors)
+    if (checked("all_reduce_coalesced", tensor).scalar_type() != tensors[0].scalar_type())
+      refuse("all_reduce_coalesced", "the tensors differ in dtype");
+  std::vector<Plan> plans;
+  const at::TensorList all(tensors);
+  for (size_t begin = 0, end = 0; begin < all.size(); begin = end) {
+    uint64_t nbytes = 0;
+    while (end < all.size() && (end == begin || nbytes + all[end].nbytes() <= kCoalesceBytes))
+      nbytes += all[end++].nbytes();
+    plan_all_reduce(plans.emplace_back(), all.slice(begin, end - begin), opts.reduceOp);
   }
-  return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
+  return launch(
+      plans, {c10d::OpType::ALLREDUCE_COALESCED, "pycomm:all_reduce", opts.asyncOp, opts.timeout},
+      tensors, tensors);
 }
 
 PycommBackend::WorkPtr PycommBackend::reduce(Tensors& tensors, const c10d::ReduceOptions& opts) {
@@ -332,47 +369,62 @@ PycommBackend::WorkPtr PycommBackend::reduce(Tensors& tensors, const c10d::Reduc
   plan.call.root = static_cast<int>(opts.rootRank);
   plan.call.numel = static_cast<uint64_t>(tensor.numel());
   if (getRank() == plan.call.root) plan.call.output = plan.write(tensor);
-  plan.call.input = plan.call.output != nullptr && opts.reduceOp != c10d::ReduceOp::PREMUL_SUM
+  plan.call.input = plan.call.output != nullptr && opts.reduceOp.op_ != c10d::ReduceOp::PREMUL_SUM
                         ? plan.call.output
                         : plan.read(premultiplied(tensor, opts.reduceOp));
-  plan.results = tensors;
-  return launch(std::move(plan), c10d::OpType::REDUCE, opts.asyncOp, opts.timeout);
+  return launch(std::move(plan),
+                {c10d::OpType::REDUCE, "pycomm:reduce", opts.asyncOp, opts.timeout}, tensors,
+                tensors);
 }
 
-PycommBackend::WorkPtr PycommBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
-                                                      const c10d::AllgatherOptions& opts) {
-  checked("all_gather_into_tensor", input);
-  checked("all_gather_into_tensor", output);
-  if (output.scalar_type() != input.scalar_type())
-    refuse("all_gather_into_tensor", "output and input differ in dtype");
+void PycommBackend::plan_all_gather(Plan& plan, const at::Tensor& output,
+                                    const at::Tensor& input) const {
+  constexpr const char* kOp = "all_gather_into_tensor";
+  checked(kOp, input);
+  checked(kOp, output);
+  if (output.scalar_type() != input.scalar_type()) refuse(kOp, "output and input differ in dtype");
   if (output.numel() != input.numel() * getSize())
-    refuse("all_gather_into_tensor", "output has " + std::to_string(output.numel()) +
-                                         " elements, " + std::to_string(getSize()) + " ranks of " +
-                                         std::to_string(input.numel()) + " give " +
-                                         std::to_string(input.numel() * getSize()));
-  Plan plan;
+    refuse(kOp, "output has " + std::to_string(output.numel()) + " elements, " +
+                    std::to_string(getSize()) + " ranks of " + std::to_string(input.numel()) +
+                    " give " + std::to_string(input.numel() * getSize()));
   plan.call.collective = Collective::all_gather;
   plan.call.dtype = *dtype_of(input.scalar_type());
   plan.call.numel = static_cast<uint64_t>(output.numel());
   plan.call.input = plan.read(input);
   plan.call.output = plan.write(output);
-  plan.results = {output};
-  return launch(std::move(plan), c10d::OpType::_ALLGATHER_BASE, opts.asyncOp, opts.timeout);
+}
+
+PycommBackend::WorkPtr PycommBackend::_allgather_base(at::Tensor& output, at::Tensor& input,
+                                                      const c10d::AllgatherOptions& opts) {
+  Plan plan;
+  plan_all_gather(plan, output, input);
+  return launch(
+      std::move(plan),
+      {c10d::OpType::_ALLGATHER_BASE, "pycomm:_all_gather_base", opts.asyncOp, opts.timeout}, input,
+      output);
+}
+
+PycommBackend::WorkPtr PycommBackend::allgather_into_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
+  if (outputs.size() != inputs.size())
+    refuse("all_gather_into_tensor_coalesced", "outputs and inputs differ in number");
+  std::vector<Plan> plans(inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i) plan_all_gather(plans[i], outputs[i], inputs[i]);
+  return launch(
+      plans, {c10d::OpType::ALLGATHER_COALESCED, "pycomm:all_gather", opts.asyncOp, opts.timeout},
+      inputs, outputs);
 }
 
 PycommBackend::WorkPtr PycommBackend::allgather(TensorLists& outputs, Tensors& inputs,
                                                 const c10d::AllgatherOptions& opts) {
   const at::Tensor& input = only("all_gather", inputs);
-  if (outputs.size() != 1 || outputs[0].size() != static_cast<size_t>(getSize()))
-    refuse("all_gather",
-           "the output list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
-  for (const auto& tensor : outputs[0])
-    if (checked("all_gather", tensor).scalar_type() != input.scalar_type())
-      refuse("all_gather", "output and input differ in dtype");
-  const auto counts = numels(outputs[0]);
-  if (counts[static_cast<size_t>(getRank())] != static_cast<uint64_t>(input.numel()))
-    refuse("all_gather", "this rank's place in the output list has " +
-                             std::to_string(counts[static_cast<size_t>(getRank())]) +
+  const Tensors& list = one_per_rank("all_gather", "the output", outputs);
+  if (list[0].scalar_type() != input.scalar_type())
+    refuse("all_gather", "output and input differ in dtype");
+  const auto counts = numels(list);
+  const uint64_t own = counts[static_cast<size_t>(getRank())];
+  if (own != static_cast<uint64_t>(input.numel()))
+    refuse("all_gather", "this rank's place in the output list has " + std::to_string(own) +
                              " elements, the input " + std::to_string(input.numel()));
   Plan plan;
   plan.call.collective = Collective::all_gather;
@@ -380,37 +432,44 @@ PycommBackend::WorkPtr PycommBackend::allgather(TensorLists& outputs, Tensors& i
   plan.call.numel = total(counts);
   if (!all_equal(counts)) plan.call.counts = counts;
   plan.call.input = plan.read(input);
-  plan.call.output = plan.write_list(outputs[0], input.options());
-  plan.results = outputs[0];
-  return launch(std::move(plan), c10d::OpType::ALLGATHER, opts.asyncOp, opts.timeout);
+  plan.call.output = plan.write(at::TensorList(list));
+  return launch(std::move(plan),
+                {c10d::OpType::ALLGATHER, "pycomm:all_gather", opts.asyncOp, opts.timeout}, inputs,
+                list);
 }
 
 PycommBackend::WorkPtr PycommBackend::allgather_coalesced(TensorLists& outputs, Tensors& inputs,
                                                           const c10d::AllgatherOptions& opts) {
+  constexpr const char* kOp = "all_gather_coalesced";
   if (outputs.size() != static_cast<size_t>(getSize()))
-    refuse("all_gather_coalesced", "needs one output list per rank");
-  std::vector<WorkPtr> works;
+    refuse(kOp, "needs one output list per rank (" + std::to_string(getSize()) + "), got " +
+                    std::to_string(outputs.size()));
+  for (const auto& list : outputs)
+    if (list.size() != inputs.size())
+      refuse(kOp, "every output list must be as long as the inputs (" +
+                      std::to_string(inputs.size()) + "), one has " + std::to_string(list.size()));
+  std::vector<Plan> plans(inputs.size());
+  Tensors results;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    TensorLists one(1);
-    for (auto& list : outputs) {
-      if (list.size() != inputs.size())
-        refuse("all_gather_coalesced", "every output list must be as long as the inputs");
-      one[0].push_back(list[i]);
+    const at::Tensor& input = checked(kOp, inputs[i]);
+    Tensors places;
+    for (const auto& list : outputs) {
+      if (checked(kOp, list[i]).numel() != input.numel() ||
+          list[i].scalar_type() != input.scalar_type())
+        refuse(kOp, "every output must have its input's dtype and number of elements");
+      places.push_back(list[i]);
     }
-    Tensors input{inputs[i]};
-    works.push_back(allgather(one, input, opts));
+    Call& call = plans[i].call;
+    call.collective = Collective::all_gather;
+    call.dtype = *dtype_of(input.scalar_type());
+    call.numel = static_cast<uint64_t>(input.numel() * getSize());
+    call.input = plans[i].read(input);
+    call.output = plans[i].write(at::TensorList(places));
+    results.insert(results.end(), places.begin(), places.end());
   }
-  return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
-}
-
-PycommBackend::WorkPtr PycommBackend::allgather_into_tensor_coalesced(
-    Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& opts) {
-  if (outputs.size() != inputs.size())
-    refuse("all_gather_into_tensor_coalesced", "outputs and inputs differ in number");
-  std::vector<WorkPtr> works;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    works.push_back(_allgather_base(outputs[i], inputs[i], opts));
-  return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
+  return launch(
+      plans, {c10d::OpType::ALLGATHER_COALESCED, "pycomm:all_gather", opts.asyncOp, opts.timeout},
+      inputs, results);
 }
 
 PycommBackend::WorkPtr PycommBackend::gather(TensorLists& outputs, Tensors& inputs,
@@ -422,21 +481,19 @@ PycommBackend::WorkPtr PycommBackend::gather(TensorLists& outputs, Tensors& inpu
   plan.call.root = static_cast<int>(opts.rootRank);
   plan.call.numel = static_cast<uint64_t>(input.numel() * getSize());
   plan.call.input = plan.read(input);
-  if (getRank() == plan.call.root) {
-    if (outputs.size() != 1 || outputs[0].size() != static_cast<size_t>(getSize()))
+  if (getRank() != plan.call.root) {
+    if (!outputs.empty())
       refuse("gather",
-             "the root's list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
-    for (const auto& tensor : outputs[0])
-      if (checked("gather", tensor).numel() != input.numel() ||
-          tensor.scalar_type() != input.scalar_type())
+             "only the root (rank " + std::to_string(plan.call.root) + ") gives an output list");
+  } else {
+    for (const auto& tensor : one_per_rank("gather", "the root's output", outputs))
+      if (tensor.numel() != input.numel() || tensor.scalar_type() != input.scalar_type())
         refuse("gather", "every output must have the input's dtype and number of elements");
-    plan.call.output = plan.write_list(outputs[0], input.options());
-    plan.results = outputs[0];
-  } else if (!outputs.empty()) {
-    refuse("gather",
-           "only the root (rank " + std::to_string(plan.call.root) + ") gives an output list");
+    plan.call.output = plan.write(at::TensorList(outputs[0]));
   }
-  return launch(std::move(plan), c10d::OpType::GATHER, opts.asyncOp, opts.timeout);
+  return launch(std::move(plan),
+                {c10d::OpType::GATHER, "pycomm:gather", opts.asyncOp, opts.timeout}, inputs,
+                outputs.empty() ? at::TensorList() : at::TensorList(outputs[0]));
 }
 
 PycommBackend::WorkPtr PycommBackend::scatter(Tensors& outputs, TensorLists& inputs,
@@ -447,59 +504,72 @@ PycommBackend::WorkPtr PycommBackend::scatter(Tensors& outputs, TensorLists& inp
   plan.call.dtype = *dtype_of(output.scalar_type());
   plan.call.root = static_cast<int>(opts.rootRank);
   plan.call.numel = static_cast<uint64_t>(output.numel() * getSize());
-  if (getRank() == plan.call.root) {
-    if (inputs.size() != 1 || inputs[0].size() != static_cast<size_t>(getSize()))
+  if (getRank() != plan.call.root) {
+    if (!inputs.empty())
       refuse("scatter",
-             "the root's list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
-    for (const auto& tensor : inputs[0])
-      if (checked("scatter", tensor).numel() != output.numel() ||
-          tensor.scalar_type() != output.scalar_type())
+             "only the root (rank " + std::to_string(plan.call.root) + ") gives an input list");
+  } else {
+    for (const auto& tensor : one_per_rank("scatter", "the root's input", inputs))
+      if (tensor.numel() != output.numel() || tensor.scalar_type() != output.scalar_type())
         refuse("scatter", "every input must have the output's dtype and number of elements");
-    plan.call.input = plan.read(flattened(inputs[0]));
-  } else if (!inputs.empty()) {
-    refuse("scatter",
-           "only the root (rank " + std::to_string(plan.call.root) + ") gives an input list");
+    plan.call.input = plan.read(at::TensorList(inputs[0]));
   }
   plan.call.output = plan.write(output);
-  plan.results = outputs;
-  return launch(std::move(plan), c10d::OpType::SCATTER, opts.asyncOp, opts.timeout);
+  return launch(std::move(plan),
+                {c10d::OpType::SCATTER, "pycomm:scatter", opts.asyncOp, opts.timeout},
+                inputs.empty() ? at::TensorList() : at::TensorList(inputs[0]), outputs);
+}
+
+void PycommBackend::plan_reduce_scatter(Plan& plan, const at::Tensor& output,
+                                        const at::Tensor& input, const c10d::ReduceOp& op) const {
+  constexpr const char* kOp = "reduce_scatter_tensor";
+  checked(kOp, input);
+  checked(kOp, output);
+  if (output.scalar_type() != input.scalar_type()) refuse(kOp, "output and input differ in dtype");
+  if (input.numel() != output.numel() * getSize())
+    refuse(kOp, "input has " + std::to_string(input.numel()) + " elements, " +
+                    std::to_string(getSize()) + " ranks of " + std::to_string(output.numel()) +
+                    " need " + std::to_string(output.numel() * getSize()));
+  plan.call.collective = Collective::reduce_scatter;
+  plan.call.dtype = *dtype_of(input.scalar_type());
+  plan.call.op = reduce_op_of(op);
+  plan.call.numel = static_cast<uint64_t>(input.numel());
+  plan.call.input = plan.read(premultiplied(input, op));
+  plan.call.output = plan.write(output);
 }
 
 PycommBackend::WorkPtr PycommBackend::_reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                                            const c10d::ReduceScatterOptions& opts) {
-  checked("reduce_scatter_tensor", input);
-  checked("reduce_scatter_tensor", output);
-  if (output.scalar_type() != input.scalar_type())
-    refuse("reduce_scatter_tensor", "output and input differ in dtype");
-  if (input.numel() != output.numel() * getSize())
-    refuse("reduce_scatter_tensor", "input has " + std::to_string(input.numel()) + " elements, " +
-                                        std::to_string(getSize()) + " ranks of " +
-                                        std::to_string(output.numel()) + " need " +
-                                        std::to_string(output.numel() * getSize()));
   Plan plan;
-  plan.call.collective = Collective::reduce_scatter;
-  plan.call.dtype = *dtype_of(input.scalar_type());
-  plan.call.op = reduce_op_of(opts.reduceOp);
-  plan.call.numel = static_cast<uint64_t>(input.numel());
-  plan.call.input = plan.read(premultiplied(input, opts.reduceOp));
-  plan.call.output = plan.write(output);
-  plan.results = {output};
-  return launch(std::move(plan), c10d::OpType::_REDUCE_SCATTER_BASE, opts.asyncOp, opts.timeout);
+  plan_reduce_scatter(plan, output, input, opts.reduceOp);
+  return launch(std::move(plan),
+                {c10d::OpType::_REDUCE_SCATTER_BASE, "pycomm:_reduce_scatter_base", opts.asyncOp,
+                 opts.timeout},
+                input, output);
+}
+
+PycommBackend::WorkPtr PycommBackend::reduce_scatter_tensor_coalesced(
+    Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& opts) {
+  if (outputs.size() != inputs.size())
+    refuse("reduce_scatter_tensor_coalesced", "outputs and inputs differ in number");
+  std::vector<Plan> plans(inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i)
+    plan_reduce_scatter(plans[i], outputs[i], inputs[i], opts.reduceOp);
+  return launch(plans,
+                {c10d::OpType::REDUCE_SCATTER, "pycomm:reduce_scatter", opts.asyncOp, opts.timeout},
+                inputs, outputs);
 }
 
 PycommBackend::WorkPtr PycommBackend::reduce_scatter(Tensors& outputs, TensorLists& inputs,
                                                      const c10d::ReduceScatterOptions& opts) {
   const at::Tensor& output = only("reduce_scatter", outputs);
-  if (inputs.size() != 1 || inputs[0].size() != static_cast<size_t>(getSize()))
-    refuse("reduce_scatter",
-           "the input list must hold one tensor per rank (" + std::to_string(getSize()) + ")");
-  for (const auto& tensor : inputs[0])
-    if (checked("reduce_scatter", tensor).scalar_type() != output.scalar_type())
-      refuse("reduce_scatter", "output and input differ in dtype");
-  const auto counts = numels(inputs[0]);
-  if (counts[static_cast<size_t>(getRank())] != static_cast<uint64_t>(output.numel()))
-    refuse("reduce_scatter", "this rank's input has " +
-                                 std::to_string(counts[static_cast<size_t>(getRank())]) +
+  const Tensors& list = one_per_rank("reduce_scatter", "the input", inputs);
+  if (list[0].scalar_type() != output.scalar_type())
+    refuse("reduce_scatter", "output and input differ in dtype");
+  const auto counts = numels(list);
+  const uint64_t own = counts[static_cast<size_t>(getRank())];
+  if (own != static_cast<uint64_t>(output.numel()))
+    refuse("reduce_scatter", "this rank's input has " + std::to_string(own) +
                                  " elements, the output " + std::to_string(output.numel()));
   Plan plan;
   plan.call.collective = Collective::reduce_scatter;
@@ -507,20 +577,17 @@ PycommBackend::WorkPtr PycommBackend::reduce_scatter(Tensors& outputs, TensorLis
   plan.call.op = reduce_op_of(opts.reduceOp);
   plan.call.numel = total(counts);
   if (!all_equal(counts)) plan.call.counts = counts;
-  plan.call.input = plan.read(premultiplied(flattened(inputs[0]), opts.reduceOp));
+  if (opts.reduceOp.op_ == c10d::ReduceOp::PREMUL_SUM) {
+    Tensors scaled;
+    for (const auto& tensor : list) scaled.push_back(premultiplied(tensor, opts.reduceOp));
+    plan.call.input = plan.read(at::TensorList(scaled));
+  } else {
+    plan.call.input = plan.read(at::TensorList(list));
+  }
   plan.call.output = plan.write(output);
-  plan.results = outputs;
-  return launch(std::move(plan), c10d::OpType::REDUCE_SCATTER, opts.asyncOp, opts.timeout);
-}
-
-PycommBackend::WorkPtr PycommBackend::reduce_scatter_tensor_coalesced(
-    Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& opts) {
-  if (outputs.size() != inputs.size())
-    refuse("reduce_scatter_tensor_coalesced", "outputs and inputs differ in number");
-  std::vector<WorkPtr> works;
-  for (size_t i = 0; i < inputs.size(); ++i)
-    works.push_back(_reduce_scatter_base(outputs[i], inputs[i], opts));
-  return c10::make_intrusive<ManyWorks>(getRank(), std::move(works));
+  return launch(std::move(plan),
+                {c10d::OpType::REDUCE_SCATTER, "pycomm:reduce_scatter", opts.asyncOp, opts.timeout},
+                list, outputs);
 }
 
 PycommBackend::WorkPtr PycommBackend::alltoall_base(at::Tensor& output, at::Tensor& input,
@@ -570,16 +637,18 @@ PycommBackend::WorkPtr PycommBackend::alltoall_base(at::Tensor& output, at::Tens
   }
   plan.call.input = plan.read(input);
   plan.call.output = plan.write(output);
-  plan.results = {output};
-  return launch(std::move(plan), c10d::OpType::ALLTOALL_BASE, opts.asyncOp, opts.timeout);
+  return launch(std::move(plan),
+                {c10d::OpType::ALLTOALL_BASE, "pycomm:all_to_all", opts.asyncOp, opts.timeout},
+                input, output);
 }
 
 PycommBackend::WorkPtr PycommBackend::alltoall(Tensors& outputs, Tensors& inputs,
                                                const c10d::AllToAllOptions& opts) {
   const auto n = static_cast<size_t>(getSize());
   if (outputs.size() != n || inputs.size() != n)
-    refuse("all_to_all",
-           "input and output lists must hold one tensor per rank (" + std::to_string(n) + ")");
+    refuse("all_to_all", "input and output lists must hold one tensor per rank (" +
+                             std::to_string(n) + "), got " + std::to_string(inputs.size()) +
+                             " and " + std::to_string(outputs.size()));
   for (const auto* list : {&outputs, &inputs})
     for (const auto& tensor : *list)
       if (checked("all_to_all", tensor).scalar_type() != inputs[0].scalar_type())
@@ -590,25 +659,32 @@ PycommBackend::WorkPtr PycommBackend::alltoall(Tensors& outputs, Tensors& inputs
   plan.call.counts = numels(inputs);
   plan.call.recv_counts = numels(outputs);
   plan.call.numel = std::max(total(plan.call.counts), total(plan.call.recv_counts));
-  plan.call.input = plan.read(flattened(inputs));
-  plan.call.output = plan.write_list(outputs, inputs[0].options());
-  plan.results = outputs;
-  return launch(std::move(plan), c10d::OpType::ALLTOALL, opts.asyncOp, opts.timeout);
+  plan.call.input = plan.read(at::TensorList(inputs));
+  plan.call.output = plan.write(at::TensorList(outputs));
+  return launch(std::move(plan),
+                {c10d::OpType::ALLTOALL, "pycomm:all_to_all", opts.asyncOp, opts.timeout}, inputs,
+                outputs);
 }
 
+// ---- messages and barriers ----
+
 PycommBackend::WorkPtr PycommBackend::message(Tensors& tensors, int peer, int tag, bool is_send) {
-  const at::Tensor& tensor = only(is_send ? "send" : "recv", tensors);
-  if (!tensor.is_contiguous())
-    refuse(is_send ? "send" : "recv", "the tensor is not contiguous; call .contiguous()");
+  const char* const op = is_send ? "send" : "recv";
+  const at::Tensor& tensor = only(op, tensors);
+  if (!tensor.is_contiguous()) refuse(op, "the tensor is not contiguous; call .contiguous()");
+  const bool any = !is_send && peer < 0;
+  auto work = begin(is_send ? c10d::OpType::SEND
+                    : any   ? c10d::OpType::RECVANYSOURCE
+                            : c10d::OpType::RECV,
+                    is_send ? "pycomm:send"
+                    : any   ? "pycomm:recvAnySource"
+                            : "pycomm:recv",
+                    tensors);
   const auto nbytes = static_cast<uint64_t>(tensor.nbytes());
   auto held = std::make_shared<at::Tensor>(tensor);
-  auto work = is_send ? group_->send(tensor.data_ptr(), nbytes, peer, tag, {}, held)
-                      : group_->recv(tensor.data_ptr(), nbytes, peer, tag, {}, held);
-  const auto type = is_send    ? c10d::OpType::SEND
-                    : peer < 0 ? c10d::OpType::RECVANYSOURCE
-                               : c10d::OpType::RECV;
-  return collect(
-      c10::make_intrusive<BackendWork>(getRank(), type, std::vector{std::move(work)}, tensors));
+  auto message = is_send ? group_->send(tensor.data_ptr(), nbytes, peer, tag, {}, std::move(held))
+                         : group_->recv(tensor.data_ptr(), nbytes, peer, tag, {}, std::move(held));
+  return started(std::move(work), {std::move(message)}, tensors);
 }
 
 PycommBackend::WorkPtr PycommBackend::send(Tensors& tensors, int peer, int tag) {
@@ -624,18 +700,28 @@ PycommBackend::WorkPtr PycommBackend::recvAnysource(Tensors& tensors, int tag) {
 PycommBackend::WorkPtr PycommBackend::barrier(const c10d::BarrierOptions& opts) {
   Plan plan;
   plan.call.collective = Collective::barrier;
-  return launch(std::move(plan), c10d::OpType::BARRIER, opts.asyncOp, opts.timeout);
+  return launch(std::move(plan),
+                {c10d::OpType::BARRIER, "pycomm:barrier", opts.asyncOp, opts.timeout}, {}, {});
 }
 
-// Rank 0 hears from every rank, then answers each: a rank that is missing can be named.
+// Rank 0 hears from every rank, then answers each: a rank that is missing can be named. The words
+// of its errors are Gloo's, which programs look for.
 void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait_all_ranks) {
   const auto timeout = limit_of(opts.timeout).value_or(group_->timeout());
-  const auto limit =
-      Milliseconds(std::chrono::hours(24 * 365));  // the operation's own deadline ends the wait
+  const std::string where = "monitored_barrier in group '" + group_->name() + "': ",
+                    limit = std::to_string(timeout.count()) + " ms";
   uint8_t token = 0;
   if (getRank() != 0) {
-    group_->send(&token, 1, 0, kMonitorTag, timeout, nullptr)->wait(limit);
-    group_->recv(&token, 1, 0, kMonitorTag, timeout, nullptr)->wait(limit);
+    try {
+      group_->run_send(&token, 1, 0, kMonitorTag, timeout);
+      // Rank 0 may have entered later, and knows who is missing.
+      group_->run_recv(&token, 1, 0, kMonitorTag, timeout + kEcho);
+    } catch (const Error& error) {
+      throw Error(error.code(), where + "Rank " + std::to_string(getRank()) +
+                                    " successfully reached monitoredBarrier, but received errors "
+                                    "while waiting for send/recv from rank 0: " +
+                                    error.what());
+    }
     return;
   }
   std::vector<uint8_t> tokens(static_cast<size_t>(getSize()));
@@ -643,43 +729,79 @@ void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait
   for (int rank = 1; rank < getSize(); ++rank)
     arrivals.push_back(
         group_->recv(&tokens[static_cast<size_t>(rank)], 1, rank, kMonitorTag, timeout, nullptr));
-  std::string missing;
+  std::vector<int> missing;
   for (int rank = 1; rank < getSize(); ++rank) {
     try {
-      arrivals[static_cast<size_t>(rank)]->wait(limit);
+      arrivals[static_cast<size_t>(rank)]->wait(kForever);
     } catch (const Error& error) {
-      missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
+      missing.push_back(rank);
       if (!wait_all_ranks) break;
     }
   }
   if (!missing.empty()) {
-    const Status why{Code::timeout, "monitored_barrier in group '" + group_->name() +
-                                        "': rank(s) " + missing + " did not reach it within " +
-                                        std::to_string(timeout.count()) + " ms"};
+    std::string ranks;
+    for (const int rank : missing) ranks += (ranks.empty() ? "" : ", ") + std::to_string(rank);
+    const Status why{Code::timeout,
+                     where + (missing.size() > 1 || wait_all_ranks ? "Ranks " : "Rank ") + ranks +
+                         " failed to pass monitoredBarrier in " + limit +
+                         (timeout.count() > 0 ? "" : " (Rank 0 timed out in monitoredBarrier)")};
     group_->engine().revoke(why);
     throw Error(why);
   }
   for (int rank = 1; rank < getSize(); ++rank)
-    group_->send(&token, 1, rank, kMonitorTag, timeout, nullptr)->wait(limit);
+    group_->run_send(&token, 1, rank, kMonitorTag, timeout);
 }
+
+// ---- the group ----
 
 c10::intrusive_ptr<c10d::Backend::Options> PycommBackend::getBackendOptions() {
-  return c10::make_intrusive<Options>("pycomm", group_->timeout());
+  auto options = c10::make_intrusive<Options>("pycomm", group_->timeout());
+  options->group_name = group_->name();
+  return options;
 }
 
-c10::intrusive_ptr<c10d::Backend> PycommBackend::split(const c10::intrusive_ptr<c10d::Store>& store,
-                                                       const std::vector<int>& ranks,
-                                                       const c10::intrusive_ptr<Options>& opts) {
+PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std::vector<int>& ranks,
+                                               const c10::intrusive_ptr<Options>& opts) {
   if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end()) return nullptr;
-  auto group = make_group_(store, ranks, opts ? opts->group_name : "split");
+  auto group = makers_.split(store, ranks, opts ? opts->group_name : "split");
   if (opts) group->set_timeout(opts->timeout);
-  return c10::make_intrusive<PycommBackend>(std::move(group), endpoint_, make_group_);
+  return c10::make_intrusive<PycommBackend>(std::move(group), endpoint_, makers_);
+}
+
+PycommBackend::BackendPtr PycommBackend::merge(const StorePtr& store,
+                                               const c10::intrusive_ptr<Options>& opts,
+                                               const int& rank, const int& size) {
+  const auto timeout = opts ? opts->timeout : group_->timeout();
+  return makers_.merge(store, rank, size, opts ? opts->group_name : "merged",
+                       std::chrono::duration<double>(timeout).count());
+}
+
+c10d::ErrorType PycommBackend::getError() {
+  switch (group_->engine().broken().code) {
+    case Code::ok:
+      return c10d::ErrorType::SUCCESS;
+    case Code::timeout:
+      return c10d::ErrorType::TIMEOUT;
+    case Code::peer_lost:
+      return c10d::ErrorType::REMOTE_ERROR;
+    default:
+      return c10d::ErrorType::COMM_ERROR;
+  }
+}
+
+at::Tensor PycommBackend::allocateTensor(long numel, at::TensorOptions options) {
+  if (!options.device().is_cpu())
+    refuse("allocate_tensor", "allocates on cpu, not on " + options.device().str());
+  return empty_in_peer_memory(endpoint_, {numel}, c10::typeMetaToScalarType(options.dtype()));
 }
 
 void PycommBackend::abort() {
   group_->engine().revoke({Code::closed, "rank " + std::to_string(getRank()) + " called abort()"});
 }
 
-void PycommBackend::shutdown() { group_->engine().close(); }
+void PycommBackend::shutdown() {
+  group_->engine().close();
+  future_threads_->settle(kSettle);
+}
 
 }  // namespace pycomm::torch_layer

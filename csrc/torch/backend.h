@@ -1,11 +1,13 @@
 // PycommBackend: torch.distributed's backend "pycomm" on CPU tensors. It turns c10d's calls into
 // core/group.h's and nothing more; a warm call does not enter Python. Tensors that are not
-// contiguous, and lists of tensors, go through one flat copy; what c10d calls *_into_tensor goes
-// without.
+// contiguous, and lists of tensors that do not lie one after the other, go through one flat copy.
+// A blocking call gives no c10d::Work at all, which torch takes for "done".
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
@@ -13,16 +15,26 @@
 
 #include "core/group.h"
 #include "cpu/endpoint.h"
+#include "torch/work.h"
 
 namespace pycomm::torch_layer {
 
 class PycommBackend final : public c10d::Backend {
  public:
-  // Makes the group of some ranks of this one, for split_group: (store, ranks, name) -> Group.
-  using MakeGroup = std::function<std::shared_ptr<Group>(
-      const c10::intrusive_ptr<c10d::Store>&, const std::vector<int>&, const std::string&)>;
+  using BackendPtr = c10::intrusive_ptr<c10d::Backend>;
+  using StorePtr = c10::intrusive_ptr<c10d::Store>;
+  // What Python makes (pycomm/backend.py): the group of some ranks of this one, and a backend for
+  // ranks of two jobs that meet in a store.
+  struct Makers {
+    std::function<std::shared_ptr<Group>(const StorePtr&, const std::vector<int>& ranks,
+                                         const std::string& name)>
+        split;
+    std::function<BackendPtr(const StorePtr&, int rank, int size, const std::string& name,
+                             double timeout_s)>
+        merge;
+  };
   PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::Endpoint> endpoint,
-                MakeGroup make_group);
+                Makers makers);
   ~PycommBackend() override;
 
   const std::shared_ptr<Group>& group() const { return group_; }
@@ -34,12 +46,16 @@ class PycommBackend final : public c10d::Backend {
   c10::intrusive_ptr<c10d::Work> endCoalescing() override;
   void setTimeout(std::chrono::milliseconds timeout) override { group_->set_timeout(timeout); }
   c10::intrusive_ptr<Options> getBackendOptions() override;
-  c10::intrusive_ptr<c10d::Backend> split(const c10::intrusive_ptr<c10d::Store>& store,
-                                          const std::vector<int>& ranks,
-                                          const c10::intrusive_ptr<Options>& opts) override;
+  BackendPtr split(const StorePtr& store, const std::vector<int>& ranks,
+                   const c10::intrusive_ptr<Options>& opts) override;
+  BackendPtr merge(const StorePtr& store, const c10::intrusive_ptr<Options>& opts, const int& rank,
+                   const int& size) override;
   void setSequenceNumberForGroup() override {}
   uint64_t getSequenceNumberForGroup() override { return group_->engine().sequence(); }
-  c10d::ErrorType getError() override { return c10d::ErrorType::SUCCESS; }
+  c10d::ErrorType getError() override;
+  // Tensors that the other ranks of the host map, as pycomm.empty().
+  bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
+  at::Tensor allocateTensor(long numel, at::TensorOptions options) override;
   void abort() override;
   void shutdown() override;
 
@@ -79,18 +95,32 @@ class PycommBackend final : public c10d::Backend {
 
  private:
   struct Plan;
-  WorkPtr launch(Plan plan, c10d::OpType type, bool async, std::chrono::milliseconds timeout);
-  WorkPtr collect(WorkPtr work);
+  struct What;
+  WorkPtr launch(std::span<Plan> plans, const What& what, at::TensorList inputs,
+                 at::TensorList results);
+  WorkPtr launch(Plan plan, const What& what, at::TensorList inputs, at::TensorList results);
+  c10::intrusive_ptr<BackendWork> begin(c10d::OpType type, const char* title,
+                                        at::TensorList inputs) const;
+  WorkPtr started(c10::intrusive_ptr<BackendWork> work, BackendWork::Works works, Tensors results);
+  void plan_all_reduce(Plan& plan, at::TensorList tensors, const c10d::ReduceOp& op) const;
+  void plan_all_gather(Plan& plan, const at::Tensor& output, const at::Tensor& input) const;
+  void plan_reduce_scatter(Plan& plan, const at::Tensor& output, const at::Tensor& input,
+                           const c10d::ReduceOp& op) const;
+  WorkPtr all_reduce_sparse(const Tensors& tensors, const c10d::AllreduceOptions& opts);
   [[noreturn]] void refuse(const char* op, const std::string& text) const;
   const at::Tensor& checked(const char* op, const at::Tensor& tensor) const;
   const at::Tensor& only(const char* op, const Tensors& tensors) const;
+  const Tensors& one_per_rank(const char* op, const char* what, const TensorLists& lists) const;
   WorkPtr message(Tensors& tensors, int peer, int tag, bool is_send);
 
   const std::shared_ptr<Group> group_;
   const std::shared_ptr<cpu::Endpoint> endpoint_;  // for groups of fewer ranks
-  const MakeGroup make_group_;
+  const Makers makers_;
+  const std::shared_ptr<FutureThreads> future_threads_ = std::make_shared<FutureThreads>();
+  std::atomic<int64_t> n_sparse_{0};
   bool coalescing_ = false;
-  std::vector<WorkPtr> coalesced_;
+  BackendWork::Works coalesced_;
+  Tensors coalesced_results_;
 };
 
 }  // namespace pycomm::torch_layer

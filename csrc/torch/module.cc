@@ -1,8 +1,6 @@
 // pycomm._C: the engine for Python. Arrays come in as torch tensors or numpy arrays and are used
 // where they lie; every call that may wait lets go of the GIL. Not torch/extension.h but the two
 // headers it needs: 25 s to compile instead of 43.
-#include <ATen/ops/from_blob.h>
-#include <c10/util/safe_numerics.h>
 #include <pybind11/chrono.h>
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
@@ -729,26 +727,6 @@ std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint
                                  timeout);
 }
 
-// A tensor on the endpoint's heap; the heap lives as long as its tensors.
-at::Tensor empty(const std::shared_ptr<cpu::Endpoint>& endpoint, const std::vector<int64_t>& shape,
-                 at::ScalarType dtype) {
-  int64_t numel = 1;
-  for (const int64_t size : shape)
-    if (size < 0 || c10::mul_overflows(numel, size, &numel))
-      refuse("empty", "shape " + std::string(py::str(py::cast(shape))) + " is not one");
-  uint64_t nbytes = 0;
-  if (c10::mul_overflows(static_cast<uint64_t>(numel), c10::elementSize(dtype), &nbytes))
-    refuse("empty", "shape " + std::string(py::str(py::cast(shape))) + " is too large");
-  py::gil_scoped_release release;  // the pages are made now: a second for some GB
-  std::byte* data = endpoint->peer_memory().allocate(nbytes);
-  return at::from_blob(
-      data, shape,
-      [endpoint](void* pointer) {
-        endpoint->peer_memory().heap().release(static_cast<std::byte*>(pointer));
-      },
-      at::TensorOptions().dtype(dtype));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -808,7 +786,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             if (!THPDtype_Check(dtype.ptr()))
               refuse("empty", "dtype is a " + std::string(py::str(py::type::of(dtype))) +
                                   ", not a torch.dtype");
-            return empty(endpoint, shape, reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
+            const auto type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+            py::gil_scoped_release release;  // the pages are made now: a second for some GB
+            return empty_in_peer_memory(endpoint, shape, type);
           },
           py::arg("shape"), py::arg("dtype"))
       .def_property_readonly(
@@ -862,21 +842,30 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   def_collectives(group);
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
-      .def(py::init([](const PyGroup& group, const py::object& make,
-                       const std::shared_ptr<cpu::Endpoint>& endpoint) {
-             const std::shared_ptr<void> keep = held(make);
-             return c10::make_intrusive<PycommBackend>(
-                 group.group(), endpoint,
-                 [keep](const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,
-                        const std::string& name) {
-                   py::gil_scoped_acquire gil;
-                   return (*static_cast<py::object*>(keep.get()))(store, ranks, name)
-                       .cast<PyGroup&>()
-                       .group();
-                 });
+      .def(py::init([](const PyGroup& group, const std::shared_ptr<cpu::Endpoint>& endpoint,
+                       const py::object& split, const py::object& merge) {
+             const auto callable = [](const std::shared_ptr<void>& keep) -> py::object& {
+               return *static_cast<py::object*>(keep.get());
+             };
+             PycommBackend::Makers makers;
+             makers.split = [keep = held(split), callable](const auto& store, const auto& ranks,
+                                                           const auto& name) {
+               py::gil_scoped_acquire gil;
+               return callable(keep)(store, ranks, name).template cast<PyGroup&>().group();
+             };
+             makers.merge = [keep = held(merge), callable](
+                                const auto& store, int rank, int size, const auto& name,
+                                double timeout_s) -> PycommBackend::BackendPtr {
+               py::gil_scoped_acquire gil;
+               return callable(keep)(store, rank, size, name, timeout_s)
+                   .template cast<c10::intrusive_ptr<PycommBackend>>();
+             };
+             return c10::make_intrusive<PycommBackend>(group.group(), endpoint, std::move(makers));
            }),
-           py::arg("group"), py::arg("make_group"), py::arg("endpoint"))
+           py::arg("group"), py::arg("endpoint"), py::arg("split"), py::arg("merge"))
       .def_property_readonly("endpoint", &PycommBackend::endpoint)
+      .def_property_readonly("options", &PycommBackend::getBackendOptions)
+      .def("get_error", &PycommBackend::getError)
       .def_property_readonly("pycomm_group",
                              [](const PycommBackend& backend) { return PyGroup(backend.group()); });
 

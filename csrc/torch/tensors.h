@@ -1,9 +1,14 @@
-// What both front ends need of torch: dtypes by name, and c10d's stores as pycomm's.
+// What both front ends need of torch: dtypes by name, tensors in memory that peers map, and c10d's
+// stores as pycomm's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/safe_numerics.h>
 
+#include <memory>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <vector>
@@ -11,6 +16,7 @@
 #include "core/dtype.h"
 #include "core/status.h"
 #include "core/store.h"
+#include "cpu/endpoint.h"
 
 namespace pycomm::torch_layer {
 
@@ -46,9 +52,40 @@ inline std::optional<DType> dtype_of(at::ScalarType type) {
       return DType::complex64;
     case at::kComplexDouble:
       return DType::complex128;
+    case at::kFloat8_e4m3fn:
+      return DType::float8_e4m3fn;
+    case at::kFloat8_e5m2:
+      return DType::float8_e5m2;
+    case at::kFloat8_e4m3fnuz:
+    case at::kFloat8_e5m2fnuz:
+    case at::kFloat8_e8m0fnu:
+      return DType::bytes;  // moved, not reduced
     default:
       return std::nullopt;
   }
+}
+
+// An uninitialised tensor on the endpoint's heap, which lives as long as its tensors.
+inline at::Tensor empty_in_peer_memory(const std::shared_ptr<cpu::Endpoint>& endpoint,
+                                       at::IntArrayRef shape, at::ScalarType dtype) {
+  const auto refuse = [&](const char* text) {
+    std::ostringstream message;
+    message << "empty: shape " << shape << " is " << text;
+    throw Error(Code::invalid_argument, message.str());
+  };
+  int64_t numel = 1;
+  for (const int64_t size : shape)
+    if (size < 0 || c10::mul_overflows(numel, size, &numel)) refuse("not one");
+  uint64_t nbytes = 0;
+  if (c10::mul_overflows(static_cast<uint64_t>(numel), c10::elementSize(dtype), &nbytes))
+    refuse("too large");
+  std::byte* data = endpoint->peer_memory().allocate(nbytes);
+  return at::from_blob(
+      data, shape,
+      [endpoint](void* pointer) {
+        endpoint->peer_memory().heap().release(static_cast<std::byte*>(pointer));
+      },
+      at::TensorOptions().dtype(dtype));
 }
 
 class TorchStore final : public Store {

@@ -13,16 +13,16 @@ using pycomm::DType;
 using pycomm::ReduceOp;
 
 namespace pycomm::cpu {
-namespace plain {
-void reduce(void*, const void*, const void*, unsigned long, DType, ReduceOp);
-}
+#define KERNELS_OF(simd)                                                        \
+  namespace simd {                                                              \
+  void reduce(void*, const void*, const void*, unsigned long, DType, ReduceOp); \
+  void widen_float8(float*, const void*, unsigned long, DType);                 \
+  void narrow_float8(void*, const float*, unsigned long, DType);                \
+  }
+KERNELS_OF(plain)
 #if defined(__x86_64__)
-namespace avx2 {
-void reduce(void*, const void*, const void*, unsigned long, DType, ReduceOp);
-}
-namespace avx512 {
-void reduce(void*, const void*, const void*, unsigned long, DType, ReduceOp);
-}
+KERNELS_OF(avx2)
+KERNELS_OF(avx512)
 #endif
 }  // namespace pycomm::cpu
 
@@ -362,4 +362,108 @@ TEST(a_mean_of_narrow_floats_rounds_once) {
   };
   each(kFp16, DType::float16);
   each(kBf16, DType::bfloat16);
+}
+
+namespace {
+
+struct Conversion {
+  const char* name;
+  void (*widen)(float*, const void*, unsigned long, DType);
+  void (*narrow)(void*, const float*, unsigned long, DType);
+};
+
+void widen_chosen(float* out, const void* in, unsigned long n, DType dtype) {
+  pycomm::cpu::widen_float8(out, in, n, dtype);
+}
+void narrow_chosen(void* out, const float* in, unsigned long n, DType dtype) {
+  pycomm::cpu::narrow_float8(out, in, n, dtype);
+}
+
+std::vector<Conversion> conversions() {
+  std::vector<Conversion> found = {
+      {"chosen", widen_chosen, narrow_chosen},
+      {"plain", pycomm::cpu::plain::widen_float8, pycomm::cpu::plain::narrow_float8}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2"))
+    found.push_back({"avx2", pycomm::cpu::avx2::widen_float8, pycomm::cpu::avx2::narrow_float8});
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    found.push_back(
+        {"avx512", pycomm::cpu::avx512::widen_float8, pycomm::cpu::avx512::narrow_float8});
+#endif
+  return found;
+}
+
+// A format by its definition. `nan` is the one code of NaN that a narrowing gives.
+struct Float8 {
+  DType dtype;
+  int mantissa, bias, infinity;  // infinity: its code, or -1
+  uint8_t nan, largest;
+};
+constexpr Float8 kFloat8[] = {{DType::float8_e4m3fn, 3, 7, -1, 0x7f, 0x7e},
+                              {DType::float8_e5m2, 2, 15, 0x7c, 0x7f, 0x7b}};
+
+float value_of(const Float8& format, int code) {
+  const int exponent = code >> format.mantissa, fraction = code & ((1 << format.mantissa) - 1);
+  if (code == format.infinity) return std::numeric_limits<float>::infinity();
+  if (code > format.largest) return std::numeric_limits<float>::quiet_NaN();
+  const int units = exponent == 0 ? fraction : fraction + (1 << format.mantissa);
+  return std::ldexp(static_cast<float>(units),
+                    std::max(exponent, 1) - format.bias - format.mantissa);
+}
+
+}  // namespace
+
+TEST(every_float8_widens_exactly_and_comes_back) {
+  for (const Float8& format : kFloat8)
+    for (const Conversion& convert : conversions()) {
+      uint8_t codes[256], back[256];
+      float wide[256];
+      for (int i = 0; i < 256; ++i) codes[i] = static_cast<uint8_t>(i);
+      convert.widen(wide, codes, 256, format.dtype);
+      convert.narrow(back, wide, 256, format.dtype);
+      for (int i = 0; i < 256; ++i) {
+        const float value = value_of(format, i & 0x7f);
+        if (std::isnan(value)) {
+          EXPECT_TRUE(std::isnan(wide[i]));
+          EXPECT_EQ(back[i] & 0x7f, format.nan);
+        } else {
+          EXPECT_EQ(wide[i], i < 128 ? value : -value);
+          EXPECT_EQ(static_cast<int>(back[i]), i);
+        }
+      }
+    }
+}
+
+TEST(float8_rounds_to_nearest_even_and_overflows_as_torch_casts) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const Float8& format : kFloat8) {
+    std::vector<float> values;
+    std::vector<uint8_t> expected;
+    for (int code = 0; code < format.largest; ++code) {
+      const float low = value_of(format, code), high = value_of(format, code + 1),
+                  middle = (low + high) / 2;  // exact: both have few bits
+      const auto even = static_cast<uint8_t>(code % 2 == 0 ? code : code + 1);
+      values.insert(values.end(), {std::nextafter(middle, 0.0f), middle,
+                                   std::nextafter(middle, kInfinity), -middle});
+      expected.insert(expected.end(),
+                      {static_cast<uint8_t>(code), even, static_cast<uint8_t>(code + 1),
+                       static_cast<uint8_t>(even | 0x80)});
+    }
+    // One more step up would be the value of the code after the largest: beyond its middle, too
+    // far.
+    const float largest = value_of(format, format.largest),
+                middle = largest + (largest - value_of(format, format.largest - 1)) / 2;
+    const uint8_t beyond = format.infinity < 0 ? format.nan : static_cast<uint8_t>(format.infinity);
+    values.insert(values.end(),
+                  {std::nextafter(middle, 0.0f), std::nextafter(middle, kInfinity), 3e38f,
+                   kInfinity, std::numeric_limits<float>::quiet_NaN(), 1e-45f});
+    expected.insert(expected.end(),
+                    {format.largest, beyond, beyond, beyond, format.nan, uint8_t{0}});
+    for (const Conversion& convert : conversions()) {
+      std::vector<uint8_t> codes(values.size());
+      convert.narrow(codes.data(), values.data(), values.size(), format.dtype);
+      for (size_t i = 0; i < values.size(); ++i) EXPECT_EQ(+codes[i], +expected[i]);
+    }
+  }
 }

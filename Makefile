@@ -1,4 +1,5 @@
-# make run | test | torch-suite | benchmark | lint | tsan | asan | build | clean. Each does its own set-up; a second run starts in seconds.
+# make run | test | torch-suite | benchmark | lint | tsan | asan | models | stress | build | clean. Each does its own
+# set-up; a second run starts in seconds.
 #
 #   PYTHON=python3.12 make test           the interpreter that .venv is made from
 #   TORCH_VERSION=2.12.0 make test        the torch in .venv (2.11 to 2.15)
@@ -29,7 +30,7 @@ INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
 CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
 
-.PHONY: run test torch-suite benchmark lint format tsan asan build clean
+.PHONY: run test torch-suite benchmark lint format tsan asan models stress build clean
 .DELETE_ON_ERROR:
 
 run: build
@@ -69,6 +70,21 @@ asan: build/cc-address/CMakeCache.txt
 tsan asan:
 	cmake --build $(<D)
 	$(SAME_ADDRESSES) ctest --test-dir $(<D) --output-on-failure
+
+# Every shared-memory protocol, checked exhaustively by spin; and that what is known to be wrong is found.
+models:
+	@command -v spin >/dev/null || { test $$(id -u) = 0 && command -v apt-get >/dev/null && apt-get install -qq -y spin; } \
+	  || { echo "make models needs spin: apt-get install spin (http://spinroot.com for other systems)"; exit 1; }
+	$(PYTHON) models/check.py
+
+# Everything at once, for minutes; a failure prints the seed that repeats it.
+stress: export PYCOMM_STRESS_S ?= 120
+stress: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt build/cc-thread/CMakeCache.txt build/cc-address/CMakeCache.txt
+	for kind in plain$(PYCOMM_CUDA) thread address; do \
+	  cmake --build build/cc-$$kind --target test_stress || exit 1; \
+	  $(SAME_ADDRESSES) build/cc-$$kind/tests/test_stress || exit 1; \
+	done
+	$(PY) -m pytest -q tests/test_stress.py
 
 build: $(BUILT) $(INSTALLED)
 

@@ -36,7 +36,10 @@ def run_ranks(
     network, each rank runs in its host's namespace.
 
     Raises RuntimeError with the traceback of the first rank that failed, or when a rank is not done in timeout_s."""
-    context = multiprocessing.get_context("spawn")
+    # A forkserver imports once, and 32 ranks start in seconds; it cannot move into a network's namespaces.
+    context = multiprocessing.get_context("spawn" if network else "forkserver")
+    if network is None:
+        context.set_forkserver_preload(["torch.distributed", "pycomm"])
     server = _serve(network)
     ranks: list[tuple[Connection, BaseProcess]] = []
     try:

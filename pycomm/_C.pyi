@@ -29,14 +29,21 @@ class Endpoint:
     def size(self) -> int: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
     @property
-    def peer_memory_problem(self) -> str: ...
+    def warnings(self) -> list[str]: ...
     @property
     def host_ids(self) -> list[str]: ...
 
 class Group:
     timeout_s: float
     def __init__(
-        self, endpoint: Endpoint, store: Store, name: str, ranks: Sequence[int], planner: Any, timeout_s: float
+        self,
+        endpoint: Endpoint,
+        store: Store,
+        name: str,
+        key: str,
+        ranks: Sequence[int],
+        planner: Any,
+        timeout_s: float,
     ) -> None: ...
     @property
     def rank(self) -> int: ...

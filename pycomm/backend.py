@@ -36,9 +36,10 @@ def create(options: Any, backend_options: Any = None) -> _C.Backend:
 
 def _backend(endpoint: _C.Endpoint, store: Store, name: str, ranks: list[int], timeout_s: float) -> _C.Backend:
     def split(store: Store, of_this: list[int], name: str) -> _C.Group:
-        return engine_group(endpoint, store, name, [ranks[rank] for rank in of_this], timeout_s)
+        return engine_group(endpoint, store, name, f"c10d/{name}", [ranks[rank] for rank in of_this], timeout_s)
 
-    return _C.Backend(engine_group(endpoint, store, name, ranks, timeout_s), endpoint, split, _merge)
+    group = engine_group(endpoint, store, name, f"c10d/{name}", ranks, timeout_s)
+    return _C.Backend(group, endpoint, split, _merge)
 
 
 def _merge(store: Store, rank: int, size: int, name: str, timeout_s: float) -> _C.Backend:

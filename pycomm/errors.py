@@ -33,3 +33,8 @@ class CollectiveMismatch(PycommError):
 
 class GroupClosed(PycommError):
     """The group was closed, or broke in an earlier call; the message repeats why."""
+
+
+class PycommWarning(RuntimeWarning):
+    """The system refuses something at set-up and a slower path is taken; the message names ranks, host, what was
+    refused, what is used instead and what to do. One per refusal and host."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
@@ -17,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 from pycomm import _C
 from pycomm._C import Stats, Work
 from pycomm.check import check
-from pycomm.errors import InvalidArgument, PycommError
+from pycomm.errors import InvalidArgument, PycommError, PycommWarning
 from pycomm.explain import explain, format_nbytes
 from pycomm.planners import PLANNERS
 from pycomm.project import Program, project
@@ -29,6 +31,22 @@ __all__ = ["Group", "Stats", "Work", "empty", "engine_group", "init"]
 DEFAULT_TIMEOUT_S = 300.0
 
 
+# Groups are often alike: 100 of one shape plan once, not in 0.1 s each.
+_choices = lru_cache(maxsize=256)(choice_table)
+
+
+@lru_cache(maxsize=256)
+def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int) -> Program:
+    planners = PLANNERS[collective]
+    if algorithm not in planners:
+        raise InvalidArgument(
+            f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or give none"
+        )
+    schedule = planners[algorithm](topology, root)
+    check(schedule)
+    return project(schedule, rank)
+
+
 class Planning:
     """What the engine asks for when a collective is used for the first time. Every rank answers alike."""
 
@@ -37,17 +55,10 @@ class Planning:
         self.rank = rank
 
     def choices(self, collective: str, root: int) -> Choices:
-        return choice_table(self.topology, collective, root)
+        return _choices(self.topology, collective, root)
 
     def program(self, collective: str, algorithm: str, root: int) -> Program:
-        planners = PLANNERS[collective]
-        if algorithm not in planners:
-            raise InvalidArgument(
-                f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or give none"
-            )
-        schedule = planners[algorithm](self.topology, root)
-        check(schedule)
-        return project(schedule, self.rank)
+        return _program(self.topology, self.rank, collective, algorithm, root)
 
 
 def plan(endpoint: _C.Endpoint, ranks: Sequence[int]) -> Planning:
@@ -56,10 +67,12 @@ def plan(endpoint: _C.Endpoint, ranks: Sequence[int]) -> Planning:
     return Planning(topology, list(ranks).index(endpoint.rank))
 
 
-def engine_group(endpoint: _C.Endpoint, store: Store, name: str, ranks: Sequence[int], timeout_s: float) -> _C.Group:
+def engine_group(
+    endpoint: _C.Endpoint, store: Store, name: str, key: str, ranks: Sequence[int], timeout_s: float
+) -> _C.Group:
     """The engine's half of a group, which is all that torch.distributed's backend needs. ranks: the endpoint's ranks,
-    in the group's order; all of them call this."""
-    return _C.Group(endpoint, store, name, list(ranks), plan(endpoint, ranks), timeout_s)
+    in the group's order; all of them call this, with one key, which their other groups do not have."""
+    return _C.Group(endpoint, store, name, key, list(ranks), plan(endpoint, ranks), timeout_s)
 
 
 class Group(_C.Group):
@@ -77,12 +90,15 @@ class Group(_C.Group):
     The collectives and messages are the engine's own methods (csrc/torch/module.cc), with no Python in between; it
     checks shapes, dtypes and devices."""
 
-    def __init__(self, endpoint: _C.Endpoint, store: Store, name: str, ranks: Sequence[int], timeout_s: float) -> None:
+    def __init__(
+        self, endpoint: _C.Endpoint, store: Store, name: str, key: str, ranks: Sequence[int], timeout_s: float
+    ) -> None:
         planning = plan(endpoint, ranks)
-        super().__init__(endpoint, store, name, list(ranks), planning, timeout_s)
+        super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s)
         self.topology = planning.topology
         self._endpoint = endpoint
         self._store = store
+        self._key = key
         self._ranks = tuple(ranks)  # the endpoint's
         self._n_children = 0
         self.host_ids: tuple[str, ...] = tuple(endpoint.host_ids[rank] for rank in ranks)
@@ -133,7 +149,8 @@ class Group(_C.Group):
             return None
         store = PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)
         endpoint_ranks = [self._ranks[rank] for rank in ranks]
-        return Group(self._endpoint, store, name or f"{self.name}/{suffix}", endpoint_ranks, self.timeout_s)
+        key = f"{self._key}/{suffix}"
+        return Group(self._endpoint, store, name or f"{self.name}/{suffix}", key, endpoint_ranks, self.timeout_s)
 
     # Insight and end.
 
@@ -210,6 +227,8 @@ def make_endpoint(store: Store, rank: int, size: int, host_id: str | None, timeo
     global _last_endpoint
     label = host_id if host_id is not None else os.environ.get("PYCOMM_HOST_ID", "")
     _last_endpoint = _C.Endpoint(store, rank, size, label, local_address(), timeout_s)
+    for text in _last_endpoint.warnings:
+        warnings.warn(f"pycomm: {text}", PycommWarning, stacklevel=3)
     return _last_endpoint
 
 
@@ -243,7 +262,7 @@ def init(
     attempt = store.add(f"pycomm/init/{rank}", 1)
     own = PrefixStore(f"pycomm/{attempt}", store)
     endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s)
-    return Group(endpoint, own, name, range(world_size), timeout_s)
+    return Group(endpoint, own, name, "world", range(world_size), timeout_s)
 
 
 def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) -> Store:

@@ -39,6 +39,34 @@ inline Clock::duration coarse_lag() {
   return lag;
 }
 
+// What a thread that waits calls about every 100 ms; it may throw, which ends the wait. A
+// collective that its caller leaves that way breaks its group, since its memory is the caller's
+// again. Per thread, for as long as the scope lasts.
+using Interrupt = void (*)();
+inline constinit thread_local Interrupt interrupt = nullptr;
+class InterruptScope {
+ public:
+  explicit InterruptScope(Interrupt check) : before_(interrupt) { interrupt = check; }
+  ~InterruptScope() { interrupt = before_; }
+  InterruptScope(const InterruptScope&) = delete;
+  InterruptScope& operator=(const InterruptScope&) = delete;
+
+ private:
+  const Interrupt before_;
+};
+// Calls it now and then, for a loop that waits.
+class InterruptCheck {
+ public:
+  void operator()(Clock::time_point now) {
+    if (interrupt == nullptr || now - last_ < std::chrono::milliseconds(100)) return;
+    last_ = now;
+    interrupt();
+  }
+
+ private:
+  Clock::time_point last_ = Clock::now();
+};
+
 // One collective, bound: what to run on which memory. The memory stays valid until the Work is
 // done.
 struct Launch {

@@ -16,7 +16,8 @@ enum class Code : int {
   peer_lost,         // a process ended or a connection broke
   mismatch,          // two ranks called different collectives
   closed,            // the group was closed, or broke earlier
-  internal,          // a bug of ours
+  internal,          // a bug of ours, or a call that the system refuses
+  no_files,          // the limit on open files is reached
 };
 
 struct [[nodiscard]] Status {

@@ -9,12 +9,13 @@
 #include <algorithm>
 #include <fstream>
 #include <new>
+#include <optional>
 #include <set>
 #include <sstream>
 
 #include "core/engine.h"
 #include "core/fingerprint.h"
-#include "cpu/fd_exchange.h"
+#include "cpu/segment.h"
 #include "cpu/waiter.h"
 
 namespace pycomm::cpu {
@@ -39,21 +40,7 @@ std::string short_hash(const std::string& text) {
   return out.str();
 }
 
-Member describe_self(const EndpointOptions& options, const TcpListener& listener) {
-  Member self;
-  self.boot_id = boot_id();
-  self.machine = self.boot_id + "/" + namespace_id("net");
-  self.pid_namespace = namespace_id("pid");
-  self.pid = ::getpid();
-  self.probe = reinterpret_cast<uint64_t>(&PeerMemory::probe());
-  self.addresses = pack(listener.addresses());
-  char name[256] = {};
-  ::gethostname(name, sizeof(name) - 1);
-  self.host = options.host_id.empty() ? std::string(name) + "-" + short_hash(self.machine)
-                                      : options.host_id;
-  return self;
-}
-
+// One value a line; Error(internal) where one is missing.
 std::string pack(const Member& member) {
   std::ostringstream out;
   out << member.host << '\n'
@@ -61,26 +48,46 @@ std::string pack(const Member& member) {
       << member.boot_id << '\n'
       << member.pid_namespace << '\n'
       << member.pid << '\n'
-      << member.probe << '\n'
-      << member.addresses << '\n';
+      << member.addresses << '\n'
+      << member.mailbox << '\n'
+      << member.file_size << '\n'
+      << member.refused << '\n';
   return out.str();
 }
 
 Member unpack(const std::string& text) {
   Member member;
   std::istringstream in(text);
-  std::string pid, probe;
-  std::getline(in, member.host);
-  std::getline(in, member.machine);
-  std::getline(in, member.boot_id);
-  std::getline(in, member.pid_namespace);
-  std::getline(in, pid);
-  std::getline(in, probe);
-  if (!std::getline(in, member.addresses))
-    throw Error(Code::internal, "a rank published a member entry that cannot be read");
+  std::string pid, file_size;
+  for (std::string* value : {&member.host, &member.machine, &member.boot_id, &member.pid_namespace,
+                             &pid, &member.addresses, &member.mailbox, &file_size, &member.refused})
+    if (!std::getline(in, *value))
+      throw Error(Code::internal, "a rank published a member entry that cannot be read");
   member.pid = std::stoi(pid);
-  member.probe = std::stoull(probe);
+  member.file_size = std::stoull(file_size);
+  member.label = member.host;
   return member;
+}
+
+const std::string kFailed = "failed: ";  // in place of a member: why it could not set up
+
+// What tells a process from a later one with its number; empty where there is none, or none that
+// lives.
+std::string birth(int pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
+  std::string text;
+  std::getline(file, text);
+  std::istringstream fields(text.substr(std::min(text.size(), text.rfind(')') + 2)));
+  std::string state, field;
+  fields >> state;
+  for (int i = 4; i <= 22 && fields; ++i) fields >> field;  // the 22nd is its start
+  return state == "Z" || state == "X" ? "" : field;
+}
+
+std::string list_of(const std::vector<int>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
+  return text;
 }
 
 int usable_cores() {
@@ -91,81 +98,250 @@ int usable_cores() {
 
 }  // namespace
 
+Member Endpoint::describe_self(const EndpointOptions& options) {
+  Member self;
+  self.boot_id = boot_id();
+  self.machine = self.boot_id + "/" + namespace_id("net");
+  self.pid_namespace = namespace_id("pid");
+  self.pid = ::getpid();
+  char name[256] = {};
+  ::gethostname(name, sizeof(name) - 1);
+  self.host = options.host_id.empty() ? std::string(name) + "-" + short_hash(self.machine)
+                                      : options.host_id;
+  listener_ = std::make_unique<TcpListener>(options.address);
+  self.addresses = cpu::pack(listener_->addresses());
+  self.file_size = file_size_limit();
+  try {
+    mailbox_ = std::make_unique<Mailbox>();
+    self.mailbox = mailbox_->address();
+    make_shared_memory("pycomm-probe", 4096);
+    peer_memory_.heap().share();
+  } catch (const Error& error) {
+    if (error.code() == Code::no_files) throw;  // connections would need more of them
+    self.refused = error.what();
+  }
+  return self;
+}
+
 std::shared_ptr<Endpoint> Endpoint::create(Store& store, int rank, int size,
                                            const EndpointOptions& options) {
   if (options.host_id.find('\n') != std::string::npos)
     throw Error(Code::invalid_argument, "a host id cannot hold a line break");
+  const auto deadline = Clock::now() + options.timeout;
   std::shared_ptr<Endpoint> self(new Endpoint());
   self->rank_ = rank;
-  self->listener_ = std::make_unique<TcpListener>(options.address);
+  std::optional<Error> failed;
+  std::string me;
+  try {
+    me = pack(self->describe_self(options));
+  } catch (const Error& error) {  // the others need not wait for their deadlines
+    failed = error;
+    me = kFailed + error.what();
+  }
   if (rank == 0) {
     const uint64_t words[2] = {random_u64(), random_u64()};
     store.set("secret", std::string(reinterpret_cast<const char*>(words), sizeof(words)));
   }
-  store.set("member/" + std::to_string(rank), pack(describe_self(options, *self->listener_)));
+  store.set("member/" + std::to_string(rank), me);
+  if (failed) throw *failed;
   std::vector<std::string> keys{"secret"};
   for (int i = 0; i < size; ++i) keys.push_back("member/" + std::to_string(i));
   const auto values = store.get_all(keys, options.timeout);
   PYCOMM_CHECK(values[0].size() == sizeof(Secret), "the job's secret has another size");
   std::memcpy(self->secret_.data(), values[0].data(), sizeof(Secret));
   self->listener_->set_secret(self->secret_);
-  for (int i = 0; i < size; ++i)
-    self->members_.push_back(unpack(values[static_cast<size_t>(i) + 1]));
-
-  const Member& me = self->member(rank);
-  int on_machine = 0;
   for (int i = 0; i < size; ++i) {
-    const Member& other = self->member(i);
-    on_machine += other.boot_id == me.boot_id;
-    const bool local = other.host == me.host;
-    if (local && other.machine != me.machine)
-      throw Error(Code::invalid_argument, "ranks " + std::to_string(rank) + " and " +
-                                              std::to_string(i) + " both say host '" + me.host +
-                                              "' but run on different machines or network "
-                                              "namespaces, which cannot share memory; give them "
-                                              "different PYCOMM_HOST_ID, or unset it");
-    self->local_index_.push_back(local ? static_cast<int>(self->local_ranks_.size()) : -1);
-    if (local) self->local_ranks_.push_back(i);
+    const std::string& text = values[static_cast<size_t>(i) + 1];
+    if (text.starts_with(kFailed))
+      throw Error(Code::peer_lost, "rank " + std::to_string(i) +
+                                       " could not set itself up: " + text.substr(kFailed.size()));
+    self->members_.push_back(unpack(text));
   }
-  self->oversubscribed_ = on_machine > usable_cores();
-  self->share_host(store, options.timeout);
+  self->find_places();
+  self->share_host(deadline);
+  self->collect_warnings();
   return self;
 }
 
 Endpoint::~Endpoint() = default;
 
-void Endpoint::share_host(Store& store, std::chrono::milliseconds timeout) {
-  const int n_local = static_cast<int>(local_ranks_.size());
-  const int index = local_index_[static_cast<size_t>(rank_)];
-  const size_t nbytes = sizeof(HostLine) * static_cast<size_t>(n_local);
-  UniqueFd doorbell(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-  if (!doorbell)
-    throw_errno(Code::internal, "eventfd (is the limit on open files reached? see ulimit -n)");
-  std::vector<int> mine{doorbell.get(), peer_memory_.heap().fd()};
-  UniqueFd memory;
-  if (index == 0) {
-    memory = make_memfd("pycomm-host", nbytes);
-    mine.push_back(memory.get());
+// Which ranks share memory: every rank comes to the same result.
+void Endpoint::find_places() {
+  for (int i = 0; i < size(); ++i) {
+    Member& one = members_[static_cast<size_t>(i)];
+    int n = 0;
+    uint64_t limit = UINT64_MAX;
+    for (const Member& other : members_)
+      if (other.label == one.label && other.refused.empty()) {
+        ++n;
+        limit = std::min(limit, other.file_size);
+      }
+    if (one.refused.empty() && n > 1 && Segment(n).nbytes() > limit)
+      one.host += "/" + std::to_string(i);
   }
-  auto fds =
-      exchange_fds(store, "host/" + std::to_string(local_ranks_[0]), index, n_local, mine, timeout);
-  PYCOMM_CHECK(fds.size() == 2 * static_cast<size_t>(n_local) + 1,
-               "a doorbell and a heap per rank, and the host's page");
-  host_page_ = map_shared(fds[2].get(), nbytes);
-  fds.erase(fds.begin() + 2);
+  // In a second pass, so that the first saw every rank of a host alike.
+  for (int i = 0; i < size(); ++i) {
+    Member& one = members_[static_cast<size_t>(i)];
+    if (one.host != one.label)
+      one.refused = "the limit on file sizes (ulimit -f) is less than the host's shared memory";
+    else if (!one.refused.empty())
+      one.host += "/" + std::to_string(i);
+  }
   const Member& me = member(rank_);
-  std::vector<PeerMemory::Peer> peers;
-  for (size_t i = 0; i < local_ranks_.size(); ++i) {
+  int on_machine = 0;
+  for (int i = 0; i < size(); ++i) {
+    const Member& other = member(i);
+    on_machine += other.boot_id == me.boot_id;
+    const bool local = other.host == me.host;
+    if (local && other.machine != me.machine)
+      throw Error(Code::invalid_argument, "ranks " + std::to_string(rank_) + " and " +
+                                              std::to_string(i) + " both say host '" + me.host +
+                                              "' but run on different machines or network "
+                                              "namespaces, which cannot share memory; give them "
+                                              "different PYCOMM_HOST_ID, or unset it");
+    local_index_.push_back(local ? static_cast<int>(local_ranks_.size()) : -1);
+    if (local) local_ranks_.push_back(i);
+  }
+  oversubscribed_ = on_machine > usable_cores();
+}
+
+void Endpoint::share_host(Clock::time_point deadline) {
+  try {
+    exchange(deadline);
+  } catch (const Error& error) {  // the others need not wait for their deadlines
+    for (const int i : local_ranks_) {
+      if (i == rank_ || !mailbox_) continue;
+      try {
+        mailbox_->send(member(i).mailbox, keyed("host"), rank_,
+                       kFailed + std::string(error.what()).substr(0, 1000), {}, Clock::now());
+      } catch (const Error&) {  // that one has gone as well
+      }
+    }
+    throw;
+  }
+  await_host(deadline);
+}
+
+// Every rank of a host hands its doorbell and its heap to every other, the first one also the page
+// they share.
+void Endpoint::exchange(Clock::time_point deadline) {
+  const size_t n_local = local_ranks_.size();
+  const auto index = static_cast<size_t>(place(rank_));
+  const size_t nbytes = sizeof(HostLine) * n_local;
+  const Member& me = member(rank_);
+  doorbells_.resize(n_local);
+  doorbells_[index] = UniqueFd(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  if (!doorbells_[index]) throw_errno(Code::internal, "eventfd");
+  SharedMemory memory;
+  std::vector<int> mine{doorbells_[index].get(), peer_memory_.heap().fd()};
+  if (n_local == 1) {
+    host_page_ = map_own(nbytes);
+  } else if (index == 0) {
+    memory = make_shared_memory("pycomm-host", nbytes);
+    host_page_ = map_shared(memory.fd.get(), nbytes);
+    mine.push_back(memory.fd.get());
+  }
+  const uint64_t key = keyed("host");
+  for (const int i : local_ranks_)
+    if (i != rank_) mailbox_->send(member(i).mailbox, key, rank_, "", mine, deadline);
+  std::vector<PeerMemory::Peer> peers(n_local);
+  for (size_t i = 0; i < n_local; ++i) {
+    if (i == index) continue;
+    const int rank = local_ranks_[i];
+    auto letter = mailbox_->take(key, rank, deadline);
+    if (!letter)
+      throw Error(Code::timeout, "rank " + std::to_string(rank) + " (" + whereabouts(rank) +
+                                     ") did not come to share memory; did it start?");
+    if (letter->text.starts_with(kFailed))
+      throw Error(Code::peer_lost,
+                  "rank " + std::to_string(rank) + " (" + whereabouts(rank) +
+                      ") could not set itself up: " + letter->text.substr(kFailed.size()));
+    PYCOMM_CHECK(letter->fds.size() == (i == 0 ? 3u : 2u), "what a rank of the host hands over");
+    doorbells_[i] = std::move(letter->fds[0]);
+    peers[i].heap = std::move(letter->fds[1]);
+    if (i == 0) host_page_ = map_shared(letter->fds[2].get(), nbytes);
+  }
+  std::string watch_refused;
+  for (size_t i = 0; i < n_local; ++i) {
     const Member& peer = member(local_ranks_[i]);
-    doorbells_.push_back(std::move(fds[2 * i]));
     // Where the peer's pid means something here. Elsewhere a lost peer shows by its deadline.
     const bool known = peer.pid_namespace == me.pid_namespace;
     const bool watch = known && peer.pid != me.pid;
     processes_.emplace_back(watch ? static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)) : -1);
-    peers.push_back({known ? peer.pid : 0, peer.probe, std::move(fds[2 * i + 1]),
-                     &host_line(local_ranks_[i]).memory});
+    births_.emplace_back();
+    if (watch && !processes_.back()) {
+      watch_refused = errno_text("pidfd_open");
+      births_.back() = birth(peer.pid);
+    }
+    peers[i].line = &host_line(local_ranks_[i]).memory;
+    struct stat info{};
+    if (peers[i].heap && ::fstat(peers[i].heap.get(), &info) == 0)
+      peers[i].heap_nbytes = static_cast<size_t>(info.st_size);
   }
-  peer_memory_.attach(index, std::move(peers));
+  HostLine& line = host_line(rank_);
+  peer_memory_.heap().instead().copy(line.memory_instead, kProblemBytes - 1);
+  watch_refused.copy(line.watch_refused, kProblemBytes - 1);
+  peer_memory_.attach(static_cast<int>(index), std::move(peers));
+  line.attached.store(1, std::memory_order_release);  // pairs with await_host()
+}
+
+// Until every rank of the host has attached: what each found is what groups are made by.
+void Endpoint::await_host(Clock::time_point deadline) {
+  for (const int i : local_ranks_) ring(i);
+  for (const int i : local_ranks_) {
+    const auto attached = [&] {
+      return host_line(i).attached.load(std::memory_order_acquire) != 0;
+    };
+    while (!attached()) {
+      prepare_sleep();
+      sleep({}, attached() ? std::chrono::milliseconds(0) : std::chrono::milliseconds(20));
+      if (attached()) break;
+      if (ended(i) || Clock::now() >= deadline)
+        throw Error(ended(i) ? Code::peer_lost : Code::timeout,
+                    "rank " + std::to_string(i) + " (" + whereabouts(i) + ") " +
+                        (ended(i) ? "ended" : "stands still") + " while this host's ranks set up");
+    }
+  }
+}
+
+void Endpoint::collect_warnings() {
+  // The ranks for which problem(rank) is the same text, this one the first of them.
+  const auto report = [this](const std::vector<int>& ranks, const auto& problem,
+                             const std::string& what, const std::string& instead) {
+    const std::string mine = problem(rank_);
+    std::vector<int> alike;
+    for (const int i : ranks)
+      if (problem(i) == mine) alike.push_back(i);
+    if (mine.empty() || alike.front() != rank_) return;
+    warnings_.push_back("host " + member(rank_).label + ", " + list_of(alike) + ": " + what + " (" +
+                        mine + "); " + instead);
+  };
+  std::vector<int> same_label;
+  for (int i = 0; i < size(); ++i)
+    if (member(i).label == member(rank_).label) same_label.push_back(i);
+  report(
+      same_label, [this](int i) { return member(i).refused; }, "no memory shared with other ranks",
+      "TCP to them instead, as to another host: several times slower. Lift what refuses it, "
+      "or give the ranks different PYCOMM_HOST_ID to choose this.");
+  if (local_ranks_.size() == 1) return;
+  report(
+      local_ranks_, [this](int i) { return std::string(host_line(i).memory_instead); },
+      "no memfd for shared memory",
+      "that file instead; it takes room there for all a group may use. Allow memfd_create.");
+  report(
+      local_ranks_, [this](int i) { return std::string(host_line(i).watch_refused); },
+      "no watch over other ranks' processes",
+      "/proc is read for it instead. Allow pidfd_open (Linux 5.3), or raise ulimit -n.");
+}
+
+uint64_t Endpoint::keyed(std::string text) const {
+  text.resize((text.size() + 7) / 8 * 8);
+  return siphash(secret_, text.data(), text.size());
+}
+
+uint64_t Endpoint::agree(const std::string& name) {
+  std::lock_guard lock(uses_mutex_);
+  return keyed("name/" + std::to_string(uses_[name]++) + "/" + name);
 }
 
 std::string Endpoint::whereabouts(int rank) const {
@@ -229,7 +405,10 @@ bool Endpoint::shares_core(const std::vector<int>& ranks) {
 
 bool Endpoint::ended(int rank) const {
   const int index = local_index_[static_cast<size_t>(rank)];
-  if (index < 0 || !processes_[static_cast<size_t>(index)]) return false;
+  if (index < 0) return false;
+  if (const std::string& born = births_[static_cast<size_t>(index)]; !born.empty())
+    return birth(member(rank).pid) != born;
+  if (!processes_[static_cast<size_t>(index)]) return false;
   pollfd entry{processes_[static_cast<size_t>(index)].get(), POLLIN, 0};
   return ::poll(&entry, 1, 0) > 0;
 }

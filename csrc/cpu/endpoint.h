@@ -7,12 +7,16 @@
 
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
+#include "core/engine.h"
 #include "core/siphash.h"
 #include "core/store.h"
+#include "cpu/mailbox.h"
 #include "cpu/peer_memory.h"
 #include "cpu/posix.h"
 #include "cpu/progress.h"
@@ -22,12 +26,15 @@ namespace pycomm::cpu {
 
 struct Member {
   std::string host;     // ranks with the same host share memory
+  std::string label;    // what it was given as, or the machine's name
   std::string machine;  // boot id and network namespace: what must be equal for sharing to work
   std::string boot_id;  // ranks with the same one share cores
   std::string pid_namespace;
   int pid = 0;
-  uint64_t probe = 0;     // where its PeerMemory::probe() lies
-  std::string addresses;  // where its TcpListener listens, packed
+  std::string addresses;   // where its TcpListener listens, packed
+  std::string mailbox;     // address of its Mailbox
+  uint64_t file_size = 0;  // its limit on file sizes, and so on shared memory
+  std::string refused;     // why it shares no memory, and stands as a host of its own; or empty
 };
 
 struct EndpointOptions {
@@ -39,8 +46,9 @@ struct EndpointOptions {
 class Endpoint {
  public:
   // Collective over all `size` ranks of the store.
-  // Errors: Error(timeout) naming a rank that did not come; Error(invalid_argument) where labels
-  // contradict the machines.
+  // A rank that the system keeps from sharing memory becomes a host of its own (warnings()).
+  // Errors: Error(timeout) naming a rank that did not come; Error(peer_lost) with the reason where
+  // another could not; Error(invalid_argument) where labels contradict the machines.
   static std::shared_ptr<Endpoint> create(Store& store, int rank, int size,
                                           const EndpointOptions& options);
   ~Endpoint();
@@ -54,6 +62,13 @@ class Endpoint {
   int place(int rank) const { return local_index_[static_cast<size_t>(rank)]; }
   // By place.
   PeerMemory& peer_memory() { return peer_memory_; }
+  // What the system refused, and what is used instead: one text per refusal and host, given to the
+  // first of the ranks it concerns.
+  const std::vector<std::string>& warnings() const { return warnings_; }
+  Mailbox& mailbox() { return *mailbox_; }  // REQUIRES: another rank of this host
+  // A number that all ranks get for their n-th use of `name`, and nobody else can guess.
+  uint64_t agree(const std::string& name);
+  uint64_t keyed(std::string text) const;  // hash of text under the job's secret
   // More ranks than cores on this machine: whoever waits must let others run.
   bool oversubscribed() const { return oversubscribed_; }
   const Secret& secret() const { return secret_; }
@@ -81,13 +96,22 @@ class Endpoint {
   struct alignas(64) Sleeper {
     std::atomic<uint32_t> sleepers{0};
   };
+  static constexpr size_t kProblemBytes = 240;  // of a text in shared memory, with its end
   struct HostLine {
     Sleeper sleeper;
     alignas(64) std::atomic<int> core{-1};  // where the rank waited last; written when it moves
     PeerMemoryLine memory;
+    std::atomic<uint32_t> attached{0};   // 1 once the rank has all the others'; publishes the texts
+    char memory_instead[kProblemBytes];  // of a memfd: what is used, and why; or empty
+    char watch_refused[kProblemBytes];   // why it has no pidfds, or empty
   };
   Endpoint() = default;
-  void share_host(Store& store, std::chrono::milliseconds timeout);
+  Member describe_self(const EndpointOptions& options);
+  void find_places();
+  void share_host(Clock::time_point deadline);
+  void exchange(Clock::time_point deadline);
+  void await_host(Clock::time_point deadline);
+  void collect_warnings();
   HostLine& host_line(int rank) const;
   Sleeper& sleeper(int rank) const { return host_line(rank).sleeper; }
   void ring_sleeper(int rank);
@@ -98,9 +122,14 @@ class Endpoint {
   std::vector<int> local_index_;  // by rank; -1 on other hosts
   bool oversubscribed_ = false;
   Secret secret_{};
-  Mapping host_page_;                // a HostLine per local rank
-  std::vector<UniqueFd> doorbells_;  // eventfd per local rank
-  std::vector<UniqueFd> processes_;  // pidfd per local rank; none for ranks of this process
+  std::unique_ptr<Mailbox> mailbox_;
+  std::vector<std::string> warnings_;
+  std::mutex uses_mutex_;
+  std::map<std::string, uint64_t> uses_;  // of agree(), by name
+  Mapping host_page_;                     // a HostLine per local rank
+  std::vector<UniqueFd> doorbells_;       // eventfd per local rank
+  std::vector<UniqueFd> processes_;       // pidfd per local rank; none for ranks of this process
+  std::vector<std::string> births_;  // where there are no pidfds: per local rank, when it started
   PeerMemory peer_memory_;
   std::unique_ptr<TcpListener> listener_;
   ProgressThread progress_{*this};

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/fd_exchange.h"
 #include "cpu/float8.h"
+#include "cpu/shared_memory.h"
 #include "cpu/shm_channel.h"
 #include "cpu/tcp_channel.h"
 #include "cpu/waiter.h"
@@ -40,6 +40,23 @@ std::string seconds_text(Clock::duration duration) {
   return text;
 }
 
+std::string list_of(const std::vector<int>& ranks) {
+  std::string text = "[";
+  for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
+  return text + "]";
+}
+
+// Says why a group is broken, unless that has been said.
+void poison(SegmentHeader& header, const Status& why) {
+  uint32_t sound = 0;
+  if (!header.poisoned.compare_exchange_strong(sound, 1, std::memory_order_acq_rel)) return;
+  header.code = static_cast<int32_t>(why.code);
+  const size_t n = std::min(why.message.size(), sizeof(header.text) - 1);
+  std::memcpy(header.text, why.message.data(), n);
+  header.text[n] = '\0';
+  header.poisoned.store(2, std::memory_order_release);
+}
+
 // A started operation, for whoever holds on to it. Keeps the engine alive, not the group open.
 class CpuWork final : public Work {
  public:
@@ -66,14 +83,15 @@ class CpuWork final : public Work {
 
 }  // namespace
 
-CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store,
-                     std::string name, std::vector<int> ranks)
+CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, MakeStore store, std::string name,
+                     const std::string& key, std::vector<int> ranks)
     : endpoint_(std::move(endpoint)),
-      store_word_(std::move(store)),
       name_(std::move(name)),
       ranks_(std::move(ranks)),
       rank_(static_cast<int>(std::find(ranks_.begin(), ranks_.end(), endpoint_->rank()) -
                              ranks_.begin())),
+      key_(endpoint_->agree(key)),
+      id_(endpoint_->keyed(std::to_string(key_) + list_of(ranks_))),
       segment_(static_cast<int>(
           std::count_if(ranks_.begin(), ranks_.end(), [&](int r) { return endpoint_->local(r); }))),
       board_(segment_, *endpoint_, ranks_, rank_),
@@ -92,37 +110,73 @@ CpuEngine::CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> 
     if (here) local_ranks_.push_back(rank);
   }
   one_host_ = local_ranks_.size() == ranks_.size();
+  if (!one_host_) store_word_.emplace(std::move(store));
   for (auto& lane : channels_) lane.resize(ranks_.size());
 }
 
-std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint,
-                                             std::shared_ptr<Store> store, const std::string& name,
+std::shared_ptr<CpuEngine> CpuEngine::create(std::shared_ptr<Endpoint> endpoint, MakeStore store,
+                                             const std::string& name, const std::string& key,
                                              const std::vector<int>& ranks,
                                              std::chrono::milliseconds timeout) {
   PYCOMM_CHECK(std::find(ranks.begin(), ranks.end(), endpoint->rank()) != ranks.end(),
                "this rank is not in the group");
-  std::shared_ptr<CpuEngine> self(new CpuEngine(std::move(endpoint), store, name, ranks));
-  if (self->rank_ == 0) store->set("group/id", std::to_string(random_u64()));
-  const size_t nbytes = self->segment_.nbytes();
-  const int index = self->local_index_[static_cast<size_t>(self->rank_)];
-  std::vector<int> mine;
-  UniqueFd memory;
-  if (index == 0) {
-    memory = make_memfd("pycomm-group", nbytes);
-    mine.push_back(memory.get());
-  }
-  const auto fds = exchange_fds(*store, "group/host/" + std::to_string(self->local_ranks_[0]),
-                                index, static_cast<int>(self->local_ranks_.size()), mine, timeout);
-  PYCOMM_CHECK(fds.size() == 1, "one segment per host");
-  self->segment_.attach(map_shared(fds[0].get(), nbytes));
+  std::shared_ptr<CpuEngine> self(
+      new CpuEngine(std::move(endpoint), std::move(store), name, key, ranks));
+  self->share_segment(Clock::now() + timeout);
   if (self->one_host_)
     for (int peer = 0; peer < static_cast<int>(ranks.size()); ++peer)
       self->messages_.use_rendezvous(peer, self->rendezvous_);
-  self->id_ = std::stoull(store->get_all({"group/id"}, timeout).front());
-  if (self->one_host_)
-    self->store_word_
-        .drop();  // the segment carries all there is to say; a store costs a connection
   return self;
+}
+
+// The host's first rank of the group makes the segment and hands it to the others.
+void CpuEngine::share_segment(Clock::time_point deadline) {
+  const size_t nbytes = segment_.nbytes();
+  const int leader = local_ranks_[0], me = endpoint_->rank();
+  if (local_ranks_.size() == 1) return segment_.attach(map_own(nbytes));
+  Mailbox& mailbox = endpoint_->mailbox();
+  if (me == leader) {
+    const SharedMemory memory = make_shared_memory("pycomm-group", nbytes);
+    segment_.attach(map_shared(memory.fd.get(), nbytes));
+    for (const int rank : local_ranks_)
+      if (rank != me)
+        mailbox.send(endpoint_->member(rank).mailbox, key_, me,
+                     std::to_string(id_) + " " + list_of(ranks_), {memory.fd.get()}, deadline);
+    look_for_other_ranks();
+    return;
+  }
+  const auto letter = mailbox.take(key_, -1, deadline);
+  if (!letter)
+    throw Error(Code::timeout, "group '" + name_ + "': rank " + std::to_string(me) +
+                                   " waits for rank " + std::to_string(leader) + " (" +
+                                   endpoint_->whereabouts(leader) +
+                                   ") to make the group; does that rank call this too, in the same "
+                                   "order, and is it running?");
+  PYCOMM_CHECK(letter->fds.size() == 1, "a group has one segment per host");
+  if (letter->text.rfind(std::to_string(id_) + " ", 0) != 0) refuse_other_ranks(*letter);
+  segment_.attach(map_shared(letter->fds[0].get(), nbytes));
+}
+
+// A rank of this host may have taken this rank into a group of the same key and other ranks.
+void CpuEngine::look_for_other_ranks() {
+  if (local_ranks_.size() == 1) return;
+  if (const auto letter = endpoint_->mailbox().take(key_, -1, Clock::time_point{}))
+    refuse_other_ranks(*letter);
+}
+
+// Breaks the group that the letter hands over, as seen by those who are in it. Throws.
+void CpuEngine::refuse_other_ranks(const Mailbox::Letter& letter) {
+  const Status why{
+      Code::mismatch,
+      "group '" + name_ + "': rank " + std::to_string(endpoint_->rank()) + " makes it of " +
+          list_of(ranks_) + ", rank " + std::to_string(letter.from) + " of " +
+          letter.text.substr(letter.text.find(' ') + 1) +
+          " (ranks of the job). Every rank must make the same groups in the same order."};
+  if (letter.fds.size() == 1) {
+    const Mapping theirs = map_shared(letter.fds[0].get(), sizeof(SegmentHeader));
+    poison(*reinterpret_cast<SegmentHeader*>(theirs.data()), why);
+  }
+  throw Error(why);
 }
 
 CpuEngine::~CpuEngine() = default;
@@ -193,7 +247,18 @@ void CpuEngine::run_to_end(Op& op, std::unique_lock<std::mutex> lock) {
     if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
       running_since_ = op.started;
     lock.unlock();
-    wait_for(op, kForever);
+    try {
+      wait_for(op, kForever);
+    } catch (
+        ...) {  // interrupted: nobody may use this frame, nor the caller's memory, from here on
+      lock.lock();
+      if (!op.done())
+        fail({Code::closed,
+              "rank " + std::to_string(rank_) + " was interrupted in a blocking call"});
+      lock.unlock();
+      run_callbacks();
+      throw;
+    }
   } else {
     lock.unlock();
     run_callbacks();
@@ -427,7 +492,29 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
                                                            : kSpins;
   const int awake_us = !one_host_ && op.sizeable ? 20 : endpoint_->oversubscribed() ? 1000 : 150;
   Waiter waiter(spins, std::chrono::microseconds(awake_us));
-  waiters_.fetch_add(1, std::memory_order_relaxed);
+  struct Counted {
+    explicit Counted(std::atomic<int>& count) : count(count) {
+      count.fetch_add(1, std::memory_order_relaxed);
+    }
+    ~Counted() { count.fetch_sub(1, std::memory_order_relaxed); }
+    std::atomic<int>& count;
+  };
+  bool late = false;
+  std::optional<Counted> waiting(waiters_);
+  std::optional<InterruptCheck> interrupted;  // from the first slow look on
+  const auto slow_look = [&] {
+    const auto now = Clock::now();
+    late = now >= until;
+    if (!interrupted) interrupted.emplace();
+    try {
+      (*interrupted)(now);
+    } catch (...) {  // what this caller drove is the progress thread's now
+      waiting.reset();
+      if (background_.load(std::memory_order_relaxed) > 0)
+        endpoint_->progress().add(shared_from_this());
+      throw;
+    }
+  };
   const auto round = [&](bool slow) {
     std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return false;
@@ -435,7 +522,6 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
     if (slow && !moved) look();
     return moved;
   };
-  bool late = false;
   while (!op.done() && !late) {
     if (round(false)) {
       run_callbacks();
@@ -447,7 +533,7 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
         break;
       case Waiter::Next::look:
         round(true);
-        late = Clock::now() >= until;
+        slow_look();
         break;
       case Waiter::Next::sleep: {
         endpoint_->prepare_sleep();
@@ -455,13 +541,13 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
         std::vector<pollfd> sockets;
         if (!moved) add_waits(sockets);
         endpoint_->sleep(sockets, moved || op.done() ? std::chrono::milliseconds(0) : kNap);
-        late = Clock::now() >= until;
+        slow_look();
         break;
       }
     }
     run_callbacks();
   }
-  waiters_.fetch_sub(1, std::memory_order_relaxed);
+  waiting.reset();
   run_callbacks();
   // What this caller drove along the way is the progress thread's again.
   if (background_.load(std::memory_order_relaxed) > 0)
@@ -512,6 +598,7 @@ void CpuEngine::look() {
   if (!broken_.ok()) return;
   try {
     if (const Status why = word(); !why.ok()) throw Error(why);
+    if (n_ops_ == 0) look_for_other_ranks();
     look_for_mismatch();
     const auto now = Clock::now();
     const CollectiveOp* late = late_collective(now);
@@ -567,11 +654,11 @@ void CpuEngine::ask_about_remote_peers(bool last) {
   const auto left = [](int peer) { return "group/left/" + std::to_string(peer); };
   std::vector<std::string> keys{kBroken};
   for (const auto& [peer, lane] : needed) keys.push_back(left(peer));
-  store_word_.look(keys, last ? kStorePatience : std::chrono::milliseconds(0));
+  store_word_->look(keys, last ? kStorePatience : std::chrono::milliseconds(0));
   if (const Status why = word_from_store({}); !why.ok()) throw Error(why);
   for (const auto& [peer, lane] : needed) {
     channel(peer, lane).probe();
-    if (channel(peer, lane).joined() || !store_word_.found(left(peer))) continue;
+    if (channel(peer, lane).joined() || !store_word_->found(left(peer))) continue;
     throw Error(Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " +
                                      std::to_string(peer) + " (" + channel(peer, lane).describe() +
                                      "), which closed the group. See that rank's output for why; "
@@ -713,18 +800,10 @@ void CpuEngine::fail(Status why) {
 // The first rank of a host to find out tells the others; then word goes over every open connection,
 // and into the store for ranks that have none.
 void CpuEngine::publish(const Status& why) {
-  SegmentHeader& header = segment_.header();
-  uint32_t sound = 0;
-  if (header.poisoned.compare_exchange_strong(sound, 1, std::memory_order_acq_rel)) {
-    header.code = static_cast<int32_t>(why.code);
-    const size_t n = std::min(why.message.size(), sizeof(header.text) - 1);
-    std::memcpy(header.text, why.message.data(), n);
-    header.text[n] = '\0';
-    header.poisoned.store(2, std::memory_order_release);
-  }
+  poison(segment_.header(), why);
   if (one_host_) return;
-  store_word_.set_first(kBroken, std::to_string(static_cast<int>(why.code)) + " " + why.message,
-                        kStorePatience);
+  store_word_->set_first(kBroken, std::to_string(static_cast<int>(why.code)) + " " + why.message,
+                         kStorePatience);
 }
 
 Status CpuEngine::word() const {
@@ -747,8 +826,8 @@ Status CpuEngine::settled_word() const {
 
 Status CpuEngine::word_from_store(std::chrono::milliseconds patience) {
   if (one_host_) return {};
-  if (patience.count() > 0) store_word_.look({kBroken}, patience);
-  const auto text = store_word_.found(kBroken);
+  if (patience.count() > 0) store_word_->look({kBroken}, patience);
+  const auto text = store_word_->found(kBroken);
   if (!text) return {};
   return {static_cast<Code>(std::atoi(text->c_str())), text->substr(text->find(' ') + 1)};
 }
@@ -784,7 +863,7 @@ void CpuEngine::close() {
       }
     if (!std::exchange(closed_, true) && !one_host_) {  // for ranks that no connection joins yet
       endpoint_->listener().refuse(id_);
-      store_word_.set("group/left/" + std::to_string(rank_), "", kStorePatience);
+      store_word_->set("group/left/" + std::to_string(rank_), "", kStorePatience);
     }
   }
   run_callbacks();

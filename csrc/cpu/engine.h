@@ -8,6 +8,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,9 +30,14 @@ class CpuEngine final : public Engine,
                         public Driven,
                         public std::enable_shared_from_this<CpuEngine> {
  public:
-  // Collective over `ranks` (endpoint ranks, in group order), through a store of the group's own.
-  static std::shared_ptr<CpuEngine> create(std::shared_ptr<Endpoint> endpoint,
-                                           std::shared_ptr<Store> store, const std::string& name,
+  // Collective over `ranks` (endpoint ranks, in group order), which all give the same `key`. Waits
+  // for the host's first rank of the group, and for nobody else. store: the group's own, for word
+  // of a group that broke; asked for when a group of several hosts needs it.
+  // Errors: Error(timeout) naming a rank that does not make the group; Error(mismatch) where one
+  // makes it of other ranks.
+  using MakeStore = StoreWord::MakeStore;
+  static std::shared_ptr<CpuEngine> create(std::shared_ptr<Endpoint> endpoint, MakeStore store,
+                                           const std::string& name, const std::string& key,
                                            const std::vector<int>& ranks,
                                            std::chrono::milliseconds timeout);
   ~CpuEngine() override;
@@ -63,8 +69,11 @@ class CpuEngine final : public Engine,
   void add_waits(std::vector<pollfd>& sockets) override;
 
  private:
-  CpuEngine(std::shared_ptr<Endpoint> endpoint, std::shared_ptr<Store> store, std::string name,
-            std::vector<int> ranks);
+  CpuEngine(std::shared_ptr<Endpoint> endpoint, MakeStore store, std::string name,
+            const std::string& key, std::vector<int> ranks);
+  void share_segment(Clock::time_point deadline);
+  void look_for_other_ranks();
+  [[noreturn]] void refuse_other_ranks(const Mailbox::Letter& letter);
   void submit(std::shared_ptr<CollectiveOp> op);
   void submit(std::shared_ptr<MessageOp> op);
   int run_message(MessageOp& op);
@@ -97,14 +106,15 @@ class CpuEngine final : public Engine,
   Path path(const Launch& launch) const;  // which of them runs it
 
   const std::shared_ptr<Endpoint> endpoint_;
-  StoreWord store_word_;  // over the group's own store, kept where ranks stand on several hosts
+  std::optional<StoreWord> store_word_;  // where ranks stand on several hosts
   const std::string name_;
   const std::vector<int> ranks_;  // group rank -> endpoint rank
   int rank_ = 0;
   std::vector<int> local_index_;  // by group rank: index in the segment, -1 on other hosts
   std::vector<int> local_ranks_;  // by index in the segment: endpoint rank
   bool one_host_ = true;
-  uint64_t id_ = 0;  // tells this group's connections from others'
+  const uint64_t key_;  // tells this group's letters from others', by all that call it theirs
+  const uint64_t id_;   // tells its connections from others'; its ranks are in it too
   Segment segment_;
   Board board_;
   Reach reach_;

@@ -10,8 +10,9 @@ namespace {
 constexpr size_t kPage = 4096;
 }  // namespace
 
-Heap::Heap(size_t capacity)
-    : memory_(make_memfd("pycomm-heap", capacity)), capacity_(capacity), free_{{0, capacity}} {}
+Heap::Heap(size_t capacity) : capacity_(capacity), free_{{0, capacity}} {}
+
+void Heap::share() { memory_ = make_shared_memory("pycomm-heap", capacity_, false); }
 
 std::byte* Heap::base() const {
   std::lock_guard lock(mutex_);
@@ -27,7 +28,8 @@ bool Heap::holds(const void* data) const {
 std::byte* Heap::allocate(size_t nbytes) {
   const size_t size = (std::max<size_t>(nbytes, 1) + kPage - 1) / kPage * kPage;
   std::lock_guard lock(mutex_);
-  if (mapping_.data() == nullptr) mapping_ = map_shared(memory_.get(), capacity_);
+  if (mapping_.data() == nullptr)
+    mapping_ = memory_.fd ? map_shared(fd(), capacity_) : map_own(capacity_);
   // First fit, lowest address first: few long-lived tensors, so nothing cleverer pays.
   const auto found = std::find_if(free_.begin(), free_.end(),
                                   [&](const auto& hole) { return hole.second >= size; });
@@ -36,7 +38,7 @@ std::byte* Heap::allocate(size_t nbytes) {
                 "empty: " + std::to_string(nbytes) + " bytes do not fit into the shared heap of " +
                     std::to_string(capacity_) + " bytes, the machine's memory");
   const size_t offset = found->first;
-  if (::fallocate(memory_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(size)) != 0)
+  if (memory_.fd && ::fallocate(fd(), 0, static_cast<off_t>(offset), static_cast<off_t>(size)) != 0)
     throw_errno(Code::invalid_argument,
                 "empty: " + std::to_string(nbytes) + " bytes of shared memory");
   const size_t rest = found->second - size;
@@ -54,8 +56,9 @@ void Heap::release(std::byte* data) {
   used_.erase(used);
   // The pages go back to the system now. Where it refuses, they are used again by a later tensor.
   [[maybe_unused]] const int rc =
-      ::fallocate(memory_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                  static_cast<off_t>(offset), static_cast<off_t>(size));
+      memory_.fd ? ::fallocate(fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                               static_cast<off_t>(offset), static_cast<off_t>(size))
+                 : ::madvise(mapping_.data() + offset, size, MADV_DONTNEED);
   auto next = free_.lower_bound(offset);
   if (next != free_.end() && offset + size == next->first) {
     size += next->second;

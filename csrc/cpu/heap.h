@@ -7,14 +7,18 @@
 #include <map>
 #include <mutex>
 
-#include "cpu/posix.h"
+#include "cpu/shared_memory.h"
 
 namespace pycomm::cpu {
 
 class Heap {
  public:
   explicit Heap(size_t capacity);
-  int fd() const { return memory_.get(); }
+  // From here on others can map it. REQUIRES: nothing was allocated. Errors: as
+  // make_shared_memory(); the heap is the rank's own then.
+  void share();
+  int fd() const { return memory_.fd.get(); }                     // -1 before share()
+  const std::string& instead() const { return memory_.instead; }  // of a memfd
   size_t capacity() const { return capacity_; }
 
   // Page-aligned; pages are reserved here, so that a host out of memory shows as an Error and not
@@ -25,7 +29,7 @@ class Heap {
   bool holds(const void* data) const;
 
  private:
-  UniqueFd memory_;
+  SharedMemory memory_;
   const size_t capacity_;
   mutable std::mutex mutex_;
   Mapping mapping_;

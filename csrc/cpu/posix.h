@@ -50,7 +50,11 @@ class Mapping {
     return *this;
   }
   ~Mapping() {
-    if (data_ != nullptr) ::munmap(data_, nbytes_);
+    if (nbytes_ > 0) ::munmap(data_, nbytes_);
+  }
+  std::byte* release() {  // stays mapped
+    nbytes_ = 0;
+    return std::exchange(data_, nullptr);
   }
   std::byte* data() const { return data_; }
   size_t nbytes() const { return nbytes_; }
@@ -64,26 +68,13 @@ class Mapping {
 inline std::string errno_text(const std::string& what) {
   return what + ": " + std::strerror(errno);
 }
+// Error(code, what was refused); Error(no_files) where that was for want of file descriptors.
 [[noreturn]] inline void throw_errno(Code code, const std::string& what) {
+  if (errno == EMFILE || errno == ENFILE)
+    throw Error(
+        Code::no_files,
+        errno_text(what) + " (the limit on open files is reached; raise it, see ulimit -n)");
   throw Error(code, errno_text(what));
-}
-
-// Anonymous shared memory, zeroed, mode 0600, gone with its last mapping: nothing is left behind
-// after kill -9.
-inline UniqueFd make_memfd(const char* name, size_t nbytes) {
-  UniqueFd fd(::memfd_create(name, MFD_CLOEXEC));
-  if (!fd)
-    throw_errno(Code::internal, "memfd_create (is the limit on open files reached? see ulimit -n)");
-  if (::ftruncate(fd.get(), static_cast<off_t>(nbytes)) != 0)
-    throw_errno(Code::internal, "ftruncate of shared memory");
-  return fd;
-}
-
-inline Mapping map_shared(int fd, size_t nbytes) {
-  void* data = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (data == MAP_FAILED)
-    throw_errno(Code::internal, "mmap of " + std::to_string(nbytes) + " bytes of shared memory");
-  return Mapping(data, nbytes);
 }
 
 }  // namespace pycomm::cpu

@@ -23,7 +23,7 @@ std::byte* Reach::mapped(int rank, uint64_t address, size_t nbytes) const {
 }
 
 void Reach::require_sound(int rank) const {
-  std::atomic_thread_fence(std::memory_order_acquire);  // after the caller's reads
+  acquire_fence();  // after the caller's reads
   if (segment_.header().poisoned.load(std::memory_order_acquire) != 0 ||
       segment_.board(rank).closed.load(std::memory_order_acquire) != 0)
     throw Error(Code::peer_lost, "rank " + std::to_string(rank) + " (" +

@@ -5,8 +5,8 @@
 
 namespace pycomm::cpu {
 
-StoreWord::StoreWord(std::shared_ptr<Store> store) : state_(std::make_shared<State>()) {
-  state_->store = std::move(store);
+StoreWord::StoreWord(MakeStore make) : state_(std::make_shared<State>()) {
+  state_->make = std::move(make);
 }
 
 StoreWord::~StoreWord() {
@@ -61,6 +61,7 @@ void StoreWord::loop(const std::shared_ptr<State>& state) {
     lock.unlock();
     std::map<std::string, std::string> found;
     try {
+      if (!state->store) state->store = state->make();
       for (const auto& [key, value, first] : to_say)
         if (!first || !state->store->peek(key)) state->store->set(key, value);
       for (const auto& key : to_find)

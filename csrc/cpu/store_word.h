@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -20,10 +21,8 @@ namespace pycomm::cpu {
 
 class StoreWord {
  public:
-  explicit StoreWord(std::shared_ptr<Store> store);
-  void drop() {
-    state_->store.reset();
-  }  // REQUIRES: nothing is said or looked for, before or after
+  using MakeStore = std::function<std::shared_ptr<Store>()>;
+  explicit StoreWord(MakeStore make);  // asked by the thread, once: a store may cost a connection
   ~StoreWord();  // a thread that hangs in the store is left behind; it ends when the store answers
   // Sets key; set_first() only where nobody has. Returns once that is done, or after `limit`.
   void set(std::string key, std::string value, std::chrono::milliseconds limit) {
@@ -45,6 +44,7 @@ class StoreWord {
   struct State {
     std::mutex mutex;
     std::condition_variable changed;
+    MakeStore make;
     std::shared_ptr<Store> store;
     std::vector<Word> to_say;
     std::vector<std::string> to_find;

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <torch/csrc/distributed/c10d/Types.hpp>
 
+#include "torch/blocking.h"
 #include "torch/sparse.h"
 #include "torch/tensors.h"
 
@@ -222,6 +223,7 @@ PycommBackend::WorkPtr PycommBackend::launch(std::span<Plan> plans, const What& 
                                              at::TensorList inputs, at::TensorList results) {
   for (Plan& plan : plans) plan.call.timeout = limit_of(what.timeout);
   if (!what.async && !coalescing_) {
+    const InterruptScope interruptible(check_signals);
     if (!at::hasCallbacks()) [[likely]] {
       for (const Plan& plan : plans) group_->run(plan.call);
     } else {
@@ -710,6 +712,7 @@ void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait
   const auto timeout = limit_of(opts.timeout).value_or(group_->timeout());
   const std::string where = "monitored_barrier in group '" + group_->name() + "': ",
                     limit = std::to_string(timeout.count()) + " ms";
+  const InterruptScope interruptible(check_signals);
   uint8_t token = 0;
   if (getRank() != 0) {
     try {

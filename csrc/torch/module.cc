@@ -15,6 +15,7 @@
 #include "cpu/endpoint.h"
 #include "cpu/engine.h"
 #include "torch/backend.h"
+#include "torch/blocking.h"
 #include "torch/tensors.h"
 #ifdef PYCOMM_WITH_CUDA
 #include "cuda/cuda.h"
@@ -180,7 +181,7 @@ class PyWork {
   PyWork(std::shared_ptr<Work> work) : work_(std::move(work)) {}
   void wait(std::optional<double> timeout_s) {
     const auto limit = limit_of(timeout_s).value_or(Milliseconds(std::chrono::hours(24 * 365)));
-    py::gil_scoped_release release;
+    Blocking blocking;
     work_->wait(limit);
   }
   bool is_completed() const { return work_->done(); }
@@ -319,14 +320,14 @@ class PyGroup {
                   std::optional<double> timeout_s) {
     const View data = view("send", x, false);
     if (!async_op) {
-      py::gil_scoped_release release;
+      Blocking blocking;
       group_->run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
       return py::none();
     }
     std::shared_ptr<void> keep = held(x);
     std::shared_ptr<Work> work;
     {
-      py::gil_scoped_release release;
+      Blocking blocking;
       work = group_->send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s), std::move(keep));
     }
     return py::cast(PyWork(std::move(work)));
@@ -339,7 +340,7 @@ class PyGroup {
     if (!async_op) {
       int source = -1;
       {
-        py::gil_scoped_release release;
+        Blocking blocking;
         source =
             group_->run_recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s));
       }
@@ -348,7 +349,7 @@ class PyGroup {
     std::shared_ptr<void> keep = held(x);
     std::shared_ptr<Work> work;
     {
-      py::gil_scoped_release release;
+      Blocking blocking;
       work = group_->recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s),
                           std::move(keep));
     }
@@ -423,7 +424,7 @@ class PyGroup {
   }
   py::object submit(Call call, bool async_op, const py::object& result, const py::object& keep) {
     if (!async_op) {
-      py::gil_scoped_release release;
+      Blocking blocking;
       group_->run(call);
       return result;
     }
@@ -711,17 +712,18 @@ Planner planner_of(py::object planner) {
 
 std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint,
                                   const c10::intrusive_ptr<c10d::Store>& store,
-                                  const std::string& name, const std::vector<int>& ranks,
-                                  const py::object& planner, double timeout_s) {
+                                  const std::string& name, const std::string& key,
+                                  const std::vector<int>& ranks, const py::object& planner,
+                                  double timeout_s) {
   const auto timeout = milliseconds_of(timeout_s);
   const auto at = std::find(ranks.begin(), ranks.end(), endpoint->rank());
   if (at == ranks.end())
     throw Error(Code::invalid_argument,
                 "rank " + std::to_string(endpoint->rank()) + " is not in group '" + name + "'");
   Planner plan = planner_of(planner);
-  py::gil_scoped_release release;
-  auto engine =
-      cpu::CpuEngine::create(endpoint, std::make_shared<TorchStore>(store), name, ranks, timeout);
+  Blocking blocking;
+  auto engine = cpu::CpuEngine::create(
+      endpoint, [store] { return std::make_shared<TorchStore>(store); }, name, key, ranks, timeout);
   return std::make_shared<Group>(name, static_cast<int>(at - ranks.begin()),
                                  static_cast<int>(ranks.size()), std::move(engine), std::move(plan),
                                  timeout);
@@ -771,7 +773,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              options.host_id = host_id;
              options.address = address;
              options.timeout = milliseconds_of(timeout_s);
-             py::gil_scoped_release release;
+             Blocking blocking;
              TorchStore adapted(store);
              return cpu::Endpoint::create(adapted, rank, size, options);
            }),
@@ -791,10 +793,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return empty_in_peer_memory(endpoint, shape, type);
           },
           py::arg("shape"), py::arg("dtype"))
-      .def_property_readonly(
-          "peer_memory_problem",
-          [](cpu::Endpoint& endpoint) { return endpoint.peer_memory().problem(); },
-          "why ranks of this host do not read each other's memory; empty where they do")
+      .def_property_readonly("warnings", &cpu::Endpoint::warnings,
+                             "what the system refused at set-up, for this rank to report")
       .def_property_readonly("host_ids", [](const cpu::Endpoint& endpoint) {
         std::vector<std::string> hosts;
         for (int rank = 0; rank < endpoint.size(); ++rank)
@@ -807,10 +807,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   group
       .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
                        const c10::intrusive_ptr<c10d::Store>& store, const std::string& name,
-                       const std::vector<int>& ranks, const py::object& planner, double timeout_s) {
-             return PyGroup(make_group(endpoint, store, name, ranks, planner, timeout_s));
+                       const std::string& key, const std::vector<int>& ranks,
+                       const py::object& planner, double timeout_s) {
+             return PyGroup(make_group(endpoint, store, name, key, ranks, planner, timeout_s));
            }),
-           py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("ranks"),
+           py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("key"), py::arg("ranks"),
            py::arg("planner"), py::arg("timeout_s"))
       .def_property_readonly("rank", [](const PyGroup& group) { return group.group()->rank(); })
       .def_property_readonly("size", [](const PyGroup& group) { return group.group()->size(); })

@@ -148,7 +148,8 @@ inline void run_ranks(const std::vector<std::string>& hosts, const Body& body,
         for (int i = 0; i < n; ++i) ranks[static_cast<size_t>(i)] = i;
         auto own = std::make_shared<PrefixStore>(store, "world/");
         Group group("world", rank, n,
-                    cpu::CpuEngine::create(endpoint, own, "world", ranks, timeout),
+                    cpu::CpuEngine::create(
+                        endpoint, [own] { return own; }, "world", "world", ranks, timeout),
                     ring_planner(n, rank), timeout);
         body(group, endpoint, store);
       } catch (const std::exception& error) {

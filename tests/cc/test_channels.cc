@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <random>
 
+#include "cpu/shared_memory.h"
 #include "cpu/shm_channel.h"
 #include "cpu/tcp_channel.h"
 #include "ranks.h"
@@ -30,11 +31,11 @@ struct Pair {
     std::thread other(join, 1);
     join(0);
     other.join();
-    const cpu::UniqueFd memory = cpu::make_memfd("test", segments[0].nbytes());
+    const auto memory = cpu::make_shared_memory("test", segments[0].nbytes());
     for (int rank = 0; rank < 2; ++rank) {
       const int peer = 1 - rank;
       if (shared) {
-        segments[rank].attach(cpu::map_shared(memory.get(), segments[rank].nbytes()));
+        segments[rank].attach(cpu::map_shared(memory.fd.get(), segments[rank].nbytes()));
         ends[rank] = std::make_unique<cpu::ShmChannel>(segments[rank], rank, peer,
                                                        cpu::kMessageLane, *endpoints[rank], peer);
       } else {

@@ -15,7 +15,8 @@ std::unique_ptr<Group> another(Group& world, const std::shared_ptr<cpu::Endpoint
                                std::shared_ptr<Store> store, const std::string& name) {
   std::vector<int> ranks;
   for (int i = 0; i < world.size(); ++i) ranks.push_back(i);
-  auto engine = cpu::CpuEngine::create(endpoint, std::move(store), name, ranks, kSoon);
+  auto engine = cpu::CpuEngine::create(
+      endpoint, [store = std::move(store)] { return store; }, name, name, ranks, kSoon);
   return std::make_unique<Group>(name, world.rank(), world.size(), std::move(engine),
                                  ring_planner(world.size(), world.rank()), kSoon);
 }
@@ -255,7 +256,8 @@ TEST(a_message_asked_for_while_it_is_set_aside_is_delivered) {
 
 TEST(word_in_the_store_is_found_and_said_once) {
   auto store = std::make_shared<MemoryStore>();
-  cpu::StoreWord one(store), two(store);
+  const auto same = [store] { return store; };
+  cpu::StoreWord one(same), two(same);
   EXPECT_TRUE(!one.found("why"));
   one.look({"why"}, kSoon);
   EXPECT_TRUE(!one.found("why"));

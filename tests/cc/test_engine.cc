@@ -158,9 +158,11 @@ TEST(several_groups_over_the_same_ranks_do_not_wait_for_each_other) {
     const std::vector<int> ranks = first ? std::vector<int>{0, 2} : std::vector<int>{1, 3};
     const int rank = world.rank() / 2;
     auto own = std::make_shared<PrefixStore>(store, first ? "even/" : "odd/");
-    Group group("half", rank, 2,
-                cpu::CpuEngine::create(endpoint, own, "half", ranks, std::chrono::seconds(20)),
-                ring_planner(2, rank), std::chrono::seconds(20));
+    Group group(
+        "half", rank, 2,
+        cpu::CpuEngine::create(
+            endpoint, [own] { return own; }, "half", "half", ranks, std::chrono::seconds(20)),
+        ring_planner(2, rank), std::chrono::seconds(20));
     std::vector<float> ours(200000, 1), all(200000, 1);
     // Started in another order on odd ranks: each group has a queue of its own.
     std::shared_ptr<Work> a, b;

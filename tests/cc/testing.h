@@ -18,7 +18,11 @@
 
 namespace testing {
 
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+constexpr unsigned kDeadlineS = 240;  // some 10 times slower
+#else
 constexpr unsigned kDeadlineS = 60;
+#endif
 
 struct Test {
   const char* name;

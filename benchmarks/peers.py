@@ -35,6 +35,7 @@ from peers_report import (
     IMPI,
     IMPI_HEAP,
     MPICH,
+    NULL,
     ONECCL,
     OPEN_MPI,
     ORDINARY_PEERS,
@@ -246,7 +247,7 @@ def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: in
     """Per contender: median and p99 in microseconds of one call (sendrecv: one way), the slowest rank's."""
     collective, dtype, nbytes = case
     turns = [(each, name, inner) for each in running for name, inner in each.contenders.items()]
-    absent = {"barrier": (COPY, OWN), "sendrecv": (ONECCL,)}.get(collective, ())
+    absent = {"barrier": (COPY, OWN), "sendrecv": (ONECCL, NULL)}.get(collective, ())
     turns = [turn for turn in turns if turn[1] not in absent]
     for each in running:
         inner_names = [inner for name, inner in each.contenders.items() if name not in absent]
@@ -299,8 +300,11 @@ def main() -> None:
     parser.add_argument("--output", default="peers", help="name of the results (default peers)")
     options = parser.parse_args()
 
+    import null_backend
     import torch.distributed as dist
 
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja's
+    null_backend.register()  # compiled here, once
     about = environment()
     results: list[dict[str, Any]] = []
     versions: dict[str, str] = {}

@@ -10,11 +10,13 @@ from typing import Any
 from common import RESULTS, markdown_table, microseconds, size_name
 
 GLOO, TORCH, GROUP, OWN, COPY = "Gloo", "torch.distributed", "Group", "Group, pycomm.empty", "copy"
+NULL = "torch.distributed, no-op"
 IMPI, IMPI_HEAP, OPEN_MPI, MPICH, ONECCL = "Intel MPI", "Intel MPI, shared heap", "Open MPI", "MPICH", "oneCCL"
 ORDINARY_PEERS = (IMPI, OPEN_MPI, MPICH, ONECCL)
 COLUMNS = (GLOO, *ORDINARY_PEERS, GROUP, IMPI_HEAP, OWN, TORCH)
 TITLES = {GROUP: "pycomm", OWN: "pycomm.empty()", TORCH: "torch.distributed, pycomm", IMPI_HEAP: "Intel MPI heap"}
 MIB = 1 << 20
+SMALL = 1 << 10
 
 Entry = dict[str, Any]
 
@@ -85,6 +87,15 @@ def figures(results: Sequence[Entry]) -> list[dict[str, Any]]:
                 at_most=False,
             )
             row(f"{n} ranks: Gloo / pycomm through torch.distributed, least", worst[0], 3, worst[1], at_most=False)
+        shares = [
+            max(through - ours, 0) / null
+            for e in mine
+            if e["nbytes"] <= SMALL
+            and None not in (through := median(e, TORCH), ours := median(e, GROUP), null := median(e, NULL))
+        ]
+        if shares:
+            text = f"{n} ranks: (through torch.distributed - pycomm) / torch's own share, to 1 KiB, geometric mean"
+            row(text, geometric_mean([max(share, 1e-3) for share in shares]), 1.0, None)
         limited = [e for e in mine if e.get("limit_us") and e["nbytes"] >= MIB]
         for name in (GROUP, OWN):
             shares = [e["limit_us"] / t for e in limited if (t := median(e, name)) is not None]

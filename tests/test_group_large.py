@@ -13,7 +13,8 @@ from spawn import run_ranks
 pytestmark = pytest.mark.timeout(120)
 
 SLOT, STAGE = 64 * 1024, 2 << 20
-NUMELS = sorted({8193, *(edge // 4 + d for edge in (SLOT // 2, SLOT, 4 * SLOT, STAGE) for d in (-1, 0, 1)), 3 * STAGE // 4 + 77})
+EDGES = (SLOT // 2, SLOT, 4 * SLOT, STAGE)  # bytes
+NUMELS = sorted({8193, *(edge // 4 + d for edge in EDGES for d in (-1, 0, 1)), 3 * STAGE // 4 + 77})
 
 
 def values(rank, numel):

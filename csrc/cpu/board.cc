@@ -6,6 +6,7 @@
 
 #include "cpu/copy.h"
 #include "cpu/reduce.h"
+#include "cpu/waiter.h"
 
 namespace pycomm::cpu {
 namespace {
@@ -55,7 +56,18 @@ void Board::publish(const Launch& launch) {
   line.hash = hash_;
   line.sequence.store(sequence_, std::memory_order_release);  // publishes hash and payload; pairs
                                                               // with all_entered()
+  // Nobody can go on before all are in, so the last one wakes all: n bells, not n squared. Of two
+  // that come at once, each with a fence between its line and its look, one sees the other's.
+  full_fence();
+  for (int i = 0; i < n_; ++i)
+    if (i != rank_ && !entered(i)) return;
   endpoint_.ring_others(ranks_);
+}
+
+bool Board::entered(int rank) const {
+  // Acquire: pairs with publish().
+  return segment_.board(rank).lines[sequence_ & 1].sequence.load(std::memory_order_acquire) ==
+         sequence_;
 }
 
 bool Board::advance(const Launch& launch, bool* moved) {
@@ -69,7 +81,7 @@ bool Board::all_entered(const Launch& launch, bool* moved) {
     if (seen_ == rank_) continue;
     const BoardEntry& entry = segment_.board(seen_);
     const BoardLine& line = entry.lines[sequence_ & 1];
-    if (line.sequence.load(std::memory_order_acquire) != sequence_) return false;
+    if (!entered(seen_)) return false;
     *moved = true;
     if (line.hash == hash_) continue;
     Fingerprint theirs;
@@ -133,9 +145,7 @@ void Board::finish(const Launch& launch) const {
 std::vector<int> Board::blocked_on() const {
   std::vector<int> ranks;
   for (int i = seen_; i < n_; ++i)
-    if (i != rank_ && segment_.board(i).lines[sequence_ & 1].sequence.load(
-                          std::memory_order_acquire) != sequence_)
-      ranks.push_back(i);
+    if (i != rank_ && !entered(i)) ranks.push_back(i);
   return ranks;
 }
 

@@ -38,6 +38,7 @@ class Board {
   const std::byte* contribution(int rank, uint64_t nbytes) const {
     return payload(rank, nbytes > kInlineBytes);
   }
+  bool entered(int rank) const;  // the collective prepared last
   void finish(const Launch& launch) const;
 
   const Segment& segment_;

@@ -1,6 +1,7 @@
 #include "cpu/staged.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/copy.h"
 #include "cpu/reduce.h"
@@ -166,7 +167,12 @@ bool Staged::may_take() {
 void Staged::publish(std::atomic<uint64_t> BoardEntry::* count, uint64_t blocks) {
   // Release: this rank's reads and writes of the block are done; see reached().
   (segment_.board(rank_).*count).store(base_ + blocks, std::memory_order_release);
-  endpoint_.ring_others(ranks_);
+  // Where ranks outnumber cores who sleeps is woken once a turn: it could not run before this rank
+  // stops, and waking all for each block took longer than the blocks.
+  if (endpoint_.oversubscribed())
+    unrung_ = true;
+  else
+    endpoint_.ring_others(ranks_);
 }
 
 void Staged::give(const Launch& launch) {
@@ -237,6 +243,12 @@ void Staged::take(const Launch& launch) {
 }
 
 bool Staged::advance(const Launch& launch, bool all_entered, bool* moved) {
+  const bool done = move(launch, all_entered, moved);
+  if (std::exchange(unrung_, false)) endpoint_.ring_others(ranks_);
+  return done;
+}
+
+bool Staged::move(const Launch& launch, bool all_entered, bool* moved) {
   const uint64_t block_nbytes = width_ * (one_for_all_ ? 1 : static_cast<uint64_t>(n_));
   for (uint64_t spent = 0; spent < kBudget; spent += block_nbytes) {
     if (all_entered && may_take())

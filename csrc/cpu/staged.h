@@ -51,6 +51,7 @@ class Staged {
   void give(const Launch& launch);
   void reduce(const Launch& launch);
   void take(const Launch& launch);
+  bool move(const Launch& launch, bool all_entered, bool* moved);
   void publish(std::atomic<uint64_t> BoardEntry::* count, uint64_t blocks);
 
   const Segment& segment_;
@@ -70,6 +71,7 @@ class Staged {
   bool shares_ = false;       // the reduced piece is for others too
   bool one_for_all_ = false;  // what is given is the same for all
   bool streams_ = false;
+  bool unrung_ = false;  // counts were published since sleepers were last rung
   uint64_t given_ = 0, reduced_ = 0, taken_ = 0;                  // blocks done
   std::vector<uint64_t> seen_given_, seen_reduced_, seen_taken_;  // the others' counts
 };

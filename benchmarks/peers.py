@@ -52,6 +52,8 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = [8, 128, KIB, 8 * KIB, 64 * KIB, 512 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB]
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "sendrecv", "barrier")
 DTYPES = ("float32", "bfloat16")
+BFLOAT16_SIZES = [8, KIB, 64 * KIB, MIB, 16 * MIB]
+LARGEST = {2: 256 * MIB, 4: 64 * MIB}  # with 4 ranks 256 MiB would take the run from ten minutes to thirty
 BLOCK_S = 0.03  # what a block's timed calls may take, unless three take longer
 MAX_CALLS = 400
 PATIENCE_S = 120
@@ -289,12 +291,20 @@ def limit_us(entry: dict[str, Any]) -> float | None:
     return least_bytes(entry["collective"], entry["nbytes"], entry["n_ranks"]) / rate
 
 
+def sizes(n: int, collective: str, dtype: str, wanted: str | None) -> list[int]:
+    if collective == "barrier":
+        return [0]
+    if wanted is not None:
+        return [int(size) for size in wanted.split(",")]
+    return [size for size in (SIZES if dtype == "float32" else BFLOAT16_SIZES) if size <= LARGEST.get(n, 64 * MIB)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", default="2,4", help="numbers of processes, one after the other (default 2,4)")
     parser.add_argument("--collectives", default=",".join(COLLECTIVES), help="only these, separated by commas")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, separated by commas")
+    parser.add_argument("--sizes", help="bytes, separated by commas (default: to 256 MiB; for bfloat16 fewer)")
     parser.add_argument("--peers", default=",".join((*ORDINARY_PEERS, IMPI_HEAP)), help="only these")
     parser.add_argument("--blocks", type=int, default=5, help="turns of each library in a case (default 5)")
     parser.add_argument("--output", default="peers", help="name of the results (default peers)")
@@ -317,7 +327,7 @@ def main() -> None:
         try:
             for collective in options.collectives.split(","):
                 for dtype in options.dtypes.split(",") if collective != "barrier" else ["float32"]:
-                    for nbytes in map(int, options.sizes.split(",")) if collective != "barrier" else [0]:
+                    for nbytes in sizes(n, collective, dtype, options.sizes):
                         begin = time.perf_counter()
                         blocks = options.blocks if nbytes < 64 * MIB else 3
                         contenders = measure(running, (collective, dtype, nbytes), blocks)

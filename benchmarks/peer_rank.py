@@ -103,7 +103,27 @@ class Buffers:
         self.whole[:] = self.piece[:] = self.source[:] = 0
 
 
-class Mpi:
+class Library:
+    """What a rank can be told to run. Most have one contender, and ordinary memory."""
+
+    rank: int
+    size: int
+    version: str
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
+        """Meets the other ranks; exchange(x) gives every rank what rank 0 gave."""
+
+    def contenders(self) -> tuple[str, ...]:
+        return ("",)
+
+    def empty(self, contender: str, numel: int, dtype: str) -> Any:
+        return np.empty(numel, RAW[dtype])
+
+    def call(self, contender: str, b: Buffers) -> Call:
+        raise NotImplementedError
+
+
+class Mpi(Library):
     """An MPI through mpi4py, buffers and datatypes prepared once."""
 
     def __init__(self) -> None:
@@ -119,15 +139,6 @@ class Mpi:
             op = ctypes.CDLL(os.environ["PEER_BF16_OP"]).bf16_sum
             op.restype = ctypes.c_uint64
             self.bf16, self.bf16_sum = MPI.UINT16_T, MPI.Op.fromhandle(op())
-
-    def join(self, exchange: Callable[[Any], Any]) -> None:
-        pass
-
-    def contenders(self) -> tuple[str, ...]:
-        return ("",)
-
-    def empty(self, contender: str, numel: int, dtype: str) -> Any:
-        return np.empty(numel, RAW[dtype])
 
     def call(self, contender: str, b: Buffers) -> Call:
         comm, mpi = self.comm, self.mpi
@@ -156,7 +167,7 @@ class Mpi:
         return calls[b.collective]
 
 
-class OneCcl:
+class OneCcl(Library):
     """oneCCL by ctypes, over its own MPI. Its send and recv crash on CPU memory (2022.1.2), so it has none here."""
 
     def __init__(self) -> None:
@@ -178,12 +189,6 @@ class OneCcl:
             self.lib.peer_address(address)
         self.lib.peer_join(self.size, self.rank, exchange(address.raw))
 
-    def contenders(self) -> tuple[str, ...]:
-        return ("",)
-
-    def empty(self, contender: str, numel: int, dtype: str) -> Any:
-        return np.empty(numel, RAW[dtype])
-
     def call(self, contender: str, b: Buffers) -> Call:
         lib, bf16 = self.lib, int(b.dtype == BF16)
         whole, piece, source = (array.ctypes.data for array in (b.whole, b.piece, b.source))
@@ -198,7 +203,7 @@ class OneCcl:
         return calls[b.collective]
 
 
-class Torch:
+class Torch(Library):
     """Gloo and pycomm's ways in, from one process: they share what surrounds them."""
 
     GLOO, TORCH, GROUP, OWN = "Gloo", "torch.distributed", "Group", "Group, pycomm.empty"
@@ -286,21 +291,12 @@ class Torch:
         return calls[b.collective]
 
 
-class Nothing:
+class Nothing(Library):
     """What the memory does: every rank copies at once, with nobody to wait for."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["PEER_RANK"]), int(os.environ["PEER_SIZE"])
         self.version = f"numpy {np.__version__}"
-
-    def join(self, exchange: Callable[[Any], Any]) -> None:
-        pass
-
-    def contenders(self) -> tuple[str, ...]:
-        return ("",)
-
-    def empty(self, contender: str, numel: int, dtype: str) -> Any:
-        return np.empty(numel, RAW[dtype])
 
     def call(self, contender: str, b: Buffers) -> Call:
         half = len(b.whole) // 2
@@ -319,7 +315,7 @@ def timed(call: Call, n_calls: int) -> list[int]:
     return times
 
 
-def serve(library: Any, control: Connection) -> None:
+def serve(library: Library, control: Connection) -> None:
     """Runs what comes over the connection until it closes."""
     buffers: dict[str, Buffers] = {}
     calls: dict[str, Call] = {}
@@ -370,7 +366,7 @@ def serve(library: Any, control: Connection) -> None:
 
 
 def main() -> None:
-    kinds = {"mpi": Mpi, "oneccl": OneCcl, "torch": Torch, "copy": Nothing}
+    kinds: dict[str, Callable[[], Library]] = {"mpi": Mpi, "oneccl": OneCcl, "torch": Torch, "copy": Nothing}
     kind, name, address, key = sys.argv[1:5]
     library = kinds[kind]()
     host, port = address.split(":")

@@ -23,10 +23,11 @@ constexpr auto kEcho =
 constexpr auto kGrace = std::chrono::milliseconds(
     50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kRetire =
-    std::chrono::milliseconds(1000);  // for a rank that is in the middle of a block of ours
-constexpr int kFirstSpins = 400;      // of a blocking call, with the lock held: some 20 us
-constexpr int kSpinsUnseen = 20;      // of those, before it asks whether a peer wants its core
-constexpr int kSpins = 200;           // of whoever waits on
+    std::chrono::milliseconds(1000);      // for a rank that is in the middle of a block of ours
+constexpr uint64_t kUntimedBytes = 4096;  // of a message: its time is not worth a look at the clock
+constexpr int kFirstSpins = 400;          // of a blocking call, with the lock held: some 20 us
+constexpr int kSpinsUnseen = 20;          // of those, before it asks whether a peer wants its core
+constexpr int kSpins = 200;               // of whoever waits on
 constexpr int kSpinsOnSharedCore = 2;
 constexpr int kSpinsBetweenHosts = 8;  // each a look at sockets, which costs what yielding does
 constexpr auto kNap =
@@ -242,10 +243,11 @@ void CpuEngine::run_to_end(Op& op, std::unique_lock<std::mutex> lock) {
     cpu_relax();
   }
   if (!op.done()) {
-    op.timed = true;
-    op.started = Clock::now();
-    if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
-      running_since_ = op.started;
+    if (!std::exchange(op.timed, true)) {
+      op.started = Clock::now();
+      if (op.state.load(std::memory_order_relaxed) == Op::running && n_running_ == 1)
+        running_since_ = op.started;
+    }
     lock.unlock();
     try {
       wait_for(op, kForever);
@@ -271,7 +273,7 @@ void CpuEngine::run(Launch launch) {
     put_on_float32(launch);
   const Path taken = path(launch);
   CollectiveOp op(std::move(launch), taken);
-  op.timed = false;
+  op.timed = taken != Path::board;
   std::unique_lock lock(mutex_);
   submit(std::shared_ptr<CollectiveOp>(std::shared_ptr<void>(),
                                        &op));  // on the stack: this call outlives it in the queue
@@ -324,7 +326,7 @@ std::shared_ptr<Work> CpuEngine::submit_message(bool is_send, std::byte* data, u
 }
 
 int CpuEngine::run_message(MessageOp& op) {
-  op.timed = false;
+  op.timed = op.nbytes > kUntimedBytes;
   std::unique_lock lock(mutex_);
   submit(std::shared_ptr<MessageOp>(std::shared_ptr<void>(), &op));  // on the stack, as in run()
   run_to_end(op, std::move(lock));
@@ -783,7 +785,8 @@ void CpuEngine::fail(Status why) {
   const std::string prefix = "group '" + name_ + "': ";
   if (why.message.rfind("group '", 0) != 0) why.message = prefix + why.message;
   publish(why);
-  if (const int writer = reach_.retire(kRetire); writer >= 0)
+  // Only in a group of one host do ranks write into each other's memory.
+  if (const int writer = one_host_ ? reach_.retire(kRetire) : -1; writer >= 0)
     why.message +=
         " Rank " + std::to_string(writer) +
         " stands still in the middle of writing into this rank's tensors: what they hold "
@@ -845,7 +848,7 @@ void CpuEngine::close() {
     std::lock_guard lock(mutex_);
     segment_.board(local_index_[static_cast<size_t>(rank_)])
         .closed.store(1, std::memory_order_release);
-    reach_.retire(kRetire);
+    if (one_host_) reach_.retire(kRetire);
     if (broken_.ok()) {
       broken_ = {Code::closed, "it was closed"};
       const Status why{Code::closed,

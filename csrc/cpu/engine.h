@@ -84,6 +84,14 @@ class CpuEngine final : public Engine,
   bool drive();  // one round under the lock; errors end in fail()
   bool advance_collectives();
   bool advance(const CollectiveOp& op, bool* moved);  // true when it is done
+  void finish(Op& op, Status status);
+  void run_callbacks();
+  void require_sound() const;
+  Channel& channel(int peer, Lane lane);
+  bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
+  Path path(const Launch& launch) const;  // which of them runs it
+
+  // failure.cc
   void look();  // under the lock: word of a broken group, mismatches, deadlines, lost peers
   void look_for_mismatch();
   void look_for_lost_peers();
@@ -93,17 +101,12 @@ class CpuEngine final : public Engine,
   Status settled_word() const;
   Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience
                                                                // after a look at the store
+  Status cause(const Status& why);
   void publish(const Status& why);
   const CollectiveOp* late_collective(Clock::time_point now);
   void ask_about_remote_peers(bool last);
   std::vector<int> blocked_on() const;
-  void finish(Op& op, Status status);
-  void run_callbacks();
-  void require_sound() const;
-  Channel& channel(int peer, Lane lane);
-  bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
   std::string describe_front_wait(Clock::time_point now) const;
-  Path path(const Launch& launch) const;  // which of them runs it
 
   const std::shared_ptr<Endpoint> endpoint_;
   std::optional<StoreWord> store_word_;  // where ranks stand on several hosts

@@ -32,65 +32,171 @@ Board::Board(const Segment& segment, Endpoint& endpoint, const std::vector<int>&
       rank_(rank),
       n_(static_cast<int>(ranks.size())) {}
 
-std::byte* Board::payload(int rank, bool large) const {
-  BoardEntry& entry = segment_.board(rank);
-  const uint32_t slot = sequence_ & 1;
-  return large ? entry.payload[slot] : entry.lines[slot].payload;
+Board::Waits Board::waits(const Fingerprint& print) const {
+  const bool at_root = rank_ == print.root;
+  switch (print.collective) {
+    case Collective::broadcast:
+    case Collective::scatter:
+      return at_root ? Waits::for_nobody : Waits::for_root;
+    case Collective::reduce:
+    case Collective::gather:
+      return at_root ? Waits::for_all : Waits::for_nobody;
+    default:
+      return Waits::for_all;
+  }
 }
 
-void Board::begin(const Launch& launch) {
-  prepare();
-  if (contributes(launch.fingerprint, rank_) && launch.input_nbytes > 0)
-    copy(payload(rank_, launch.input_nbytes > kInlineBytes), launch.input, launch.input_nbytes);
-  publish(launch);
+std::byte* Board::payload(int rank, uint64_t nbytes) const {
+  BoardEntry& entry = segment_.board(rank);
+  const uint32_t slot = sequence_ % kBoardSlots;
+  if (nbytes <= kInlineBytes) return entry.lines[slot].payload;
+  return nbytes <= kSmallBytes ? entry.small[slot] : entry.large[sequence_ % kLargeSlots];
 }
 
 void Board::prepare() {
   ++sequence_;
   seen_ = 0;
+  published_ = false;
+}
+
+bool Board::has_room(const Launch& launch, uint64_t payload_nbytes) {
+  const uint32_t n_slots = payload_nbytes > kSmallBytes ? kLargeSlots : kBoardSlots;
+  awaited_ = sequence_ - n_slots + 1;
+  return all_entered(awaited_) &&
+         all_agree(sequence_ - kBoardSlots, launch.fingerprint.sequence - kBoardSlots);
+}
+
+bool Board::settled(uint64_t launch_sequence) {
+  awaited_ = sequence_;
+  waits_ = Waits::for_all;
+  return all_entered(sequence_) && all_agree(sequence_, launch_sequence);
 }
 
 void Board::publish(const Launch& launch) {
-  BoardLine& line = segment_.board(rank_).lines[sequence_ & 1];
-  hash_ = launch.fingerprint.hash();
-  line.hash = hash_;
+  const uint32_t slot = sequence_ % kBoardSlots;
+  BoardLine& line = segment_.board(rank_).lines[slot];
+  hashes_[slot] = launch.fingerprint.hash();
+  line.hash.store(hashes_[slot], std::memory_order_relaxed);
   line.sequence.store(sequence_, std::memory_order_release);  // publishes hash and payload; pairs
-                                                              // with all_entered()
-  // Nobody can go on before all are in, so the last one wakes all: n bells, not n squared. Of two
-  // that come at once, each with a fence between its line and its look, one sees the other's.
+                                                              // with entered()
+  published_ = true;
+  awaited_ = sequence_;
+  waits_ = waits(launch.fingerprint);
+  root_ = launch.fingerprint.root;
+  // The last one to come wakes all who wait for all, and a root who waits for it: few bells, and
+  // nobody is woken in vain. Of two that come at once, each with a fence between its line and its
+  // look, one sees the other's.
   full_fence();
-  for (int i = 0; i < n_; ++i)
-    if (i != rank_ && !entered(i)) return;
+  if (waits_ != Waits::for_nobody || root_ != rank_)
+    for (int i = 0; i < n_; ++i)
+      if (i != rank_ && !entered(i, sequence_)) return;
   endpoint_.ring_others(ranks_);
 }
 
-bool Board::entered(int rank) const {
-  // Acquire: pairs with publish().
-  return segment_.board(rank).lines[sequence_ & 1].sequence.load(std::memory_order_acquire) ==
-         sequence_;
+// Acquire: pairs with publish(). Who has entered a later one has entered this.
+bool Board::entered(int rank, uint32_t sequence) const {
+  const auto& line = segment_.board(rank).lines[sequence % kBoardSlots];
+  const uint32_t last = line.sequence.load(std::memory_order_acquire);
+  return static_cast<int32_t>(last - sequence) >= 0;
 }
 
-bool Board::advance(const Launch& launch, bool* moved) {
-  if (!all_entered(launch, moved)) return false;
-  finish(launch);
+bool Board::all_entered(uint32_t sequence) {
+  if (static_cast<int32_t>(entered_ - sequence) >= 0) return true;
+  // Half a turn further, where they are that far: a line that is just being written costs more to
+  // look at than all else here.
+  for (const uint32_t at : {sequence + kBoardSlots / 2 - 1, sequence}) {
+    if (static_cast<int32_t>(sequence_ - at) < 0) continue;
+    int i = 0;
+    while (i < n_ && (i == rank_ || entered(i, at))) ++i;
+    if (i < n_) continue;
+    entered_ = at;
+    return true;
+  }
+  return false;
+}
+
+// Whether all ranks called what this one did, up to `sequence`, which they have entered.
+// launch_sequence: that collective's number among all of the group; native ones between two that
+// are not native follow each other.
+bool Board::all_agree(uint32_t sequence, uint64_t launch_sequence) {
+  while (static_cast<int32_t>(agreed_ - sequence) < 0) {
+    const uint32_t next = agreed_ + 1;
+    for (int i = 0; i < n_; ++i)
+      if (i != rank_ && !agrees(i, next, launch_sequence - (sequence - next))) return false;
+    agreed_ = next;
+  }
   return true;
+}
+
+// False: not known yet.
+bool Board::agrees(int rank, uint32_t sequence, uint64_t launch_sequence) const {
+  const BoardEntry& entry = segment_.board(rank);
+  const BoardLine& line = entry.lines[sequence % kBoardSlots];
+  // In use again: then that rank has compared all with its own.
+  if (line.sequence.load(std::memory_order_acquire) != sequence) return true;
+  // A hash that is overwritten after this belongs to such a use, too.
+  if (line.hash.load(std::memory_order_relaxed) == hashes_[sequence % kBoardSlots]) return true;
+  Fingerprint mine, theirs;
+  mine.rank = rank_;
+  theirs.rank = rank;
+  if (!read_announcement(segment_.board(rank_), launch_sequence, &mine) ||
+      !read_announcement(entry, launch_sequence, &theirs) || theirs.matches(mine))
+    return false;
+  throw Error(Code::mismatch, describe_mismatch(mine, theirs));
 }
 
 bool Board::all_entered(const Launch& launch, bool* moved) {
   for (; seen_ < n_; ++seen_) {
     if (seen_ == rank_) continue;
-    const BoardEntry& entry = segment_.board(seen_);
-    const BoardLine& line = entry.lines[sequence_ & 1];
-    if (!entered(seen_)) return false;
+    if (!entered(seen_, sequence_)) return false;
     *moved = true;
-    if (line.hash == hash_) continue;
-    Fingerprint theirs;
-    theirs.rank = seen_;
-    // Written before its line was published, unless it is an older native call: then its own look
-    // finds ours.
-    if (!read_announcement(entry, launch.fingerprint.sequence, &theirs)) return false;
-    throw Error(Code::mismatch, describe_mismatch(launch.fingerprint, theirs));
+    if (!calls_the_same(seen_, launch)) return false;
   }
+  entered_ = sequence_;
+  if (!all_agree(sequence_ - 1, launch.fingerprint.sequence - 1)) return false;
+  agreed_ = sequence_;
+  return true;
+}
+
+bool Board::root_entered(const Launch& launch, bool* moved) const {
+  const int root = launch.fingerprint.root;
+  if (!entered(root, sequence_)) return false;
+  *moved = true;
+  return calls_the_same(root, launch);
+}
+
+// What it called is in its slot while this rank is in the collective too. False: not known yet.
+bool Board::calls_the_same(int rank, const Launch& launch) const {
+  const BoardEntry& entry = segment_.board(rank);
+  const uint32_t slot = sequence_ % kBoardSlots;
+  if (entry.lines[slot].hash.load(std::memory_order_relaxed) == hashes_[slot]) return true;
+  Fingerprint theirs;
+  theirs.rank = rank;
+  // Written before its line was published, unless it is an older native call: then its own look
+  // finds ours.
+  if (!read_announcement(entry, launch.fingerprint.sequence, &theirs)) return false;
+  throw Error(Code::mismatch, describe_mismatch(launch.fingerprint, theirs));
+}
+
+bool Board::advance(const Launch& launch, bool* moved) {
+  if (!published_) {
+    const uint64_t nbytes = contributes(launch.fingerprint, rank_) ? launch.input_nbytes : 0;
+    if (!has_room(launch, nbytes)) return false;
+    if (nbytes > 0) copy(payload(rank_, nbytes), launch.input, nbytes);
+    publish(launch);
+    *moved = true;
+  }
+  switch (waits_) {
+    case Waits::for_all:
+      if (!all_entered(launch, moved)) return false;
+      break;
+    case Waits::for_root:
+      if (!root_entered(launch, moved)) return false;
+      break;
+    case Waits::for_nobody:
+      break;
+  }
+  finish(launch);
   return true;
 }
 
@@ -144,15 +250,17 @@ void Board::finish(const Launch& launch) const {
 
 std::vector<int> Board::blocked_on() const {
   std::vector<int> ranks;
-  for (int i = seen_; i < n_; ++i)
-    if (i != rank_ && !entered(i)) ranks.push_back(i);
+  for (int i = 0; i < n_; ++i) {
+    const bool needed = !published_ || waits_ == Waits::for_all || i == root_;
+    if (i != rank_ && needed && !entered(i, awaited_)) ranks.push_back(i);
+  }
   return ranks;
 }
 
 // A sequence lock (Boehm, "Can seqlocks get along with programming language memory models?", MSPC
 // 2012).
 void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
-  Announcement& at = entry.announcements[fingerprint.sequence & 1];
+  Announcement& at = entry.announcements[fingerprint.sequence % kAnnouncements];
   uint64_t words[sizeof(Fingerprint) / sizeof(uint64_t)];
   std::memcpy(words, &fingerprint, sizeof(words));
   const uint64_t version = at.version.load(std::memory_order_relaxed);
@@ -164,7 +272,7 @@ void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
 }
 
 bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* out) {
-  const Announcement& at = entry.announcements[sequence & 1];
+  const Announcement& at = entry.announcements[sequence % kAnnouncements];
   uint64_t words[sizeof(Fingerprint) / sizeof(uint64_t)];
   const uint64_t before = at.version.load(std::memory_order_acquire);
   for (size_t i = 0; i < std::size(words); ++i)

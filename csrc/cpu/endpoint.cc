@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <map>
 #include <new>
 #include <optional>
 #include <set>
@@ -89,6 +90,10 @@ std::string list_of(const std::vector<int>& ranks) {
   for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
   return text;
 }
+
+constexpr Clock::duration kCoreLook = std::chrono::milliseconds(1);
+constexpr Clock::duration kShortestStay = std::chrono::milliseconds(10);
+constexpr Clock::duration kLongestStay = std::chrono::seconds(1);
 
 int usable_cores() {
   cpu_set_t set;
@@ -401,6 +406,46 @@ bool Endpoint::shares_core(const std::vector<int>& ranks) {
   return std::any_of(ranks.begin(), ranks.end(), [&](int rank) {
     return rank != rank_ && host_line(rank).core.load(std::memory_order_relaxed) == core;
   });
+}
+
+int Endpoint::freer_core() const {
+  cpu_set_t usable;
+  if (::sched_getaffinity(0, sizeof(usable), &usable) != 0) return -1;
+  std::map<int, int> n_ranks;  // by core
+  for (const int rank : local_ranks_)
+    ++n_ranks[host_line(rank).core.load(std::memory_order_relaxed)];
+  int best = ::sched_getcpu();
+  const int here = n_ranks[best];
+  // Of those who wait here the last one leaves: not all at once.
+  for (const int rank : local_ranks_)
+    if (rank > rank_ && host_line(rank).core.load(std::memory_order_relaxed) == best) return -1;
+  for (int core = 0; core < CPU_SETSIZE; ++core)
+    if (CPU_ISSET(core, &usable) && n_ranks[core] < n_ranks[best]) best = core;
+  return n_ranks[best] + 2 <= here ? best : -1;
+}
+
+void Endpoint::leave_crowded_core() {
+  // All relaxed: were two threads of this rank to move at once, it would do no harm.
+  const auto now = Clock::now().time_since_epoch(),
+             due = next_look_.load(std::memory_order_relaxed);
+  if (now < due) return;
+  next_look_.store(now + kCoreLook, std::memory_order_relaxed);
+  const int core = freer_core();
+  if (!crowded_.exchange(core >= 0, std::memory_order_relaxed) || core < 0) return;
+  crowded_.store(false, std::memory_order_relaxed);
+  // Where the system moves it back, for load that is not ours, leave it there for longer and
+  // longer.
+  const auto stay = stay_.load(std::memory_order_relaxed);
+  const auto next =
+      now > due + kLongestStay ? kShortestStay : std::clamp(2 * stay, kShortestStay, kLongestStay);
+  stay_.store(next, std::memory_order_relaxed);
+  next_look_.store(now + next, std::memory_order_relaxed);
+  cpu_set_t usable, there;
+  CPU_ZERO(&there);
+  CPU_SET(core, &there);
+  if (::sched_getaffinity(0, sizeof(usable), &usable) != 0) return;
+  if (::sched_setaffinity(0, sizeof(there), &there) == 0)
+    ::sched_setaffinity(0, sizeof(usable), &usable);
 }
 
 bool Endpoint::ended(int rank) const {

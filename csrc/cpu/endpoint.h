@@ -86,6 +86,10 @@ class Endpoint {
   // Whether one of `ranks`, all of this host, last waited on the core that this thread is on: then
   // it cannot answer while this one spins. Says where this one waits, too.
   bool shares_core(const std::vector<int>& ranks);
+  // Call where shares_core(): moves this thread where the ranks of this host stand unevenly on the
+  // cores it may use, and have done so for a while. The system evens that out too, a fifth of a
+  // second later.
+  void leave_crowded_core();
   // Whether the process of a rank of this host has ended.
   bool ended(int rank) const;
 
@@ -115,12 +119,18 @@ class Endpoint {
   HostLine& host_line(int rank) const;
   Sleeper& sleeper(int rank) const { return host_line(rank).sleeper; }
   void ring_sleeper(int rank);
+  int freer_core() const;  // than the one this thread is on, by two ranks at least; or -1
 
   int rank_ = 0;
   std::vector<Member> members_;
   std::vector<int> local_ranks_;
   std::vector<int> local_index_;  // by rank; -1 on other hosts
   bool oversubscribed_ = false;
+  // Of leave_crowded_core(): the next look, whether the last one found a freer core, and how long
+  // to stay after a move.
+  std::atomic<Clock::duration> next_look_{};
+  std::atomic<bool> crowded_{false};
+  std::atomic<Clock::duration> stay_{};
   Secret secret_{};
   std::unique_ptr<Mailbox> mailbox_;
   std::vector<std::string> warnings_;

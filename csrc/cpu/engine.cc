@@ -339,6 +339,9 @@ bool CpuEngine::advance_collectives() {
     CollectiveOp& op = *queue_.front();
     const Launch& launch = op.launch;
     if (op.state.load(std::memory_order_relaxed) == Op::queued) {
+      // The board counts on native collectives' numbers to follow each other.
+      if (op.path == Path::program && one_host_ && !board_.settled(launch.fingerprint.sequence - 1))
+        break;
       op.started = op.submitted;
       op.state.store(Op::running, std::memory_order_relaxed);
       if (n_running_++ == 0) running_since_ = op.started;
@@ -352,7 +355,7 @@ bool CpuEngine::advance_collectives() {
         large_.begin(launch);
         native_bytes_ += large_.sent_nbytes();
       } else {
-        board_.begin(launch);
+        board_.prepare();
         native_bytes_ += launch.input_nbytes;
       }
       moved = true;
@@ -450,9 +453,9 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
   // Where ranks outnumber cores, yielding is what lets the others answer: stay with it longer.
   // While much is on its way between hosts the system needs the core to receive it.
-  const int spins = !one_host_                             ? kSpinsBetweenHosts
-                    : endpoint_->shares_core(local_ranks_) ? kSpinsOnSharedCore
-                                                           : kSpins;
+  const bool shares_core = endpoint_->shares_core(local_ranks_);
+  if (shares_core) endpoint_->leave_crowded_core();
+  const int spins = !one_host_ ? kSpinsBetweenHosts : shares_core ? kSpinsOnSharedCore : kSpins;
   const int awake_us = !one_host_ && op.sizeable ? 20 : endpoint_->oversubscribed() ? 1000 : 150;
   Waiter waiter(spins, std::chrono::microseconds(awake_us));
   struct Counted {

@@ -109,11 +109,12 @@ void CpuEngine::ask_about_remote_peers(bool last) {
   }
 }
 
-// Ranks that the running collective waits for.
+// Ranks that the first collective waits for.
 std::vector<int> CpuEngine::blocked_on() const {
-  if (queue_.empty() || queue_.front()->state.load(std::memory_order_relaxed) != Op::running)
-    return {};
+  if (queue_.empty()) return {};
   const Launch& launch = queue_.front()->launch;
+  if (queue_.front()->state.load(std::memory_order_relaxed) != Op::running)
+    return one_host_ ? board_.blocked_on() : std::vector<int>{};  // of those before it
   switch (queue_.front()->path) {
     case Path::board:
       return board_.blocked_on();
@@ -130,7 +131,7 @@ std::string CpuEngine::describe_front_wait(Clock::time_point now) const {
   std::string text =
       "rank " + std::to_string(rank_) + " waited " + seconds_text(now - op.submitted) + " for ";
   const std::vector<int> blocked = blocked_on();
-  if (op.launch.program != nullptr) {
+  if (op.launch.program != nullptr && op.state.load(std::memory_order_relaxed) == Op::running) {
     text += interpreter_.describe_wait(op.launch);
   } else {
     for (size_t i = 0; i < blocked.size(); ++i)

@@ -111,14 +111,20 @@ uint64_t Large::bytes_for_others(const Launch& launch) const {
 }
 
 void Large::begin(const Launch& launch) {
-  entered_ = begun_ = false;
+  offered_ = entered_ = begun_ = false;
   board_.prepare();
   input_ = input_apart(launch);
   sent_nbytes_ = bytes_for_others(launch);
+}
+
+bool Large::offer(const Launch& launch) {
+  const bool uneven = is_uneven_exchange(launch);
+  if (!board_.has_room(launch, uneven ? kBoardBytes : sizeof(Offer))) return false;
+  offered_ = true;
   const Offer offer{reach_.in_heap(input_), reach_.in_heap(launch.output)};
-  std::memcpy(board_.payload(rank_, false), &offer, sizeof(offer));
-  if (is_uneven_exchange(launch)) {
-    auto* rows = reinterpret_cast<Row*>(board_.payload(rank_, true));
+  std::memcpy(board_.payload(rank_, sizeof(offer)), &offer, sizeof(offer));
+  if (uneven) {
+    auto* rows = reinterpret_cast<Row*>(board_.payload(rank_, kBoardBytes));
     for (int i = 0; i < n_; ++i)
       rows[i] = {launch.layout.input_offset(rank_ * n_ + i), launch.layout.nbytes(rank_ * n_ + i)};
   } else if (Direct::lacks(launch, rank_, offer)) {
@@ -126,6 +132,7 @@ void Large::begin(const Launch& launch) {
     begun_ = true;
   }
   board_.publish(launch);
+  return true;
 }
 
 // All ranks have entered: all choose alike.
@@ -135,14 +142,14 @@ void Large::enter(const Launch& launch) {
   in_place_ = true;
   for (int i = 0; i < n_; ++i) {
     Offer& offer = offers_[static_cast<size_t>(i)];
-    std::memcpy(&offer, board_.payload(i, false), sizeof(offer));
+    std::memcpy(&offer, board_.payload(i, sizeof(offer)), sizeof(offer));
     in_place_ = in_place_ && !Direct::lacks(launch, i, offer);
   }
   uint64_t largest = 0;
   std::vector<uint64_t> starts;
   if (is_uneven_exchange(launch)) {
     for (int i = 0; i < n_; ++i) {
-      const auto* rows = reinterpret_cast<const Row*>(board_.payload(i, true));
+      const auto* rows = reinterpret_cast<const Row*>(board_.payload(i, kBoardBytes));
       for (int j = 0; j < n_; ++j) largest = std::max(largest, rows[j].nbytes);
       starts.push_back(rows[rank_].offset);
       const uint64_t expected = launch.layout.nbytes(i * n_ + rank_);
@@ -164,6 +171,7 @@ void Large::enter(const Launch& launch) {
 }
 
 bool Large::advance(const Launch& launch, bool* moved) {
+  if (!offered_ && !offer(launch)) return false;
   if (!entered_ && board_.all_entered(launch, moved)) enter(launch);
   if (!begun_) return false;
   if (!(entered_ && in_place_ ? direct_.advance(launch, moved)

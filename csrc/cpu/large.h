@@ -31,6 +31,7 @@ class Large {
  private:
   const std::byte* input_apart(const Launch& launch);
   uint64_t bytes_for_others(const Launch& launch) const;
+  bool offer(const Launch& launch);
   void enter(const Launch& launch);
 
   Board& board_;
@@ -40,6 +41,7 @@ class Large {
   const int rank_;
   const int n_;
 
+  bool offered_ = false;
   bool entered_ = false;
   bool in_place_ = false;
   bool begun_ = false;  // with what is moved over the stages

@@ -20,13 +20,16 @@ namespace pycomm::cpu {
 constexpr size_t kBoardBytes = 32 * 1024;  // a rank's largest contribution to a native collective
 constexpr size_t kStageSlot = 64 * 1024;   // a block of a large collective (staged.h)
 constexpr size_t kInlineBytes = 48;        // rides in the flag's own cache line
+constexpr size_t kSmallBytes = 2 * 1024;   // above it a rank is at most one collective ahead
+constexpr uint32_t kBoardSlots = 16;       // how far ahead a rank may be
+constexpr uint32_t kLargeSlots = 2;
+constexpr uint32_t kAnnouncements = 2 * kBoardSlots;  // so those that are compared are still there
 
-// A rank's contribution to a native collective; two of them, used in turn (board.h says why two are
-// enough).
+// A rank's contribution to a native collective (board.h).
 struct alignas(64) BoardLine {
   std::atomic<uint32_t> sequence{0};  // published last; counts native collectives from 1
   uint32_t pad = 0;
-  uint64_t hash = 0;  // Fingerprint::hash()
+  std::atomic<uint64_t> hash{0};  // Fingerprint::hash()
   std::byte payload[kInlineBytes];
 };
 static_assert(sizeof(BoardLine) == 64);
@@ -39,7 +42,7 @@ struct alignas(64) Announcement {
 };
 
 struct alignas(64) BoardEntry {
-  BoardLine lines[2];
+  BoardLine lines[kBoardSlots];
   alignas(64) std::atomic<uint32_t> direct_done{0};  // the last direct collective (direct.h) in
                                                      // which the rank has done its part
   alignas(64) std::atomic<uint64_t> shared{0};   // a broadcast's blocks on their way to this rank
@@ -48,8 +51,9 @@ struct alignas(64) BoardEntry {
   alignas(64) std::atomic<uint64_t> given{0};    // blocks in its stage, over all collectives
   alignas(64) std::atomic<uint64_t> reduced{0};  // (staged.h), of which its own piece is reduced
   alignas(64) std::atomic<uint64_t> taken{0};    // blocks of the others that it needs no more
-  Announcement announcements[2];                 // by parity of the collective's sequence number
-  alignas(64) std::byte payload[2][kBoardBytes];
+  Announcement announcements[kAnnouncements];    // by the collective's sequence number
+  alignas(64) std::byte small[kBoardSlots][kSmallBytes];
+  alignas(64) std::byte large[kLargeSlots][kBoardBytes];
 };
 
 // Single producer, single consumer. head and tail count bytes from the start; tail - head <= the

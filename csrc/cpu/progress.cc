@@ -26,7 +26,8 @@ ProgressThread::~ProgressThread() {
 
 namespace {
 constexpr auto kDoze = std::chrono::microseconds(100);
-constexpr int kDozes = 50;  // then the thread is parked
+constexpr auto kLongestDoze = std::chrono::microseconds(400);
+constexpr int kDozes = 50;  // without a message; then the thread is parked
 }  // namespace
 
 void ProgressThread::add(std::shared_ptr<Driven> driven, When when) {
@@ -36,7 +37,10 @@ void ProgressThread::add(std::shared_ptr<Driven> driven, When when) {
     auto& active = state_->active;
     if (std::find(active.begin(), active.end(), driven) == active.end())
       active.push_back(std::move(driven));
-    if (when == When::soon && state_->dozing) return;
+    if (when == When::now)
+      state_->in_earnest = true;
+    else if (++state_->n_soon, state_->dozing)
+      return;
   }
   state_->changed.notify_all();
   endpoint_.ring_self();  // it may sleep on behalf of another engine
@@ -59,7 +63,11 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
   Waiter waiter(8, std::chrono::microseconds(50));
   std::vector<std::shared_ptr<Driven>> round;
   std::vector<pollfd> sockets;
-  int slept = 0;  // times in a row that nothing came of it
+  int slept = 0;      // times in a row that nothing came of it
+  uint64_t seen = 0;  // of n_soon
+  std::chrono::microseconds doze = kDoze;
+  int dozed = 0;  // times in a row that no message came
+  bool moved = false;
   std::unique_lock lock(state->mutex);
   for (;;) {
     const auto idle =
@@ -73,26 +81,35 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
       round.clear();
       lock.lock();
     }
-    const auto wanted = [&] { return state->stopping || !state->active.empty(); };
-    if (!wanted()) {
-      // wait_for() with a predicate would look only when it is over, or woken.
-      state->dozing = true;
-      for (int left = kDozes; left > 0 && !wanted(); --left) state->changed.wait_for(lock, kDoze);
-      state->dozing = false;
-      state->changed.wait(lock, wanted);
+    if (state->active.empty()) state->in_earnest = false;
+    const bool callers_come = state->n_soon != seen;
+    seen = state->n_soon;
+    const bool dozes = state->active.empty() || (callers_come && !state->in_earnest && !moved);
+    if (dozes) {
+      doze = callers_come ? std::min(2 * doze, kLongestDoze) : kDoze;
+      dozed = callers_come ? 0 : dozed + 1;
+      if (dozed <= kDozes) {
+        state->dozing = true;
+        state->changed.wait_for(lock, doze, [&] { return state->stopping || state->in_earnest; });
+        state->dozing = false;
+      } else {
+        state->changed.wait(lock, [&] { return state->stopping || !state->active.empty(); });
+        dozed = 0;
+      }
     }
     if (state->stopping) return;
     round = state->active;
     lock.unlock();
     const auto drive = [&] {
-      bool moved = false;
-      for (const auto& driven : round) moved |= driven->drive_background();
-      return moved;
+      bool any = false;
+      for (const auto& driven : round) any |= driven->drive_background();
+      return any;
     };
-    if (drive()) {
+    moved = drive();
+    if (moved) {
       waiter.moved();
       slept = 0;
-    } else {
+    } else if (!dozes) {
       switch (waiter.idle()) {
         case Waiter::Next::again:
           break;

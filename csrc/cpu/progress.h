@@ -5,6 +5,7 @@
 #include <poll.h>
 
 #include <condition_variable>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -31,7 +32,8 @@ class ProgressThread {
   ~ProgressThread();
   // Drives `driven` until it has nothing in the background. Waking the thread costs the caller a
   // system call, and where ranks fill the cores a rank its core: `soon` leaves that to a thread
-  // that has not been parked yet, and looks every 100 us for what has come.
+  // that has not been parked yet, and looks every 100 us for what has come; every 400 us while
+  // callers keep coming with more, who so far have driven it themselves.
   enum class When { now, soon };
   void add(std::shared_ptr<Driven> driven, When when = When::now);
   // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one
@@ -43,7 +45,9 @@ class ProgressThread {
     std::mutex mutex;
     std::condition_variable changed;
     std::vector<std::shared_ptr<Driven>> active;
-    bool dozing = false;  // out of work, and looks by itself
+    uint64_t n_soon = 0;      // what came `soon`, ever
+    bool in_earnest = false;  // something in `active` did not
+    bool dozing = false;      // looks by itself
     bool stopping = false;
   };
   static void loop(std::shared_ptr<State> state, Endpoint* endpoint);

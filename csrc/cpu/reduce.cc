@@ -34,7 +34,7 @@ Kernels best_kernels() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return {avx512::reduce, avx512::widen_float8, avx512::narrow_float8};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
     return {avx2::reduce, avx2::widen_float8, avx2::narrow_float8};
 #endif
   return {plain::reduce, plain::widen_float8, plain::narrow_float8};

@@ -1,7 +1,8 @@
 // The reduction kernels for AVX-512 (F, BW, DQ, VL). See reduce_avx2.cc.
 #include "core/dtype.h"
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
 #pragma GCC optimize("O3")
+#define PYCOMM_F16C
 #define PYCOMM_SIMD avx512
 #include "cpu/reduce_kernels.inc"

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -18,6 +19,11 @@
 #include "torch/work.h"
 
 namespace pycomm::torch_layer {
+
+// c10d's timeout, or none where the caller gave none.
+inline std::optional<std::chrono::milliseconds> limit_of(std::chrono::milliseconds timeout) {
+  return timeout == c10d::kUnsetTimeout ? std::nullopt : std::optional(timeout);
+}
 
 class PycommBackend final : public c10d::Backend {
  public:

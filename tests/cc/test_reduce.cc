@@ -1,5 +1,6 @@
 // The reduction kernels of every instruction set this processor has, against one scalar at a time
 // computed another way.
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <cstdint>
@@ -38,7 +39,8 @@ std::vector<std::pair<const char*, Kernel>> kernels() {
   std::vector<std::pair<const char*, Kernel>> found = {{"chosen", &chosen},
                                                        {"plain", &pycomm::cpu::plain::reduce}};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", &pycomm::cpu::avx2::reduce});
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    found.push_back({"avx2", &pycomm::cpu::avx2::reduce});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     found.push_back({"avx512", &pycomm::cpu::avx512::reduce});
@@ -172,20 +174,33 @@ struct Narrow {
       case ReduceOp::product:
         return static_cast<float>(x * y);
       case ReduceOp::min:
-        return std::isnan(x) ? x : std::isnan(y) ? y : std::min(x, y);
+        return std::isnan(x) ? x : std::isnan(y) ? y : x < y ? x : y;
       default:
-        return std::isnan(x) ? x : std::isnan(y) ? y : std::max(x, y);
+        return std::isnan(x) ? x : std::isnan(y) ? y : x > y ? x : y;
     }
   }
   struct Expected {
     double value;
+    std::vector<uint16_t> nans;  // where it is NaN: its bits, one of these; empty for any
   };
   static Expected combine(uint16_t a, uint16_t b, ReduceOp op) {
-    return {nearest(format, combined(a, b, op))};
+    // A sum or product of NaN has the operand's payload, and is quiet; min and max give the
+    // operand.
+    const bool chosen = op == ReduceOp::min || op == ReduceOp::max;
+    const auto quiet = static_cast<uint16_t>(chosen ? 0 : 1 << (format.mantissa - 1));
+    Expected expected{nearest(format, combined(a, b, op)), {}};
+    for (const uint16_t operand : {a, b})
+      if (std::isnan(decode(format, operand)) && !(chosen && !expected.nans.empty()))
+        expected.nans.push_back(operand | quiet);
+    return expected;
   }
-  static bool same(uint16_t got, Expected expected) {
+  static bool same(uint16_t got, const Expected& expected) {
     const double value = decode(format, got);
-    return std::isnan(expected.value) ? std::isnan(value) : value == expected.value;
+    if (!std::isnan(expected.value))
+      return value == expected.value && std::signbit(value) == std::signbit(expected.value);
+    return std::isnan(value) &&
+           (expected.nans.empty() ||
+            std::find(expected.nans.begin(), expected.nans.end(), got) != expected.nans.end());
   }
 };
 
@@ -241,11 +256,12 @@ void check_every_value(DType dtype) {
       return;
     }
     // Every value with some others: products and sums land between values, below the smallest,
-    // above the largest.
-    for (const uint16_t other : {0x0001, 0x03ff, 0x0400, 0x3c01, 0x3bff, 0x3f81, 0x4248, 0x7bff,
-                                 0x7f7f, 0xbc00, 0x8001, 0x7c00}) {
+    // above the largest; zeros, infinities and NaNs of both kinds keep what they have.
+    for (const uint16_t other :
+         {0x0001, 0x03ff, 0x0400, 0x3c01, 0x3bff, 0x3f81, 0x4248, 0x7bff, 0x7f7f, 0xbc00, 0x8001,
+          0x7c00, 0x0000, 0x8000, 0x7f80, 0xff80, 0xfc00, 0x7f81, 0xffa5, 0x7fff, 0x7c01}) {
       const std::vector<uint16_t> same(65536, other);
-      for (const ReduceOp op : {ReduceOp::sum, ReduceOp::product}) {
+      for (const ReduceOp op : {ReduceOp::sum, ReduceOp::product, ReduceOp::min, ReduceOp::max}) {
         kernel(got.data(), all.data(), same.data(), all.size(), dtype, op);
         for (size_t i = 0; i < all.size(); ++i) {
           if (Narrow<format>::same(got[i], Narrow<format>::combine(all[i], other, op))) continue;
@@ -384,7 +400,7 @@ std::vector<Conversion> conversions() {
       {"chosen", widen_chosen, narrow_chosen},
       {"plain", pycomm::cpu::plain::widen_float8, pycomm::cpu::plain::narrow_float8}};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
     found.push_back({"avx2", pycomm::cpu::avx2::widen_float8, pycomm::cpu::avx2::narrow_float8});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

@@ -1,0 +1,121 @@
+// What PycommBackend does with the group as a whole: the monitored barrier, groups made from it,
+// its state and its end.
+#include <algorithm>
+#include <limits>
+
+#include "torch/backend.h"
+#include "torch/blocking.h"
+#include "torch/tensors.h"
+
+namespace pycomm::torch_layer {
+namespace {
+
+using Milliseconds = std::chrono::milliseconds;
+constexpr auto kForever = Milliseconds(std::chrono::hours(24 * 365));
+constexpr int64_t kMonitorTag =
+    std::numeric_limits<int64_t>::min() + 1;  // no user's tag: c10d's are 32-bit
+constexpr auto kSettle = Milliseconds(50);    // for what users hung on futures
+constexpr auto kEcho = Milliseconds(250);
+
+}  // namespace
+
+// Rank 0 hears from every rank, then answers each: a rank that is missing can be named. The words
+// of its errors are Gloo's, which programs look for.
+void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait_all_ranks) {
+  const auto timeout = limit_of(opts.timeout).value_or(group_->timeout());
+  const std::string where = "monitored_barrier in group '" + group_->name() + "': ",
+                    limit = std::to_string(timeout.count()) + " ms";
+  const InterruptScope interruptible(check_signals);
+  uint8_t token = 0;
+  if (getRank() != 0) {
+    try {
+      group_->run_send(&token, 1, 0, kMonitorTag, timeout);
+      // Rank 0 may have entered later, and knows who is missing.
+      group_->run_recv(&token, 1, 0, kMonitorTag, timeout + kEcho);
+    } catch (const Error& error) {
+      throw Error(error.code(), where + "Rank " + std::to_string(getRank()) +
+                                    " successfully reached monitoredBarrier, but received errors "
+                                    "while waiting for send/recv from rank 0: " +
+                                    error.what());
+    }
+    return;
+  }
+  std::vector<uint8_t> tokens(static_cast<size_t>(getSize()));
+  std::vector<std::shared_ptr<pycomm::Work>> arrivals(1);
+  for (int rank = 1; rank < getSize(); ++rank)
+    arrivals.push_back(
+        group_->recv(&tokens[static_cast<size_t>(rank)], 1, rank, kMonitorTag, timeout, nullptr));
+  std::vector<int> missing;
+  for (int rank = 1; rank < getSize(); ++rank) {
+    try {
+      arrivals[static_cast<size_t>(rank)]->wait(kForever);
+    } catch (const Error& error) {
+      missing.push_back(rank);
+      if (!wait_all_ranks) break;
+    }
+  }
+  if (!missing.empty()) {
+    std::string ranks;
+    for (const int rank : missing) ranks += (ranks.empty() ? "" : ", ") + std::to_string(rank);
+    const Status why{Code::timeout,
+                     where + (missing.size() > 1 || wait_all_ranks ? "Ranks " : "Rank ") + ranks +
+                         " failed to pass monitoredBarrier in " + limit +
+                         (timeout.count() > 0 ? "" : " (Rank 0 timed out in monitoredBarrier)")};
+    group_->engine().revoke(why);
+    throw Error(why);
+  }
+  for (int rank = 1; rank < getSize(); ++rank)
+    group_->run_send(&token, 1, rank, kMonitorTag, timeout);
+}
+
+c10::intrusive_ptr<c10d::Backend::Options> PycommBackend::getBackendOptions() {
+  auto options = c10::make_intrusive<Options>("pycomm", group_->timeout());
+  options->group_name = group_->name();
+  return options;
+}
+
+PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std::vector<int>& ranks,
+                                               const c10::intrusive_ptr<Options>& opts) {
+  if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end()) return nullptr;
+  auto group = makers_.split(store, ranks, opts ? opts->group_name : "split");
+  if (opts) group->set_timeout(opts->timeout);
+  return c10::make_intrusive<PycommBackend>(std::move(group), endpoint_, makers_);
+}
+
+PycommBackend::BackendPtr PycommBackend::merge(const StorePtr& store,
+                                               const c10::intrusive_ptr<Options>& opts,
+                                               const int& rank, const int& size) {
+  const auto timeout = opts ? opts->timeout : group_->timeout();
+  return makers_.merge(store, rank, size, opts ? opts->group_name : "merged",
+                       std::chrono::duration<double>(timeout).count());
+}
+
+c10d::ErrorType PycommBackend::getError() {
+  switch (group_->engine().broken().code) {
+    case Code::ok:
+      return c10d::ErrorType::SUCCESS;
+    case Code::timeout:
+      return c10d::ErrorType::TIMEOUT;
+    case Code::peer_lost:
+      return c10d::ErrorType::REMOTE_ERROR;
+    default:
+      return c10d::ErrorType::COMM_ERROR;
+  }
+}
+
+at::Tensor PycommBackend::allocateTensor(long numel, at::TensorOptions options) {
+  if (!options.device().is_cpu())
+    refuse("allocate_tensor", "allocates on cpu, not on " + options.device().str());
+  return empty_in_peer_memory(endpoint_, {numel}, c10::typeMetaToScalarType(options.dtype()));
+}
+
+void PycommBackend::abort() {
+  group_->engine().revoke({Code::closed, "rank " + std::to_string(getRank()) + " called abort()"});
+}
+
+void PycommBackend::shutdown() {
+  group_->engine().close();
+  future_threads_->settle(kSettle);
+}
+
+}  // namespace pycomm::torch_layer

@@ -1,0 +1,374 @@
+#include "torch/py_group.h"
+
+#include "torch/arrays.h"
+#include "torch/method.h"
+
+namespace pycomm::torch_layer {
+namespace {
+
+ReduceOp parse_op(const std::string& name) {
+  for (int op = 0; op <= static_cast<int>(ReduceOp::bxor); ++op)
+    if (name == name_of(static_cast<ReduceOp>(op))) return static_cast<ReduceOp>(op);
+  refuse("op", "'" + name + "' is none of sum, avg, product, min, max, band, bor, bxor");
+}
+
+// What every collective takes beside its arrays.
+struct Common {
+  bool async_op;
+  std::optional<double> timeout_s;
+  std::optional<std::string> algorithm;
+};
+
+uint64_t ranks(const Group& group) { return static_cast<uint64_t>(group.size()); }
+
+Call start_call(Collective collective, const View& like, uint64_t numel, const Common& common) {
+  Call call;
+  call.collective = collective;
+  call.dtype = like.dtype;
+  call.numel = numel;
+  call.timeout = limit_of(common.timeout_s);
+  if (common.algorithm) call.algorithm = *common.algorithm;
+  return call;
+}
+
+std::vector<uint64_t> rows_to_elements(const Group& group, const char* what,
+                                       const std::vector<int64_t>& counts, const View& of) {
+  if (counts.size() != ranks(group))
+    refuse(what, std::to_string(counts.size()) + " counts for " + std::to_string(ranks(group)) +
+                     " ranks");
+  std::vector<uint64_t> result;
+  uint64_t rows = 0;
+  for (const int64_t count : counts) {
+    if (count < 0)
+      refuse(what, "a count is " + std::to_string(count) + "; rows cannot be negative");
+    rows += static_cast<uint64_t>(count);
+    result.push_back(static_cast<uint64_t>(count) * of.row());
+  }
+  if (rows != of.rows && of.numel > 0)
+    refuse(what, "the counts add up to " + std::to_string(rows) + " rows, the tensor has " +
+                     std::to_string(of.rows));
+  return result;
+}
+
+// Checks the whole tensor against this rank's piece; the pieces in elements where they are uneven.
+std::vector<uint64_t> elements(const Group& group, const char* what,
+                               const std::optional<std::vector<int64_t>>& counts, const View& whole,
+                               const View& piece, const char* whole_name, const char* piece_name) {
+  if (whole.dtype != piece.dtype)
+    refuse(what, std::string(whole_name) + " is " + name_of(whole.dtype) + ", " + piece_name +
+                     " is " + name_of(piece.dtype));
+  std::vector<uint64_t> result;
+  uint64_t expected = whole.numel / ranks(group);
+  if (counts) {
+    result = rows_to_elements(group, what, *counts, whole);
+    expected = result[static_cast<size_t>(group.rank())];
+  }
+  if (piece.numel != expected || (!counts && whole.numel % ranks(group) != 0))
+    refuse(what, std::string(whole_name) + " has " + std::to_string(whole.numel) +
+                     " elements for " + std::to_string(ranks(group)) + " ranks, " + piece_name +
+                     " has " + std::to_string(piece.numel) + "; rank " +
+                     std::to_string(group.rank()) + "'s piece must have " +
+                     std::to_string(expected));
+  return result;
+}
+
+py::object submit(Group& group, Call call, bool async_op, const py::object& result,
+                  const py::object& keep) {
+  if (!async_op) {
+    Blocking blocking;
+    group.run(call);
+    return result;
+  }
+  auto keep_alive = held(keep);
+  std::shared_ptr<Work> work;
+  {
+    py::gil_scoped_release release;
+    work = group.start(call, std::move(keep_alive));
+  }
+  return py::cast(PyWork(std::move(work)));
+}
+
+py::object all_reduce(Group& group, const py::object& x, ReduceOp op, bool async_op,
+                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  const View data = view("all_reduce", x, true);
+  Call call =
+      start_call(Collective::all_reduce, data, data.numel, {async_op, timeout_s, algorithm});
+  call.op = op;
+  call.input = call.output = data.data;
+  return submit(group, std::move(call), async_op, x, x);
+}
+
+py::object reduce(Group& group, const py::object& x, int root, ReduceOp op, bool async_op,
+                  std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  const View data = view("reduce", x, group.rank() == root);
+  Call call = start_call(Collective::reduce, data, data.numel, {async_op, timeout_s, algorithm});
+  call.op = op;
+  call.root = root;
+  call.input = data.data;
+  call.output = group.rank() == root ? data.data : nullptr;
+  return submit(group, std::move(call), async_op, x, x);
+}
+
+py::object broadcast(Group& group, const py::object& x, int root, bool async_op,
+                     std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  const View data = view("broadcast", x, group.rank() != root);
+  Call call = start_call(Collective::broadcast, data, data.numel, {async_op, timeout_s, algorithm});
+  call.root = root;
+  call.input = call.output = data.data;
+  return submit(group, std::move(call), async_op, x, x);
+}
+
+py::object all_gather(Group& group, const py::object& output, const py::object& input,
+                      const std::optional<std::vector<int64_t>>& counts, bool async_op,
+                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  const View out = view("all_gather output", output, true),
+             in = view("all_gather input", input, false);
+  Call call = start_call(Collective::all_gather, out, out.numel, {async_op, timeout_s, algorithm});
+  call.counts = elements(group, "all_gather", counts, out, in, "output", "input");
+  call.input = in.data;
+  call.output = out.data;
+  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+}
+
+py::object reduce_scatter(Group& group, const py::object& output, const py::object& input,
+                          ReduceOp op, const std::optional<std::vector<int64_t>>& counts,
+                          bool async_op, std::optional<double> timeout_s,
+                          std::optional<std::string> algorithm) {
+  const View out = view("reduce_scatter output", output, true),
+             in = view("reduce_scatter input", input, false);
+  Call call =
+      start_call(Collective::reduce_scatter, in, in.numel, {async_op, timeout_s, algorithm});
+  call.op = op;
+  call.counts = elements(group, "reduce_scatter", counts, in, out, "input", "output");
+  call.input = in.data;
+  call.output = out.data;
+  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+}
+
+py::object gather(Group& group, const py::object& output, const py::object& input, int root,
+                  bool async_op, std::optional<double> timeout_s,
+                  std::optional<std::string> algorithm) {
+  const View in = view("gather input", input, false);
+  Call call =
+      start_call(Collective::gather, in, in.numel * ranks(group), {async_op, timeout_s, algorithm});
+  call.root = root;
+  call.input = in.data;
+  if (group.rank() == root) {
+    if (output.is_none())
+      refuse("gather", "the root (rank " + std::to_string(root) + ") must give an output");
+    const View out = view("gather output", output, true);
+    elements(group, "gather", std::nullopt, out, in, "output", "input");
+    call.output = out.data;
+  } else if (!output.is_none()) {
+    refuse("gather",
+           "only the root (rank " + std::to_string(root) + ") gives an output; pass None");
+  }
+  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+}
+
+py::object scatter(Group& group, const py::object& output, const py::object& input, int root,
+                   bool async_op, std::optional<double> timeout_s,
+                   std::optional<std::string> algorithm) {
+  const View out = view("scatter output", output, true);
+  Call call = start_call(Collective::scatter, out, out.numel * ranks(group),
+                         {async_op, timeout_s, algorithm});
+  call.root = root;
+  call.output = out.data;
+  if (group.rank() == root) {
+    if (input.is_none())
+      refuse("scatter", "the root (rank " + std::to_string(root) + ") must give an input");
+    const View in = view("scatter input", input, false);
+    elements(group, "scatter", std::nullopt, in, out, "input", "output");
+    call.input = in.data;
+  } else if (!input.is_none()) {
+    refuse("scatter",
+           "only the root (rank " + std::to_string(root) + ") gives an input; pass None");
+  }
+  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+}
+
+py::object all_to_all(Group& group, const py::object& output, const py::object& input,
+                      const std::optional<std::vector<int64_t>>& output_counts,
+                      const std::optional<std::vector<int64_t>>& input_counts, bool async_op,
+                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  const View out = view("all_to_all output", output, true),
+             in = view("all_to_all input", input, false);
+  Call call = start_call(Collective::all_to_all, in, std::max(in.numel, out.numel),
+                         {async_op, timeout_s, algorithm});
+  if (in.dtype != out.dtype) refuse("all_to_all", "output and input differ in dtype");
+  if (input_counts.has_value() != output_counts.has_value())
+    refuse("all_to_all", "give both input_counts and output_counts, or neither");
+  if (input_counts) {
+    call.counts = rows_to_elements(group, "all_to_all input_counts", *input_counts, in);
+    call.recv_counts = rows_to_elements(group, "all_to_all output_counts", *output_counts, out);
+  } else if (in.numel != out.numel) {
+    refuse("all_to_all", "input has " + std::to_string(in.numel) + " elements, output " +
+                             std::to_string(out.numel) + "; without counts they must be equal");
+  }
+  call.input = in.data;
+  call.output = out.data;
+  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+}
+
+py::object barrier(Group& group, bool async_op, std::optional<double> timeout_s) {
+  Call call;
+  call.collective = Collective::barrier;
+  call.timeout = limit_of(timeout_s);
+  return submit(group, std::move(call), async_op, py::none(), py::none());
+}
+
+py::object send(Group& group, const py::object& x, int dst, int64_t tag, bool async_op,
+                std::optional<double> timeout_s) {
+  const View data = view("send", x, false);
+  if (!async_op) {
+    Blocking blocking;
+    group.run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
+    return py::none();
+  }
+  std::shared_ptr<void> keep = held(x);
+  std::shared_ptr<Work> work;
+  {
+    Blocking blocking;
+    work = group.send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s), std::move(keep));
+  }
+  return py::cast(PyWork(std::move(work)));
+}
+
+py::object recv(Group& group, const py::object& x, std::optional<int> src, int64_t tag,
+                bool async_op, std::optional<double> timeout_s) {
+  const View data = view("recv", x, true);
+  if (src && *src < 0)
+    refuse("recv", "src is " + std::to_string(*src) + "; give a rank, or None for any");
+  if (!async_op) {
+    int source = -1;
+    {
+      Blocking blocking;
+      source = group.run_recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s));
+    }
+    return py::int_(source);
+  }
+  std::shared_ptr<void> keep = held(x);
+  std::shared_ptr<Work> work;
+  {
+    Blocking blocking;
+    work = group.recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s),
+                      std::move(keep));
+  }
+  return py::cast(PyWork(work));
+}
+
+}  // namespace
+
+template <>
+ReduceOp from_python(PyObject* object) {
+  return object == nullptr ? ReduceOp::sum : parse_op(py::cast<std::string>(py::handle(object)));
+}
+
+void def_methods(py::class_<PyGroup>& type) {
+  def_method<all_reduce>(
+      type, {"all_reduce",
+             "all_reduce($self, x, op='sum', *, async_op=False, timeout_s=None, algorithm=None)\n"
+             "--\n\n"
+             "x becomes the reduction of all ranks' x, on every rank, bit for bit the same. Any "
+             "shape.",
+             {"x", "op", "async_op", "timeout_s", "algorithm"},
+             1,
+             2});
+  def_method<reduce>(
+      type,
+      {"reduce",
+       "reduce($self, x, root=0, op='sum', *, async_op=False, timeout_s=None, algorithm=None)\n"
+       "--\n\n"
+       "The root's x becomes the reduction of all ranks' x; other ranks' x stays as it is.",
+       {"x", "root", "op", "async_op", "timeout_s", "algorithm"},
+       1,
+       3});
+  def_method<broadcast>(
+      type, {"broadcast",
+             "broadcast($self, x, root=0, *, async_op=False, timeout_s=None, algorithm=None)\n"
+             "--\n\n"
+             "Every rank's x becomes the root's.",
+             {"x", "root", "async_op", "timeout_s", "algorithm"},
+             1,
+             2});
+  def_method<all_gather>(
+      type, {"all_gather",
+             "all_gather($self, output, input, counts=None, *, async_op=False, timeout_s=None, "
+             "algorithm=None)\n"
+             "--\n\n"
+             "output, [sum of rows, ...], becomes all ranks' inputs one after the other; counts: "
+             "rows of each rank's.",
+             {"output", "input", "counts", "async_op", "timeout_s", "algorithm"},
+             2,
+             3});
+  def_method<reduce_scatter>(
+      type, {"reduce_scatter",
+             "reduce_scatter($self, output, input, op='sum', counts=None, *, async_op=False, "
+             "timeout_s=None, algorithm=None)\n"
+             "--\n\n"
+             "output becomes this rank's piece of the reduction of all inputs, [sum of rows, ...]; "
+             "counts: rows of each.",
+             {"output", "input", "op", "counts", "async_op", "timeout_s", "algorithm"},
+             2,
+             4});
+  def_method<gather>(
+      type, {"gather",
+             "gather($self, output, input, root=0, *, async_op=False, timeout_s=None, "
+             "algorithm=None)\n"
+             "--\n\n"
+             "The root's output, size times as long, becomes all inputs in rank order; None "
+             "elsewhere.",
+             {"output", "input", "root", "async_op", "timeout_s", "algorithm"},
+             2,
+             3});
+  def_method<scatter>(
+      type, {"scatter",
+             "scatter($self, output, input, root=0, *, async_op=False, timeout_s=None, "
+             "algorithm=None)\n"
+             "--\n\n"
+             "output becomes this rank's piece of the root's input, which is size times as long; "
+             "None elsewhere.",
+             {"output", "input", "root", "async_op", "timeout_s", "algorithm"},
+             2,
+             3});
+  def_method<all_to_all>(
+      type,
+      {"all_to_all",
+       "all_to_all($self, output, input, output_counts=None, input_counts=None, *, "
+       "async_op=False, timeout_s=None, algorithm=None)\n"
+       "--\n\n"
+       "Piece j of input goes to rank j, whose piece i comes from rank i. Counts are rows; "
+       "without them all equal.",
+       {"output", "input", "output_counts", "input_counts", "async_op", "timeout_s", "algorithm"},
+       2,
+       4});
+  def_method<barrier>(type, {"barrier",
+                             "barrier($self, *, async_op=False, timeout_s=None)\n"
+                             "--\n\n"
+                             "Returns once every rank has entered it.",
+                             {"async_op", "timeout_s"},
+                             0,
+                             0});
+  def_method<send>(
+      type, {"send",
+             "send($self, x, dst, tag=0, *, async_op=False, timeout_s=None)\n"
+             "--\n\n"
+             "x goes to rank dst. Returns when x may be written again, which may be before it is "
+             "received.",
+             {"x", "dst", "tag", "async_op", "timeout_s"},
+             2,
+             3});
+  def_method<recv>(
+      type,
+      {"recv",
+       "recv($self, x, src=None, tag=0, *, async_op=False, timeout_s=None)\n"
+       "--\n\n"
+       "x becomes the next message with this tag from rank src (None: from any). Returns the rank "
+       "that sent it, or with async_op a Work with .source. Raises InvalidArgument where the "
+       "message has another size.",
+       {"x", "src", "tag", "async_op", "timeout_s"},
+       1,
+       3});
+}
+
+}  // namespace pycomm::torch_layer

@@ -352,6 +352,37 @@ def check_random_program(group, seed):
         finish(*entry)
 
 
+@pytest.mark.parametrize("hosts", ("aa", "aaa", "aaaa"))
+def test_who_only_gives_may_run_ahead(hosts):
+    """Nothing is overwritten before it was read, whatever comes next: every step has values of its own."""
+    run(check_running_ahead, hosts)
+
+
+def check_running_ahead(group):
+    n, me = group.size, group.rank
+    same, own = random.Random(n), random.Random(me)
+    for step in range(600):
+        collective = same.choice(("broadcast", "scatter", "reduce", "gather"))
+        root, numel = same.choice((0, 0, 0, n - 1)), same.choice((1, 12, 13, 512 // n, 513, 8192 // n, 20_000))
+        algorithm = "tree" if same.random() < 0.03 else None
+        if own.random() < 0.02:
+            time.sleep(0.001)  # the others get ahead
+        x, pieces = np.full(numel, step * n + me, np.int32), np.arange(n, dtype=np.int32).repeat(numel) + step * n
+        output = np.full(numel * n, -1, np.int32)
+        if collective == "broadcast":
+            group.broadcast(x, root, algorithm=algorithm)
+            assert (x == step * n + root).all(), step
+        elif collective == "scatter":
+            group.scatter(x, pieces if me == root else None, root)
+            assert (x == step * n + me).all(), step
+        elif collective == "reduce":
+            group.reduce(x, root, algorithm=algorithm)
+            assert (x == (step * n * n + n * (n - 1) // 2 if me == root else step * n + me)).all(), step
+        else:
+            group.gather(output if me == root else None, x, root)
+            assert me != root or np.array_equal(output, pieces), step
+
+
 def call_async(group, collective, numel, dtype, **options):
     """As call(), with async_op: (work, the array that will hold the result, what should be in it)."""
     arrays = []

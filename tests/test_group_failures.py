@@ -105,6 +105,19 @@ def check_mismatches(group):
         group.barrier()
 
 
+@pytest.mark.parametrize("hosts", ("aa", "aaa"))
+def test_two_roots_that_both_run_ahead_find_out(hosts):
+    run(check_two_roots, hosts)
+
+
+def check_two_roots(group):
+    x = np.zeros(2, np.float32)
+    group.barrier()
+    with raises_soon(CollectiveMismatch, r"(?s)root \d.*root \d"):
+        for _ in range(1000):
+            group.broadcast(x, root=min(group.rank, 1))
+
+
 def test_what_every_rank_may_do_differently_is_no_mismatch():
     run(check_allowed_differences, "aab")
 

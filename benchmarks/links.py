@@ -8,6 +8,7 @@ Sections, each in namespaces of its own and under a minute; a run replaces its o
   hosts-of-2                     2 ranks on each host, 1 Gbit/s
   2nics                          two NICs of 500 Mbit/s each between the hosts
   latency                        8 bytes, link unshaped and at 1 Gbit/s
+  sockets                        PYCOMM_SOCKETS from 1 to 8 on 1 Gbit/s, also where each connection gets a quarter of it
   groups                         8 bytes in one group while another moves 64 MiB, 1 Gbit/s
 
 The reference is benchmarks/bare.c, compiled here and called by the same processes in turn with pycomm: it moves the
@@ -42,23 +43,25 @@ from netns import HOSTS, emulated_hosts, why_unavailable
 MIB = 1 << 20
 COLLECTIVES = ("send/recv", "all_reduce", "all_gather", "broadcast", "reduce_scatter", "all_to_all")
 PAYLOAD_SHARE = 1448 / 1514  # MTU 1500: IP and TCP headers with timestamps inside, Ethernet's 14 bytes around
-N_BLOCKS = 4  # of bare C and of pycomm each, in turn; half as many where a call is longer than a block
+N_BLOCKS = 8  # of bare C and of pycomm each, in turn; half as many where a call is longer than a block
 BLOCK_S = 0.1
+SOCKETS, SOCKETS_COLLECTIVES, SOCKETS_NBYTES = (1, 2, 4, 8), ("send/recv", "all_reduce"), 16 * MIB
 
 
 class Bare:
-    """bare.c on sockets to the other host's first rank, one per NIC. On the first rank of each host."""
+    """bare.c on sockets to the other host's first rank, `each` per NIC. On the first rank of each host."""
 
     def __init__(
-        self, library: str, store: Any, host: str, addresses: dict[str, list[str]], name: str = "bare"
+        self, library: str, store: Any, host: str, addresses: dict[str, list[str]], name: str = "bare", each: int = 1
     ) -> None:
         self._c = ctypes.CDLL(library)
         self._c.exchange.restype = ctypes.c_double
         self._sockets = []
         self.first = host == "a"
-        for nic, (mine, theirs) in enumerate(zip(addresses[host], addresses["b" if self.first else "a"], strict=True)):
-            key = f"{name}/{nic}"
-            if self.first:
+        pairs = list(zip(addresses[host], addresses["b" if self.first else "a"], strict=True))
+        for i, (mine, theirs) in enumerate(pairs * each):
+            key = f"{name}/{i}"
+            if not self.first:  # as with pycomm, the lower rank connects
                 with socket.create_server((mine, 0)) as listener:
                     listener.settimeout(20)
                     store.set(key, str(listener.getsockname()[1]))
@@ -72,7 +75,7 @@ class Bare:
         self._memory = torch.zeros(2, 64 * MIB, dtype=torch.uint8)
 
     def exchange(self, a_to_b: int, b_to_a: int) -> float:
-        """Seconds to send and receive that many bytes, cut evenly over the NICs."""
+        """Seconds to send and receive that many bytes, cut evenly over the sockets."""
         n = len(self._sockets)
         out, inward = (a_to_b, b_to_a) if self.first else (b_to_a, a_to_b)
         memory = [ctypes.c_void_p(self._memory[i].data_ptr()) for i in range(2)]
@@ -395,6 +398,7 @@ def measure_groups(
         def __init__(self, call: Callable[[], Any]) -> None:
             self._thread = threading.Thread(target=call)
             self._thread.start()
+            time.sleep(0.02)  # until it is under way
 
         def wait(self) -> None:
             self._thread.join()
@@ -431,9 +435,71 @@ def groups_table(record: dict[str, Any]) -> str:
     return markdown_table(["8 B all_reduce, 1 Gbit/s", "median, µs", "p90, µs", "max, µs"], rows)
 
 
+def measure_sockets(
+    store: Any, rank: int, n: int, library: str, addresses: dict[str, list[str]]
+) -> dict[str, list[float]]:
+    """Seconds of a call by "collective/PYCOMM_SOCKETS/who", in turn."""
+    import pycomm
+
+    group = pycomm.init(store, rank, n, timeout_s=60)
+    cases, bares = {}, {}
+    for sockets in SOCKETS:
+        os.environ["PYCOMM_SOCKETS"] = str(sockets)
+        own = group.new_group([0, 1])
+        for collective in SOCKETS_COLLECTIVES:
+            cases[collective, sockets] = Case(own, collective, SOCKETS_NBYTES)
+            cases[collective, sockets].verify()  # connections open on first use
+        bares[sockets] = Bare(library, store, os.environ["PYCOMM_HOST_ID"], addresses, f"bare{sockets}", sockets)
+    times: dict[str, list[float]] = {}
+    for _ in range(3):
+        for (collective, sockets), case in cases.items():
+            reference = partial(bares[sockets].exchange, *on_the_link(collective, SOCKETS_NBYTES, 1))
+            for who, call in (("bare", reference), ("pycomm", case.call)):
+                group.barrier()
+                begin = time.perf_counter()
+                call()
+                times.setdefault(f"{collective}/{sockets}/{who}", []).append(time.perf_counter() - begin)
+    for case in cases.values():
+        case.verify()
+    group.barrier()
+    group.close()
+    return times
+
+
+def sockets_section(_: str, library: str) -> dict[str, Any]:
+    entries = []
+    for each in (None, "250mbit"):
+        with emulated_hosts() as network:
+            if each is None:
+                network.shape("1gbit")
+            else:
+                network.shape_connections("1gbit", each)
+            addresses = {host: network.addresses(host) for host in HOSTS}
+            by_rank = run_ranks(measure_sockets, 2, library, addresses, hosts=HOSTS, network=network, timeout_s=120)
+        for collective in SOCKETS_COLLECTIVES:
+            crossing = max(on_the_link(collective, SOCKETS_NBYTES, 1))
+            for sockets in SOCKETS:
+                entry = {"collective": collective, "nbytes": SOCKETS_NBYTES, "each": each, "sockets": sockets}
+                for who in ("bare", "pycomm"):
+                    calls = np.max([rank[f"{collective}/{sockets}/{who}"] for rank in by_rank], axis=0)
+                    entry[f"{who}_of_link"] = round(crossing / float(np.median(calls)) / 125e6, 4)
+                entries.append(entry)
+    return {"rate": "1gbit", "entries": entries}
+
+
+def sockets_table(record: dict[str, Any]) -> str:
+    rows = []
+    for e in record["entries"]:
+        limit = "no limit" if e["each"] is None else e["each"]
+        what = f"{e['collective']} {size_name(e['nbytes'])}, {limit} per connection, {e['sockets']} socket(s)"
+        rows.append([what, *(f"{e[f'{who}_of_link']:.1%}" for who in ("bare", "pycomm"))])
+    return markdown_table(["1 Gbit/s", "of the link, bare C", "of the link, pycomm"], rows)
+
+
 SECTIONS: dict[str, tuple[Callable[[str, str], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
     **dict.fromkeys(("200mbit", "1gbit", "2gbit", "unshaped", "hosts-of-2", "2nics"), (rates, rates_table)),
     "latency": (latency, latency_table),
+    "sockets": (sockets_section, sockets_table),
     "groups": (groups, groups_table),
 }
 

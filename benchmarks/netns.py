@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ _BURST = (
     "96kb"  # one packet of 64 KiB as the kernel segments it, with its headers; more would be a gift to short transfers
 )
 _QUEUE = "20ms"
+_CLASSES = 256  # of connections, by port
 
 
 class Unavailable(RuntimeError):
@@ -69,6 +71,28 @@ class Network:
             if rate is not None:
                 limit = ("tbf", "rate", rate, "burst", _BURST, "latency", _QUEUE)
                 self._in(host, "tc", "qdisc", "add", "dev", f"nic{nic}", "root", *limit)
+
+    def shape_connections(self, rate: str, each: str) -> None:
+        """The only NIC sends at most at this rate, and each connection that a made at most at `each`: as where networks
+        hash connections onto several links, or a provider limits them one by one. As there, two may share a class."""
+        self.shape_nic(0, None)
+        own = f"burst {_BURST} cburst {_BURST} quantum 60000"
+        lines = ["qdisc add dev nic0 root handle 1: htb"]
+        lines += [f"class add dev nic0 parent 1: classid 1:{_CLASSES + 1:x} htb rate {rate} {own}"]
+        for k in range(1, _CLASSES + 1):
+            lines += [f"class add dev nic0 parent 1:{_CLASSES + 1:x} classid 1:{k:x} htb rate 1mbit ceil {each} {own}"]
+            lines += [f"qdisc add dev nic0 parent 1:{k:x} bfifo limit 640kb"]
+        table = "filter add dev nic0 parent 1: prio 1 protocol ip"
+        lines += [f"{table} handle 2: u32 divisor {_CLASSES}"]
+        for k in range(_CLASSES):
+            lines += [f"{table} u32 ht 2:{k:x}: match u32 0 0 flowid 1:{k + 1:x}"]
+        for host in HOSTS:  # by the low byte of a's port, which the system chose
+            of_port = "0x00ff0000" if host == "a" else "0x000000ff"
+            by_port = f"{table} u32 ht 800: match ip protocol 6 0xff hashkey mask {of_port} at 20 link 2:"
+            with tempfile.NamedTemporaryFile("w", suffix=".tc") as batch:
+                batch.write("\n".join([*lines, by_port]) + "\n")
+                batch.flush()
+                self._in(host, "tc", "-batch", batch.name)
 
     def cut(self, nic: int, host: str = "b") -> None:
         """The NIC answers no more; its address stays."""

@@ -140,6 +140,30 @@ def test_a_nic_that_is_down_is_left_out_with_one_warning(namespaces, tmp_path):
         assert part in said
 
 
+def test_a_nic_that_is_down_on_each_host_leaves_the_third_with_one_warning(namespaces, tmp_path):
+    with emulated_hosts(3) as network:
+        network.cut(0, "a")
+        network.cut(1, "b")
+        (outcome, _, said), (other, _, silent) = run_on_hosts(network, tmp_path, until_something_is_said)
+    assert (outcome, other) == ("done", "done")
+    assert silent == ""
+    assert said.count("\n") == said.count("pycomm: warning: ") == 1
+    for part in ("rank 0", "rank 1", "host b", "10.77.0.1 to 10.77.0.2:", "10.77.1.1 to 10.77.1.2:"):
+        assert part in said
+
+
+def test_a_nic_that_is_down_on_each_host_of_two_is_an_error_of_every_rank(namespaces, tmp_path):
+    """NIC i reaches NIC i alone: nothing is left."""
+    with emulated_hosts(2) as network:
+        network.cut(0, "a")
+        network.cut(1, "b")
+        for outcome, seconds, _ in run_on_hosts(network, tmp_path, plain, timeout_s=20):
+            assert isinstance(outcome, (PeerLost, PeerTimeout))
+            assert seconds < 30
+            for part in ("rank 0", "rank 1", "host b", "all_reduce #0", "10.77.0.", "10.77.1."):
+                assert part in str(outcome)
+
+
 def test_without_any_nic_every_rank_gets_an_error_before_the_deadline_is_long_past(namespaces, tmp_path):
     with emulated_hosts(2) as network:
         network.cut(0)

@@ -383,12 +383,14 @@ bool CpuEngine::advance(const CollectiveOp& op, bool* moved) {
 
 bool CpuEngine::drive() {
   if (!broken_.ok()) return false;
+  bool at_collectives = true;
   try {
     bool moved = advance_collectives();
+    at_collectives = false;
     if (!messages_.idle()) moved |= messages_.advance();
     return moved;
   } catch (const Error& error) {
-    fail(cause(error.status()));
+    fail(cause(error.status(), at_collectives));
     return true;
   } catch (const std::exception& error) {  // no memory: the queue must not outlive the caller's
                                            // frame, nor a thread end here

@@ -101,7 +101,7 @@ class CpuEngine final : public Engine,
   Status settled_word() const;
   Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience
                                                                // after a look at the store
-  Status cause(const Status& why);
+  Status cause(Status why, bool of_collective);
   void publish(const Status& why);
   const CollectiveOp* late_collective(Clock::time_point now);
   void ask_about_remote_peers(bool last);

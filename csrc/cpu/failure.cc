@@ -224,7 +224,7 @@ void CpuEngine::look_for_lost_peers() {
 
 // Why the group broke, of which `why` may be the echo: a link that breaks is often what another
 // rank knows better.
-Status CpuEngine::cause(const Status& why) {
+Status CpuEngine::cause(Status why, bool of_collective) {
   if (why.code != Code::peer_lost) return why;
   Status reason;
   for (const auto until = Clock::now() + kGrace; reason.ok() && Clock::now() < until;) {
@@ -232,7 +232,10 @@ Status CpuEngine::cause(const Status& why) {
     ::sched_yield();
   }
   if (reason.ok()) reason = word_from_store(kStorePatience);
-  return reason.ok() ? why : reason;
+  if (!reason.ok()) return reason;
+  why.message = (of_collective ? queue_.front()->launch.fingerprint.describe() : "a message") +
+                ": " + why.message;
+  return why;
 }
 
 void CpuEngine::fail(Status why) {

@@ -114,13 +114,12 @@ void TcpChannel::give_up_paths() {
     path.reset();
     --n_pending_;
   }
-  if (failed.empty()) return;
   problems_ += failed;
-  if (n_open_ + n_pending_ == 0) lost("no path", problems_.substr(2));
-  if (n_open_ == 0) return;
+  if (n_pending_ > 0 || problems_.empty()) return;  // one warning for all of them
+  if (n_open_ == 0) lost("no path", problems_.substr(2));
   endpoint_.listener().warn_once("rank " + std::to_string(peer_.rank) + " cannot reach rank " +
                                  std::to_string(peer_.peer) + " (host " + peer_.host +
-                                 ") by every path and goes on by the others" + failed);
+                                 ") by every path and goes on by the others" + problems_);
 }
 
 void TcpChannel::advance_paths() {

@@ -81,10 +81,11 @@ UniqueFd listen_on(const std::string& address, SocketAddress* bound) {
   return fd;
 }
 
-// A host that dies without a word shows after some 25 s, also where nothing is under way. Buffers
-// stay the system's: it grows them with the link's bandwidth-delay product (tcp_rmem, tcp_wmem),
-// which a size of our own would end. No TCP_USER_TIMEOUT: it ends connections to a peer that is
-// alive and does not read for a while; see TcpSocket::silent().
+// A host that dies without a word shows after some 25 s, also where nothing is under way. Receive
+// buffers stay the system's: it grows them with the link's bandwidth-delay product (tcp_rmem),
+// which a size of our own would end; of send buffers see TcpSocket::bound_buffer(). No
+// TCP_USER_TIMEOUT: it ends connections to a peer that is alive and does not read for a while; see
+// TcpSocket::silent().
 void set_tcp_options(int socket) {
   const auto set = [socket](int level, int option, int value) {
     ::setsockopt(socket, level, option, &value, sizeof(value));

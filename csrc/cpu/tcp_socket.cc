@@ -1,18 +1,35 @@
 #include "cpu/tcp_socket.h"
 
 #include <linux/sockios.h>
+#include <linux/tcp.h>  // of netinet/tcp.h's tcp_info min_rtt is missing
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
 #include <algorithm>
 
+#ifndef SO_BUF_LOCK
+#define SO_BUF_LOCK 72  // Linux 5.14
+#endif
+
 namespace pycomm::cpu {
 namespace {
+
 constexpr uint32_t kSilentMs = 20'000;
+// Of the system's send buffer; it doubles what it is given, for its own bookkeeping.
+constexpr int kLeastBuffer = 64 << 10;
+constexpr int kMostBuffer = 256 << 10;
+constexpr uint64_t kLookAtBuffer = 1 << 20;  // bytes sent between two looks
+constexpr uint32_t kLongPathUs = 1000;       // its round trip
+
+uint32_t shortest_round_trip_us(int fd) {
+  tcp_info info{};
+  socklen_t length = sizeof(info);
+  return ::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 ? info.tcpi_min_rtt : 0;
 }
+
+}  // namespace
 
 TcpSocket::TcpSocket(const SocketAddress& to, const std::string& from, const Greeting& greeting)
     : state_(State::connecting),
@@ -33,6 +50,40 @@ TcpSocket::TcpSocket(UniqueFd accepted) : fd_(std::move(accepted)), state_(State
   from_ = own_address(fd_.get()).text();
   to_ = peer_address(fd_.get()).text();
   staging_ = std::make_unique_for_overwrite<std::byte[]>(kStagingBytes);
+  bound_buffer();
+}
+
+// What lies in the buffer stands in the NIC's queue sooner or later, before other groups' bytes and
+// before the acknowledgements of what comes the other way: two directions whose queues differ slow
+// each other down. The system's own sizing goes to megabytes, which only long paths need; short
+// ones do best with little. A system that could not be given the buffer back keeps it.
+void TcpSocket::bound_buffer() {
+  int locks = 0;
+  socklen_t length = sizeof(locks);
+  if (shortest_round_trip_us(fd_.get()) >= kLongPathUs ||
+      ::getsockopt(fd_.get(), SOL_SOCKET, SO_BUF_LOCK, &locks, &length) != 0)
+    return;
+  buffer_ = kLeastBuffer;
+  ::setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &buffer_, sizeof(buffer_));
+}
+
+// A path that carries half of it within its shortest round trip gets more, in the end what the
+// system thinks right.
+void TcpSocket::look_at_buffer() {
+  const auto now = Clock::now();
+  const auto nbytes = static_cast<double>(bytes_sent_ - looked_bytes_);
+  const double round_trips = std::chrono::duration<double, std::micro>(now - looked_).count() /
+                             shortest_round_trip_us(fd_.get());
+  looked_ = now;
+  looked_bytes_ = bytes_sent_;
+  if (nbytes / round_trips < buffer_ / 2) return;
+  buffer_ *= 2;
+  if (buffer_ <= kMostBuffer) {
+    ::setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &buffer_, sizeof(buffer_));
+  } else {
+    buffer_ = 0;
+    ::setsockopt(fd_.get(), SOL_SOCKET, SO_BUF_LOCK, &buffer_, sizeof(buffer_));
+  }
 }
 
 std::string TcpSocket::describe() const { return from_ + " to " + to_; }
@@ -89,6 +140,7 @@ bool TcpSocket::advance(const Secret& secret) {
     return false;
   }
   staging_ = std::make_unique_for_overwrite<std::byte[]>(kStagingBytes);
+  bound_buffer();
   state_ = State::open;
   return true;
 }
@@ -120,6 +172,7 @@ size_t TcpSocket::send(const void* data, size_t nbytes) {
   }
   full_ = static_cast<size_t>(n) < gathered() + nbytes;
   bytes_sent_ += static_cast<size_t>(n);
+  if (buffer_ > 0 && bytes_sent_ - looked_bytes_ >= kLookAtBuffer) look_at_buffer();
   const size_t before = std::min(static_cast<size_t>(n), gathered());
   out_begin_ += before;
   if (out_begin_ == out_.size()) {

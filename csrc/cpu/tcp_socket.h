@@ -53,6 +53,8 @@ class TcpSocket {
  private:
   enum class State { connecting, challenged, greeted, open };
   bool receive_all(void* data, size_t nbytes);
+  void bound_buffer();
+  void look_at_buffer();
   void fail(const std::string& what) { problem_ = what; }
 
   UniqueFd fd_;
@@ -66,7 +68,10 @@ class TcpSocket {
   std::vector<std::byte> out_;  // gathered, [out_begin_, end)
   size_t out_begin_ = 0;
   uint64_t bytes_sent_ = 0;
-  bool full_ = false;  // the last send was refused some
+  bool full_ = false;           // the last send was refused some
+  int buffer_ = 0;              // what the system's send buffer is bound to, 0: by nothing of ours
+  uint64_t looked_bytes_ = 0;   // bytes_sent_ at the last look at it,
+  Clock::time_point looked_{};  // and when that was
   std::unique_ptr<std::byte[]> staging_;
   size_t begin_ = 0, end_ = 0;
 };

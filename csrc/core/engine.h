@@ -44,15 +44,25 @@ inline Clock::duration coarse_lag() {
 // again. Per thread, for as long as the scope lasts.
 using Interrupt = void (*)();
 inline constinit thread_local Interrupt interrupt = nullptr;
+// Whether no other thread of the process is known that might call; asked by a thread that waits.
+using Alone = bool (*)();
+inline constinit thread_local Alone alone = nullptr;
 class InterruptScope {
  public:
-  explicit InterruptScope(Interrupt check) : before_(interrupt) { interrupt = check; }
-  ~InterruptScope() { interrupt = before_; }
+  InterruptScope(Interrupt check, Alone is_alone) : before_(interrupt), alone_before_(alone) {
+    interrupt = check;
+    alone = is_alone;
+  }
+  ~InterruptScope() {
+    interrupt = before_;
+    alone = alone_before_;
+  }
   InterruptScope(const InterruptScope&) = delete;
   InterruptScope& operator=(const InterruptScope&) = delete;
 
  private:
   const Interrupt before_;
+  const Alone alone_before_;
 };
 // Calls it now and then, for a loop that waits.
 class InterruptCheck {

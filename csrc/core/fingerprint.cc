@@ -43,8 +43,11 @@ std::string Fingerprint::describe() const {
 }
 
 std::string describe_mismatch(const Fingerprint& mine, const Fingerprint& theirs) {
-  return "collective mismatch: rank " + std::to_string(mine.rank) + " called " + mine.describe() +
-         ", rank " + std::to_string(theirs.rank) + " called " + theirs.describe() +
+  const std::string here = mine.describe(), there = theirs.describe();
+  const bool counts_alone = here == there && mine.counts_hash != theirs.counts_hash;
+  return "collective mismatch: rank " + std::to_string(mine.rank) + " called " + here + ", rank " +
+         std::to_string(theirs.rank) + " called " + there +
+         (counts_alone ? " with other counts" : "") +
          ". Every rank must make the same calls in the same order; the group cannot be used any "
          "more.";
 }

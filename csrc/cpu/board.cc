@@ -1,6 +1,7 @@
 #include "cpu/board.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <iterator>
 
@@ -148,9 +149,9 @@ bool Board::agrees(int rank, uint32_t sequence, uint64_t launch_sequence) const 
 bool Board::all_entered(const Launch& launch, bool* moved) {
   for (; seen_ < n_; ++seen_) {
     if (seen_ == rank_) continue;
-    if (!entered(seen_, sequence_)) return false;
+    // Not progress where it is not known yet: the rank must look at what else may be wrong.
+    if (!entered(seen_, sequence_) || !calls_the_same(seen_, launch)) return false;
     *moved = true;
-    if (!calls_the_same(seen_, launch)) return false;
   }
   entered_ = sequence_;
   if (!all_agree(sequence_ - 1, launch.fingerprint.sequence - 1)) return false;
@@ -160,9 +161,9 @@ bool Board::all_entered(const Launch& launch, bool* moved) {
 
 bool Board::root_entered(const Launch& launch, bool* moved) const {
   const int root = launch.fingerprint.root;
-  if (!entered(root, sequence_)) return false;
+  if (!entered(root, sequence_) || !calls_the_same(root, launch)) return false;
   *moved = true;
-  return calls_the_same(root, launch);
+  return true;
 }
 
 // What it called is in its slot while this rank is in the collective too. False: not known yet.
@@ -269,6 +270,18 @@ void announce(BoardEntry& entry, const Fingerprint& fingerprint) {
   for (size_t i = 0; i < std::size(words); ++i)
     at.words[i].store(words[i], std::memory_order_release);
   at.version.store(version + 2, std::memory_order_release);
+}
+
+bool may_have_entered(const BoardEntry& entry, uint64_t sequence) {
+  for (const Announcement& at : entry.announcements) {
+    const uint64_t version = at.version.load(std::memory_order_acquire);
+    if (version == 0) continue;
+    if ((version & 1) != 0) return true;
+    const uint64_t entered = at.words[offsetof(Fingerprint, sequence) / sizeof(uint64_t)].load(
+        std::memory_order_acquire);
+    if (entered >= sequence) return true;
+  }
+  return false;
 }
 
 bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* out) {

@@ -73,6 +73,8 @@ class Board {
 // The announcement of a rank of this host for collective `sequence`; false where it has not entered
 // it (or is far ahead).
 bool read_announcement(const BoardEntry& entry, uint64_t sequence, Fingerprint* out);
+// False where that rank has entered neither `sequence` nor a later one.
+bool may_have_entered(const BoardEntry& entry, uint64_t sequence);
 void announce(BoardEntry& entry, const Fingerprint& fingerprint);
 
 }  // namespace pycomm::cpu

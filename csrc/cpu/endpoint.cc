@@ -283,6 +283,9 @@ void Endpoint::exchange(Clock::time_point deadline) {
     if (peers[i].heap && ::fstat(peers[i].heap.get(), &info) == 0)
       peers[i].heap_nbytes = static_cast<size_t>(info.st_size);
   }
+  std::vector<StandstillLine*> waits;
+  for (const int i : local_ranks_) waits.push_back(&host_line(i).standstill);
+  standstill_.attach(static_cast<int>(index), std::move(waits), local_ranks_);
   HostLine& line = host_line(rank_);
   peer_memory_.heap().instead().copy(line.memory_instead, kProblemBytes - 1);
   watch_refused.copy(line.watch_refused, kProblemBytes - 1);

@@ -20,6 +20,7 @@
 #include "cpu/peer_memory.h"
 #include "cpu/posix.h"
 #include "cpu/progress.h"
+#include "cpu/standstill.h"
 #include "cpu/tcp_listener.h"
 
 namespace pycomm::cpu {
@@ -93,6 +94,7 @@ class Endpoint {
   // Whether the process of a rank of this host has ended.
   bool ended(int rank) const;
 
+  Standstill& standstill() { return standstill_; }
   TcpListener& listener() { return *listener_; }
   ProgressThread& progress() { return progress_; }
 
@@ -105,6 +107,7 @@ class Endpoint {
     Sleeper sleeper;
     alignas(64) std::atomic<int> core{-1};  // where the rank waited last; written when it moves
     PeerMemoryLine memory;
+    StandstillLine standstill;
     std::atomic<uint32_t> attached{0};   // 1 once the rank has all the others'; publishes the texts
     char memory_instead[kProblemBytes];  // of a memfd: what is used, and why; or empty
     char watch_refused[kProblemBytes];   // why it has no pidfds, or empty
@@ -141,6 +144,7 @@ class Endpoint {
   std::vector<UniqueFd> processes_;       // pidfd per local rank; none for ranks of this process
   std::vector<std::string> births_;  // where there are no pidfds: per local rank, when it started
   PeerMemory peer_memory_;
+  Standstill standstill_;
   std::unique_ptr<TcpListener> listener_;
   ProgressThread progress_{*this};
 };

@@ -190,8 +190,17 @@ void CpuEngine::require_sound() const {
     throw Error(Code::closed, "group '" + name_ + "' cannot be used any more: " + broken_.message);
 }
 
+void CpuEngine::note_caller() {
+  const auto thread = std::this_thread::get_id();
+  if (thread == caller_) [[likely]]
+    return;
+  caller_ = thread;
+  endpoint_->standstill().called_by(thread);
+}
+
 void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {
   require_sound();
+  note_caller();
   if (segment_.header().poisoned.load(std::memory_order_relaxed) != 0) [[unlikely]] {
     const Status why = settled_word();
     fail(why);
@@ -272,6 +281,7 @@ std::shared_ptr<Work> CpuEngine::start(Launch launch, std::shared_ptr<void> keep
 
 void CpuEngine::submit(std::shared_ptr<MessageOp> op) {
   require_sound();
+  note_caller();
   op->sizeable = op->nbytes >= kSizeableBytes;
   op->submitted = op->started = op->timed ? Clock::now() : coarse_now();
   op->state.store(Op::running, std::memory_order_relaxed);
@@ -390,7 +400,8 @@ bool CpuEngine::drive() {
     if (!messages_.idle()) moved |= messages_.advance();
     return moved;
   } catch (const Error& error) {
-    fail(cause(error.status(), at_collectives));
+    fail(cause(error.status(),
+               at_collectives ? queue_.front()->launch.fingerprint.describe() : "a message"));
     return true;
   } catch (const std::exception& error) {  // no memory: the queue must not outlive the caller's
                                            // frame, nor a thread end here
@@ -470,6 +481,14 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   bool late = false;
   std::optional<Counted> waiting(waiters_);
   std::optional<InterruptCheck> interrupted;  // from the first slow look on
+  struct Standing {  // what it says of this wait ends with it, on every way out
+    Standstill& standstill;
+    bool said = false;
+    ~Standing() {
+      if (said) standstill.leave();
+    }
+  } standing{endpoint_->standstill()};
+  auto stands_since = Clock::time_point::max();
   const auto slow_look = [&] {
     const auto now = Clock::now();
     late = now >= until;
@@ -482,6 +501,12 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
         endpoint_->progress().add(shared_from_this());
       throw;
     }
+    if (until != Clock::time_point::max()) return;  // this caller may go on
+    if (stands_since == Clock::time_point::max()) stands_since = now;
+    if (now - stands_since < kStandstill) return;
+    stands_since = now - kStandstill + kLookAgain;
+    standing.said = true;
+    look_for_standstill(op);
   };
   const auto round = [&](bool slow) {
     std::unique_lock lock(mutex_, std::try_to_lock);
@@ -568,7 +593,8 @@ void CpuEngine::close() {
     segment_.board(local_index_[static_cast<size_t>(rank_)])
         .closed.store(1, std::memory_order_release);
     if (one_host_) reach_.retire(kRetire);
-    if (broken_.ok()) {
+    const bool broke = !broken_.ok();
+    if (!broke) {
       broken_ = {Code::closed, "it was closed"};
       const Status why{Code::closed,
                        "group '" + name_ + "' was closed before this operation ended"};
@@ -585,7 +611,8 @@ void CpuEngine::close() {
       }
     if (!std::exchange(closed_, true) && !one_host_) {  // for ranks that no connection joins yet
       endpoint_->listener().refuse(id_);
-      store_word_->set("group/left/" + std::to_string(rank_), "", kStorePatience);
+      store_word_->set("group/left/" + std::to_string(rank_), "",
+                       broke ? kWordPatience : kStorePatience);  // behind the word of why
     }
   }
   run_callbacks();

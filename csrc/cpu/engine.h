@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/engine.h"
@@ -87,6 +88,7 @@ class CpuEngine final : public Engine,
   void finish(Op& op, Status status);
   void run_callbacks();
   void require_sound() const;
+  void note_caller();
   Channel& channel(int peer, Lane lane);
   bool local(int rank) const { return local_index_[static_cast<size_t>(rank)] >= 0; }
   Path path(const Launch& launch) const;  // which of them runs it
@@ -101,11 +103,13 @@ class CpuEngine final : public Engine,
   Status settled_word() const;
   Status word_from_store(std::chrono::milliseconds patience);  // likewise any rank; with patience
                                                                // after a look at the store
-  Status cause(Status why, bool of_collective);
+  Status cause(Status why, const std::string& during = {});
   void publish(const Status& why);
   const CollectiveOp* late_collective(Clock::time_point now);
-  void ask_about_remote_peers(bool last);
+  void ask_about_remote_peers(Clock::time_point now, bool last);
   std::vector<int> blocked_on() const;
+  void look_for_verdict();
+  void look_for_standstill(const Op& op);
   std::string describe_front_wait(Clock::time_point now) const;
 
   const std::shared_ptr<Endpoint> endpoint_;
@@ -135,6 +139,8 @@ class CpuEngine final : public Engine,
   Clock::time_point next_deadline_ =
       Clock::time_point::max();  // no collective in the queue ends before it
   Clock::time_point asked_store_{};
+  size_t standstill_turn_ = 0;
+  std::thread::id caller_;  // of the last collective or message
   uint64_t native_bytes_ = 0;
   uint64_t closed_bytes_inside_ = 0, closed_bytes_between_ = 0;  // of channels that are gone
   uint64_t n_ops_ = 0;

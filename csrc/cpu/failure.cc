@@ -13,11 +13,23 @@
 namespace pycomm::cpu {
 namespace {
 
-constexpr auto kAskStore = std::chrono::milliseconds(250);
+constexpr Clock::duration kAskStore = std::chrono::milliseconds(250);
+constexpr Clock::duration kAskFirst =
+    std::chrono::milliseconds(20);  // while no connection could bring word from a rank we need
 constexpr auto kEcho =
     std::chrono::milliseconds(250);  // how much longer a rank waits whose peers wait as well
 
+constexpr auto kMeant = std::chrono::seconds(
+    5);  // a shorter deadline may be meant to pass: its caller then comes to the others
+
 const std::string kBroken = "group/broken";
+
+Status in_circle(const std::string& circle) {
+  return {Code::mismatch, circle +
+                              " (ranks of the job): none can go on. Every rank must make its "
+                              "calls in the same order, across groups too; the group cannot "
+                              "be used any more."};
+}
 
 }  // namespace
 
@@ -42,14 +54,12 @@ void CpuEngine::look() {
   try {
     if (const Status why = word(); !why.ok()) throw Error(why);
     if (n_ops_ == 0) look_for_other_ranks();
+    look_for_verdict();
     look_for_mismatch();
     const auto now = Clock::now();
     const CollectiveOp* late = late_collective(now);
-    if (!one_host_ && (late != nullptr || now - asked_store_ >= kAskStore)) {
-      const auto since = queue_.empty() ? Clock::time_point::max() : queue_.front()->submitted;
-      asked_store_ = now;
-      if (late != nullptr || now - kAskStore >= std::min(since, messages_.waiting_since()))
-        ask_about_remote_peers(late != nullptr);
+    if (!one_host_) {
+      ask_about_remote_peers(now, late != nullptr);
       if (!broken_.ok()) return;
     }
     Status cut;
@@ -89,23 +99,41 @@ const CollectiveOp* CpuEngine::late_collective(Clock::time_point now) {
 
 // What shows only when asked for: ranks of other hosts that went, or broke the group, before a
 // connection joined us.
-void CpuEngine::ask_about_remote_peers(bool last) {
+void CpuEngine::ask_about_remote_peers(Clock::time_point now, bool last) {
+  if (const Status why = word_from_store({}); !why.ok()) throw Error(why);
   std::vector<std::pair<int, Lane>> needed;
   for (const int peer : messages_.blocked_on()) needed.emplace_back(peer, kMessageLane);
   for (const int peer : blocked_on()) needed.emplace_back(peer, kCollectiveLane);
   std::erase_if(needed, [this](const auto& need) { return local(need.first); });
+  const bool joined = std::all_of(needed.begin(), needed.end(), [this](const auto& need) {
+    return channel(need.first, need.second).joined();
+  });
+  const auto since = std::min(queue_.empty() ? Clock::time_point::max() : queue_.front()->submitted,
+                              messages_.waiting_since());
+  // Once it waits, and then each time it has waited as long again.
+  const auto first = joined ? kAskStore : kAskFirst;
+  const auto waited = now - std::min(since, now);
+  const bool due =
+      waited >= first && now - asked_store_ >= std::clamp(waited / 2, first, kAskStore);
+  if (!due && !last) return;
+  asked_store_ = now;
   const auto left = [](int peer) { return "group/left/" + std::to_string(peer); };
   std::vector<std::string> keys{kBroken};
   for (const auto& [peer, lane] : needed) keys.push_back(left(peer));
   store_word_->look(keys, last ? kStorePatience : std::chrono::milliseconds(0));
   if (const Status why = word_from_store({}); !why.ok()) throw Error(why);
   for (const auto& [peer, lane] : needed) {
-    channel(peer, lane).probe();
+    try {
+      channel(peer, lane).probe();
+    } catch (const Error& error) {
+      throw Error(cause(error.status()));
+    }
     if (channel(peer, lane).joined() || !store_word_->found(left(peer))) continue;
-    throw Error(Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " +
-                                     std::to_string(peer) + " (" + channel(peer, lane).describe() +
-                                     "), which closed the group. See that rank's output for why; "
-                                     "the others must form a new group.");
+    throw Error(
+        cause({Code::peer_lost, "rank " + std::to_string(rank_) + " needs rank " +
+                                    std::to_string(peer) + " (" + channel(peer, lane).describe() +
+                                    "), which closed the group. See that rank's output for why; "
+                                    "the others must form a new group."}));
   }
 }
 
@@ -184,6 +212,47 @@ void CpuEngine::look_for_mismatch() {
   }
 }
 
+// Whether another rank has found a circle that this one's wait is in.
+void CpuEngine::look_for_verdict() {
+  if (queue_.empty()) return;
+  if (const std::string circle = endpoint_->standstill().verdict(); !circle.empty())
+    throw Error(in_circle(circle));
+}
+
+// Ranks that wait for each other in different groups. Called by the thread that waits for op,
+// without the lock: alone() may need Python's.
+void CpuEngine::look_for_standstill(const Op& op) {
+  Standstill& standstill = endpoint_->standstill();
+  const bool only_thread = alone == nullptr || alone();
+  std::unique_lock lock(mutex_);
+  // Other work may be what the others wait for; and a caller with a near deadline may mean to go
+  // on.
+  const auto now = Clock::now();
+  const bool stands = only_thread && broken_.ok() && messages_.idle() && queue_.size() == 1 &&
+                      queue_.front().get() == &op &&
+                      op.state.load(std::memory_order_relaxed) == Op::running &&
+                      op.deadline - now >= kMeant && endpoint_->progress().idle();
+  if (!stands) return standstill.leave();
+  const Fingerprint& mine = queue_.front()->launch.fingerprint;
+  if (!standstill.enter(mine.describe() + " of group '" + name_ + "'")) return;
+  auto blocked = blocked_on();
+  std::erase_if(blocked, [this](int peer) { return !local(peer); });
+  // One that stands still too; of several each in turn, for whoever follows these words.
+  if (!blocked.empty())
+    std::rotate(blocked.begin(),
+                blocked.begin() + static_cast<long>(standstill_turn_++ % blocked.size()),
+                blocked.end());
+  const bool known = std::any_of(blocked.begin(), blocked.end(), [&](int peer) {
+    return standstill.wait_for(endpoint_->place(ranks_[static_cast<size_t>(peer)]),
+                               segment_.board(local_index_[static_cast<size_t>(peer)]),
+                               mine.sequence);
+  });
+  if (const std::string circle = known ? standstill.look() : ""; !circle.empty())
+    fail(in_circle(circle));
+  lock.unlock();
+  run_callbacks();
+}
+
 void CpuEngine::look_for_lost_peers() {
   auto blocked = messages_.blocked_on();
   const auto more = blocked_on();
@@ -212,6 +281,7 @@ void CpuEngine::look_for_lost_peers() {
     // It may have gone because the group broke: then it said why before.
     if (segment_.header().poisoned.load(std::memory_order_acquire) != 0)
       throw Error(settled_word());
+    look_for_verdict();
     const std::string what =
         !queue_.empty() ? queue_.front()->launch.fingerprint.describe() : "a message";
     throw Error(Code::peer_lost,
@@ -224,17 +294,16 @@ void CpuEngine::look_for_lost_peers() {
 
 // Why the group broke, of which `why` may be the echo: a link that breaks is often what another
 // rank knows better.
-Status CpuEngine::cause(Status why, bool of_collective) {
+Status CpuEngine::cause(Status why, const std::string& during) {
   if (why.code != Code::peer_lost) return why;
   Status reason;
   for (const auto until = Clock::now() + kGrace; reason.ok() && Clock::now() < until;) {
     reason = word();
     ::sched_yield();
   }
-  if (reason.ok()) reason = word_from_store(kStorePatience);
+  if (reason.ok()) reason = word_from_store(kWordPatience);
   if (!reason.ok()) return reason;
-  why.message = (of_collective ? queue_.front()->launch.fingerprint.describe() : "a message") +
-                ": " + why.message;
+  if (!during.empty()) why.message = during + ": " + why.message;
   return why;
 }
 

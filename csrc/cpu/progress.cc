@@ -57,6 +57,11 @@ void ProgressThread::remove(Driven* driven) {
   active.erase(found);
 }
 
+bool ProgressThread::idle() const {
+  std::lock_guard lock(state_->mutex);
+  return state_->active.empty();
+}
+
 void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
   // Behind a computing caller the thread takes little of its core: it goes to sleep after 50 us of
   // nothing.

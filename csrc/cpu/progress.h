@@ -39,6 +39,7 @@ class ProgressThread {
   // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one
   // may be in a callback that needs a lock of the caller's (Python's), and keeps `driven` alive.
   void remove(Driven* driven);
+  bool idle() const;  // it has nothing to drive, and will not begin by itself
 
  private:
   struct State {

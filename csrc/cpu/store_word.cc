@@ -37,7 +37,7 @@ void StoreWord::say(Word word, std::chrono::milliseconds limit) {
 
 void StoreWord::look(const std::vector<std::string>& keys, std::chrono::milliseconds limit) {
   std::unique_lock lock(state_->mutex);
-  if (state_->idle()) {
+  if (limit.count() > 0 || state_->idle()) {
     state_->to_find = keys;
     start();
   }

@@ -31,7 +31,8 @@ class StoreWord {
   void set_first(std::string key, std::string value, std::chrono::milliseconds limit) {
     say({std::move(key), std::move(value), true}, limit);
   }
-  // Looks for the keys, unless a look is under way, and waits for the one under way up to `limit`.
+  // Looks for the keys. With a limit: behind what is under way, which may have looked too early,
+  // and waits up to that long. Without: not at all while something is under way.
   void look(const std::vector<std::string>& keys, std::chrono::milliseconds limit);
   // What a look has found.
   std::optional<std::string> found(const std::string& key) const;

@@ -214,7 +214,7 @@ PycommBackend::WorkPtr PycommBackend::launch(std::span<Plan> plans, const What& 
                                              at::TensorList inputs, at::TensorList results) {
   for (Plan& plan : plans) plan.call.timeout = limit_of(what.timeout);
   if (!what.async && !coalescing_) {
-    const InterruptScope interruptible(check_signals);
+    const InterruptScope interruptible(check_signals, is_only_thread);
     if (!at::hasCallbacks()) [[likely]] {
       for (const Plan& plan : plans) group_->run(plan.call);
     } else {

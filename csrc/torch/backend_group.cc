@@ -25,7 +25,7 @@ void PycommBackend::monitoredBarrier(const c10d::BarrierOptions& opts, bool wait
   const auto timeout = limit_of(opts.timeout).value_or(group_->timeout());
   const std::string where = "monitored_barrier in group '" + group_->name() + "': ",
                     limit = std::to_string(timeout.count()) + " ms";
-  const InterruptScope interruptible(check_signals);
+  const InterruptScope interruptible(check_signals, is_only_thread);
   uint8_t token = 0;
   if (getRank() != 0) {
     try {

@@ -15,9 +15,16 @@ inline void check_signals() {
   if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
 }
 
+// Whether Python knows this thread alone.
+inline bool is_only_thread() {
+  if (!Py_IsInitialized()) return false;
+  pybind11::gil_scoped_acquire gil;
+  return PyThreadState_Next(PyInterpreterState_ThreadHead(PyInterpreterState_Get())) == nullptr;
+}
+
 struct Blocking {
   pybind11::gil_scoped_release release;
-  InterruptScope scope{check_signals};
+  InterruptScope scope{check_signals, is_only_thread};
 };
 
 }  // namespace pycomm::torch_layer

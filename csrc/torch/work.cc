@@ -81,7 +81,7 @@ bool BackendWork::wait(std::chrono::milliseconds timeout) {
   // Each operation has a deadline of its own; kNoTimeout leaves it to that.
   const auto until = timeout > kNoTimeout && timeout < kForever ? Clock::now() + timeout
                                                                 : Clock::time_point::max();
-  const InterruptScope interruptible(check_signals);
+  const InterruptScope interruptible(check_signals, is_only_thread);
   for (const auto& work : works_)
     work->wait(until == Clock::time_point::max()
                    ? kForever

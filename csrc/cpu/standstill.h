@@ -1,0 +1,62 @@
+// Standstill: finds ranks of one host that wait for each other in different groups, for ever. Each
+// rank writes, from the slow look of a wait, in which collective its only thread waits and for
+// which rank that has not entered it; whoever follows these words back to itself has found a
+// circle. Nothing is written by a rank of which another thread may call, or that has other work
+// under way: there is no circle through it. Thread safety: all members; enter(), wait_for() and
+// look() by the thread that waits.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace pycomm::cpu {
+
+struct BoardEntry;
+
+// A rank's words, in the page that the ranks of a host share.
+//
+// An epoch is one wait: odd while it lasts. The owner writes `what` before it becomes odd. `edge`
+// names an epoch of the rank waited for, in which that rank was seen not to have entered; as its
+// only thread waited then and does until that epoch ends, this stays true as long.
+struct StandstillLine {
+  static constexpr size_t kWhat = 20, kVerdict = 120;  // words of text
+  alignas(64) std::atomic<uint32_t> epoch{0};
+  std::atomic<uint64_t> edge{0};  // place << 32 | epoch of the rank waited for; 0: not known yet
+  std::atomic<uint64_t> what[kWhat];
+  std::atomic<uint32_t> condemned{0};       // by whoever finds a circle: its epoch in it; publishes
+  std::atomic<uint64_t> verdict[kVerdict];  // the circle, the same words whoever writes them
+};
+
+class Standstill {
+ public:
+  // lines: by place, all ranks of the host.
+  void attach(int me, std::vector<StandstillLine*> lines, std::vector<int> ranks);
+  // A thread of this rank calls. The second one ends all this for the rank.
+  void called_by(std::thread::id thread);
+
+  // Begins to say that the rank waits, in `what`. False where more than one thread calls here.
+  bool enter(const std::string& what);
+  void leave();  // not in enter(): nothing
+  // Says for whom, in the entered wait: the rank at `place`, which has not entered `sequence` of
+  // the group of `entry`. False where that rank is not known to stand still without having entered.
+  bool wait_for(int place, const BoardEntry& entry, uint64_t sequence);
+  // The circle that this rank waits in; empty where there is none, or none is found yet.
+  std::string look();
+  std::string verdict() const;  // likewise, where another rank has found it
+
+ private:
+  StandstillLine& line(size_t place) const { return *lines_[place]; }
+
+  size_t me_ = 0;
+  std::vector<StandstillLine*> lines_;
+  std::vector<int> ranks_;  // by place
+  std::mutex mutex_;
+  std::thread::id caller_;
+  bool several_ = false;
+};
+
+}  // namespace pycomm::cpu

@@ -84,9 +84,9 @@ void Board::publish(const Launch& launch) {
   awaited_ = sequence_;
   waits_ = waits(launch.fingerprint);
   root_ = launch.fingerprint.root;
-  // The last one to come wakes all who wait for all, and a root who waits for it: few bells, and
-  // nobody is woken in vain. Of two that come at once, each with a fence between its line and its
-  // look, one sees the other's.
+  // A root for whom the others wait wakes them. All else that a rank may wait for here has happened
+  // once all have entered, so the last one wakes all: n bells, not n squared. Of two that come at
+  // once, each with a fence between its line and its look, one sees the other's.
   full_fence();
   if (waits_ != Waits::for_nobody || root_ != rank_)
     for (int i = 0; i < n_; ++i)

@@ -29,7 +29,7 @@ class Board {
   // once the result is in launch.output. `moved` is set when a rank was newly seen. Throws
   // Error(mismatch) where a rank published another call.
   bool advance(const Launch& launch, bool* moved);
-  std::vector<int> blocked_on() const;  // group ranks not yet seen
+  std::vector<int> blocked_on() const;  // group ranks that have not entered what this one needs
 
   // Its steps, for a native collective that brings a payload of its own and waits for all
   // (large.h): prepare(), then has_room(), fill payload(rank, ..), publish(), then ask

@@ -1,6 +1,7 @@
 #include "cpu/standstill.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "cpu/board.h"
@@ -26,6 +27,28 @@ std::string get(const std::atomic<uint64_t> (&words)[n]) {
 }
 
 bool waits(uint32_t epoch) { return (epoch & 1) != 0; }
+
+constexpr auto kWriter = std::chrono::milliseconds(10);  // that another has for an older verdict
+
+// Whether the verdict of that epoch is the caller's to write; else another has begun to, or the
+// epoch is over. A writer of an older one that stands still, or was killed, keeps the line: that
+// rank is left to its deadline.
+bool claim(std::atomic<uint64_t>& condemned, uint32_t epoch) {
+  const uint64_t claimed = uint64_t{epoch} << 1;
+  const auto until = std::chrono::steady_clock::now() + kWriter;
+  for (uint64_t last = condemned.load(std::memory_order_relaxed); last < claimed;) {
+    const bool written = last == 0 || (last & 1) != 0;
+    // Acquire: the words of the older verdict come before ours.
+    if (written && condemned.compare_exchange_weak(last, claimed, std::memory_order_acquire,
+                                                   std::memory_order_relaxed))
+      return true;
+    if (written) continue;
+    if (std::chrono::steady_clock::now() >= until) return false;
+    std::this_thread::yield();
+    last = condemned.load(std::memory_order_relaxed);
+  }
+  return false;
+}
 
 }  // namespace
 
@@ -76,7 +99,8 @@ bool Standstill::wait_for(int place, const BoardEntry& entry, uint64_t sequence)
 
 std::string Standstill::verdict() const {
   const uint32_t mine = line(me_).epoch.load(std::memory_order_relaxed);
-  if (!waits(mine) || line(me_).condemned.load(std::memory_order_acquire) != mine) return {};
+  const uint64_t written = uint64_t{mine} << 1 | 1;
+  if (!waits(mine) || line(me_).condemned.load(std::memory_order_acquire) != written) return {};
   return get(line(me_).verdict);
 }
 
@@ -113,8 +137,10 @@ std::string Standstill::look() {
     text += (i == 0 ? " waits in " : ", which waits in ") + circle[i].what + " for " +
             name(circle[(i + 1) % circle.size()]);
   for (const Stop& stop : circle) {
+    auto& condemned = line(stop.place).condemned;
+    if (!claim(condemned, stop.epoch)) continue;
     put(line(stop.place).verdict, text);
-    line(stop.place).condemned.store(stop.epoch, std::memory_order_release);
+    condemned.store(uint64_t{stop.epoch} << 1 | 1, std::memory_order_release);
   }
   return text;
 }

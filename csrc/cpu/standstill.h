@@ -27,8 +27,11 @@ struct StandstillLine {
   alignas(64) std::atomic<uint32_t> epoch{0};
   std::atomic<uint64_t> edge{0};  // place << 32 | epoch of the rank waited for; 0: not known yet
   std::atomic<uint64_t> what[kWhat];
-  std::atomic<uint32_t> condemned{0};       // by whoever finds a circle: its epoch in it; publishes
-  std::atomic<uint64_t> verdict[kVerdict];  // the circle, the same words whoever writes them
+  // An epoch that is in a circle: epoch << 1 while the one who found it writes the verdict, then
+  // epoch << 1 | 1, which publishes it. It only grows, so that there is one writer at a time, and
+  // none comes late. A rank may be in several circles: the first to be found is told.
+  std::atomic<uint64_t> condemned{0};
+  std::atomic<uint64_t> verdict[kVerdict];
 };
 
 class Standstill {

@@ -192,10 +192,11 @@ void CpuEngine::require_sound() const {
 
 void CpuEngine::note_caller() {
   const auto thread = std::this_thread::get_id();
-  if (thread == caller_) [[likely]]
+  Standstill& standstill = endpoint_->standstill();
+  if (thread == caller_ && !standstill.speaks()) [[likely]]
     return;
   caller_ = thread;
-  endpoint_->standstill().called_by(thread);
+  standstill.called_by(thread);
 }
 
 void CpuEngine::submit(std::shared_ptr<CollectiveOp> op) {

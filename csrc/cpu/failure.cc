@@ -243,12 +243,16 @@ void CpuEngine::look_for_standstill(const Op& op) {
                 blocked.begin() + static_cast<long>(standstill_turn_++ % blocked.size()),
                 blocked.end());
   const bool known = std::any_of(blocked.begin(), blocked.end(), [&](int peer) {
-    return standstill.wait_for(endpoint_->place(ranks_[static_cast<size_t>(peer)]),
-                               segment_.board(local_index_[static_cast<size_t>(peer)]),
+    return standstill.wait_for(endpoint_->place(ranks_[static_cast<size_t>(peer)]), [&] {
+      const auto still = blocked_on();
+      return std::find(still.begin(), still.end(), peer) != still.end() &&
+             !may_have_entered(segment_.board(local_index_[static_cast<size_t>(peer)]),
                                mine.sequence);
+    });
   });
   if (const std::string circle = known ? standstill.look() : ""; !circle.empty())
     fail(in_circle(circle));
+  if (has_callbacks_.load(std::memory_order_relaxed)) standstill.leave();
   lock.unlock();
   run_callbacks();
 }

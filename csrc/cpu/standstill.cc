@@ -4,8 +4,6 @@
 #include <chrono>
 #include <cstring>
 
-#include "cpu/board.h"
-
 namespace pycomm::cpu {
 namespace {
 
@@ -61,12 +59,13 @@ void Standstill::attach(int me, std::vector<StandstillLine*> lines, std::vector<
 void Standstill::called_by(std::thread::id thread) {
   std::lock_guard lock(mutex_);
   if (caller_ == std::thread::id()) caller_ = thread;
-  if (caller_ == thread) return;
-  several_ = true;
+  if (caller_ != thread) several_ = true;
   auto& epoch = line(me_).epoch;
   if (const uint32_t now = epoch.load(std::memory_order_relaxed); waits(now))
     epoch.store(now + 1, std::memory_order_release);  // before the call that may end a wait
 }
+
+bool Standstill::speaks() const { return waits(line(me_).epoch.load(std::memory_order_relaxed)); }
 
 bool Standstill::enter(const std::string& what) {
   std::lock_guard lock(mutex_);
@@ -88,13 +87,13 @@ void Standstill::leave() {
     epoch.store(now + 1, std::memory_order_release);
 }
 
-bool Standstill::wait_for(int place, const BoardEntry& entry, uint64_t sequence) {
+bool Standstill::wait_for(int place, const std::function<bool()>& missing) {
   const uint32_t theirs = line(static_cast<size_t>(place)).epoch.load(std::memory_order_acquire);
   // In this order: what it entered before that epoch is seen, and in the epoch it enters nothing.
-  const bool missing = waits(theirs) && !may_have_entered(entry, sequence);
+  const bool stands = waits(theirs) && missing();
   const uint64_t edge = static_cast<uint64_t>(place) << 32 | theirs;
-  line(me_).edge.store(missing ? edge : 0, std::memory_order_release);
-  return missing;
+  line(me_).edge.store(stands ? edge : 0, std::memory_order_release);
+  return stands;
 }
 
 std::string Standstill::verdict() const {

@@ -8,14 +8,13 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
 namespace pycomm::cpu {
-
-struct BoardEntry;
 
 // A rank's words, in the page that the ranks of a host share.
 //
@@ -38,15 +37,19 @@ class Standstill {
  public:
   // lines: by place, all ranks of the host.
   void attach(int me, std::vector<StandstillLine*> lines, std::vector<int> ranks);
-  // A thread of this rank calls. The second one ends all this for the rank.
+  // A thread of this rank calls, before it enters anything. The second one ends all this for the
+  // rank; the first one may do so from within a wait, in a callback or a signal handler, and ends
+  // what that wait has said.
   void called_by(std::thread::id thread);
+  bool speaks() const;  // in enter()
 
   // Begins to say that the rank waits, in `what`. False where more than one thread calls here.
   bool enter(const std::string& what);
   void leave();  // not in enter(): nothing
-  // Says for whom, in the entered wait: the rank at `place`, which has not entered `sequence` of
-  // the group of `entry`. False where that rank is not known to stand still without having entered.
-  bool wait_for(int place, const BoardEntry& entry, uint64_t sequence);
+  // Says for whom, in the entered wait: the rank at `place`. missing(): whether that rank has not
+  // entered what this one waits for it to enter; asked once it is seen to stand still. False where
+  // it does not, or is not missing.
+  bool wait_for(int place, const std::function<bool()>& missing);
   // The circle that this rank waits in; empty where there is none, or none is found yet.
   std::string look();
   std::string verdict() const;  // likewise, where another rank has found it

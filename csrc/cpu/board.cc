@@ -137,13 +137,21 @@ bool Board::agrees(int rank, uint32_t sequence, uint64_t launch_sequence) const 
   if (line.sequence.load(std::memory_order_acquire) != sequence) return true;
   // A hash that is overwritten after this belongs to such a use, too.
   if (line.hash.load(std::memory_order_relaxed) == hashes_[sequence % kBoardSlots]) return true;
-  Fingerprint mine, theirs;
-  mine.rank = rank_;
-  theirs.rank = rank;
-  if (!read_announcement(segment_.board(rank_), launch_sequence, &mine) ||
-      !read_announcement(entry, launch_sequence, &theirs) || theirs.matches(mine))
-    return false;
-  throw Error(Code::mismatch, describe_mismatch(mine, theirs));
+  refuse_difference(rank, launch_sequence);
+  return false;
+}
+
+// Throws where that rank's announcement differs from this one's, for the first collective up to
+// launch_sequence where it does: an earlier one that was native on one side only sets the numbers
+// here apart, not those.
+void Board::refuse_difference(int rank, uint64_t launch_sequence) const {
+  uint64_t at = launch_sequence - std::min<uint64_t>(launch_sequence, kAnnouncements - 1);
+  for (; at <= launch_sequence; ++at) {
+    Fingerprint mine, theirs;
+    if (read_announcement(segment_.board(rank_), at, &mine) &&
+        read_announcement(segment_.board(rank), at, &theirs) && !theirs.matches(mine))
+      throw Error(Code::mismatch, describe_mismatch(mine, theirs));
+  }
 }
 
 bool Board::all_entered(const Launch& launch, bool* moved) {
@@ -171,12 +179,10 @@ bool Board::calls_the_same(int rank, const Launch& launch) const {
   const BoardEntry& entry = segment_.board(rank);
   const uint32_t slot = sequence_ % kBoardSlots;
   if (entry.lines[slot].hash.load(std::memory_order_relaxed) == hashes_[slot]) return true;
-  Fingerprint theirs;
-  theirs.rank = rank;
-  // Written before its line was published, unless it is an older native call: then its own look
+  // Announced before its line was published, unless that is an older native call: then its own look
   // finds ours.
-  if (!read_announcement(entry, launch.fingerprint.sequence, &theirs)) return false;
-  throw Error(Code::mismatch, describe_mismatch(launch.fingerprint, theirs));
+  refuse_difference(rank, launch.fingerprint.sequence);
+  return false;
 }
 
 bool Board::advance(const Launch& launch, bool* moved) {

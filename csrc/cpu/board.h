@@ -52,6 +52,7 @@ class Board {
   bool agrees(int rank, uint32_t sequence, uint64_t launch_sequence) const;
   bool root_entered(const Launch& launch, bool* moved) const;
   bool calls_the_same(int rank, const Launch& launch) const;
+  void refuse_difference(int rank, uint64_t launch_sequence) const;
   void finish(const Launch& launch) const;
 
   const Segment& segment_;

@@ -4,6 +4,7 @@ Compiles and runs memory.cc; writes results/memory.json, from which docs/perform
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from common import environment, markdown_table, microseconds, size_name, write_j
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "memory"
         source = Path(__file__).with_name("memory.cc")

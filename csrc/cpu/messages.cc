@@ -238,8 +238,10 @@ bool Messages::advance_recv(int peer, Peer& state) {
       size_t n = 0;
       if (state.rendezvous != nullptr) {
         const auto here = channel.readable();
+        // Most likely the host's others send as much.
         n = std::min(here.size(), left);
-        copy(to + state.payload, here.data(), n, exceeds_cache(2 * state.in.nbytes));
+        copy(to + state.payload, here.data(), n,
+             exceeds_cache(2 * peers_.size() * state.in.nbytes));
         if (n > 0) channel.consume(n);
       } else {
         n = channel.read(to + state.payload, left);

@@ -27,7 +27,7 @@ ProgressThread::~ProgressThread() {
 namespace {
 constexpr auto kDoze = std::chrono::microseconds(100);
 constexpr auto kLongestDoze = std::chrono::microseconds(400);
-constexpr int kDozes = 50;  // without a message; then the thread is parked
+constexpr int kDozes = 14;  // 5 ms without a message; then the thread is parked
 }  // namespace
 
 void ProgressThread::add(std::shared_ptr<Driven> driven, When when) {
@@ -91,15 +91,16 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
     seen = state->n_soon;
     const bool dozes = state->active.empty() || (callers_come && !state->in_earnest && !moved);
     if (dozes) {
-      doze = callers_come ? std::min(2 * doze, kLongestDoze) : kDoze;
       dozed = callers_come ? 0 : dozed + 1;
       if (dozed <= kDozes) {
         state->dozing = true;
         state->changed.wait_for(lock, doze, [&] { return state->stopping || state->in_earnest; });
         state->dozing = false;
+        doze = std::min(2 * doze, kLongestDoze);
       } else {
         state->changed.wait(lock, [&] { return state->stopping || !state->active.empty(); });
         dozed = 0;
+        doze = kDoze;
       }
     }
     if (state->stopping) return;

@@ -72,7 +72,8 @@ bool Rendezvous::move_block(TransferRecord& record, const Transit& transit, bool
   const uint64_t begin = record.taken.fetch_add(1, std::memory_order_relaxed) * kBlock;
   if (begin >= transit.nbytes) return false;
   const uint64_t nbytes = std::min(transit.nbytes - begin, kBlock);
-  const bool streams = exceeds_cache(2 * transit.nbytes);
+  // Most likely the host's others send as much.
+  const bool streams = exceeds_cache(2 * ranks_.size() * transit.nbytes);
   if (is_send)
     reach_.write(transit.peer, transit.there + begin, transit.here + begin, nbytes, streams);
   else

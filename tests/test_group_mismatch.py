@@ -4,12 +4,15 @@ Every collective, on every path that its bytes can take, against every way to di
 path; each case has a group of its own. The deadline is far away, so that what ends is what was found out."""
 
 import re
+import time
+from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from spawn import run_ranks
 
-from pycomm.errors import CollectiveMismatch, PycommError
+from pycomm.errors import CollectiveMismatch, GroupClosed, PycommError
 from pycomm.planners import PLANNERS
 
 pytestmark = pytest.mark.timeout(60)
@@ -31,8 +34,10 @@ PATHS = (
     ("ab", "hosts", SMALL, False),
     ("aab", "hosts", SMALL, False),
     ("abb", "hosts", LARGE, False),
+    ("abab", "hosts", SMALL, False),
     ("aab", "hosts", SMALL, True),
 )
+AT_ONCE_S = 5.0  # "within a second", on a busy machine
 BOTH_SIDES = re.compile(
     r"(?s)group '.*': collective mismatch: rank (\d) called (.*), rank (\d) called (.*)\. Every rank.*"
 )
@@ -130,6 +135,7 @@ def outcome(group, memory, arguments, style, is_odd):
     """What the call said on this rank, or the next one where it had done its part."""
     inner = group.new_group(range(group.size))
     text = "nothing"
+    begin = time.monotonic()
     try:
         if style == "async" or (style == "mixed" and not is_odd):
             call(inner, memory, **arguments, async_op=True).wait()
@@ -137,9 +143,57 @@ def outcome(group, memory, arguments, style, is_odd):
             call(inner, memory, **arguments)
         inner.barrier()
     except CollectiveMismatch as error:
-        text = str(error)
+        elapsed = time.monotonic() - begin
+        text = str(error) if elapsed < AT_ONCE_S else f"after {elapsed:.1f} s: {error}"
+        for later in (inner.barrier, lambda: inner.send(np.zeros(1), 1 - min(group.rank, 1))):
+            with pytest.raises(GroupClosed, match=r"cannot be used any more: .*collective mismatch"):
+                later()
     except PycommError as error:
         text = f"{type(error).__name__}: {error}"
     group.barrier()  # who ends at once may take the word along where the store is slow
     inner.close()
     return text
+
+
+@pytest.mark.parametrize("hosts", ("aa", "aaa", "ab", "aab"))
+@pytest.mark.parametrize("numel", (SMALL, LARGE))
+def test_collectives_in_another_order(hosts, numel):
+    run_ranks(check_order, len(hosts), numel, hosts=list(hosts), timeout_s=50)
+
+
+def check_order(group, numel):
+    x, y = torch.zeros(numel), torch.zeros(numel)
+    calls = [lambda **options: group.all_reduce(x, **options), lambda **options: group.broadcast(y, **options)]
+    first, then = reversed(calls) if group.rank == group.size - 1 else calls
+    work = first(async_op=True)
+    with pytest.raises(CollectiveMismatch, match=BOTH_SIDES):
+        with suppress(GroupClosed):  # where the first has failed by now
+            then()
+        work.wait()
+
+
+@pytest.mark.parametrize("hosts", ("aa", "aaa"))
+def test_two_roots_that_both_run_ahead_find_out(hosts):
+    run_ranks(check_two_roots, len(hosts), hosts=list(hosts), timeout_s=50)
+
+
+def check_two_roots(group):
+    x = np.zeros(2, np.float32)
+    group.barrier()
+    with pytest.raises(CollectiveMismatch, match=r"(?s)root \d.*root \d"):
+        for _ in range(1000):
+            group.broadcast(x, root=min(group.rank, 1))
+
+
+def test_what_every_rank_may_do_differently_is_no_mismatch():
+    run_ranks(check_allowed_differences, 3, hosts=list("aab"), timeout_s=50)
+
+
+def check_allowed_differences(group):
+    """Deadlines, blocking or not, numpy or torch."""
+    x = np.ones(5, np.float32) if group.rank else torch.ones(5)
+    if group.rank == 1:
+        group.all_reduce(x, async_op=True, timeout_s=5).wait()
+    else:
+        group.all_reduce(x, timeout_s=10 + group.rank)
+    assert float(x[0]) == 3

@@ -1,4 +1,6 @@
-"""Two hosts emulated on one machine: network namespaces joined by veth pairs, each a NIC of its own rate. Needs root.
+"""Hosts emulated on one machine: network namespaces with veth pairs as NICs, each of its own rate. Needs root.
+
+Two hosts are joined directly, more of them by one switch (a namespace with a bridge) for each NIC.
 
 Everything made is named after this process and removed when the context ends, also after an exception or SIGTERM; what
 a process that was killed left behind goes when the next Network is made. Nothing outside the namespaces is touched."""
@@ -12,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -47,14 +49,16 @@ def remove_leftovers() -> None:
 
 
 class Network:
-    """Hosts a and b, joined by n_nics links and by one more that is never shaped, for the ranks' store."""
+    """`hosts`, each with n_nics NICs and with one more that is never shaped, for the ranks' store."""
 
-    def __init__(self, n_nics: int = 1) -> None:
+    def __init__(self, n_nics: int = 1, hosts: Sequence[str] = HOSTS) -> None:
         self.n_nics = n_nics
-        self.namespaces = {host: f"{_PREFIX}-{os.getpid()}-{host}" for host in HOSTS}
+        self.hosts = tuple(hosts)
+        self.namespaces = {host: f"{_PREFIX}-{os.getpid()}-{host}" for host in self.hosts}
+        self._switch = f"{_PREFIX}-{os.getpid()}-switch" if len(self.hosts) > 2 else None
 
     def addresses(self, host: str) -> list[str]:
-        return [f"10.77.{nic}.{1 + HOSTS.index(host)}" for nic in range(self.n_nics)]
+        return [f"10.77.{nic}.{1 + self.hosts.index(host)}" for nic in range(self.n_nics)]
 
     def store_address(self) -> str:
         return "10.77.255.1"
@@ -65,12 +69,15 @@ class Network:
             self.shape_nic(nic, rate)
 
     def shape_nic(self, nic: int, rate: str | None) -> None:
-        for host in HOSTS:
+        ends = [(self.namespaces[host], f"nic{nic}") for host in self.hosts]
+        if self._switch is not None:  # its ports send to hosts at no higher rate
+            ends += [(self._switch, f"{host}{nic}") for host in self.hosts]
+        for namespace, device in ends:
             with suppress(Unavailable):  # none stands yet
-                self._in(host, "tc", "qdisc", "delete", "dev", f"nic{nic}", "root")
+                _run("tc", "-n", namespace, "qdisc", "delete", "dev", device, "root")
             if rate is not None:
                 limit = ("tbf", "rate", rate, "burst", _BURST, "latency", _QUEUE)
-                self._in(host, "tc", "qdisc", "add", "dev", f"nic{nic}", "root", *limit)
+                _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", *limit)
 
     def shape_connections(self, rate: str, each: str) -> None:
         """The only NIC sends at most at this rate, and each connection that a made at most at `each`: as where networks
@@ -112,19 +119,32 @@ class Network:
         _run("ip", "netns", "exec", self.namespaces[host], *command)
 
     def _make(self) -> None:
-        for host in HOSTS:
-            _run("ip", "netns", "add", self.namespaces[host])
-            self._in(host, "ip", "link", "set", "lo", "up")
-        a, b = (self.namespaces[host] for host in HOSTS)
+        for namespace in (*self.namespaces.values(), *([self._switch] if self._switch else ())):
+            _run("ip", "netns", "add", namespace)
+            _run("ip", "-n", namespace, "link", "set", "lo", "up")
         for name, subnet in [*((f"nic{nic}", nic) for nic in range(self.n_nics)), ("store", 255)]:
+            self._join(name, f"{subnet}" if subnet < 255 else "s")
+            for i, namespace in enumerate(self.namespaces.values()):
+                _run("ip", "-n", namespace, "address", "add", f"10.77.{subnet}.{1 + i}/24", "dev", name)
+                _run("ip", "-n", namespace, "link", "set", name, "up")
+
+    def _join(self, name: str, suffix: str) -> None:
+        """A device of that name on every host, and what joins them."""
+        if self._switch is None:
+            a, b = self.namespaces.values()
             _run("ip", "-n", a, "link", "add", name, "type", "veth", "peer", "name", name, "netns", b)
-            for host in HOSTS:
-                at = f"10.77.{subnet}.{1 + HOSTS.index(host)}/24"
-                self._in(host, "ip", "address", "add", at, "dev", name)
-                self._in(host, "ip", "link", "set", name, "up")
+            return
+        bridge = f"bridge{suffix}"
+        _run("ip", "-n", self._switch, "link", "add", bridge, "type", "bridge")
+        _run("ip", "-n", self._switch, "link", "set", bridge, "up")
+        for host, namespace in self.namespaces.items():
+            port = f"{host}{suffix}"
+            _run("ip", "-n", namespace, "link", "add", name, "type", "veth", "peer", "name", port, "netns", self._switch)
+            _run("ip", "-n", self._switch, "link", "set", port, "master", bridge)
+            _run("ip", "-n", self._switch, "link", "set", port, "up")
 
     def _remove(self) -> None:
-        for namespace in self.namespaces.values():
+        for namespace in (*self.namespaces.values(), *([self._switch] if self._switch else ())):
             with suppress(Unavailable):
                 _run("ip", "netns", "delete", namespace)
 
@@ -149,9 +169,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def emulated_hosts(n_nics: int = 1) -> Iterator[Network]:
+def emulated_hosts(n_nics: int = 1, hosts: Sequence[str] = HOSTS) -> Iterator[Network]:
     """A Network while the context lasts. In the main thread SIGTERM ends it as an exception does."""
-    network = Network(n_nics)
+    network = Network(n_nics, hosts)
     remove_leftovers()
     try:
         before = signal.signal(signal.SIGTERM, _end)

@@ -72,7 +72,7 @@ class Bare:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets.append(end)
         self._fds = (ctypes.c_int * len(self._sockets))(*(s.fileno() for s in self._sockets))
-        self._memory = torch.zeros(2, 64 * MIB, dtype=torch.uint8)
+        self._memory = torch.zeros(2, 128 * MIB, dtype=torch.uint8)
 
     def exchange(self, a_to_b: int, b_to_a: int) -> float:
         """Seconds to send and receive that many bytes, cut evenly over the sockets."""
@@ -109,13 +109,15 @@ def compile_bare(folder: str) -> str:
     return library
 
 
-def on_the_link(collective: str, nbytes: int, ranks_per_host: int) -> tuple[int, int]:
-    """Bytes that must go from a to b, and from b to a, with 2 hosts; nbytes as nccl-tests counts them."""
+def on_the_link(collective: str, nbytes: int, n_hosts: int, n_ranks: int) -> tuple[int, int]:
+    """Bytes that a host must send, and receive, where all hosts have as many ranks; of two hosts, the first. nbytes as
+    nccl-tests counts them."""
+    others = nbytes * (n_hosts - 1) // n_hosts  # what others hold, or get
     both = {
-        "all_reduce": nbytes,
-        "all_gather": nbytes // 2,
-        "reduce_scatter": nbytes // 2,
-        "all_to_all": ranks_per_host * nbytes // 2,
+        "all_reduce": 2 * others,
+        "all_gather": others,
+        "reduce_scatter": others,
+        "all_to_all": n_ranks // n_hosts * others,
     }
     return (both[collective],) * 2 if collective in both else (nbytes, 0)
 
@@ -183,7 +185,7 @@ def measure_rates(
     for collective, nbytes in cases:
         case = Case(group, collective, nbytes)
         case.verify()
-        link_bytes = on_the_link(collective, nbytes, local)
+        link_bytes = on_the_link(collective, nbytes, 2, n)
 
         def ours(n_calls: int, call: Callable[[], Any] = case.call) -> float:
             group.barrier()
@@ -230,7 +232,7 @@ def rates(section: str, library: str) -> dict[str, Any]:
     nominal = None if name is None else nics * int(name[:-4]) * (1e9 if name.endswith("gbit") else 1e6) / 8
     entries = []
     for (collective, nbytes), *ranks in zip(cases, *by_rank, strict=True):
-        crossing = max(on_the_link(collective, nbytes, local))
+        crossing = max(on_the_link(collective, nbytes, 2, 2 * local))
         blocks = {  # each as long as its slowest rank
             who: np.max([rank[who] for rank in ranks], axis=0) for who in ("bare", "pycomm")
         }
@@ -453,7 +455,7 @@ def measure_sockets(
     times: dict[str, list[float]] = {}
     for _ in range(3):
         for (collective, sockets), case in cases.items():
-            reference = partial(bares[sockets].exchange, *on_the_link(collective, SOCKETS_NBYTES, 1))
+            reference = partial(bares[sockets].exchange, *on_the_link(collective, SOCKETS_NBYTES, 2, 2))
             for who, call in (("bare", reference), ("pycomm", case.call)):
                 group.barrier()
                 begin = time.perf_counter()
@@ -477,7 +479,7 @@ def sockets_section(_: str, library: str) -> dict[str, Any]:
             addresses = {host: network.addresses(host) for host in HOSTS}
             by_rank = run_ranks(measure_sockets, 2, library, addresses, hosts=HOSTS, network=network, timeout_s=120)
         for collective in SOCKETS_COLLECTIVES:
-            crossing = max(on_the_link(collective, SOCKETS_NBYTES, 1))
+            crossing = max(on_the_link(collective, SOCKETS_NBYTES, 2, 2))
             for sockets in SOCKETS:
                 entry = {"collective": collective, "nbytes": SOCKETS_NBYTES, "each": each, "sockets": sockets}
                 for who in ("bare", "pycomm"):

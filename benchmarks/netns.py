@@ -49,10 +49,12 @@ def remove_leftovers() -> None:
 
 
 class Network:
-    """`hosts`, each with n_nics NICs and with one more that is never shaped, for the ranks' store."""
+    """`hosts`, each with n_nics NICs; and with store_nic one more that is never shaped, for the ranks' store. Without,
+    the store is at the first NIC: for libraries that would take any way they find."""
 
-    def __init__(self, n_nics: int = 1, hosts: Sequence[str] = HOSTS) -> None:
+    def __init__(self, n_nics: int = 1, hosts: Sequence[str] = HOSTS, store_nic: bool = True) -> None:
         self.n_nics = n_nics
+        self._store_nic = store_nic
         self.hosts = tuple(hosts)
         self.namespaces = {host: f"{_PREFIX}-{os.getpid()}-{host}" for host in self.hosts}
         self._switch = f"{_PREFIX}-{os.getpid()}-switch" if len(self.hosts) > 2 else None
@@ -61,7 +63,7 @@ class Network:
         return [f"10.77.{nic}.{1 + self.hosts.index(host)}" for nic in range(self.n_nics)]
 
     def store_address(self) -> str:
-        return "10.77.255.1"
+        return "10.77.255.1" if self._store_nic else self.addresses(self.hosts[0])[0]
 
     def shape(self, rate: str | None) -> None:
         """Every NIC sends at most at this rate (tc's notation), counted as tc does: Ethernet frames. None: no limit."""
@@ -122,7 +124,8 @@ class Network:
         for namespace in (*self.namespaces.values(), *([self._switch] if self._switch else ())):
             _run("ip", "netns", "add", namespace)
             _run("ip", "-n", namespace, "link", "set", "lo", "up")
-        for name, subnet in [*((f"nic{nic}", nic) for nic in range(self.n_nics)), ("store", 255)]:
+        nics = [(f"nic{nic}", nic) for nic in range(self.n_nics)]
+        for name, subnet in [*nics, ("store", 255)] if self._store_nic else nics:
             self._join(name, f"{subnet}" if subnet < 255 else "s")
             for i, namespace in enumerate(self.namespaces.values()):
                 _run("ip", "-n", namespace, "address", "add", f"10.77.{subnet}.{1 + i}/24", "dev", name)
@@ -139,7 +142,9 @@ class Network:
         _run("ip", "-n", self._switch, "link", "set", bridge, "up")
         for host, namespace in self.namespaces.items():
             port = f"{host}{suffix}"
-            _run("ip", "-n", namespace, "link", "add", name, "type", "veth", "peer", "name", port, "netns", self._switch)
+            _run(
+                "ip", "-n", namespace, "link", "add", name, "type", "veth", "peer", "name", port, "netns", self._switch
+            )
             _run("ip", "-n", self._switch, "link", "set", port, "master", bridge)
             _run("ip", "-n", self._switch, "link", "set", port, "up")
 
@@ -169,9 +174,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def emulated_hosts(n_nics: int = 1, hosts: Sequence[str] = HOSTS) -> Iterator[Network]:
+def emulated_hosts(n_nics: int = 1, hosts: Sequence[str] = HOSTS, store_nic: bool = True) -> Iterator[Network]:
     """A Network while the context lasts. In the main thread SIGTERM ends it as an exception does."""
-    network = Network(n_nics, hosts)
+    network = Network(n_nics, hosts, store_nic)
     remove_leftovers()
     try:
         before = signal.signal(signal.SIGTERM, _end)

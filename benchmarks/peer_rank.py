@@ -1,4 +1,4 @@
-"""One rank of one library, told by peers.py what to run: python peer_rank.py KIND NAME HOST:PORT KEY
+"""One rank of one library, told by peers.py or hosts.py what to run: python peer_rank.py KIND NAME SOCKET KEY
 
 Needs numpy and the library, nothing else: each library has an environment of its own. Between two commands a rank
 sleeps on its connection, so that libraries do not disturb each other."""
@@ -228,12 +228,15 @@ class Torch(Library):
         store = dist.TCPStore(host, int(port), is_master=False)
         patience = timedelta(seconds=120)
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=patience)
-        self.dist, self.gloo = dist, dist.group.WORLD
-        self.backend = dist.new_group(backend="pycomm", timeout=patience)
         import null_backend
 
         null_backend.register()
-        self.null = dist.new_group(backend="null", timeout=patience)
+        self.dist = dist
+        self.groups = {
+            self.GLOO: dist.group.WORLD,
+            self.TORCH: dist.new_group(backend="pycomm", timeout=patience),
+            self.NULL: dist.new_group(backend="null", timeout=patience),
+        }
         self.group = pycomm.init(dist.PrefixStore("group", store), self.rank, self.size, timeout_s=120)
 
     def contenders(self) -> tuple[str, ...]:
@@ -264,8 +267,7 @@ class Torch(Library):
                 "barrier": g.barrier,
             }
         else:
-            groups = {self.GLOO: self.gloo, self.NULL: self.null, self.TORCH: self.backend}
-            dist, group = self.dist, groups[contender]
+            dist, group = self.dist, self.groups[contender]
             # torch 2.13 renamed these; the old names warn on every call
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -289,6 +291,51 @@ class Torch(Library):
 
         calls["sendrecv"] = ping_pong
         return calls[b.collective]
+
+
+class Hosts(Torch):
+    """Between emulated hosts: Gloo, pycomm as it chooses, its flat ring, and plain C moving what must cross a link."""
+
+    CHOICE, RING, BARE = "pycomm", "pycomm, flat ring", "bare C"
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+        from links import Bare, on_the_link
+
+        import pycomm
+
+        host, port = os.environ["PEER_STORE"].split(":")
+        store = dist.TCPStore(host, int(port), is_master=False)
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=120)
+        )
+        self.dist, self.groups = dist, {self.GLOO: dist.group.WORLD}
+        self.group = pycomm.init(dist.PrefixStore("group", store), self.rank, self.size, timeout_s=120)
+        self.hosts = sorted(set(self.group.host_ids))
+        mine = self.group.host_ids[self.rank]
+        self.bare, self.on_the_link = None, on_the_link
+        if mine in self.hosts[:2] and self.group.host_ids.index(mine) == self.rank:
+            addresses = {name: os.environ[f"PEER_ADDRESS_{name}"].split(",") for name in self.hosts[:2]}
+            self.bare = Bare(os.environ["PEER_BARE"], store, mine, addresses)
+
+    def contenders(self) -> tuple[str, ...]:
+        return (self.GLOO, self.CHOICE, self.RING, self.BARE)
+
+    def call(self, contender: str, b: Buffers) -> Call:
+        if contender == self.BARE:
+            n_bytes = self.on_the_link(b.collective, b.numel * WIDTH[b.dtype], len(self.hosts), self.size)
+            return (lambda: self.bare.exchange(*n_bytes)) if self.bare is not None else (lambda: None)
+        if contender == self.RING:
+            whole, piece = self._tensor(b.whole, b.dtype), self._tensor(b.piece, b.dtype)
+            calls: dict[str, Call] = {
+                "all_reduce": lambda: self.group.all_reduce(whole, algorithm="ring"),
+                "reduce_scatter": lambda: self.group.reduce_scatter(piece, whole, algorithm="ring"),
+                "all_gather": lambda: self.group.all_gather(whole, piece, algorithm="ring"),
+            }
+            return calls[b.collective]
+        return super().call(self.GLOO if contender == self.GLOO else self.GROUP, b)
 
 
 class Nothing(Library):
@@ -344,20 +391,20 @@ def serve(library: Library, control: Connection) -> None:
         elif command == "release":
             buffers, calls = {}, {}
         elif command == "calibrate":
-            (name,) = arguments
+            name, n_calls = arguments
             buffers[name].zero()
-            answer = statistics.median(timed(calls[name], 5)[1:])
+            answer = statistics.median(timed(calls[name], n_calls)[1:])
         elif command == "block":
-            name, n_calls, verify = arguments
+            name, n_calls, warm_up, verify = arguments
             b, call = buffers[name], calls[name]
-            if verify and not idle and name != Torch.NULL:
+            if verify and not idle and name not in (Torch.NULL, Hosts.BARE):
                 b.fill()
                 call()
                 answer = b.right()
                 b.zero()
             else:
                 answer = True
-            timed(call, 1 + n_calls // 20)  # the ranks fall into step
+            timed(call, warm_up)
             answer = (answer, timed(call, n_calls))
         elif command == "end":
             control.send(None)
@@ -366,11 +413,16 @@ def serve(library: Library, control: Connection) -> None:
 
 
 def main() -> None:
-    kinds: dict[str, Callable[[], Library]] = {"mpi": Mpi, "oneccl": OneCcl, "torch": Torch, "copy": Nothing}
+    kinds: dict[str, Callable[[], Library]] = {
+        "mpi": Mpi,
+        "oneccl": OneCcl,
+        "torch": Torch,
+        "hosts": Hosts,
+        "copy": Nothing,
+    }
     kind, name, address, key = sys.argv[1:5]
     library = kinds[kind]()
-    host, port = address.split(":")
-    control = Client((host, int(port)), authkey=bytes.fromhex(key))
+    control = Client(address, authkey=bytes.fromhex(key))
     control.send((name, library.rank, library.version, library.contenders()))
 
     def exchange(mine: Any) -> Any:

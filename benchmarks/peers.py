@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from common import environment, microseconds, size_name, write_json
+from numpy.typing import NDArray
 from peers_report import (
     COPY,
     IMPI,
@@ -89,13 +90,15 @@ def compiled(source: str, output: str, compiler: str, *options: str | Path) -> P
 
 @dataclass
 class Library:
-    """A peer as it is started: `launcher` starts all ranks, or is empty where this program starts each."""
+    """A peer as it is started: `launcher` starts all ranks, or is empty where this program starts each, with what
+    `each` has for that rank: words before its command, and variables."""
 
     name: str
     kind: str
     python: Path
     launcher: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
+    each: list[tuple[list[str], dict[str, str]]] = field(default_factory=list)
 
 
 def libraries(n: int, wanted: Sequence[str]) -> list[Library]:
@@ -146,14 +149,14 @@ class Running:
     """A library's ranks, up and waiting for commands."""
 
     def __init__(self, library: Library, n: int, listener: Listener, key: str, store: str) -> None:
-        host, port = listener.address
-        rank = [str(library.python), str(HERE / "peer_rank.py"), library.kind, library.name, f"{host}:{port}", key]
+        rank = [str(library.python), str(HERE / "peer_rank.py"), library.kind, library.name, listener.address, key]
         base = os.environ | library.variables | {"PEER_SIZE": str(n), "PEER_STORE": store, "OMP_NUM_THREADS": "1"}
         self.library, self.n = library, n
         if library.launcher:
             starts = [([*library.launcher, *rank], base)]
         else:
-            starts = [(rank, base | {"PEER_RANK": str(i)}) for i in range(n)]
+            own = library.each or [([], {})] * n
+            starts = [([*before, *rank], base | {"PEER_RANK": str(i)} | mine) for i, (before, mine) in enumerate(own)]
         PEERS.mkdir(parents=True, exist_ok=True)
         self.log = PEERS / f"{library.name.replace(', ', '-').replace(' ', '-')}.log"
         with self.log.open("w") as log:
@@ -205,6 +208,17 @@ class Running:
             connection.send(command)
         return self._answers()
 
+    def block(
+        self, case: tuple[str, str, int], name: str, inner: str, n_calls: int, warm_up: int, verify: bool
+    ) -> NDArray[np.int64]:
+        """[n_calls]: nanoseconds of each call, the slowest rank's. Raises RuntimeError where a result is wrong."""
+        answers = self.ask("block", inner, n_calls, warm_up, verify)
+        wrong = [rank for rank, (right, _) in enumerate(answers) if not right]
+        if wrong:
+            collective, dtype, nbytes = case
+            raise RuntimeError(f"{name}: wrong {collective} of {size_name(nbytes)} {dtype} on ranks {wrong}")
+        return np.max([times for _, times in answers], axis=0)
+
     def end(self) -> None:
         for connection in self.ranks.values():
             connection.close()
@@ -216,13 +230,13 @@ class Running:
                 process.wait()
 
 
-def start(n: int, wanted: Sequence[str], store: str) -> list[Running]:
+def start(n: int, wanted: Sequence[Library], store: str) -> list[Running]:
     key = secrets.token_hex(16)
     running: list[Running] = []
-    listener = Listener(("127.0.0.1", 0), backlog=64, authkey=bytes.fromhex(key))
+    listener = Listener(None, "AF_UNIX", backlog=64, authkey=bytes.fromhex(key))  # reached from any network namespace
     listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]
     try:
-        for library in libraries(n, wanted):
+        for library in wanted:
             running.append(Running(library, n, listener, key, store))
     except BaseException:
         for each in running:
@@ -257,16 +271,14 @@ def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: in
     times: dict[str, list[Any]] = {name: [] for _, name, _ in turns}
     n_calls = {}
     for each, name, inner in turns:
-        slowest = max(each.ask("calibrate", inner))
+        slowest = max(each.ask("calibrate", inner, 5))
         n_calls[name] = int(min(max(BLOCK_S * 1e9 / max(slowest, 1), 3), MAX_CALLS))
     for block in range(n_blocks):
         first = block * len(turns) // n_blocks
         for each, name, inner in turns[first:] + turns[:first]:
-            answers = each.ask("block", inner, n_calls[name], nbytes <= MIB or block == 0)
-            wrong = [rank for rank, (right, _) in enumerate(answers) if not right]
-            if wrong:
-                raise RuntimeError(f"{name}: wrong {collective} of {size_name(nbytes)} {dtype} on ranks {wrong}")
-            times[name].append(np.max([longest for _, longest in answers], axis=0))
+            warm_up = 1 + n_calls[name] // 20  # the ranks fall into step
+            verify = nbytes <= MIB or block == 0
+            times[name].append(each.block(case, name, inner, n_calls[name], warm_up, verify))
     for each in running:
         each.ask("release")
     halves = 2 if collective == "sendrecv" else 1
@@ -322,7 +334,7 @@ def main() -> None:
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         # "Intel MPI, shared heap" holds a comma itself
         wanted = [name for name in (*ORDINARY_PEERS, IMPI_HEAP) if name in options.peers]
-        running = start(n, wanted, f"127.0.0.1:{server.port}")
+        running = start(n, libraries(n, wanted), f"127.0.0.1:{server.port}")
         versions |= {each.library.name: each.version for each in running}
         try:
             for collective in options.collectives.split(","):

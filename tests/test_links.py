@@ -19,7 +19,7 @@ import pycomm
 from pycomm.errors import PeerLost, PeerTimeout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from netns import HOSTS, Network, emulated_hosts, why_unavailable
+from netns import Network, emulated_hosts, why_unavailable
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -96,7 +96,8 @@ def rank_on_host(_port, rank, n_ranks, network, folder, timeout_s, body):
 
 def run_on_hosts(network, folder, body, timeout_s=20.0):
     (Path(folder) / "store").unlink(missing_ok=True)
-    return run_processes(rank_on_host, 2, network, str(folder), timeout_s, body, hosts=HOSTS, timeout_s=50, may_die=())
+    arguments = (network, str(folder), timeout_s, body)
+    return run_processes(rank_on_host, len(network.hosts), *arguments, hosts=network.hosts, timeout_s=50, may_die=())
 
 
 def over_every_nic(group, network):
@@ -127,6 +128,13 @@ def test_traffic_takes_every_nic(namespaces, tmp_path):
         for outcome, _, said in run_on_hosts(network, tmp_path, over_every_nic):
             assert min(outcome) > 1 << 20, "a NIC stood idle"
             assert said == ""
+
+
+def test_four_hosts_behind_a_switch(namespaces, tmp_path):
+    with emulated_hosts(hosts="abcd", store_nic=False) as network:
+        network.shape("1gbit")
+        for outcome, _, said in run_on_hosts(network, tmp_path, plain):
+            assert (outcome, said) == ("done", "")
 
 
 def test_a_nic_that_is_down_is_left_out_with_one_warning(namespaces, tmp_path):

@@ -1,0 +1,209 @@
+"""Collectives across emulated hosts, beside Gloo, MPICH and what the link allows: python benchmarks/hosts.py
+
+Hosts are network namespaces (netns.py) whose NICs tc shapes. Needs root. A section is a layout and a rate, such as
+"2x4-scattered@1gbit": 2 hosts of 4 ranks, rank after rank on another host. All libraries are up at once and take turns,
+as in peers.py; a call's time is its slowest rank's, and every result is verified before it is timed. A run replaces its
+own sections in results/hosts.json and writes the tables of all into docs/hosts.md.
+
+The bound is benchmarks/bare.c in the same turns: it moves the bytes that a host must send and receive at least, both
+ways at once, between two hosts, and does nothing else. For an all_reduce of S bytes on N hosts that is 2S(N-1)/N."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from common import RESULTS, environment, markdown_table, size_name, write_json
+from links import compile_bare
+from netns import Network, emulated_hosts, why_unavailable
+from peer_rank import Hosts
+from peers import MPICH, PEERS, Library, Running, install, start
+
+KIB, MIB = 1 << 10, 1 << 20
+LAYOUTS = {f"{h}x{r}{kind}": (h, r, kind) for h, r in ((2, 2), (2, 4), (4, 2)) for kind in ("", "-scattered")}
+SIZES = {
+    "200mbit": {
+        "all_reduce": (KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB),
+        "all_gather": (MIB, 4 * MIB),
+        "all_to_all": (MIB,),
+    },
+    "1gbit": {
+        "all_reduce": (KIB, 64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB),
+        "all_gather": (MIB, 16 * MIB),
+        "all_to_all": (MIB, 4 * MIB),
+    },
+}
+SECTIONS = [f"{layout}@{rate}" for rate in SIZES for layout in LAYOUTS]
+BLOCK_S, N_BLOCKS, MAX_CALLS = 0.1, 5, 50
+COLUMNS = (Hosts.BARE, Hosts.CHOICE, Hosts.RING, Hosts.GLOO, MPICH)
+
+
+def placed(hosts: Sequence[str], ranks_per_host: int, kind: str) -> list[str]:
+    """The host of each rank."""
+    return list(hosts) * ranks_per_host if kind else [host for host in hosts for _ in range(ranks_per_host)]
+
+
+def mpich(network: Network, ranks: Sequence[str], folder: str) -> Library:
+    """MPICH's launcher starts its proxies "by ssh", which here is a script that enters the host's namespace."""
+    place = install("mpich")
+    script = Path(folder) / "enter"
+    of_address = "\n".join(
+        f"  {network.addresses(host)[0]}) host={network.namespaces[host]};;" for host in network.hosts
+    )
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = -x ] && shift\ncase "$1" in\n'
+        f'{of_address}\n  *) echo "unknown host $1" >&2; exit 1;;\nesac\nshift\nexec ip netns exec $host sh -c "$*"\n'
+    )
+    script.chmod(0o755)
+    each = [network.addresses(host)[0] for host in network.hosts]
+    if ranks[0] == ranks[1]:  # so many on one host before the next
+        each = [f"{address}:{len(ranks) // len(each)}" for address in each]
+    enter = ["ip", "netns", "exec", network.namespaces[network.hosts[0]]]
+    launcher = [*enter, f"{place}/bin/mpiexec", "-n", str(len(ranks)), "-hosts", ",".join(each), "-iface", "nic0"]
+    launcher += ["-launcher", "ssh", "-launcher-exec", str(script)]
+    # The provider's progress is the caller's; and processes of one emulated host share its memory as on a real one.
+    variables = {"FI_PROVIDER": "tcp", "FI_TCP_IFACE": "nic0", "UCX_NET_DEVICES": "nic0"}
+    return Library(MPICH, "mpi", place / "bin/python", launcher, variables)
+
+
+def ours(network: Network, ranks: Sequence[str], bare: str) -> Library:
+    each = []
+    for host in ranks:
+        variables = {"PYCOMM_HOST_ID": host, "PYCOMM_ADDRESS": ",".join(network.addresses(host)), "PEER_BARE": bare}
+        variables["GLOO_SOCKET_IFNAME"] = "nic0"
+        variables |= {f"PEER_ADDRESS_{other}": ",".join(network.addresses(other)) for other in network.hosts}
+        each.append((["ip", "netns", "exec", network.namespaces[host]], variables))
+    return Library("ours", "hosts", Path(sys.executable), each=each)
+
+
+def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[str, dict[str, float]]:
+    """Per contender: median and p90 of a call in microseconds, the slowest rank's."""
+    case = (collective, "float32", nbytes)
+    turns = [(each, name, inner) for each in running for name, inner in each.contenders.items()]
+    if collective == "all_to_all":
+        turns = [turn for turn in turns if turn[1] != Hosts.RING]
+    for each in running:
+        each.ask("prepare", *case, [inner for one, _, inner in turns if one is each])
+    n_calls = {}
+    for each, name, inner in turns:
+        slowest = max(each.ask("calibrate", inner, 2)) / 1e9
+        n_calls[name] = int(min(max(BLOCK_S / slowest, 1), MAX_CALLS))
+    times: dict[str, list[Any]] = {name: [] for _, name, _ in turns}
+    for block in range(N_BLOCKS):
+        first = block * len(turns) // N_BLOCKS
+        for each, name, inner in turns[first:] + turns[:first]:
+            times[name].append(each.block(case, name, inner, n_calls[name], n_calls[name] // 20, block == 0))
+    for each in running:
+        each.ask("release")
+    found = {}
+    for name, blocks in times.items():
+        us = np.concatenate(blocks) / 1e3
+        found[name] = {"median_us": round(float(np.median(us)), 1), "p90_us": round(float(np.percentile(us, 90)), 1)}
+    return found
+
+
+def section(name: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
+    layout, _, rate = name.partition("@")
+    n_hosts, per_host, kind = LAYOUTS[layout]
+    hosts = tuple("abcd"[:n_hosts])
+    ranks = placed(hosts, per_host, kind)
+    entries = []
+    with tempfile.TemporaryDirectory() as folder, emulated_hosts(hosts=hosts, store_nic=False) as network:
+        network.shape(rate)
+        server = serve(network)
+        libraries = [ours(network, ranks, compile_bare(folder)), mpich(network, ranks, folder)]
+        running = start(len(ranks), libraries, f"{network.store_address()}:{server.port}")
+        try:
+            for collective in wanted:
+                for nbytes in SIZES[rate][collective]:
+                    begin = time.perf_counter()
+                    contenders = measure(running, collective, nbytes)
+                    entries.append({"collective": collective, "nbytes": nbytes, "contenders": contenders})
+                    took = time.perf_counter() - begin
+                    cells = "  ".join(f"{who} {v['median_us'] / 1e3:.2f}" for who, v in contenders.items())
+                    print(f"{name} {collective} {size_name(nbytes):<8} {took:5.1f} s  {cells} (ms)", flush=True)
+        finally:
+            for each in running:
+                each.end()
+    return entries
+
+
+def serve(network: Network) -> dist.TCPStore:
+    """The ranks' store on the first host."""
+    from threading import Thread
+
+    made: list[dist.TCPStore] = []
+
+    def run() -> None:
+        network.enter(network.hosts[0])
+        made.append(dist.TCPStore(network.store_address(), 0, is_master=True, wait_for_workers=False))
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def table(name: str, entries: Sequence[dict[str, Any]]) -> str:
+    head = [f"{name}", "bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS[1:]), "Gloo / pycomm"]
+    rows = []
+    for entry in entries:
+        us = {who: figures["median_us"] for who, figures in entry["contenders"].items()}
+        bound, mine = us[Hosts.BARE], us[Hosts.CHOICE]
+        ratios = [f"{us[who] / bound:.2f}" if who in us else "" for who in COLUMNS[1:]]
+        cells = [f"{bound / 1e3:.2f}", f"{mine / 1e3:.2f}", *ratios, f"{us[Hosts.GLOO] / mine:.2f}"]
+        rows.append([f"{entry['collective']} {size_name(entry['nbytes'])}", *cells])
+    return markdown_table(head, rows)
+
+
+def write_page(record: dict[str, Any]) -> None:
+    parts = []
+    for name in SECTIONS:
+        if name in record:
+            about = record[name]["environment"]
+            parts.append(f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before'][0]}:\n")
+            parts.append(table(name, record[name]["entries"]) + "\n")
+    page = Path(__file__).parents[1] / "docs" / "hosts.md"
+    begin, end = "<!-- figures: begin -->\n", "<!-- figures: end -->"
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(before + begin + "\n".join(parts) + end + rest.partition(end)[2])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--collectives", default="all_reduce,all_gather,all_to_all")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    if (why := why_unavailable()) is not None:
+        print(f"hosts.py cannot emulate hosts here: {why}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
+    PEERS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "hosts.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.sections or SECTIONS:
+        about = environment() | {"command": shlex.join(["python", "benchmarks/hosts.py", name])}
+        entries = section(name, options.collectives.split(","))
+        print(f"\n{table(name, entries)}\n", flush=True)
+        if not options.dry:
+            record[name] = {"environment": about, "entries": entries}
+            write_json("hosts", {key: record[key] for key in SECTIONS if key in record})
+            write_page(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

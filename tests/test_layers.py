@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports what stands in an earlier row; modules of one row do not know each other. Every module has a row.
 PYTHON_ROWS = [
     ["errors"],
+    ["hosts"],
+    ["topology_file"],
     ["topology"],
     ["schedule"],
     ["planners"],

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pycomm.group import Group, Stats, Work, empty, init
-    from pycomm.topology import Topology
+    from pycomm.discover import Topology
 
 # Public names and where they live; imported when first used.
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "Work": "pycomm.group",
     "empty": "pycomm.group",
     "init": "pycomm.group",
-    "Topology": "pycomm.topology",
+    "Topology": "pycomm.discover",
 }
 
 __all__ = ["Group", "Stats", "Topology", "Work", "__version__", "empty", "init"]

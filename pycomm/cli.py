@@ -66,6 +66,18 @@ def _explain(argv: Sequence[str]) -> int:
     return 0
 
 
+def _tune(argv: Sequence[str]) -> int:
+    from pycomm import tune
+
+    return tune.main(argv)
+
+
+def _topo(argv: Sequence[str]) -> int:
+    from pycomm import topo
+
+    return topo.main(argv)
+
+
 def _info(argv: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="pycomm info", description="Versions, the extension, and what this machine offers."
@@ -130,6 +142,8 @@ def _distribution_version(name: str) -> str:
 COMMANDS: dict[str, Command] = {
     "launch": Command("start the ranks of a program on this machine, on one or several emulated hosts", _launch),
     "explain": Command("which schedule a collective would run, why, and what the others would cost", _explain),
+    "topo": Command("hosts, NICs, NUMA nodes, GPUs and ranks of a job, and what its links do, measured", _topo),
+    "tune": Command("measure links and algorithms, and save the table that later jobs choose by", _tune),
     "info": Command("versions, the extension, and what this machine offers", _info),
 }
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from pycomm.group import Group, Stats, Work, empty, init
     from pycomm.discover import Topology
+    from pycomm.group import Group, Stats, Work, empty, init
 
 # Public names and where they live; imported when first used.
 _HOMES = {

@@ -23,6 +23,7 @@ __all__ = ["Survey", "Topology", "describe", "discover", "survey"]
 if TYPE_CHECKING:
     from pycomm.group import Group
 
+
 @dataclass(frozen=True)
 class Survey:
     """topology: of the group's ranks. machines: [n_ranks], each rank's own view. gpus: of each host, by its position in
@@ -45,8 +46,8 @@ class Survey:
 def discover(group: Group | None = None) -> Topology:
     """The topology of a group's ranks; without a group, of this process alone.
 
-    With a group every rank calls it, and all get the same. Raises PycommError where PYCOMM_ADDRESS or MASTER_ADDR leads
-    to no address of this machine."""
+    With a group every rank calls it, and all get the same. Raises PycommError where MASTER_ADDR is given and there is
+    no route to it."""
     return survey(group).topology
 
 
@@ -56,12 +57,12 @@ Topology.discover = staticmethod(discover)  # type: ignore[attr-defined]
 
 def survey(group: Group | None = None) -> Survey:
     """discover() with all that was found: see there."""
-    machine = this_machine()
     gpus, unknown_gpus = find_gpus()
     if group is None:
+        machine = this_machine(in_a_job="MASTER_ADDR" in os.environ or "PYCOMM_ADDRESS" in os.environ)
         host_ids: tuple[str, ...] = (os.environ.get("PYCOMM_HOST_ID") or machine.host_id,)
         return _merge(host_ids, [_pack(machine, gpus, unknown_gpus)])
-    return _merge(group.host_ids, _gather(group, _pack(machine, gpus, unknown_gpus)))
+    return _merge(group.host_ids, _gather(group, _pack(this_machine(), gpus, unknown_gpus)))
 
 
 def describe(machine: Machine) -> str:

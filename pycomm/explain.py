@@ -34,8 +34,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which algorithm `nbytes` of a collective would take, and the candidates, that expected fastest first. str() is for
-    people: a line for each candidate."""
+    """Which algorithm `nbytes` of a collective would take, and the candidates, the fastest expected first. str() is
+    for people: a line for each candidate."""
 
     topology: Topology
     collective: str
@@ -52,7 +52,9 @@ class Explanation:
         rival = next(candidate for candidate in self.candidates if candidate is not chosen)
         lead, name = rival.expected_s / chosen.expected_s, rival.algorithm
         if lead > 1:
-            how = "predicted" if chosen.measured_s is None else "measured"
+            how = "measured"
+            if chosen.measured_s is None:
+                how = "predicted" if chosen.expected_s == chosen.total_s else "expected, from its times at other sizes,"
             return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         if lead * TIE >= 1:
             return f"{self.choice} is taken: {name} is within {TIE - 1:.0%} and comes later in the planners' order."
@@ -63,8 +65,8 @@ class Explanation:
         if len(self.topology.hosts) > 8:
             hosts += ", .."
         head = (
-            f"{self.collective} of {format_nbytes(self.nbytes)} on {_count(self.topology.n_ranks, 'rank')}, "
-            f"{_count(len(self.topology.hosts), 'host')} ({hosts})"
+            f"{self.collective} of {format_nbytes(self.nbytes)} on {count_of(self.topology.n_ranks, 'rank')}, "
+            f"{count_of(len(self.topology.hosts), 'host')} ({hosts})"
         )
         rows: list[tuple[str, ...]] = [
             ("", "algorithm", "predicted", "measured", "busiest host link", "between hosts", "rounds")
@@ -155,12 +157,13 @@ def _fewer(chosen: Candidate, other: Candidate) -> str:
     return ""
 
 
-def _count(count: int, what: str) -> str:
+def count_of(count: int, what: str) -> str:
+    """ "2 hosts", "1 host"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def format_s(seconds: float) -> str:
-    """ "1.5 ms". """
+    """ "1.5 ms"."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1:
             return f"{seconds * scale:.4g} {unit}"

@@ -56,7 +56,7 @@ class _Nvml:
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:
-    """(GPUs, what could not be found out and why). Without an NVIDIA driver both are empty: there is nothing to know."""
+    """(GPUs, what could not be found out and why). Without an NVIDIA driver both are empty."""
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError:

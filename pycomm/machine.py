@@ -65,8 +65,10 @@ class Machine:
         return next(interface for interface in self.interfaces if interface.name == name)
 
 
-def this_machine() -> Machine:
-    """Asks the kernel. Raises PycommError where PYCOMM_ADDRESS or MASTER_ADDR leads to no address of this machine."""
+def this_machine(in_a_job: bool = True) -> Machine:
+    """Asks the kernel. in_a_job: `carriers` are the interfaces of local_address(); else all that have an address.
+
+    Raises PycommError where MASTER_ADDR is given and there is no route to it."""
     unknown: list[str] = []
     cores = tuple(sorted(os.sched_getaffinity(0)))
     numa = _numa_nodes(unknown)
@@ -82,7 +84,7 @@ def this_machine() -> Machine:
         numa=numa,
         numa_node=nodes[0] if len(nodes) == 1 else None,
         interfaces=interfaces,
-        carriers=_carriers(interfaces, unknown),
+        carriers=_carriers(interfaces, unknown) if in_a_job else _outward(interfaces),
         unknown=tuple(unknown),
     )
 
@@ -247,6 +249,10 @@ def _carriers(interfaces: tuple[Interface, ...], unknown: list[str]) -> tuple[st
         else:
             unknown.append(f"the interface of {word.strip()}: no interface that is up has this name or address")
     return tuple(dict.fromkeys(found))
+
+
+def _outward(interfaces: tuple[Interface, ...]) -> tuple[str, ...]:
+    return tuple(one.name for one in interfaces if one.addresses and one.driver != "loopback")
 
 
 def _fnv1a(data: bytes) -> int:

@@ -62,7 +62,8 @@ def measure_links(
 ) -> Links:
     """Measures a group's links; every rank calls it, and all get the same.
 
-    topology: the group's (discover.survey). machines: [n_ranks], the id of the machine that each rank is on. all_pairs: None for groups of up to ALL_PAIRS_UP_TO ranks. target_s: seconds that one transfer is to take."""
+    topology: the group's (discover.survey). machines: [n_ranks], the id of the machine that each rank is on.
+    all_pairs: None for groups of up to ALL_PAIRS_UP_TO ranks. target_s: seconds that one transfer is to take."""
     if topology.n_ranks != group.size:
         raise InvalidArgument(f"measure_links: {topology.n_ranks} ranks in the topology, {group.size} in the group")
     n = group.size
@@ -113,18 +114,14 @@ def measured_topology(topology: Topology, links: Links) -> Topology:
             hosts.append(host)
             continue
         mine = topology.host_index == index
-        latency, overhead = (
-            float(np.nanmin(figure[mine][:, ~mine])) for figure in (links.latency_s, links.overhead_s)
-        )
+        latency, overhead = (float(np.nanmin(figure[mine][:, ~mine])) for figure in (links.latency_s, links.overhead_s))
         scale = float(np.nanmax(rates)) / host.nic.bytes_per_s
         nics = tuple(Nic(nic.name, Link(latency, nic.link.bytes_per_s * scale, overhead)) for nic in host.nics)
         hosts.append(dataclasses.replace(host, nics=nics))
     inside = topology.inside
     if not np.isnan(links.latency_s[same]).all():
         inside = Link(*(float(np.nanmedian(f[same])) for f in (links.latency_s, links.bytes_per_s, links.overhead_s)))
-    return dataclasses.replace(
-        topology, hosts=tuple(hosts), inside=inside, reduce_bytes_per_s=links.reduce_bytes_per_s
-    )
+    return dataclasses.replace(topology, hosts=tuple(hosts), inside=inside, reduce_bytes_per_s=links.reduce_bytes_per_s)
 
 
 def slow_paths(topology: Topology, links: Links) -> list[str]:
@@ -160,9 +157,7 @@ def _circle(n_ranks: int) -> list[Pair]:
 def _links(topology: Topology) -> list[Pair]:
     """One pair inside each host, and one for each pair of hosts."""
     inside = [host.ranks[:2] for host in topology.hosts if len(host.ranks) > 1]
-    between = [
-        (topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]) for a, b in _circle(len(topology.hosts))
-    ]
+    between = [(topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]) for a, b in _circle(len(topology.hosts))]
     return [(min(pair), max(pair)) for pair in [*inside, *between]]
 
 
@@ -264,7 +259,8 @@ def _host_rates(group: Group, topology: Topology, rate: Matrix, target_s: float)
     everyone = np.empty((group.size, *mine.shape))
     group.all_gather(everyone, mine)
     sent, seconds = everyone[:, 0].sum(axis=0), everyone[:, 1].max(axis=0)
-    return np.divide(sent, seconds, out=np.full_like(sent, np.nan), where=seconds > 0)
+    rates: Matrix = np.divide(sent, seconds, out=np.full_like(sent, np.nan), where=seconds > 0)
+    return rates
 
 
 def _exchange(group: Group, flows: Sequence[Pair], nbytes: int) -> tuple[int, float]:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any, Final
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
@@ -37,6 +38,8 @@ from pycomm.project import Program
 from pycomm.table import TuningTable, from_json, layout_key, load, topology_from_document, topology_to_document
 from pycomm.topology import Topology
 from pycomm.tuner import Choices, choice_table
+
+_HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
 # Groups are often alike: 100 of one shape plan once, not in 0.1 s each.
 _choices = lru_cache(maxsize=256)(choice_table)
@@ -107,7 +110,9 @@ class Planning:
         for limit, name in self.choices(collective, root):
             if name == algorithm:
                 at = limit if limit is not None else max(2 * beyond, 1 << 20)
-                lines.append(f"{collective} {_size_class(beyond, limit)}: {_one_line(self.explain(collective, at, root))}")
+                lines.append(
+                    f"{collective} {_size_class(beyond, limit)}: {_one_line(self.explain(collective, at, root))}"
+                )
             beyond = limit or beyond
         return lines or [f"{collective}: {algorithm}, which the caller named"]
 
@@ -189,13 +194,11 @@ def _given(topology: Topology | str | Path | None) -> Topology | None:
     return named if named is None or isinstance(named, Topology) else Topology.load(named)
 
 
-def _lead(
-    own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | None, limit: timedelta
-) -> JobPlan:
+def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | None, limit: timedelta) -> JobPlan:
     """Rank 0's part."""
     plain = Topology.from_host_ids(endpoint.host_ids)
     explains = os.environ.get("PYCOMM_EXPLAIN", "0") not in ("", "0")
-    job = {"error": "", "topology": None, "asks_hardware": False, "explains": explains}
+    job: dict[str, Any] = {"error": "", "topology": None, "asks_hardware": False, "explains": explains}
     files = _table_files(plain)
     try:
         given = _given(topology)
@@ -222,7 +225,9 @@ def _lead(
 def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, explains: bool) -> JobPlan:
     host_ids = tuple(endpoint.host_ids)
     table = from_json(text) if text else None
-    topology = led or (table and table.for_hosts(Topology.from_host_ids(host_ids)))
+    topology = led
+    if led is None and table is not None:
+        topology = table.for_hosts(Topology.from_host_ids(host_ids))
     return JobPlan(host_ids, topology, table, explains)
 
 
@@ -291,13 +296,14 @@ def fit(topology: Topology, host_ids: Sequence[str]) -> Topology:
             f"the topology has ranks 0 .. {topology.n_ranks - 1}, this job 0 .. {len(host_ids) - 1}; "
             "write one with the job's ranks"
         )
-    named = {host: host for host in host_ids}
-    for host in dict.fromkeys(host_ids):
-        short = re.sub(r"-[0-9a-f]{6,8}$", "", host)
-        named[short] = host if short not in named or short in host_ids else ""
+    named = {name: name for name in host_ids}
+    for name in dict.fromkeys(host_ids):
+        short = _HASH.sub("", name)
+        if short not in host_ids:
+            named[short] = name if short not in named else ""
     hosts = []
     for host in topology.hosts:
-        name = named.get(host.name) or named.get(re.sub(r"-[0-9a-f]{6,8}$", "", host.name))
+        name = named.get(host.name) or named.get(_HASH.sub("", host.name), "")
         if not name:
             known = ", ".join(list(dict.fromkeys(host_ids))[:8])
             raise TopologyError(f"the topology's host {host.name!r} has no ranks in this job; its hosts are {known}")

@@ -160,7 +160,7 @@ def topology_to_document(topology: Topology) -> dict[str, Any]:
 
 
 def topology_from_document(document: dict[str, Any]) -> Topology:
-    """Reads what topology_to_document() made. Raises TopologyError, KeyError or TypeError where it is something else."""
+    """Reads what topology_to_document() made. Raises TopologyError, KeyError or TypeError for anything else."""
     hosts = tuple(
         Host(
             host["name"],

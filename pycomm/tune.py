@@ -163,7 +163,9 @@ def report(table: TuningTable) -> str:
     inside = table.topology.inside
     lines.append(f"inside hosts: {_link(inside.bytes_per_s, inside.latency_s)}")
     if not table.times:
-        return "\n".join([*lines, "one host: every collective takes the engine's native path, there is nothing to choose"])
+        return "\n".join(
+            [*lines, "one host: every collective takes the engine's native path, there is nothing to choose"]
+        )
     for collective in PLANNERS:
         choices, beyond = [], ""
         for limit, name in choice_table(table.topology, collective, 0, table):
@@ -197,13 +199,16 @@ def main(argv: Sequence[str]) -> int:
     """`pycomm tune`: returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="pycomm tune",
-        description="Measure links and algorithms, and save a table that later jobs of this layout load by themselves.",
-        epilog="Under `pycomm launch`, torchrun or srun it measures that job; with --hosts or --ranks it starts its own "
-        "ranks. Tables: PYCOMM_TUNE_DIR, else XDG_CACHE_HOME/pycomm, else ~/.cache/pycomm; PYCOMM_TUNE_FILE names one.",
+        description="Measure links and algorithms, and save a table that later jobs of this layout load.",
+        epilog="Under `pycomm launch`, torchrun or srun it measures that job; with --hosts or --ranks it starts "
+        "its own ranks. Tables stand in PYCOMM_TUNE_DIR, else XDG_CACHE_HOME/pycomm, else ~/.cache/pycomm; "
+        "PYCOMM_TUNE_FILE names one.",
     )
     add_layout(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to save the table (default: that folder)")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, metavar="S", help="seconds for algorithms (%(default)g)")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_S, metavar="S", help="seconds for algorithms (%(default)g)"
+    )
     options = parser.parse_args(argv)
     if options.budget <= 0:
         parser.error(f"--budget is {options.budget:g}; give seconds above 0")

@@ -31,7 +31,8 @@ PYTHON_ROWS = [
     ["group"],
     ["backend", "distributed", "overlap", "moe", "measure"],
     ["launch"],
-    ["tune", "topo"],
+    ["tune"],
+    ["topo"],
     ["cli"],
     ["__main__"],
 ]

@@ -98,7 +98,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             need_s = sum(seconds * (1 + _BLOCKS * n) for seconds, n in zip(expected[contends], calls, strict=True))
             if len(names) < 2 or need_s > min(_LARGEST_SHARE * budget_s, budget_s - spent):
                 continue
-            for name, seconds in zip(names, _time(group, collective, size, names, calls), strict=True):
+            for name, seconds in zip(names, time_algorithms(group, collective, size, names, calls), strict=True):
                 samples.setdefault((collective, name), {})[size] = seconds
             spent = _slowest(group, time.perf_counter() - begin)
 
@@ -108,10 +108,15 @@ def _rounded(nbytes: int, n_ranks: int) -> int:
     return -(-nbytes // (4 * n_ranks)) * 4 * n_ranks
 
 
-def _time(group: Group, collective: str, nbytes: int, names: Sequence[str], calls: Sequence[int]) -> list[float]:
-    """Seconds of one call of each algorithm, the same on every rank."""
+def time_algorithms(
+    group: Group, collective: str, nbytes: int, names: Sequence[str], calls: Sequence[int], n_blocks: int = _BLOCKS
+) -> list[float]:
+    """Seconds of one call of each algorithm, the same on every rank; every rank calls it with the same.
+
+    nbytes: of the longest buffer, in float32, a whole number of pieces for all ranks. calls: of each algorithm in a
+    block. Blocks take turns; the slowest rank's time counts, and the median of the blocks."""
     run = _runner(group, collective, nbytes)
-    blocks = np.empty((_BLOCKS, len(names)))
+    blocks = np.empty((n_blocks, len(names)))
     for name in names:
         run(name)  # plans, and opens connections
     for block in blocks:

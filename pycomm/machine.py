@@ -113,8 +113,8 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
     cores: list[int] = []
     try:
         for part in filter(None, text.strip().split(",")):
-            first, _, last = part.partition("-")
-            cores += range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            cores += range(int(first), int(last if dash else first) + 1)
     except ValueError:
         raise InvalidArgument(f"{text!r} is no list of cores such as 0-3,8") from None
     return tuple(cores)

@@ -68,7 +68,9 @@ def test_nics_numa_nodes_and_gpus_come_from_their_hosts():
     other = dataclasses.replace(MACHINE, numa_node=1, cores=(2, 3))
     far = dataclasses.replace(MACHINE, boot_id="boot-b", numa_node=None, cores=(0, 1, 2, 3), carriers=())
     gpu = Gpu(0, "H100", "GPU-1", 18, ())
-    found = _merge(("a", "a", "a", "b"), [_pack(m, (gpu,) if m is far else (), ()) for m in (other, MACHINE, other, far)])
+    found = _merge(
+        ("a", "a", "a", "b"), [_pack(m, (gpu,) if m is far else (), ()) for m in (other, MACHINE, other, far)]
+    )
     a, b = found.topology.hosts
     assert [(nic.name, nic.link.bytes_per_s) for nic in a.nics] == [("eth0", 12.5e9), ("eth1", TCP.bytes_per_s)]
     assert a.nic.bytes_per_s == 12.5e9 + TCP.bytes_per_s

@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from pycomm import _C, planners, project
 from pycomm.check import check
 from pycomm.discover import describe
-from pycomm.errors import InvalidArgument, PycommWarning, TopologyError
+from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, TopologyError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
 from pycomm.machine import this_machine
 from pycomm.project import Program
@@ -150,16 +150,15 @@ def agree(store: Store, endpoint: _C.Endpoint, topology: Topology | str | Path |
     own, limit = PrefixStore("planning", store), timedelta(seconds=timeout_s)
     if endpoint.rank == 0:
         return _lead(own, endpoint, topology, limit)
-    own.wait(["job"], limit)
-    job = json.loads(own.get("job"))
+    job = json.loads(_await(own, ["job"], limit, "rank 0")[0])
     if job["error"]:
         raise TopologyError(job["error"])
     if job["asks_hardware"] and endpoint.rank in _first_ranks(endpoint.host_ids):
         own.set(f"hardware/{endpoint.rank}", describe(this_machine()))
     led = topology_from_document(job["topology"]) if job["topology"] else None
     _compare(endpoint, topology, led)
-    own.wait(["table"], limit)
-    return _job_plan(endpoint, led, own.get("table").decode(), job["explains"])
+    (text,) = _await(own, ["table"], limit, "rank 0")
+    return _job_plan(endpoint, led, text, job["explains"])
 
 
 def table_folder() -> Path:
@@ -214,12 +213,24 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
         if files:
             firsts = _first_ranks(endpoint.host_ids)
             own.set("hardware/0", describe(this_machine()))
-            own.wait([f"hardware/{rank}" for rank in firsts], limit)
-            hardware = [own.get(f"hardware/{rank}").decode() for rank in firsts]
+            keys = [f"hardware/{rank}" for rank in firsts]
+            hardware = _await(own, keys, limit, f"one of ranks {', '.join(map(str, firsts))}")
             text = _find_table(files, plain, hardware)
     finally:
         own.set("table", text)
     return _job_plan(endpoint, led, text, explains)
+
+
+def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
+    """What was set under the keys. Raises PeerTimeout where it does not come, or the store goes."""
+    try:
+        own.wait(keys, limit)
+        return [own.get(key).decode() for key in keys]
+    except RuntimeError as error:  # torch.distributed's errors of a store
+        raise PeerTimeout(
+            f"set-up: {whose} did not say within {limit.total_seconds():g} s what the job plans from "
+            f"({str(error).splitlines()[0]}); see that rank's own error"
+        ) from error
 
 
 def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, explains: bool) -> JobPlan:

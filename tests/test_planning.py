@@ -6,6 +6,7 @@ import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,12 @@ from torch_ranks import run_processes
 
 import pycomm
 from pycomm.discover import describe
-from pycomm.errors import InvalidArgument, PycommWarning, TopologyError
+from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, TopologyError
 from pycomm.explain import explain
 from pycomm.hosts import Link, Switch
 from pycomm.machine import this_machine
 from pycomm.planners import PLANNERS
-from pycomm.planning import engine_version, fit, table_folder
+from pycomm.planning import agree, engine_version, fit, table_folder
 from pycomm.table import Times, TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import choice_table, choose
@@ -338,3 +339,9 @@ def test_where_tables_are_kept(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert table_folder() == Path("/home/me/.cache/pycomm")
+
+
+def test_a_rank_0_that_never_says_is_a_timeout():
+    endpoint = SimpleNamespace(rank=1, host_ids=list(HOSTS))
+    with pytest.raises(PeerTimeout, match=r"rank 0 did not say within 0.2 s what the job plans from"):
+        agree(c10d.HashStore(), endpoint, None, 0.2)

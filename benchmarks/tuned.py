@@ -3,18 +3,19 @@
 Two hosts of 4 ranks, emulated by network namespaces that tc shapes (default: 200mbit 1gbit); needs root. For each rate:
 the measured latency and rate of the hosts' NICs beside what the shaper leaves to TCP's payload (1448 of the 1514 bytes
 that tc counts for a full frame), then a tuning table, and for every collective and size that the table was not
-measured at the time of the chosen algorithm over the best candidate's, in calls that take turns. Writes
-results/tuned.json."""
+measured at the time of the chosen algorithm over the best candidate's, in calls that take turns. A
+run replaces its own rates in results/tuned.json."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from typing import Any
 
 import numpy as np
-from common import environment, markdown_table, run_ranks, size_name, write_json
+from common import RESULTS, environment, markdown_table, run_ranks, size_name, write_json
 from netns import emulated_hosts, why_unavailable
 
 HOSTS = ("a",) * 4 + ("b",) * 4
@@ -92,15 +93,16 @@ def main() -> int:
     if why := why_unavailable():
         print(f"tuned: cannot run here: {why}", file=sys.stderr)
         return 2
-    record: dict[str, Any] = {"environment": environment(), "rates": {}}
+    path = RESULTS / "tuned.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for rate in rates:
+        about = environment()
         with emulated_hosts() as network:
             network.shape(rate)
-            text, record["rates"][rate] = report(
-                rate, run_ranks(measure, len(HOSTS), hosts=HOSTS, network=network, timeout_s=300)
-            )
-        print(text, flush=True)
-    print(f"written to {write_json('tuned', record)}")
+            results = run_ranks(measure, len(HOSTS), hosts=HOSTS, network=network, timeout_s=300)
+        text, found = report(rate, results)
+        record[rate] = {"environment": about, **found}
+        print(f"{text}\nwritten to {write_json('tuned', record)}", flush=True)
     return 0
 
 

@@ -2,9 +2,9 @@
 
 Two hosts of 4 ranks, emulated by network namespaces that tc shapes (default: 200mbit 1gbit); needs root. For each rate:
 the measured latency and rate of the hosts' NICs beside what the shaper leaves to TCP's payload (1448 of the 1514 bytes
-that tc counts for a full frame), then a tuning table, and for every collective and size that the table was not
-measured at the time of the chosen algorithm over the best candidate's, in calls that take turns. A
-run replaces its own rates in results/tuned.json."""
+that tc counts for a full frame), then a tuning table, and for every collective at sizes between those
+that the table was measured at: the time of the chosen algorithm over the best candidate's, in calls that take turns.
+A run replaces its own rates in results/tuned.json."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def _find_table(files: list[Path], topology: Topology, hardware: Sequence[str]) 
             return table.to_json()
         refused.append(f"tuning table {path}: {reason}; measure again with `pycomm tune`")
     warnings.warn(
-        f"pycomm: {refused[0]}. Until then the model chooses, with default link figures.", PycommWarning, stacklevel=2
+        f"pycomm: {refused[0]}. Until then the model chooses, with default link figures.", PycommWarning, stacklevel=6
     )
     return ""
 
@@ -293,7 +293,7 @@ def _compare(endpoint: _C.Endpoint, topology: Topology | str | Path | None, led:
         f"pycomm: rank {endpoint.rank}'s topology {mine}, {theirs}; all ranks plan from {instead}. "
         "Give every rank the same.",
         PycommWarning,
-        stacklevel=2,
+        stacklevel=5,
     )
 
 

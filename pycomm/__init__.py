@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pycomm.discover import Topology
     from pycomm.group import Group, Stats, Work, empty, init
-    from pycomm.topology import Topology
 
 # Public names and where they live; imported when first used.
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "Work": "pycomm.group",
     "empty": "pycomm.group",
     "init": "pycomm.group",
-    "Topology": "pycomm.topology",
+    "Topology": "pycomm.discover",
 }
 
 __all__ = ["Group", "Stats", "Topology", "Work", "__version__", "empty", "init"]

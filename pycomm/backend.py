@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import Store
 
 from pycomm import _C
 from pycomm.group import engine_group, make_endpoint
+from pycomm.planning import Endpoint
 
 
 def create(options: Any, backend_options: Any = None) -> _C.Backend:
@@ -34,7 +35,7 @@ def create(options: Any, backend_options: Any = None) -> _C.Backend:
     return _backend(endpoint, options.store, options.group_id or "default", of_endpoint, timeout_s)
 
 
-def _backend(endpoint: _C.Endpoint, store: Store, name: str, ranks: list[int], timeout_s: float) -> _C.Backend:
+def _backend(endpoint: Endpoint, store: Store, name: str, ranks: list[int], timeout_s: float) -> _C.Backend:
     def split(store: Store, of_this: list[int], name: str) -> _C.Group:
         return engine_group(endpoint, store, name, f"c10d/{name}", [ranks[rank] for rank in of_this], timeout_s)
 
@@ -48,8 +49,9 @@ def _merge(store: Store, rank: int, size: int, name: str, timeout_s: float) -> _
     return _backend(endpoint, store, name, list(range(size)), timeout_s)
 
 
-def _default_endpoint() -> _C.Endpoint | None:
-    """The default group's, where that runs on pycomm."""
+def _default_endpoint() -> Endpoint | None:
+    """The default group's, where that runs on pycomm. It is the object that _backend() was given, which its split()
+    keeps."""
     world = c10d.group.WORLD
     if world is None:
         return None
@@ -57,7 +59,11 @@ def _default_endpoint() -> _C.Endpoint | None:
         backend = world._get_backend(torch.device("cpu"))
     except RuntimeError:  # its CPU tensors have no backend
         return None
-    return backend.endpoint if isinstance(backend, _C.Backend) else None
+    if not isinstance(backend, _C.Backend):
+        return None
+    endpoint = backend.endpoint
+    assert isinstance(endpoint, Endpoint)
+    return endpoint
 
 
 def _seconds(timeout: Any) -> float:

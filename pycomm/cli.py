@@ -37,7 +37,7 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _explain(argv: Sequence[str]) -> int:
-    from pycomm import explain, launch
+    from pycomm import explain, launch, table
     from pycomm.topology import Topology
 
     parser = argparse.ArgumentParser(
@@ -52,8 +52,18 @@ def _explain(argv: Sequence[str]) -> int:
     parser.add_argument("--hosts", metavar="H", help="hosts: a count, or the ranks of each, such as 3,1")
     parser.add_argument("--ranks-per-host", type=int, metavar="R", help="ranks on each host")
     parser.add_argument("--topology", metavar="FILE", help="a topology in TOML, instead of the options above")
+    parser.add_argument("--table", metavar="FILE", help="a table of `pycomm tune`: its layout, links and times")
     options = parser.parse_args(argv)
     layout = (options.ranks, options.hosts, options.ranks_per_host)
+    nbytes = explain.parse_nbytes(options.nbytes)
+    if options.table is not None:
+        if layout != (None, None, None) or options.topology is not None:
+            parser.error(
+                "--table has the hosts and ranks it was measured on; leave --ranks, --hosts and --topology out"
+            )
+        tuned = table.load(options.table)
+        print(explain.explain(tuned.topology, options.collective, nbytes, table=tuned))
+        return 0
     if options.topology is not None:
         if layout != (None, None, None):
             parser.error("--topology describes the hosts and ranks already; leave --ranks and --hosts out")
@@ -62,8 +72,20 @@ def _explain(argv: Sequence[str]) -> int:
         topology = Topology.emulated([2, 2])
     else:
         topology = Topology.emulated(launch.parse_layout(*layout))
-    print(explain.explain(topology, options.collective, explain.parse_nbytes(options.nbytes)))
+    print(explain.explain(topology, options.collective, nbytes))
     return 0
+
+
+def _tune(argv: Sequence[str]) -> int:
+    from pycomm import tune
+
+    return tune.main(argv)
+
+
+def _topo(argv: Sequence[str]) -> int:
+    from pycomm import topo
+
+    return topo.main(argv)
 
 
 def _info(argv: Sequence[str]) -> int:
@@ -130,6 +152,8 @@ def _distribution_version(name: str) -> str:
 COMMANDS: dict[str, Command] = {
     "launch": Command("start the ranks of a program on this machine, on one or several emulated hosts", _launch),
     "explain": Command("which schedule a collective would run, why, and what the others would cost", _explain),
+    "topo": Command("hosts, NICs, NUMA nodes, GPUs and ranks of a job, and what its links do, measured", _topo),
+    "tune": Command("measure links and algorithms, and save the table that later jobs choose by", _tune),
     "info": Command("versions, the extension, and what this machine offers", _info),
 }
 

@@ -1,6 +1,6 @@
 """explain(topology, collective, nbytes): the candidates, what each would cost, and which one the tuner takes and why.
 
-It reads the same table as the engine, so what it says is what runs."""
+It reads the same tables as the engine, so what it says is what runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from pycomm.errors import InvalidArgument
 from pycomm.simulate import simulate
+from pycomm.table import TuningTable
 from pycomm.topology import Topology
-from pycomm.tuner import TIE, candidates, choice_table, choose
+from pycomm.tuner import TIE, candidates, choice_table, choose, costs
 
 _UNITS = {"": 0, "b": 0, "k": 10, "kib": 10, "m": 20, "mib": 20, "g": 30, "gib": 30, "t": 40, "tib": 40}
 _DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -18,10 +19,14 @@ _DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 @dataclass(frozen=True)
 class Candidate:
-    """One algorithm's predicted cost. `link_bytes` is what crosses the busiest host link in its busier direction."""
+    """One algorithm's cost: `total_s` as the model predicts it, `measured_s` as `pycomm tune` measured it at this size
+    or on both sides of it (None where it did not), `expected_s` what the tuner compares (tuner.py). `link_bytes` is
+    what crosses the busiest host link in its busier direction."""
 
     algorithm: str
     total_s: float
+    expected_s: float
+    measured_s: float | None
     link_bytes: int
     bytes_between_hosts: int
     n_rounds: int
@@ -29,7 +34,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which algorithm `nbytes` of a collective would take, and the candidates, fastest first. str() is for people."""
+    """Which algorithm `nbytes` of a collective would take, and the candidates, the fastest expected first. str() is
+    for people: a line for each candidate."""
 
     topology: Topology
     collective: str
@@ -44,9 +50,12 @@ class Explanation:
             return "One rank has nobody to exchange with."
         chosen = next(candidate for candidate in self.candidates if candidate.algorithm == self.choice)
         rival = next(candidate for candidate in self.candidates if candidate is not chosen)
-        lead, name = rival.total_s / chosen.total_s, rival.algorithm
+        lead, name = rival.expected_s / chosen.expected_s, rival.algorithm
         if lead > 1:
-            return f"{self.choice} is predicted fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
+            how = "measured"
+            if chosen.measured_s is None:
+                how = "predicted" if chosen.expected_s == chosen.total_s else "expected, from its times at other sizes,"
+            return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         if lead * TIE >= 1:
             return f"{self.choice} is taken: {name} is within {TIE - 1:.0%} and comes later in the planners' order."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
@@ -56,21 +65,26 @@ class Explanation:
         if len(self.topology.hosts) > 8:
             hosts += ", .."
         head = (
-            f"{self.collective} of {format_nbytes(self.nbytes)} on {_count(self.topology.n_ranks, 'rank')}, "
-            f"{_count(len(self.topology.hosts), 'host')} ({hosts})"
+            f"{self.collective} of {format_nbytes(self.nbytes)} on {count_of(self.topology.n_ranks, 'rank')}, "
+            f"{count_of(len(self.topology.hosts), 'host')} ({hosts})"
         )
-        rows = [("", "algorithm", "predicted", "busiest host link", "between hosts", "rounds")]
+        rows: list[tuple[str, ...]] = [
+            ("", "algorithm", "predicted", "measured", "busiest host link", "between hosts", "rounds")
+        ]
         for candidate in self.candidates:
             rows.append(
                 (
                     "->" if candidate.algorithm == self.choice else "",
                     candidate.algorithm,
-                    _format_s(candidate.total_s),
+                    format_s(candidate.total_s),
+                    "-" if candidate.measured_s is None else format_s(candidate.measured_s),
                     format_nbytes(candidate.link_bytes),
                     format_nbytes(candidate.bytes_between_hosts),
                     str(candidate.n_rounds),
                 )
             )
+        if all(candidate.measured_s is None for candidate in self.candidates):
+            rows = [row[:3] + row[4:] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"  {row[0]:{widths[0]}} {row[1]:{widths[1]}}" + "".join(f"  {cell:>{width}}" for cell, width in cells)
@@ -80,8 +94,11 @@ class Explanation:
         return "\n".join([head, *lines, self.reason])
 
 
-def explain(topology: Topology, collective: str, nbytes: int, root: int = 0) -> Explanation:
-    """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets.
+def explain(
+    topology: Topology, collective: str, nbytes: int, root: int = 0, table: TuningTable | None = None
+) -> Explanation:
+    """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets. table: of this
+    topology's layout.
 
     Raises InvalidArgument for an unknown collective, a negative size or a root that is no rank."""
     if nbytes < 0:
@@ -89,12 +106,23 @@ def explain(topology: Topology, collective: str, nbytes: int, root: int = 0) -> 
     if not 0 <= root < topology.n_ranks:
         raise InvalidArgument(f"explain: root {root} is not among ranks 0 .. {topology.n_ranks - 1}")
     found = []
-    for algorithm, plan in candidates(topology, collective).items():
-        run = simulate(plan(topology, root), topology, nbytes)
+    planners, cost = candidates(topology, collective), costs(topology, collective, (nbytes,), root, table)
+    for algorithm, expected, measured in zip(cost.algorithms, cost.expected_s[:, 0], cost.measured[:, 0], strict=True):
+        run = simulate(planners[algorithm](topology, root), topology, nbytes)
         link_bytes = int(max(run.host_sent_bytes.max(), run.host_received_bytes.max()))
-        found.append(Candidate(algorithm, run.total_s, link_bytes, run.bytes_between_hosts, run.schedule.n_rounds))
-    found.sort(key=lambda candidate: candidate.total_s)
-    choice = choose(choice_table(topology, collective, root), nbytes)
+        found.append(
+            Candidate(
+                algorithm,
+                run.total_s,
+                float(expected),
+                float(expected) if measured else None,
+                link_bytes,
+                run.bytes_between_hosts,
+                run.schedule.n_rounds,
+            )
+        )
+    found.sort(key=lambda candidate: candidate.expected_s)
+    choice = choose(choice_table(topology, collective, root, table), nbytes)
     return Explanation(topology, collective, nbytes, choice, tuple(found))
 
 
@@ -129,11 +157,13 @@ def _fewer(chosen: Candidate, other: Candidate) -> str:
     return ""
 
 
-def _count(count: int, what: str) -> str:
+def count_of(count: int, what: str) -> str:
+    """ "2 hosts", "1 host"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _format_s(seconds: float) -> str:
+def format_s(seconds: float) -> str:
+    """ "1.5 ms"."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1:
             return f"{seconds * scale:.4g} {unit}"

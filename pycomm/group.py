@@ -5,74 +5,39 @@ ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for 
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import socket
 import warnings
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
 
 from pycomm import _C
 from pycomm._C import Stats, Work
-from pycomm.check import check
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
-from pycomm.explain import explain, format_nbytes
+from pycomm.explain import format_nbytes
+from pycomm.machine import local_address
 from pycomm.planners import PLANNERS
-from pycomm.project import Program, project
+from pycomm.planning import Endpoint, JobPlan, agree, fit, plan
+from pycomm.table import TuningTable
 from pycomm.topology import Topology
-from pycomm.tuner import Choices, choice_table
 
 __all__ = ["Group", "Stats", "Work", "empty", "engine_group", "init"]
 
 DEFAULT_TIMEOUT_S = 300.0
 
 
-# Groups are often alike: 100 of one shape plan once, not in 0.1 s each.
-_choices = lru_cache(maxsize=256)(choice_table)
-
-
-@lru_cache(maxsize=256)
-def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int) -> Program:
-    planners = PLANNERS[collective]
-    if algorithm not in planners:
-        raise InvalidArgument(
-            f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or give none"
-        )
-    schedule = planners[algorithm](topology, root)
-    check(schedule)
-    return project(schedule, rank)
-
-
-class Planning:
-    """What the engine asks for when a collective is used for the first time. Every rank answers alike."""
-
-    def __init__(self, topology: Topology, rank: int) -> None:
-        self.topology = topology
-        self.rank = rank
-
-    def choices(self, collective: str, root: int) -> Choices:
-        return _choices(self.topology, collective, root)
-
-    def program(self, collective: str, algorithm: str, root: int) -> Program:
-        return _program(self.topology, self.rank, collective, algorithm, root)
-
-
-def plan(endpoint: _C.Endpoint, ranks: Sequence[int]) -> Planning:
-    """Planning of a group of these ranks of the endpoint, for the endpoint's own."""
-    topology = Topology.from_host_ids([endpoint.host_ids[rank] for rank in ranks])
-    return Planning(topology, list(ranks).index(endpoint.rank))
-
-
 def engine_group(
-    endpoint: _C.Endpoint, store: Store, name: str, key: str, ranks: Sequence[int], timeout_s: float
+    endpoint: Endpoint, store: Store, name: str, key: str, ranks: Sequence[int], timeout_s: float
 ) -> _C.Group:
     """The engine's half of a group, which is all that torch.distributed's backend needs. ranks: the endpoint's ranks,
     in the group's order; all of them call this, with one key, which their other groups do not have."""
-    return _C.Group(endpoint, store, name, key, list(ranks), plan(endpoint, ranks), timeout_s)
+    planning = plan(endpoint.job, name, ranks, endpoint.rank)
+    return _C.Group(endpoint, store, name, key, list(ranks), planning, timeout_s)
 
 
 class Group(_C.Group):
@@ -91,11 +56,20 @@ class Group(_C.Group):
     checks shapes, dtypes and devices."""
 
     def __init__(
-        self, endpoint: _C.Endpoint, store: Store, name: str, key: str, ranks: Sequence[int], timeout_s: float
+        self,
+        endpoint: Endpoint,
+        store: Store,
+        name: str,
+        key: str,
+        ranks: Sequence[int],
+        timeout_s: float,
+        job: JobPlan | None = None,
     ) -> None:
-        planning = plan(endpoint, ranks)
+        self._job = job or endpoint.job
+        planning = plan(self._job, name, ranks, endpoint.rank)
         super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s)
         self.topology = planning.topology
+        self._planning = planning
         self._endpoint = endpoint
         self._store = store
         self._key = key
@@ -144,20 +118,36 @@ class Group(_C.Group):
         members.sort(key=lambda rank: (int(everyone[rank, 2]), rank))
         return self._child(members, f"{self._n_children}/{color}", name)
 
+    def replan(self, topology: Topology, table: TuningTable | None = None, name: str | None = None) -> Group:
+        """A group of the same ranks that plans from `topology` and, where given, a tuning table's times, and so do the
+        groups made from it. Every rank of the job calls it on a group of all of them, with the same.
+        Raises InvalidArgument where the group lacks ranks of the job or has them in another order, and TopologyError
+        where the topology is not that of its ranks."""
+        if self._ranks != tuple(range(len(self._job.host_ids))):
+            raise InvalidArgument(
+                f"replan in group {self.name!r}: it is not the group of all the job's ranks in their order; "
+                "replan that one, and make this one from it"
+            )
+        job = dataclasses.replace(self._job, topology=fit(topology, self._job.host_ids), table=table)
+        self._n_children += 1
+        return self._made(list(range(self.size)), f"{self._n_children}", name, job)
+
     def _child(self, ranks: list[int], suffix: str, name: str | None) -> Group | None:
-        if self.rank not in ranks:
-            return None
+        return self._made(ranks, suffix, name, self._job) if self.rank in ranks else None
+
+    def _made(self, ranks: list[int], suffix: str, name: str | None, job: JobPlan) -> Group:
         store = PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)
         endpoint_ranks = [self._ranks[rank] for rank in ranks]
         key = f"{self._key}/{suffix}"
-        return Group(self._endpoint, store, name or f"{self.name}/{suffix}", key, endpoint_ranks, self.timeout_s)
+        return Group(self._endpoint, store, name or f"{self.name}/{suffix}", key, endpoint_ranks, self.timeout_s, job)
 
     # Insight and end.
 
     def explain(self, op: str, nbytes: int) -> str:
-        """Which schedule a collective of nbytes takes in this group, what the others would cost, and why."""
+        """Which schedule a collective of nbytes takes in this group, what the others would cost, and why: a line for
+        each candidate, with the predicted time and, where a tuning table has it, the measured one."""
         limit = self.native_nbytes(op)
-        text = str(explain(self.topology, op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
+        text = str(self._planning.explain(op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
         if self.size > 1 and nbytes <= limit:
             text += (
                 f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "
@@ -189,7 +179,7 @@ def empty(*shape: int | Sequence[int], dtype: torch.dtype | None = None, group: 
     return _empty(endpoint, shape, dtype)
 
 
-_last_endpoint: _C.Endpoint | None = None  # what empty() without a group takes
+_last_endpoint: Endpoint | None = None  # what empty() without a group takes
 
 
 def _from_environment(name: str) -> str:
@@ -202,34 +192,23 @@ def _from_environment(name: str) -> str:
     return value
 
 
-def local_address() -> str:
-    """The addresses other hosts reach this one at, one per NIC (docs/tcp.md): PYCOMM_ADDRESS, else the one that routes
-    to MASTER_ADDR, else loopback. Nothing is sent."""
-    if given := os.environ.get("PYCOMM_ADDRESS"):
-        return given
-    master = os.environ.get("MASTER_ADDR")
-    if master is None:
-        return "127.0.0.1"
-    try:
-        family, kind, protocol, _, to = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(to)  # chooses a route and an address; datagram sockets send nothing here
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise PycommError(
-            f"no route to MASTER_ADDR={master} ({error}); set PYCOMM_ADDRESS to this host's address"
-        ) from error
-
-
-def make_endpoint(store: Store, rank: int, size: int, host_id: str | None, timeout_s: float) -> _C.Endpoint:
-    """This rank's place among `size` ranks. host_id: an emulated host's label (default PYCOMM_HOST_ID, else the
-    machine). Collective over the store."""
+def make_endpoint(
+    store: Store,
+    rank: int,
+    size: int,
+    host_id: str | None,
+    timeout_s: float,
+    topology: Topology | str | Path | None = None,
+) -> Endpoint:
+    """This rank's place among `size` ranks, and what they plan from. host_id: an emulated host's label (default
+    PYCOMM_HOST_ID, else the machine). topology: as init() takes it. Collective over the store."""
     global _last_endpoint
     label = host_id if host_id is not None else os.environ.get("PYCOMM_HOST_ID", "")
-    _last_endpoint = _C.Endpoint(store, rank, size, label, local_address(), timeout_s)
-    for text in _last_endpoint.warnings:
+    _last_endpoint = endpoint = Endpoint(store, rank, size, label, local_address(), timeout_s)
+    for text in endpoint.warnings:
         warnings.warn(f"pycomm: {text}", PycommWarning, stacklevel=3)
-    return _last_endpoint
+    endpoint.job = agree(store, endpoint, topology, timeout_s)
+    return endpoint
 
 
 def init(
@@ -240,13 +219,17 @@ def init(
     host_id: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     name: str = "world",
+    topology: Topology | str | Path | None = None,
 ) -> Group:
     """The group of all ranks of a job. Every rank calls it.
 
     Without a store: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and `pycomm launch` set them. With one:
     any torch.distributed Store, and this rank's place. Ranks with one host_id share memory; others speak TCP.
-    timeout_s: deadline of set-up, and of each call that gives none.
-    Raises PeerTimeout naming the ranks that did not come; InvalidArgument where ranks contradict each other."""
+    timeout_s: deadline of set-up, and of each call that gives none. topology: what the ranks plan from, or a file of it
+    in TOML (default PYCOMM_TOPOLOGY, else the links of a tuning table that holds for the job, else default figures);
+    rank 0's counts.
+    Raises PeerTimeout naming the ranks that did not come; InvalidArgument where ranks contradict each other;
+    TopologyError where the topology is not that of the job."""
     if (store is None) != (rank is None) or (store is None) != (world_size is None):
         raise InvalidArgument("init: give store, rank and world_size, or none of them")
     if store is None or rank is None or world_size is None:
@@ -261,7 +244,7 @@ def init(
     # A job may call init() again on the same store: each time gets keys of its own.
     attempt = store.add(f"pycomm/init/{rank}", 1)
     own = PrefixStore(f"pycomm/{attempt}", store)
-    endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s)
+    endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s, topology)
     return Group(endpoint, own, name, "world", range(world_size), timeout_s)
 
 

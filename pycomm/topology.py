@@ -1,82 +1,49 @@
 """Where the ranks are and what joins them: hosts, links and their speed. Planners, simulate and the tuner read it.
 
-A rank reaches the ranks of its own host over `inside` (shared memory) and all others through its host's NIC, which all
-ranks of the host share, full duplex. The default figures describe an ordinary machine; load() reads better ones."""
+A rank reaches the ranks of its own host over `inside` (shared memory) and all others through its host's NICs, which all
+ranks of the host share, and through the uplinks of the switches between them, which all hosts below share; everything
+full duplex. The default figures describe an ordinary machine; load() reads better ones."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pycomm import topology_file
 from pycomm.errors import TopologyError
+from pycomm.hosts import SHARED_MEMORY, TCP, Host, Link, Nic, Switch, is_number, slowest
 
+__all__ = ["REDUCE_BYTES_PER_S", "SHARED_MEMORY", "TCP", "Host", "Link", "Nic", "Switch", "Topology"]
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Link:
-    """A message of b bytes takes overhead_s + b / bytes_per_s on the link and arrives latency_s later."""
-
-    latency_s: float
-    bytes_per_s: float
-    overhead_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("latency_s", "overhead_s"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < math.inf):
-                raise TopologyError(f"link: {name} is {value!r}; give seconds, 0 or more")
-        if not (_is_number(self.bytes_per_s) and 0 < self.bytes_per_s < math.inf):
-            raise TopologyError(f"link: bytes_per_s is {self.bytes_per_s!r}; give a positive rate")
-
-
-SHARED_MEMORY: Final = Link(latency_s=1e-6, bytes_per_s=6e9, overhead_s=2e-7)
-TCP: Final = Link(latency_s=50e-6, bytes_per_s=1.2e9, overhead_s=5e-6)
 REDUCE_BYTES_PER_S: Final = 8e9
-
-
-@dataclass(frozen=True)
-class Host:
-    """One machine: its name, the ranks on it in local-rank order, and the NIC they share."""
-
-    name: str
-    ranks: tuple[int, ...]
-    nic: Link = TCP
-
-    def __post_init__(self) -> None:
-        if not (self.name and self.name.isprintable()):
-            raise TopologyError(f"host name {self.name!r}: give a printable name of at least one character")
-        if not self.ranks:
-            raise TopologyError(f"host {self.name!r} has no ranks; leave it out or give it some")
 
 
 @dataclass(frozen=True)
 class Topology:
     """Hosts that hold ranks 0 .. n_ranks-1, each exactly once. Immutable; equal topologies give equal schedules.
 
-    Raises TopologyError on a rank missing or on two hosts, on two hosts of one name, and on impossible rates."""
+    Raises TopologyError on a rank missing or on two hosts, on two hosts or switches of one name, on switches that do
+    not exist or stand in a circle, and on impossible rates."""
 
     hosts: tuple[Host, ...]
     inside: Link = SHARED_MEMORY
     reduce_bytes_per_s: float = REDUCE_BYTES_PER_S
+    switches: tuple[Switch, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.hosts:
             raise TopologyError("topology has no hosts; give at least one")
-        if not (_is_number(self.reduce_bytes_per_s) and 0 < self.reduce_bytes_per_s < math.inf):
+        if not (is_number(self.reduce_bytes_per_s) and 0 < self.reduce_bytes_per_s < math.inf):
             raise TopologyError(f"reduce_bytes_per_s is {self.reduce_bytes_per_s!r}; give a positive rate")
+        self._check_switches()
         named: set[str] = set()
         holder: dict[int, str] = {}
         for host in self.hosts:
@@ -95,19 +62,42 @@ class Topology:
                 f"{len(holder)} ranks must be numbered 0 .. {len(holder) - 1}; missing or out of range: {strays[:8]}"
             )
 
+    def _check_switches(self) -> None:
+        named = {switch.name: switch for switch in self.switches}
+        if len(named) < len(self.switches):
+            names = [switch.name for switch in self.switches]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise TopologyError(f"two switches are named {twice!r}; give each its own name")
+        below: list[tuple[str, str | None]] = [(f"switch {switch.name!r}", switch.parent) for switch in self.switches]
+        below += [(f"host {host.name!r}", host.switch) for host in self.hosts]
+        for what, above in below:
+            if above is not None and above not in named:
+                raise TopologyError(f"{what} hangs from switch {above!r}, which is not among {list(named)[:8]}")
+        for switch in self.switches:
+            seen, above = [switch.name], switch.parent
+            while above is not None:
+                if above in seen:
+                    circle = " -> ".join([*seen[seen.index(above) :], above])
+                    raise TopologyError(f"switches stand in a circle: {circle}; leave out the parent of one of them")
+                seen.append(above)
+                above = named[above].parent
+
     @staticmethod
     def from_host_ids(host_ids: Iterable[str], nic: Link = TCP, inside: Link = SHARED_MEMORY) -> Topology:
         """One label per rank, in rank order; ranks of one label share a host, wherever they stand."""
         ranks: dict[str, list[int]] = {}
         for rank, host_id in enumerate(host_ids):
             ranks.setdefault(host_id, []).append(rank)
-        return Topology(tuple(Host(name, tuple(members), nic) for name, members in ranks.items()), inside)
+        nics = (Nic("nic0", nic),)
+        return Topology(tuple(Host(name, tuple(members), nics) for name, members in ranks.items()), inside)
 
     @staticmethod
     def emulated(ranks_per_host: Sequence[int], nic: Link = TCP, inside: Link = SHARED_MEMORY) -> Topology:
         """Hosts host0, host1, .. with that many consecutive ranks each."""
         ids = [f"host{host}" for host, count in enumerate(ranks_per_host) for _ in range(count)]
         return Topology.from_host_ids(ids, nic, inside)
+
+    # Where ranks are.
 
     @cached_property
     def n_ranks(self) -> int:
@@ -129,112 +119,98 @@ class Topology:
             local[list(host.ranks)] = np.arange(len(host.ranks))
         return local
 
+    @cached_property
+    def above(self) -> NDArray[np.int64]:
+        """[n_hosts, depth]: the positions in `switches` of those above each host, the core's child first; -1 where
+        there are no more. A message between two hosts crosses the uplinks of the columns in which they differ."""
+        index = {switch.name: position for position, switch in enumerate(self.switches)}
+        chains: list[list[int]] = []
+        for host in self.hosts:
+            chain, name = [], host.switch
+            while name is not None:
+                chain.append(index[name])
+                name = self.switches[index[name]].parent
+            chains.append(chain[::-1])
+        above = np.full((len(chains), max(map(len, chains))), -1, np.int64)
+        for row, chain in zip(above, chains, strict=True):
+            row[: len(chain)] = chain
+        return above
+
     def host_of(self, rank: int) -> Host:
         self._require(rank)
         return self.hosts[int(self.host_index[rank])]
 
+    def uplinks(self, src: int, dst: int) -> tuple[Switch, ...]:
+        """The switches whose uplinks a message from rank src to rank dst crosses: outwards first, then inwards."""
+        self._require(src)
+        self._require(dst)
+        here, there = self.above[self.host_index[[src, dst]]]
+        differ = here != there
+        crossed = [*here[differ & (here >= 0)][::-1], *there[differ & (there >= 0)]]
+        return tuple(self.switches[position] for position in crossed)
+
     def link(self, src: int, dst: int) -> Link:
-        """What a message from src to dst crosses: `inside`, or the slower of both hosts' NICs."""
+        """What a message from src to dst crosses: `inside`, or both hosts' NICs and the uplinks between them, of which
+        the slowest counts (hosts.slowest)."""
         here, there = self.host_of(src), self.host_of(dst)
         if here is there:
             return self.inside
-        return Link(
-            max(here.nic.latency_s, there.nic.latency_s),
-            min(here.nic.bytes_per_s, there.nic.bytes_per_s),
-            max(here.nic.overhead_s, there.nic.overhead_s),
-        )
+        return slowest([here.nic, there.nic, *(switch.uplink for switch in self.uplinks(src, dst))])
+
+    def hosts_in_order(self, first: int = 0) -> NDArray[np.int64]:
+        """[n_hosts]: positions in `hosts`, switch after switch on every level, beginning with host `first` and its
+        neighbours."""
+        columns = [*self.above.T, np.arange(len(self.hosts))]
+        keys = [(column - column[first]) % (int(column.max()) + 2) for column in columns]
+        return np.lexsort(keys[::-1])
 
     def by_host(self, first: int = 0) -> NDArray[np.int64]:
-        """[n_ranks]: all ranks, host after host, beginning with `first` and the rest of its host."""
+        """[n_ranks]: all ranks, host after host (see hosts_in_order), beginning with `first` and the rest of its
+        host."""
         self._require(first)
-        start = int(self.host_index[first])
-        order = [rank for host in self.hosts[start:] + self.hosts[:start] for rank in host.ranks]
+        order = [rank for host in self.hosts_in_order(int(self.host_index[first])) for rank in self.hosts[host].ranks]
         order.remove(first)
         return np.array([first, *order], np.int64)
 
+    # Other forms.
+
     def select(self, ranks: Sequence[int]) -> Topology:
-        """The topology of a sub-group, whose rank i is ranks[i] here."""
+        """The topology of a sub-group, whose rank i is ranks[i] here: with the hosts and switches that it still has."""
         for rank in ranks:
             self._require(rank)
-        members = {host.name: tuple(i for i, rank in enumerate(ranks) if rank in host.ranks) for host in self.hosts}
-        hosts = tuple(Host(host.name, members[host.name], host.nic) for host in self.hosts if members[host.name])
-        return Topology(hosts, self.inside, self.reduce_bytes_per_s)
+        new = {rank: position for position, rank in enumerate(ranks)}
+        members = [tuple(sorted(new[rank] for rank in host.ranks if rank in new)) for host in self.hosts]
+        kept = [index for index, here in enumerate(members) if here]
+        hosts = []
+        for index in kept:
+            host = self.hosts[index]
+            numa = (tuple(new[rank] for rank in node if rank in new) for node in host.numa)
+            hosts.append(Host(host.name, members[index], host.nics, host.switch, tuple(node for node in numa if node)))
+        in_use = set(self.above[kept].ravel().tolist())
+        switches = tuple(switch for index, switch in enumerate(self.switches) if index in in_use)
+        return Topology(tuple(hosts), self.inside, self.reduce_bytes_per_s, switches)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits: equal for equal topologies, on every machine."""
         return hashlib.sha256(self.to_toml().encode()).hexdigest()[:16]
 
     def to_toml(self) -> str:
-        lines = [f"reduce_bytes_per_s = {float(self.reduce_bytes_per_s)!r}", f"inside = {_link_toml(self.inside)}"]
-        for host in self.hosts:
-            name = json.dumps(host.name, ensure_ascii=False)
-            lines += ["", "[[hosts]]", f"name = {name}", f"ranks = {list(host.ranks)}", f"nic = {_link_toml(host.nic)}"]
-        return "\n".join(lines) + "\n"
+        return topology_file.write(self.hosts, self.inside, self.reduce_bytes_per_s, self.switches)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_toml(), encoding="utf-8")
 
     @staticmethod
     def load(path: str | Path) -> Topology:
-        """Reads what save() writes. `inside`, `nic` and `reduce_bytes_per_s` may be left out.
+        """Reads what save() writes (topology_file has the format).
 
         Raises TopologyError where the file is missing, is not TOML, or describes no possible topology."""
+        fields = topology_file.read(path)
         try:
-            document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise TopologyError(f"cannot read topology {path}: {error}") from error
-        try:
-            return _from_document(document)
+            return Topology(**fields)
         except TopologyError as error:
             raise TopologyError(f"topology {path}: {error}") from error
 
     def _require(self, rank: int) -> None:
         if not 0 <= rank < self.n_ranks:
             raise TopologyError(f"rank {rank} is not in this topology of {self.n_ranks} ranks")
-
-
-def _link_toml(link: Link) -> str:
-    return (
-        f"{{ latency_s = {float(link.latency_s)!r}, bytes_per_s = {float(link.bytes_per_s)!r}, "
-        f"overhead_s = {float(link.overhead_s)!r} }}"
-    )
-
-
-def _from_document(document: dict[str, Any]) -> Topology:
-    _refuse_unknown("topology", document, ("hosts", "inside", "reduce_bytes_per_s"))
-    entries = document.get("hosts")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise TopologyError("no [[hosts]] tables; give one for each host, with name and ranks")
-    return Topology(
-        tuple(_host(entry) for entry in entries),
-        _link("inside", document.get("inside"), SHARED_MEMORY),
-        document.get("reduce_bytes_per_s", REDUCE_BYTES_PER_S),
-    )
-
-
-def _host(entry: dict[str, Any]) -> Host:
-    _refuse_unknown("host", entry, ("name", "ranks", "nic"))
-    name, ranks = entry.get("name"), entry.get("ranks")
-    if not isinstance(name, str):
-        raise TopologyError(f"host name is {name!r}; give a string")
-    if not isinstance(ranks, list) or not all(isinstance(r, int) and not isinstance(r, bool) for r in ranks):
-        raise TopologyError(f"host {name!r}: ranks is {ranks!r}; give a list of whole numbers")
-    return Host(name, tuple(ranks), _link(f"host {name!r}: nic", entry.get("nic"), TCP))
-
-
-def _link(where: str, entry: object, default: Link) -> Link:
-    if entry is None:
-        return default
-    if not isinstance(entry, dict):
-        raise TopologyError(f"{where} is {entry!r}; give a table with latency_s and bytes_per_s")
-    _refuse_unknown(where, entry, ("latency_s", "bytes_per_s", "overhead_s"))
-    missing = [key for key in ("latency_s", "bytes_per_s") if key not in entry]
-    if missing:
-        raise TopologyError(f"{where} lacks {missing[0]}; give latency_s and bytes_per_s")
-    return Link(entry["latency_s"], entry["bytes_per_s"], entry.get("overhead_s", 0.0))
-
-
-def _refuse_unknown(where: str, entry: dict[str, Any], known: tuple[str, ...]) -> None:
-    for key in entry:
-        if key not in known:
-            raise TopologyError(f"{where}: unknown key {key!r}; known are {', '.join(known)}")

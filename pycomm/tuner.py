@@ -1,16 +1,24 @@
-"""Which algorithm for which size: every candidate simulated over a ladder of sizes.
+"""Which algorithm for which size: every candidate's expected time over a ladder of sizes.
 
-Deterministic: every rank of a group computes the same table from the same topology, and asks no other rank."""
+The model is asked first: it predicts every candidate, with measured link figures where a group has them. Where a
+tuning table holds times of the group's own layout, a prediction is multiplied by measured / predicted, interpolated
+between the sizes that were measured; a candidate without times is taken for as far off as the worst of the measured,
+so that nothing unmeasured is chosen unless it is expected to win even so.
+
+Deterministic: every rank of a group computes the same from the same topology and table, and asks no other rank."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pycomm.errors import InvalidArgument
 from pycomm.planners import PLANNERS, TWO_LEVEL, Planner
 from pycomm.simulate import predict
+from pycomm.table import TuningTable
 from pycomm.topology import Topology
 
 Choices = tuple[tuple[int | None, str], ...]
@@ -18,6 +26,18 @@ Choices = tuple[tuple[int | None, str], ...]
 LADDER: Final = tuple(1 << power for power in range(8, 29))  # 256 B to 256 MiB; nothing changes beyond either end
 LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simulation costs n_ranks^2 steps and more
 TIE: Final = 1.05  # the model is no better: within 5 % of the best the planner named first wins
+_LEAST_S: Final = 1e-12  # predictions below count as this long: one rank's are 0
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """What candidates cost at some sizes, [n_algorithms, n_sizes] each. predicted_s: the model's. expected_s: corrected
+    by what was measured. measured: whether the size lies between sizes that were measured."""
+
+    algorithms: tuple[str, ...]
+    predicted_s: NDArray[np.float64]
+    expected_s: NDArray[np.float64]
+    measured: NDArray[np.bool_]
 
 
 def candidates(topology: Topology, collective: str) -> dict[str, Planner]:
@@ -28,19 +48,46 @@ def candidates(topology: Topology, collective: str) -> dict[str, Planner]:
     return {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
 
 
-def choice_table(topology: Topology, collective: str, root: int = 0) -> Choices:
+def costs(
+    topology: Topology, collective: str, nbytes: tuple[int, ...], root: int = 0, table: TuningTable | None = None
+) -> Costs:
+    """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0."""
+    planners = candidates(topology, collective)
+    points = {} if table is None else table.points(collective)
+    sizes = np.log2(np.maximum(1, nbytes))
+    predicted, ratios = [], []
+    measured = np.zeros((len(planners), len(nbytes)), np.bool_)
+    for row, (name, plan) in enumerate(planners.items()):
+        at = tuple(size for size, _ in points.get(name, ()))
+        times = np.maximum(_LEAST_S, predict(plan(topology, root), topology, (*nbytes, *at)))
+        predicted.append(times[: len(nbytes)])
+        if not at:
+            ratios.append(np.full(len(nbytes), np.nan))
+            continue
+        off = np.log([seconds for _, seconds in points[name]] / times[len(nbytes) :])
+        ratios.append(np.exp(np.interp(sizes, np.log2(at), off)))
+        measured[row] = (np.array(nbytes) >= at[0]) & (np.array(nbytes) <= at[-1])
+    model, ratio = np.stack(predicted), np.stack(ratios)
+    if points.keys() & planners.keys():
+        ratio = np.where(np.isnan(ratio), np.fmax(1.0, np.nanmax(ratio, axis=0)), ratio)
+    else:
+        ratio = np.ones_like(ratio)
+    return Costs(tuple(planners), model, model * ratio, measured)
+
+
+def choice_table(topology: Topology, collective: str, root: int = 0, table: TuningTable | None = None) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 
-    `nbytes` is meant as in schedule.chunk_nbytes."""
+    `nbytes` is meant as in schedule.chunk_nbytes. table: as in costs()."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    planners = candidates(topology, collective)
-    times = np.stack([predict(plan(topology, root), topology, ladder) for plan in planners.values()])
-    winners = np.array(list(planners))[(times <= times.min(axis=0) * TIE).argmax(axis=0)].tolist()
-    table: list[tuple[int | None, str]] = []
+    found = costs(topology, collective, ladder, root, table)
+    best = found.expected_s.min(axis=0) * (1.0 if found.measured.any() else TIE)
+    winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
+    choices: list[tuple[int | None, str]] = []
     for nbytes, name, following in zip(ladder, winners, [*winners[1:], None], strict=True):
         if name != following:
-            table.append((nbytes if following else None, name))
-    return tuple(table)
+            choices.append((nbytes if following else None, name))
+    return tuple(choices)
 
 
 def choose(table: Choices, nbytes: int) -> str:

@@ -12,7 +12,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.planners import PLANNERS
 from pycomm.schedule import Schedule, chunk_nbytes, transfers
 from pycomm.simulate import predict, simulate
-from pycomm.topology import Host, Link, Topology
+from pycomm.topology import Host, Link, Nic, Topology
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -83,7 +83,7 @@ def test_pairwise_all_to_all_keeps_the_nics_busy(shape):
 
 def test_the_slower_nic_counts():
     slow = Link(latency_s=8.0, bytes_per_s=1.0, overhead_s=4.0)
-    topology = Topology((Host("a", (0,), NIC), Host("b", (1,), slow)))
+    topology = Topology((Host("a", (0,), (Nic("eth0", NIC),)), Host("b", (1,), (Nic("eth0", slow),))))
     assert simulate(plan("broadcast", "tree", topology), topology, 20).total_s == 4 + 20 + 8
 
 

@@ -1,0 +1,287 @@
+"""Latency and rate of links, measured with a group's own messages.
+
+Pairs of ranks are measured in rounds: a 1-factorisation of the complete graph, thinned so that no machine, and so no
+NIC, serves two pairs of a round. What a host's ranks get together, all sending and receiving at once, is the shared-NIC
+figure: it is what planners reckon with, since a schedule drives links both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pycomm.errors import InvalidArgument
+from pycomm.hosts import Link, Nic
+from pycomm.topology import Topology
+
+if TYPE_CHECKING:
+    from pycomm.group import Group
+
+ALL_PAIRS_UP_TO: Final = 16  # ranks; above, the pairs of hosts and one pair inside each stand for the rest
+SLOWER: Final = 0.7  # a path below this share of both its NICs' rates has something slower between them
+
+_END, _ECHO, _BURST, _TO_PEER, _FROM_PEER = range(5)
+_PING_BYTES = 8
+_PIECE_BYTES = 4 << 20  # larger transfers are several messages
+_MOST_BYTES = 256 << 20  # of one transfer
+_REPEATS = 3
+
+Matrix = NDArray[np.float64]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """Measured links of a group; NaN where nothing was measured.
+
+    latency_s, overhead_s, bytes_per_s: [n_ranks, n_ranks], from row to column: of 8 bytes one way; of each message
+    that follows another; of one transfer at a time. host_bytes_per_s: [n_hosts, n_hosts], what a row's ranks send to
+    the column's together while those send back. reduce_bytes_per_s: of the slowest rank's sums in float32."""
+
+    latency_s: Matrix
+    overhead_s: Matrix
+    bytes_per_s: Matrix
+    host_bytes_per_s: Matrix
+    reduce_bytes_per_s: float
+
+
+def measure_links(
+    group: Group,
+    topology: Topology,
+    machines: Sequence[str],
+    *,
+    all_pairs: bool | None = None,
+    target_s: float = 0.05,
+) -> Links:
+    """Measures a group's links; every rank calls it, and all get the same.
+
+    topology: the group's (discover.survey). machines: [n_ranks], the id of the machine that each rank is on.
+    all_pairs: None for groups of up to ALL_PAIRS_UP_TO ranks. target_s: seconds that one transfer is to take."""
+    if topology.n_ranks != group.size:
+        raise InvalidArgument(f"measure_links: {topology.n_ranks} ranks in the topology, {group.size} in the group")
+    n = group.size
+    if all_pairs is None:
+        all_pairs = n <= ALL_PAIRS_UP_TO
+    figures = np.full((3, n, n), np.nan)
+    for pairs in pair_rounds(_circle(n) if all_pairs else _links(topology), machines):
+        group.barrier()
+        for pair in pairs:
+            if group.rank == pair[0]:
+                _lead(group, pair, target_s, figures)
+            elif group.rank == pair[1]:
+                _follow(group, pair[0])
+    everyone = np.empty((n, *figures.shape))
+    group.all_gather(everyone, figures)
+    latency, overhead, rate = np.fmax.reduce(everyone, axis=0)
+    together = _host_rates(group, topology, rate, target_s)
+    slowest = np.array([_reduce_rate()])
+    group.all_reduce(slowest, "min")
+    return Links(latency, overhead, rate, together, float(slowest[0]))
+
+
+def pair_rounds(pairs: Sequence[Pair], machines: Sequence[str]) -> list[list[Pair]]:
+    """The pairs in rounds in which no machine serves two. machines: [n_ranks], each rank's; emulated hosts of one
+    machine take turns, as its ranks do."""
+    busy: list[set[str]] = []
+    rounds: list[list[Pair]] = []
+    for pair in pairs:
+        holds = {machines[rank] for rank in pair}
+        free = next((index for index, taken in enumerate(busy) if not taken & holds), None)
+        if free is None:
+            busy.append(set())
+            rounds.append([])
+            free = -1
+        busy[free] |= holds
+        rounds[free].append(pair)
+    return rounds
+
+
+def measured_topology(topology: Topology, links: Links) -> Topology:
+    """The topology with measured figures: `inside` the median of pairs on one host, and each host's NICs as fast as
+    its ranks together were towards the host they reach fastest. Several NICs keep their shares of it."""
+    same = topology.host_index[:, None] == topology.host_index
+    hosts = []
+    for index, host in enumerate(topology.hosts):
+        rates = np.concatenate([links.host_bytes_per_s[index], links.host_bytes_per_s[:, index]])
+        if np.isnan(rates).all():
+            hosts.append(host)
+            continue
+        mine = topology.host_index == index
+        latency, overhead = (float(np.nanmin(figure[mine][:, ~mine])) for figure in (links.latency_s, links.overhead_s))
+        scale = float(np.nanmax(rates)) / host.nic.bytes_per_s
+        nics = tuple(Nic(nic.name, Link(latency, nic.link.bytes_per_s * scale, overhead)) for nic in host.nics)
+        hosts.append(dataclasses.replace(host, nics=nics))
+    inside = topology.inside
+    if not np.isnan(links.latency_s[same]).all():
+        inside = Link(*(float(np.nanmedian(f[same])) for f in (links.latency_s, links.bytes_per_s, links.overhead_s)))
+    return dataclasses.replace(topology, hosts=tuple(hosts), inside=inside, reduce_bytes_per_s=links.reduce_bytes_per_s)
+
+
+def slow_paths(topology: Topology, links: Links) -> list[str]:
+    """Pairs of hosts between which something slower than both NICs must stand, one line each."""
+    measured = measured_topology(topology, links)
+    found = []
+    for a, b in combinations(range(len(topology.hosts)), 2):
+        rate = float(np.fmin(links.host_bytes_per_s[a, b], links.host_bytes_per_s[b, a]))
+        least = min(measured.hosts[a].nic.bytes_per_s, measured.hosts[b].nic.bytes_per_s)
+        if rate < SLOWER * least:
+            found.append(
+                f"what stands between hosts {topology.hosts[a].name} and {topology.hosts[b].name}: the path carries "
+                f"{rate / least:.0%} of what their NICs carry elsewhere; if they share an uplink, write it as a switch"
+            )
+    return found
+
+
+# Which pairs, in which order
+
+
+def _circle(n_ranks: int) -> list[Pair]:
+    """All pairs, perfect matching after perfect matching (the circle method). Source: Kirkman, 1847."""
+    seats = n_ranks + n_ranks % 2
+    pairs = []
+    for turn in range(seats - 1):
+        ring = [seats - 1, *((turn + place) % (seats - 1) for place in range(seats - 1))]
+        for here, there in zip(ring[: seats // 2], reversed(ring[seats // 2 :]), strict=True):
+            if max(here, there) < n_ranks:
+                pairs.append((min(here, there), max(here, there)))
+    return pairs
+
+
+def _links(topology: Topology) -> list[Pair]:
+    """One pair inside each host, and one for each pair of hosts."""
+    inside = [host.ranks[:2] for host in topology.hosts if len(host.ranks) > 1]
+    between = [(topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]) for a, b in _circle(len(topology.hosts))]
+    return [(min(pair), max(pair)) for pair in [*inside, *between]]
+
+
+# One pair: the lower rank leads and tells the other what to do, [what, bytes, times]
+
+
+def _lead(group: Group, pair: Pair, target_s: float, figures: NDArray[np.float64]) -> None:
+    """Fills [latency_s, overhead_s, bytes_per_s] of both directions."""
+    peer = pair[1]
+    buffer = np.ones(_PIECE_BYTES, np.uint8)  # written, so that its pages are its own
+    _order(group, peer, buffer, _ECHO, _PING_BYTES, 10)  # opens the connection
+    rtt = _order(group, peer, buffer, _ECHO, _PING_BYTES, 10) / 10
+    repeats = int(np.clip(target_s / 10 / rtt, 10, 2000))
+    rtt = median(_order(group, peer, buffer, _ECHO, _PING_BYTES, repeats) / repeats for _ in range(_REPEATS))
+    burst = median(_order(group, peer, buffer, _BURST, _PING_BYTES, 64) for _ in range(_REPEATS))
+    figures[0, [pair[0], peer], [peer, pair[0]]] = rtt / 2
+    figures[1, [pair[0], peer], [peer, pair[0]]] = max(0.0, burst - rtt) / 63
+    for what, src, dst in ((_TO_PEER, pair[0], peer), (_FROM_PEER, peer, pair[0])):
+        nbytes = 64 << 10
+        seconds = _order(group, peer, buffer, what, nbytes, 1)
+        while seconds - rtt < target_s / 8 and nbytes < _MOST_BYTES:
+            nbytes *= 2
+            seconds = _transfer(group, peer, buffer, what, nbytes)
+        nbytes = int(np.clip(nbytes * target_s / max(seconds - rtt, target_s / 64), 64 << 10, _MOST_BYTES))
+        seconds = median(_transfer(group, peer, buffer, what, nbytes) for _ in range(_REPEATS))
+        figures[2, src, dst] = nbytes / max(seconds - rtt, 1e-9)
+    _order(group, peer, buffer, _END, 0, 0)
+
+
+def _transfer(group: Group, peer: int, buffer: NDArray[np.uint8], what: int, nbytes: int) -> float:
+    """Seconds until nbytes (rounded to whole messages of one size) have arrived."""
+    times = -(-nbytes // _PIECE_BYTES)
+    return _order(group, peer, buffer, what, nbytes // times, times) * (nbytes / (nbytes // times * times))
+
+
+def _order(group: Group, peer: int, buffer: NDArray[np.uint8], what: int, nbytes: int, times: int) -> float:
+    """Has the peer take part, and does the leader's half; seconds from before the order's first message to the last."""
+    group.send(np.array([what, nbytes, times], np.int64), peer)
+    begin = time.perf_counter()
+    data, ping = buffer[:nbytes], buffer[:_PING_BYTES]
+    if what == _ECHO:
+        for _ in range(times):
+            group.send(data, peer)
+            group.recv(data, peer)
+    elif what in (_BURST, _TO_PEER):
+        for _ in range(times):
+            group.send(data, peer)
+        group.recv(ping, peer)
+    elif what == _FROM_PEER:
+        group.send(ping, peer)
+        for _ in range(times):
+            group.recv(data, peer)
+    return time.perf_counter() - begin
+
+
+def _follow(group: Group, leader: int) -> None:
+    buffer = np.ones(_PIECE_BYTES, np.uint8)  # written, so that its pages are its own
+    ping = buffer[:_PING_BYTES]
+    order = np.empty(3, np.int64)
+    while True:
+        group.recv(order, leader)
+        what, nbytes, times = order.tolist()
+        data = buffer[:nbytes]
+        if what == _END:
+            return
+        if what == _ECHO:
+            for _ in range(times):
+                group.recv(data, leader)
+                group.send(data, leader)
+        elif what in (_BURST, _TO_PEER):
+            for _ in range(times):
+                group.recv(data, leader)
+            group.send(ping, leader)
+        else:
+            group.recv(ping, leader)
+            for _ in range(times):
+                group.send(data, leader)
+
+
+# Hosts as a whole
+
+
+def _host_rates(group: Group, topology: Topology, rate: Matrix, target_s: float) -> Matrix:
+    """[n_hosts, n_hosts]: bytes per second from all ranks of a host to all of another, both ways at once."""
+    n_hosts = len(topology.hosts)
+    mine = np.zeros((2, n_hosts, n_hosts))  # bytes sent, seconds
+    for a, b in _circle(n_hosts):
+        here, there = topology.hosts[a].ranks, topology.hosts[b].ranks
+        n_flows = max(len(here), len(there))
+        flows = [(here[i % len(here)], there[i % len(there)]) for i in range(n_flows)]
+        alone = float(np.nanmax([rate[np.ix_(here, there)], rate[np.ix_(there, here)].T]))
+        nbytes = int(np.clip(2 * target_s * alone / n_flows, 64 << 10, _MOST_BYTES // n_flows))
+        for _ in range(2):  # the first opens connections and lets windows grow
+            group.barrier()
+            if group.rank in (*here, *there):
+                src, dst = (a, b) if group.rank in here else (b, a)
+                sent, seconds = _exchange(group, flows, nbytes)
+                mine[:, src, dst] = sent, seconds
+    everyone = np.empty((group.size, *mine.shape))
+    group.all_gather(everyone, mine)
+    sent, seconds = everyone[:, 0].sum(axis=0), everyone[:, 1].max(axis=0)
+    rates: Matrix = np.divide(sent, seconds, out=np.full_like(sent, np.nan), where=seconds > 0)
+    return rates
+
+
+def _exchange(group: Group, flows: Sequence[Pair], nbytes: int) -> tuple[int, float]:
+    """(bytes sent, seconds) of this rank's flows, each nbytes both ways, all at once."""
+    peers = [there if group.rank == here else here for here, there in flows if group.rank in (here, there)]
+    out = np.ones(nbytes, np.uint8)
+    into = np.empty((len(peers), nbytes), np.uint8)
+    begin = time.perf_counter()
+    works = [group.recv(into[index], peer, async_op=True) for index, peer in enumerate(peers)]
+    works += [group.send(out, peer, async_op=True) for peer in peers]
+    for work in works:
+        work.wait()
+    return len(peers) * nbytes, time.perf_counter() - begin
+
+
+def _reduce_rate() -> float:
+    """Bytes per second of float32 sums of pieces that stay in the cache, as the engine's kernels make them."""
+    total, piece = np.ones((2, 1 << 16), np.float32)
+    seconds = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        np.add(total, piece, out=total)
+        seconds.append(time.perf_counter() - begin)
+    return float(total.nbytes / median(seconds))

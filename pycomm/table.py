@@ -1,0 +1,192 @@
+"""TuningTable: link figures and times of algorithms as `pycomm tune` measured them, and what they hold for.
+
+A table serves jobs of the layout, the hardware and the engine it was measured with, and refuses others by name. Its
+link figures serve every group of such a job, its times the groups of all of the job's ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pycomm.errors import InvalidArgument
+from pycomm.hosts import Host, Link, Nic, Switch
+from pycomm.topology import Topology
+
+FORMAT: Final = 1  # of the file; a reader knows one
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured seconds of one algorithm. points: (nbytes, seconds), sizes ascending; nbytes as in
+    schedule.chunk_nbytes, the longest buffer that a rank passes in or gets."""
+
+    collective: str
+    algorithm: str
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        sizes = [nbytes for nbytes, _ in self.points]
+        if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
+            raise InvalidArgument(f"{self.collective} {self.algorithm}: sizes {sizes} are not ascending from 1 up")
+        if not all(0 < seconds < math.inf for _, seconds in self.points):
+            raise InvalidArgument(f"{self.collective} {self.algorithm}: a time is not a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """engine: its version and build. hardware: [n_hosts], discover.describe() of each host. topology: of all ranks,
+    with measured links."""
+
+    engine: str
+    hardware: tuple[str, ...]
+    topology: Topology
+    times: tuple[Times, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.hardware) != len(self.topology.hosts):
+            raise InvalidArgument(f"{len(self.hardware)} hosts' hardware for {len(self.topology.hosts)} hosts")
+        named = [(times.collective, times.algorithm) for times in self.times]
+        if len(set(named)) < len(named):
+            raise InvalidArgument("an algorithm has two lists of times")
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the layout, the hardware and the engine: what the table holds for."""
+        return _digest([layout(self.topology), self.hardware, self.engine], 16)
+
+    def file_name(self) -> str:
+        """In a folder of tables; those of one layout begin alike (layout_key)."""
+        return f"{layout_key(self.topology)}-{self.fingerprint()}.json"
+
+    def refusal(self, topology: Topology, hardware: Sequence[str], engine: str) -> str | None:
+        """Why this table does not hold for a job; None where it does."""
+        if layout(topology) != layout(self.topology):
+            return f"it is of {_shape(self.topology)}, this job has {_shape(topology)}"
+        for host, mine, theirs in zip(topology.hosts, hardware, self.hardware, strict=True):
+            if mine != theirs:
+                return f"it was measured on {theirs}; host {host.name} is {mine}"
+        if engine != self.engine:
+            return f"it was measured with engine {self.engine}, this is {engine}"
+        return None
+
+    def for_hosts(self, topology: Topology) -> Topology:
+        """The measured topology under the names of a job's hosts, of the same layout."""
+        names = {host.ranks: host.name for host in topology.hosts}
+        hosts = tuple(dataclasses.replace(host, name=names[host.ranks]) for host in self.topology.hosts)
+        return dataclasses.replace(self.topology, hosts=hosts)
+
+    def points(self, collective: str) -> dict[str, tuple[tuple[int, float], ...]]:
+        """What was measured of a collective, by algorithm."""
+        return {times.algorithm: times.points for times in self.times if times.collective == collective}
+
+    def to_json(self) -> str:
+        times: dict[str, dict[str, list[list[float]]]] = {}
+        for one in self.times:
+            times.setdefault(one.collective, {})[one.algorithm] = [list(point) for point in one.points]
+        document = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint(),
+            "engine": self.engine,
+            "hardware": self.hardware,
+            "topology": topology_to_document(self.topology),
+            "times": times,
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file whole or not at all; folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{id(self):x}.partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(path)
+
+
+def load(path: str | Path) -> TuningTable:
+    """Reads what save() writes. Raises InvalidArgument, naming the file, where it is missing or is no such table."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"tuning table {path} cannot be read: {error}; make one with `pycomm tune`") from error
+    try:
+        return from_json(text)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"tuning table {path}: {error}; make it anew with `pycomm tune`") from error
+
+
+def from_json(text: str) -> TuningTable:
+    """Raises InvalidArgument where the text is no table of this format, or one that was changed by hand."""
+    try:
+        document = json.loads(text)
+        version = document["format"]
+        if version != FORMAT:
+            raise InvalidArgument(f"it has format {version!r}, this pycomm reads format {FORMAT}")
+        times = tuple(
+            Times(collective, algorithm, tuple((int(nbytes), float(seconds)) for nbytes, seconds in points))
+            for collective, algorithms in document["times"].items()
+            for algorithm, points in algorithms.items()
+        )
+        topology = topology_from_document(document["topology"])
+        table = TuningTable(str(document["engine"]), tuple(map(str, document["hardware"])), topology, times)
+        fingerprint = document["fingerprint"]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(f"it is no tuning table ({type(error).__name__}: {error})") from error
+    if fingerprint != table.fingerprint():
+        raise InvalidArgument(f"its fingerprint is {fingerprint}, what it says has {table.fingerprint()}")
+    return table
+
+
+def layout(topology: Topology) -> tuple[int, ...]:
+    """[n_ranks]: each rank's host, numbered in the order in which they appear: where ranks are, whatever the names."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(host, len(first)) for host in topology.host_index.tolist())
+
+
+def layout_key(topology: Topology) -> str:
+    """8 hexadecimal digits, equal for equal layouts."""
+    return _digest(layout(topology), 8)
+
+
+def topology_to_document(topology: Topology) -> dict[str, Any]:
+    """For JSON."""
+    return dataclasses.asdict(topology)
+
+
+def topology_from_document(document: dict[str, Any]) -> Topology:
+    """Reads what topology_to_document() made. Raises TopologyError, KeyError or TypeError for anything else."""
+    hosts = tuple(
+        Host(
+            host["name"],
+            tuple(host["ranks"]),
+            tuple(Nic(nic["name"], Link(**nic["link"])) for nic in host["nics"]),
+            host["switch"],
+            tuple(map(tuple, host["numa"])),
+        )
+        for host in document["hosts"]
+    )
+    switches = tuple(Switch(one["name"], Link(**one["uplink"]), one["parent"]) for one in document["switches"])
+    return Topology(hosts, Link(**document["inside"]), document["reduce_bytes_per_s"], switches)
+
+
+def _shape(topology: Topology) -> str:
+    counts = ", ".join(str(len(host.ranks)) for host in topology.hosts[:8])
+    more = ", .." if len(topology.hosts) > 8 else ""
+    return f"{topology.n_ranks} ranks on {len(topology.hosts)} host(s) ({counts}{more}), placed {_runs(topology)}"
+
+
+def _runs(topology: Topology) -> str:
+    """Host letters in rank order, "aabb"; the first 16."""
+    numbers = layout(topology)[:16]
+    more = ".." if topology.n_ranks > 16 else ""
+    return "".join(chr(ord("a") + number) if number < 26 else "?" for number in numbers) + more
+
+
+def _digest(value: object, n_digits: int) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:n_digits]

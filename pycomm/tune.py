@@ -1,0 +1,236 @@
+"""`pycomm tune`: measures a job's links and what each algorithm costs on them, and saves a tuning table.
+
+The model goes first: with measured links it predicts every candidate, and what it expects to lose by far is not
+measured. What is measured runs in blocks that take turns, so that a disturbance meets all candidates alike; a block's
+time is the slowest rank's, a candidate's the median of its blocks."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from pycomm import launch
+from pycomm.discover import survey
+from pycomm.errors import InvalidArgument
+from pycomm.explain import format_nbytes, format_s
+from pycomm.group import Group, init
+from pycomm.measure import measure_links, measured_topology
+from pycomm.planners import PLANNERS
+from pycomm.planning import engine_version, table_folder
+from pycomm.table import Times, TuningTable
+from pycomm.topology import Topology
+from pycomm.tuner import choice_table, costs
+
+SIZES: Final = tuple(1 << power for power in (10, 14, 17, 20, 22, 24))
+BUDGET_S: Final = 16.0  # with the start of 8 ranks and the links well below 30 s
+CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate is measured
+_BLOCKS = 3
+_BLOCK_S = 4e-3  # what a block of calls is to take; one call may take longer
+_LARGEST_SHARE = 0.1  # of the budget, for one collective at one size
+
+Samples = dict[tuple[str, str], dict[int, float]]
+
+
+def tune(group: Group, budget_s: float = BUDGET_S) -> TuningTable:
+    """Measures links and algorithms. Every rank of the job calls it on a group of all of them; all get the same table.
+
+    budget_s: seconds for the algorithms, about; sizes that would take too long are left to the model. On one host every
+    collective takes the engine's native path, so links alone are measured.
+    Raises InvalidArgument for a group of one rank, which has nothing to measure."""
+    if group.size < 2:
+        raise InvalidArgument("tune: one rank has no links; start it on at least 2 ranks, such as --hosts 2,2")
+    found = survey(group)
+    links = measure_links(group, found.topology, [machine.boot_id for machine in found.machines], all_pairs=False)
+    topology = measured_topology(found.topology, links)
+    samples: Samples = {}
+    if len(topology.hosts) > 1:
+        with group.replan(topology, name="tune") as trial:
+            _measure(trial, found.hardware(), budget_s, samples)
+    return _table(topology, found.hardware(), samples)
+
+
+def tune_in_background(group: Group, path: str | Path | None = None) -> concurrent.futures.Future[TuningTable]:
+    """tune() in a thread while the program goes on, on links that the program uses too; the table is for later jobs.
+
+    Every rank of the job calls it. path: where rank 0 saves the table (default: the folder that init() searches).
+    The result, or the error, comes with the future."""
+    everyone = list(range(group.size))
+    own = group.new_group(everyone, name="tune-in-background")
+    assert own is not None
+    threads = concurrent.futures.ThreadPoolExecutor(1, "pycomm-tune")
+
+    def run() -> TuningTable:
+        with own:
+            table = tune(own)
+            if own.rank == 0:
+                table.save(path or table_folder() / table.file_name())
+            own.barrier()
+        return table
+
+    future = threads.submit(run)
+    threads.shutdown(wait=False)
+    return future
+
+
+def _table(topology: Topology, hardware: tuple[str, ...], samples: Samples) -> TuningTable:
+    times = tuple(Times(*name, tuple(sorted(points.items()))) for name, points in sorted(samples.items()))
+    return TuningTable(engine_version(), hardware, topology, times)
+
+
+def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: Samples) -> None:
+    """Fills samples, all ranks alike: what is decided from times is decided from times that all have agreed on."""
+    begin, spent = time.perf_counter(), 0.0
+    for nbytes in SIZES:
+        for collective in PLANNERS:
+            size = _rounded(nbytes, group.size)
+            cost = costs(group.topology, collective, (size,), 0, _table(group.topology, hardware, samples))
+            expected = cost.expected_s[:, 0]
+            contends = expected <= CONTENDS * expected.min()
+            names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
+            calls = [max(1, round(_BLOCK_S / seconds)) for seconds in expected[contends]]
+            need_s = sum(seconds * (1 + _BLOCKS * n) for seconds, n in zip(expected[contends], calls, strict=True))
+            if len(names) < 2 or need_s > min(_LARGEST_SHARE * budget_s, budget_s - spent):
+                continue
+            for name, seconds in zip(names, time_algorithms(group, collective, size, names, calls), strict=True):
+                samples.setdefault((collective, name), {})[size] = seconds
+            spent = _slowest(group, time.perf_counter() - begin)
+
+
+def _rounded(nbytes: int, n_ranks: int) -> int:
+    """At least nbytes, in equal pieces of float32 for all ranks."""
+    return -(-nbytes // (4 * n_ranks)) * 4 * n_ranks
+
+
+def time_algorithms(
+    group: Group, collective: str, nbytes: int, names: Sequence[str], calls: Sequence[int], n_blocks: int = _BLOCKS
+) -> list[float]:
+    """Seconds of one call of each algorithm, the same on every rank; every rank calls it with the same.
+
+    nbytes: of the longest buffer, in float32, a whole number of pieces for all ranks. calls: of each algorithm in a
+    block. Blocks take turns; the slowest rank's time counts, and the median of the blocks."""
+    run = _runner(group, collective, nbytes)
+    blocks = np.empty((n_blocks, len(names)))
+    for name in names:
+        run(name)  # plans, and opens connections
+    for block in blocks:
+        for index, name in enumerate(names):
+            group.barrier()
+            begin = time.perf_counter()
+            for _ in range(calls[index]):
+                run(name)
+            block[index] = (time.perf_counter() - begin) / calls[index]
+    group.all_reduce(blocks, "max")
+    return [float(seconds) for seconds in np.median(blocks, axis=0)]
+
+
+def _runner(group: Group, collective: str, nbytes: int) -> Callable[[str], object]:
+    """Runs one call of a collective whose longest buffer has nbytes, by a named algorithm, root 0."""
+    whole = np.zeros(nbytes // 4, np.float32)
+    other = np.zeros(nbytes // 4, np.float32)
+    piece = np.zeros(nbytes // 4 // group.size, np.float32)
+    at_root = whole if group.rank == 0 else None
+    calls: dict[str, Callable[[str], object]] = {
+        "all_reduce": lambda name: group.all_reduce(whole, algorithm=name),
+        "reduce_scatter": lambda name: group.reduce_scatter(piece, whole, algorithm=name),
+        "all_gather": lambda name: group.all_gather(whole, piece, algorithm=name),
+        "broadcast": lambda name: group.broadcast(whole, algorithm=name),
+        "reduce": lambda name: group.reduce(whole, algorithm=name),
+        "gather": lambda name: group.gather(at_root, piece, algorithm=name),
+        "scatter": lambda name: group.scatter(piece, at_root, algorithm=name),
+        "all_to_all": lambda name: group.all_to_all(other, whole, algorithm=name),
+    }
+    return calls[collective]
+
+
+def _slowest(group: Group, seconds: float) -> float:
+    value = np.array([seconds])
+    group.all_reduce(value, "max")
+    return float(value[0])
+
+
+# The command
+
+
+def report(table: TuningTable) -> str:
+    """Link figures, and what each collective takes by size, for people."""
+    lines = []
+    for host in table.topology.hosts:
+        link = host.nic
+        names = "+".join(nic.name for nic in host.nics)
+        lines.append(f"host {host.name}, {names}: {_link(link.bytes_per_s, link.latency_s)}")
+    inside = table.topology.inside
+    lines.append(f"inside hosts: {_link(inside.bytes_per_s, inside.latency_s)}")
+    if not table.times:
+        return "\n".join(
+            [*lines, "one host: every collective takes the engine's native path, there is nothing to choose"]
+        )
+    for collective in PLANNERS:
+        choices, beyond = [], ""
+        for limit, name in choice_table(table.topology, collective, 0, table):
+            choices.append(f"{name}{beyond}" if limit is None else f"{name} to {format_nbytes(limit)}")
+            beyond = " above"
+        n_sizes = len({nbytes for points in table.points(collective).values() for nbytes, _ in points})
+        lines.append(f"{collective:<15}{', '.join(choices)} ({n_sizes} of {len(SIZES)} sizes measured)")
+    return "\n".join(lines)
+
+
+def _link(bytes_per_s: float, latency_s: float) -> str:
+    return f"{bytes_per_s * 8 / 1e9:.3g} Gbit/s, {format_s(latency_s)}"
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """The options that have a command start its own ranks."""
+    parser.add_argument("--ranks", type=int, metavar="N", help="start N ranks, all on one host")
+    parser.add_argument("--hosts", metavar="H", help="start emulated hosts: a count, or the ranks of each: 3,1")
+    parser.add_argument("--ranks-per-host", type=int, metavar="R", help="ranks on each emulated host")
+
+
+def relaunch(command: str, options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Runs `pycomm <command> <arguments>` as the ranks that add_layout()'s options describe."""
+    if "RANK" in os.environ:
+        raise InvalidArgument("this is a rank of a job already (RANK is set); leave --ranks and --hosts out")
+    layout = launch.parse_layout(options.ranks, options.hosts, options.ranks_per_host)
+    return launch.launch(["-m", "pycomm", command, *arguments], layout, output="rank0")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`pycomm tune`: returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="pycomm tune",
+        description="Measure links and algorithms, and save a table that later jobs of this layout load.",
+        epilog="Under `pycomm launch`, torchrun or srun it measures that job; with --hosts or --ranks it starts "
+        "its own ranks. Tables stand in PYCOMM_TUNE_DIR, else XDG_CACHE_HOME/pycomm, else ~/.cache/pycomm; "
+        "PYCOMM_TUNE_FILE names one.",
+    )
+    add_layout(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to save the table (default: that folder)")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_S, metavar="S", help="seconds for algorithms (%(default)g)"
+    )
+    options = parser.parse_args(argv)
+    if options.budget <= 0:
+        parser.error(f"--budget is {options.budget:g}; give seconds above 0")
+    if (options.ranks, options.hosts, options.ranks_per_host) != (None, None, None):
+        arguments = ["--budget", str(options.budget)]
+        if options.output is not None:
+            arguments += ["--output", str(options.output.absolute())]
+        return relaunch("tune", options, arguments)
+    if "RANK" not in os.environ:
+        parser.error("no ranks to measure: give --hosts 2 --ranks-per-host 4, or start it under a launcher")
+    os.environ["PYCOMM_TUNE_FILE"] = ""  # an older table has no say, and no warning is due
+    begin = time.perf_counter()
+    with init() as group:
+        table = tune(group, options.budget)
+        if group.rank == 0:
+            path = options.output or table_folder() / table.file_name()
+            table.save(path)
+            print(report(table))
+            print(f"measured in {time.perf_counter() - begin:.1f} s; saved to {path}")
+    return 0

@@ -1,0 +1,205 @@
+"""Tuning tables: files, what they hold for, and how their times bear on the choice."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pycomm.errors import InvalidArgument
+from pycomm.explain import explain
+from pycomm.hosts import Link, Switch
+from pycomm.planners import PLANNERS
+from pycomm.simulate import simulate
+from pycomm.table import Times, TuningTable, from_json, layout, load
+from pycomm.topology import Topology
+from pycomm.tuner import LADDER, choice_table, choose, costs
+
+pytestmark = pytest.mark.timeout(60)
+
+TOPOLOGY = Topology.emulated([4, 4], nic=Link(20e-6, 1e8, 4e-6))
+TABLE = TuningTable(
+    "1+abc",
+    ("CPU, 2 cores, eth0 (ena)",) * 2,
+    TOPOLOGY,
+    (
+        Times("all_reduce", "ring", ((1 << 10, 1e-4), (1 << 20, 1e-3))),
+        Times("all_reduce", "hierarchical", ((1 << 10, 2e-4), (1 << 20, 4e-3))),
+    ),
+)
+
+
+@st.composite
+def tables(draw):
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    rate = draw(st.floats(1e3, 1e12))
+    topology = Topology.emulated(shape, nic=Link(draw(st.floats(0, 1)), rate))
+    if draw(st.booleans()):
+        racks = (Switch("row", Link(0, rate)), Switch("rack", Link(1e-4, 1e9), "row"))
+        hosts = tuple(dataclasses.replace(host, switch="rack", numa=(host.ranks,)) for host in topology.hosts)
+        topology = dataclasses.replace(topology, hosts=hosts, switches=racks)
+    names = [(collective, algorithm) for collective in PLANNERS for algorithm in PLANNERS[collective]]
+    times = tuple(
+        Times(
+            *name,
+            tuple((size, draw(st.floats(1e-9, 1e3))) for size in sorted(draw(st.sets(st.integers(1), min_size=1)))),
+        )
+        for name in draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
+    )
+    return TuningTable(draw(st.text()), tuple(draw(st.text()) for _ in shape), topology, times)
+
+
+@given(tables())
+def test_a_table_is_read_as_it_was_written(table):
+    again = from_json(table.to_json())
+    assert again.fingerprint() == table.fingerprint()
+    assert sorted(again.times, key=str) == sorted(table.times, key=str)
+    assert (again.engine, again.hardware, again.topology) == (table.engine, table.hardware, table.topology)
+
+
+def test_a_table_is_saved_whole_where_its_name_says_what_it_is(tmp_path):
+    path = tmp_path / "new" / TABLE.file_name()
+    TABLE.save(path)
+    assert load(path) == TABLE
+    assert [file.name for file in path.parent.iterdir()] == [TABLE.file_name()]
+    other_engine = dataclasses.replace(TABLE, engine="2+abc")
+    assert other_engine.file_name()[:9] == TABLE.file_name()[:9]  # of one layout
+    assert other_engine.file_name() != TABLE.file_name()
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda d: "{", "it is no tuning table (JSONDecodeError"),
+        (lambda d: json.dumps([1]), "it is no tuning table (TypeError"),
+        (lambda d: json.dumps({**d, "format": 7}), "it has format 7, this pycomm reads format 1"),
+        (lambda d: json.dumps({**d, "engine": "9"}), "its fingerprint is"),
+        (
+            lambda d: json.dumps({k: v for k, v in d.items() if k != "times"}),
+            "it is no tuning table (KeyError: 'times')",
+        ),
+        (lambda d: json.dumps({**d, "hardware": ["x"]}), "1 hosts' hardware for 2 hosts"),
+        (lambda d: json.dumps({**d, "times": {"all_reduce": {"ring": [[8, -1]]}}}), "not a positive number of seconds"),
+        (lambda d: json.dumps({**d, "times": {"all_reduce": {"ring": [[8, 1], [4, 1]]}}}), "not ascending"),
+        (lambda d: json.dumps({**d, "times": {"all_reduce": {"ring": [[0, 1]]}}}), "not ascending from 1 up"),
+        (
+            lambda d: json.dumps({**d, "topology": {**d["topology"], "reduce_bytes_per_s": 0}}),
+            "reduce_bytes_per_s is 0",
+        ),
+    ],
+)
+def test_what_is_no_table_is_refused_by_name(tmp_path, change, fact):
+    path = tmp_path / "t.json"
+    path.write_text(change(json.loads(TABLE.to_json())))
+    with pytest.raises(InvalidArgument) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and fact in str(caught.value) and "pycomm tune" in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"none.json cannot be read.*make one with `pycomm tune`"):
+        load(tmp_path / "none.json")
+
+
+def test_an_algorithm_has_one_list_of_times():
+    with pytest.raises(InvalidArgument, match="two lists"):
+        dataclasses.replace(TABLE, times=(TABLE.times[0], TABLE.times[0]))
+
+
+@pytest.mark.parametrize(
+    ("job", "hardware", "engine", "fact"),
+    [
+        (Topology.emulated([4, 4]), TABLE.hardware, "1+abc", None),
+        (Topology.from_host_ids("ppppqqqq"), TABLE.hardware, "1+abc", None),
+        (
+            Topology.emulated([3, 1]),
+            TABLE.hardware,
+            "1+abc",
+            "it is of 8 ranks on 2 host(s) (4, 4), placed aaaabbbb, this job has 4 ranks on 2 host(s) (3, 1)",
+        ),
+        (Topology.from_host_ids("pqpqpqpq"), TABLE.hardware, "1+abc", "placed abababab"),
+        (Topology.emulated([4, 4]), ("other", "other"), "1+abc", "it was measured on CPU, 2 cores, eth0 (ena); host"),
+        (Topology.emulated([4, 4]), TABLE.hardware, "1+abd", "measured with engine 1+abc, this is 1+abd"),
+    ],
+)
+def test_what_a_table_holds_for(job, hardware, engine, fact):
+    reason = TABLE.refusal(job, hardware, engine)
+    assert reason is None if fact is None else fact in reason
+    if fact is None:
+        named = TABLE.for_hosts(job)
+        assert [host.name for host in named.hosts] == [host.name for host in job.hosts]
+        assert named.link(0, 7) == TOPOLOGY.link(0, 7)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
+def test_a_layout_is_where_ranks_are_whatever_the_names(hosts):
+    numbers = layout(Topology.from_host_ids(hosts))
+    assert numbers == layout(Topology.from_host_ids([f"x{host}" for host in hosts]))
+    assert [a == b for a in numbers for b in numbers] == [a == b for a in hosts for b in hosts]
+
+
+# The choice
+
+
+def test_at_a_measured_size_the_expectation_is_the_measurement():
+    found = costs(TOPOLOGY, "all_reduce", (1 << 10, 1 << 15, 1 << 20, 1 << 24), 0, TABLE)
+    ring, hierarchical = (found.algorithms.index(name) for name in ("ring", "hierarchical"))
+    assert found.expected_s[ring, [0, 2]] == pytest.approx([1e-4, 1e-3])
+    assert found.expected_s[hierarchical, [0, 2]] == pytest.approx([2e-4, 4e-3])
+    assert found.measured[ring].tolist() == [True, True, True, False]
+    for index, name in enumerate(found.algorithms):
+        predicted = simulate(PLANNERS["all_reduce"][name](TOPOLOGY, 0), TOPOLOGY, 1 << 24).total_s
+        assert found.predicted_s[index, 3] == pytest.approx(predicted)
+    # beyond what was measured a prediction stays as far off as it last was
+    ratio = found.expected_s / found.predicted_s
+    assert ratio[:, 3] == pytest.approx(ratio[:, 2])
+    # between, the ratio lies between
+    for row in (ring, hierarchical):
+        assert min(ratio[row, [0, 2]]) <= ratio[row, 1] <= max(ratio[row, [0, 2]])
+
+
+def test_what_was_not_measured_must_win_even_as_far_off_as_the_worst():
+    found = costs(TOPOLOGY, "all_reduce", LADDER, 0, TABLE)
+    measured = [found.algorithms.index(times.algorithm) for times in TABLE.times]
+    ratio = found.expected_s / found.predicted_s
+    worst = np.maximum(1.0, ratio[measured].max(axis=0))
+    for row in range(len(found.algorithms)):
+        if row not in measured:
+            assert ratio[row] == pytest.approx(worst)
+
+
+def test_measured_times_overrule_the_model():
+    assert choose(choice_table(TOPOLOGY, "all_reduce"), 1 << 20) != "ring"
+    assert choose(choice_table(TOPOLOGY, "all_reduce", 0, TABLE), 1 << 20) == "ring"
+    assert choice_table(TOPOLOGY, "broadcast", 0, TABLE) == choice_table(TOPOLOGY, "broadcast")
+    no_times = dataclasses.replace(TABLE, times=())
+    assert choice_table(TOPOLOGY, "all_reduce", 0, no_times) == choice_table(TOPOLOGY, "all_reduce")
+
+
+@pytest.mark.parametrize("collective", PLANNERS)
+def test_the_choice_is_never_expected_to_lose(collective):
+    times = tuple(
+        Times(collective, name, ((1 << 12, 1e-3 * (index + 1)), (1 << 22, 1e-2 / (index + 1))))
+        for index, name in enumerate(PLANNERS[collective])
+    )
+    table = dataclasses.replace(TABLE, times=times)
+    found = costs(TOPOLOGY, collective, LADDER, 0, table)
+    chosen = [found.algorithms.index(choose(choice_table(TOPOLOGY, collective, 0, table), size)) for size in LADDER]
+    for column in range(len(LADDER)):
+        assert found.expected_s[chosen[column], column] == found.expected_s[:, column].min()
+
+
+def test_an_explanation_has_measured_times_and_says_what_decided():
+    found = explain(TOPOLOGY, "all_reduce", 1 << 20, table=TABLE)
+    by_name = {candidate.algorithm: candidate for candidate in found.candidates}
+    assert by_name["ring"].measured_s == pytest.approx(1e-3)
+    assert by_name["tree"].measured_s is None
+    assert found.choice == "ring" and "ring is measured fastest" in found.reason
+    head, *rows = str(found).splitlines()[1:-1]
+    assert "measured" in head and len(rows) == len(found.candidates)
+    assert "1 ms" in next(row for row in rows if " ring " in row)
+    beyond = explain(TOPOLOGY, "all_reduce", 1 << 26, table=TABLE)
+    assert "expected, from its times at other sizes, fastest" in beyond.reason
+    assert "measured" not in str(explain(TOPOLOGY, "all_reduce", 1 << 20)).splitlines()[1]

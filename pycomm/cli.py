@@ -66,6 +66,12 @@ def _explain(argv: Sequence[str]) -> int:
     return 0
 
 
+def _bench(argv: Sequence[str]) -> int:
+    from pycomm.bench import command
+
+    return command.main(argv)
+
+
 def _info(argv: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="pycomm info", description="Versions, the extension, and what this machine offers."
@@ -130,6 +136,7 @@ def _distribution_version(name: str) -> str:
 COMMANDS: dict[str, Command] = {
     "launch": Command("start the ranks of a program on this machine, on one or several emulated hosts", _launch),
     "explain": Command("which schedule a collective would run, why, and what the others would cost", _explain),
+    "bench": Command("what collectives cost here, beside other libraries, verified; nccl-tests' columns", _bench),
     "info": Command("versions, the extension, and what this machine offers", _info),
 }
 

@@ -38,12 +38,15 @@ class DType:
     def encode(self, values: Any) -> NDArray[Any]:
         """Whole numbers from 0 to `exact`, as elements of `raw`."""
         values = np.asarray(values)
+        bits: NDArray[Any]
         if not self.fraction_bits:
-            return values.astype(self.raw)
+            bits = values.astype(self.raw)
+            return bits
         fraction, exponent = np.frexp(values.astype(np.float64))  # 0.5 <= fraction < 1
         fraction_field = ((2 * fraction - 1) * (1 << self.fraction_bits)).astype(np.int64)
-        bits = ((exponent - 1 + self.exponent_bias) << self.fraction_bits) + fraction_field
-        return np.where(values == 0, 0, bits).astype(self.raw)
+        field = ((exponent - 1 + self.exponent_bias) << self.fraction_bits) + fraction_field
+        bits = np.where(values == 0, 0, field).astype(self.raw)
+        return bits
 
 
 DTYPES: Final = {
@@ -95,7 +98,6 @@ def _others(n: int) -> float:
     return (n - 1) / n
 
 
-_BOTH_WAYS: Final = {"busbw": _one, "touched": lambda n: 2.0, "placements": (OUT_OF_PLACE,)}
 COLLECTIVES: Final[dict[str, Collective]] = {
     "all_reduce": Collective(lambda n: 2 * (n - 1) / n, lambda n: 2 * n, reduces=True, native=IN_PLACE),
     "reduce": Collective(_one, lambda n: n + 1, reduces=True, rooted=True, native=IN_PLACE),
@@ -109,7 +111,9 @@ COLLECTIVES: Final[dict[str, Collective]] = {
     "barrier": Collective(_one, lambda n: 0, placements=(OUT_OF_PLACE,)),
 }
 # Beyond nccl-tests: two ranks' messages, the MoE exchange, and a collective beside which something is computed.
-PAIRS: Final[dict[str, Collective]] = {"latency": Collective(**_BOTH_WAYS), "bandwidth": Collective(**_BOTH_WAYS)}
+PAIRS: Final[dict[str, Collective]] = {
+    name: Collective(_one, lambda n: 2, placements=(OUT_OF_PLACE,)) for name in ("latency", "bandwidth")
+}
 MOE: Final[dict[str, Collective]] = {
     name: Collective(_others, lambda n: 2 * n, placements=(OUT_OF_PLACE,)) for name in ("moe_dispatch", "moe_combine")
 }
@@ -290,10 +294,12 @@ def _require_division(name: str, dtype: str, nbytes: int, n_ranks: int, moe: Moe
 
 def _require_moe(moe: Moe, dtypes: Sequence[str], n_ranks: int) -> None:
     if moe.experts < 1 or moe.experts % n_ranks:
-        raise InvalidArgument(f"{moe.experts} experts do not spread evenly over {n_ranks} ranks; give --experts {n_ranks}")
+        raise InvalidArgument(
+            f"{moe.experts} experts do not spread evenly over {n_ranks} ranks; give --experts {2 * n_ranks}"
+        )
     if not 1 <= moe.top_k <= min(moe.experts, 4) or moe.hidden < 1:
         raise InvalidArgument(
-            f"--top-k {moe.top_k} --hidden {moe.hidden}: a token has 1 to 4 of {moe.experts} experts and 1 element or more"
+            f"--top-k {moe.top_k} --hidden {moe.hidden}: a token has 1 to 4 of {moe.experts} experts, and elements"
         )
     for dtype in dtypes:
         if dtype not in ("float32", "float64", "float16", "bfloat16"):

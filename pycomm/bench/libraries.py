@@ -67,15 +67,24 @@ class Pycomm:
             "gather": lambda: g.gather(y if at_root else None, x, root),
             "scatter": lambda: g.scatter(y, x if at_root else None, root),
             "all_to_all": lambda: g.all_to_all(y, x, async_op=async_op),
-            "sendrecv": lambda: ring_call(g.rank, g.size, self._isend, g.recv, x, y),
+            "sendrecv": ring_call(g.rank, g.size, self, x, y),
             "barrier": g.barrier,
         }
         if case.pair is not None:
-            return pair_call(case, g.rank, y, self._isend, lambda z, peer: g.recv(z, peer, async_op=True))
+            return pair_call(case, g.rank, self, y)
         return copied_first(case, placement, g.rank, x, y, calls[case.collective.removeprefix("overlap_")])
 
-    def _isend(self, x: torch.Tensor, peer: int) -> Any:
+    def send(self, x: torch.Tensor, peer: int) -> Any:
+        return self.group.send(x, peer)
+
+    def recv(self, x: torch.Tensor, peer: int) -> Any:
+        return self.group.recv(x, peer)
+
+    def isend(self, x: torch.Tensor, peer: int) -> Any:
         return self.group.send(x, peer, async_op=True)
+
+    def irecv(self, x: torch.Tensor, peer: int) -> Any:
+        return self.group.recv(x, peer, async_op=True)
 
     @property
     def rows_group(self) -> Group:
@@ -112,18 +121,24 @@ class TorchDistributed:
             "gather": lambda: dist.gather(x, pieces_out, root, group),
             "scatter": lambda: dist.scatter(y, pieces_in, root, group),
             "all_to_all": lambda: dist.all_to_all_single(y, x, group=group, async_op=async_op),
-            "sendrecv": lambda: ring_call(self.rank, self.size, self._isend, self._recv, x, y),
+            "sendrecv": ring_call(self.rank, self.size, self, x, y),
             "barrier": lambda: dist.barrier(group),
         }
         if case.pair is not None:
-            return pair_call(case, self.rank, y, self._isend, lambda z, peer: dist.irecv(z, peer, group))
+            return pair_call(case, self.rank, self, y)
         return copied_first(case, placement, self.rank, x, y, calls[case.collective.removeprefix("overlap_")])
 
-    def _isend(self, x: torch.Tensor, peer: int) -> Any:
+    def send(self, x: torch.Tensor, peer: int) -> Any:
+        return dist.send(x, peer, self._group)
+
+    def recv(self, x: torch.Tensor, peer: int) -> Any:
+        return dist.recv(x, peer, self._group)
+
+    def isend(self, x: torch.Tensor, peer: int) -> Any:
         return dist.isend(x, peer, self._group)
 
-    def _recv(self, x: torch.Tensor, peer: int) -> Any:
-        return dist.recv(x, peer, self._group)
+    def irecv(self, x: torch.Tensor, peer: int) -> Any:
+        return dist.irecv(x, peer, self._group)
 
     @property
     def rows_group(self) -> TorchDistributed:
@@ -137,8 +152,8 @@ class TorchDistributed:
         input_counts: Sequence[int] | None = None,
     ) -> None:
         """As pycomm.moe.AllToAllGroup asks for."""
-        counts = [None if each is None else list(each) for each in (output_counts, input_counts)]
-        dist.all_to_all_single(output, input, *counts, group=self._group)
+        out_counts, in_counts = (None if each is None else list(each) for each in (output_counts, input_counts))
+        dist.all_to_all_single(output, input, out_counts, in_counts, self._group)
 
     def close(self) -> None: ...
 

@@ -144,32 +144,52 @@ class MoeTrial:
         return torch.cat([x[(topk == e).any(1)] for e in self._local_experts() for x, topk in batches])
 
 
-def ring_call(rank: int, size: int, send: Any, recv: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+class Messages(Protocol):
+    """A library's point-to-point calls on tensors; isend and irecv return something to wait() for."""
+
+    def send(self, x: torch.Tensor, peer: int) -> Any: ...
+    def recv(self, x: torch.Tensor, peer: int) -> Any: ...
+    def isend(self, x: torch.Tensor, peer: int) -> Any: ...
+    def irecv(self, x: torch.Tensor, peer: int) -> Any: ...
+
+
+def ring_call(rank: int, size: int, messages: Messages, x: torch.Tensor, y: torch.Tensor) -> Call:
     """nccl-tests' sendrecv: every rank sends to the next one and receives from the one before."""
-    sending = send(x, (rank + 1) % size)
-    recv(y, (rank - 1) % size)
-    sending.wait()
+    following, previous = (rank + 1) % size, (rank - 1) % size
+
+    def call() -> None:
+        sending = messages.isend(x, following)
+        messages.recv(y, previous)
+        sending.wait()
+
+    return call
 
 
-def pair_call(case: Case, rank: int, x: torch.Tensor, isend: Any, irecv: Any) -> Call:
-    """latency: a message there and back. bandwidth: WINDOW messages one way, then one element back."""
+def pair_call(case: Case, rank: int, messages: Messages, x: torch.Tensor) -> Call:
+    """latency: a message there and back. bandwidth: WINDOW messages in flight one way, then one element back."""
     assert case.pair is not None
     if rank not in case.pair:
         return lambda: None
     first, second = case.pair
     other = second if rank == first else first
-    there, back = (1, x) if case.collective == "latency" else (WINDOW, x[:1])
 
-    def transfer(start: Any) -> None:
-        for work in [start(x, other) for _ in range(there)]:
+    def ping() -> None:
+        messages.send(x, other)
+        messages.recv(x, other)
+
+    def pong() -> None:
+        messages.recv(x, other)
+        messages.send(x, other)
+
+    def give() -> None:
+        for work in [messages.isend(x, other) for _ in range(WINDOW)]:
             work.wait()
+        messages.recv(x[:1], other)
 
-    def initiator() -> None:
-        transfer(isend)
-        irecv(back, other).wait()
+    def take() -> None:
+        for work in [messages.irecv(x, other) for _ in range(WINDOW)]:
+            work.wait()
+        messages.send(x[:1], other)
 
-    def responder() -> None:
-        transfer(irecv)
-        isend(back, other).wait()
-
-    return initiator if rank == first else responder
+    calls = {"latency": (ping, pong), "bandwidth": (give, take)}[case.collective]
+    return calls[rank != first]

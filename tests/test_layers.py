@@ -26,6 +26,7 @@ PYTHON_ROWS = [
     ["group"],
     ["backend", "distributed", "overlap", "moe"],
     ["launch"],
+    ["bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -69,7 +69,9 @@ class Interrupt:
     def __init__(self) -> None:
         self._noted_at: float | None = None
         self._number = signal.SIGINT
-        self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # nohup and background jobs of a shell start with some of them ignored: let that stand
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: handler for number, handler in found.items() if handler != signal.SIG_IGN}
 
     def __enter__(self) -> Interrupt:
         for number in self._previous:

@@ -117,8 +117,11 @@ class MpiCompanion:
 
     def _ask(self, *command: Any) -> list[Any]:
         """Every MPI rank's answer, by rank; none on ranks that do not lead."""
-        for connection in self._ranks.values():
-            connection.send(command)
+        for rank in sorted(self._ranks):
+            try:
+                self._ranks[rank].send(command)
+            except ConnectionError:
+                raise PycommError(f"MPI rank {rank} has ended; {self._said()}") from None
         answers = []
         for rank in sorted(self._ranks):
             try:

@@ -28,7 +28,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         return row["collective"], row["dtype"]
 
     groups = [(key, list(rows)) for key, rows in groupby(sorted(record["rows"], key=kind), kind)]
-    figure, axes = pyplot.subplots(len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False)
+    figure, axes = pyplot.subplots(len(groups), 2, figsize=(11, 3.6 * len(groups)), squeeze=False, layout="constrained")
     for line, ((collective, dtype), rows) in zip(axes, groups, strict=True):
         libraries = dict.fromkeys(name for row in rows for name in row["timings"])
         for library in libraries:
@@ -59,7 +59,6 @@ def plot(record: dict[str, Any], path: Path) -> None:
         f"{record['n_ranks']} ranks, {hosts} host(s), {about['cpu']}, {about['cores']} cores, torch {about['torch']}"
     )
     figure.suptitle(layout, fontsize=9, color="#555555")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

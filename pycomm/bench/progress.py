@@ -1,4 +1,5 @@
-"""How far a run is: a bar on a terminal with rich, a line for each case otherwise, on standard error."""
+"""How far a run is: with rich a bar on the terminal that takes the rows, otherwise a line for each case on standard
+error. (Under `pycomm launch` only standard output is the terminal itself.)"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ class Progress:
     def __init__(self, n_cases: int, show: bool) -> None:
         self._n, self._done, self._show = n_cases, 0, show
         self._bar: Any = None
-        if show and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+        if show and sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -23,9 +24,9 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=Console(),
                 transient=True,
-                redirect_stdout=False,  # rows go where standard output goes
+                redirect_stdout=False,  # rows are printed between stop() and start(), whole whatever their width
                 redirect_stderr=False,
             )
             self._task = self._bar.add_task("", total=n_cases)

@@ -26,7 +26,8 @@ class Table:
         if case.collective in OVERLAP:
             columns = [(14, "alone"), (11, "compute"), (11, "together"), (8, "hidden")]
             units = [(14, "(us)"), (11, "(us)"), (11, "(us)"), (8, "(%)")]
-            columns += [(12, f"{name} %") for name in self._baselines]
+            columns += [(12, name) for name in self._baselines]
+            units += [(12, "(hidden, %)")] * len(self._baselines)
             return ["#", name, _head() + _cells(columns), _head(units=True) + _cells(units)]
         timing = [(9, "time"), (8, "algbw"), (8, "busbw"), (7, "#wrong")]
         timing_units = [(9, "(us)"), (8, "(GB/s)"), (8, "(GB/s)"), (7, "")]

@@ -20,7 +20,7 @@ from pycomm import _C
 from pycomm._C import Stats, Work
 from pycomm.check import check
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
-from pycomm.explain import explain, format_nbytes
+from pycomm.explain import Explanation, explain, format_nbytes
 from pycomm.planners import PLANNERS
 from pycomm.project import Program, project
 from pycomm.topology import Topology
@@ -157,7 +157,7 @@ class Group(_C.Group):
     def explain(self, op: str, nbytes: int) -> str:
         """Which schedule a collective of nbytes takes in this group, what the others would cost, and why."""
         limit = self.native_nbytes(op)
-        text = str(explain(self.topology, op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
+        text = str(self.explanation(op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
         if self.size > 1 and nbytes <= limit:
             text += (
                 f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "
@@ -165,6 +165,11 @@ class Group(_C.Group):
                 "path, where each rank writes once and reads the others."
             )
         return text
+
+    def explanation(self, op: str, nbytes: int, root: int = 0) -> Explanation:
+        """The same as data: candidates, choice and reason. Where native_nbytes(op) is not below nbytes, none of the
+        candidates runs. Raises InvalidArgument for an op that no planner serves."""
+        return explain(self.topology, op, nbytes, root)
 
     def __enter__(self) -> Group:
         return self

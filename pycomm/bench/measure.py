@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,7 @@ from pycomm.bench.cases import ALONE, COMPUTE, TOGETHER, Case
 from pycomm.bench.libraries import Copies, Library
 from pycomm.bench.roofline import MEMORY_FROM, link_limit_s, memory_limit_s
 from pycomm.bench.trials import Memory, Trial, Unavailable
-from pycomm.explain import explain
 from pycomm.group import Group
-from pycomm.planners import PLANNERS
 
 N_ROUNDS: Final = 5
 BLOCK_S: Final = 0.03  # what a block's timed calls may take, unless three take longer
@@ -249,6 +247,5 @@ def choice(group: Group, case: Case) -> tuple[str, str]:
         return "all_reduce", "across hosts a barrier is an all_reduce of one byte"
     if case.moe is not None:
         return "pairwise", "an uneven all_to_all goes pairwise between hosts"
-    assert name in PLANNERS, name
-    explanation: Any = explain(group.topology, name, case.nbytes, case.root)
+    explanation = group.explanation(name, case.nbytes, case.root)
     return explanation.choice, explanation.reason

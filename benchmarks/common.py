@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing.connection
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from netns import Network
+
+from pycomm.bench.record import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -115,22 +116,9 @@ def _rank_main(
 
 def environment() -> dict[str, Any]:
     """The machine, the versions and the command of this run."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average_before": [round(x, 2) for x in os.getloadavg()],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **machine(),
         "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
     }
 

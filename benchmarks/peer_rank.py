@@ -1,7 +1,8 @@
 """One rank of one library, told by peers.py or hosts.py what to run: python peer_rank.py KIND NAME SOCKET KEY
 
-Needs numpy and the library, nothing else: each library has an environment of its own. Between two commands a rank
-sleeps on its connection, so that libraries do not disturb each other."""
+Needs numpy, this repository and the library, nothing else: each library has an environment of its own. What goes in and
+what must come out is pycomm.bench's. Between two commands a rank sleeps on its connection, so that libraries do not
+disturb each other."""
 
 from __future__ import annotations
 
@@ -9,98 +10,57 @@ import ctypes
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Call = Callable[[], Any]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pycomm.bench.buffers import Buffers
+from pycomm.bench.cases import COLLECTIVES, DTYPES, Case
+from pycomm.bench.trials import Call, timed
+
 F32, BF16 = "float32", "bfloat16"
-WIDTH = {F32: 4, BF16: 2}
-RAW = {F32: np.float32, BF16: np.uint16}
-PERIOD = 61  # of the values; its sums over 4 ranks are exact in bfloat16 too
-VERIFY_BYTES = 4 << 20  # compared at once
 
 
-def encode(values: Any, dtype: str) -> Any:
-    """Small integers as the array's bits."""
-    exact = np.asarray(values, np.float32)
-    return exact if dtype == F32 else (exact.view(np.uint32) >> 16).astype(np.uint16)
-
-
-class Buffers:
+class PeerBuffers:
     """A rank's arrays for one case: `whole` has a piece for each rank, `piece` is one of them, `source` as whole.
 
-    Values are small integers that differ by place and rank: sums are exact, and a piece of a wrong rank or at a wrong
-    place is a wrong number. nbytes: of the whole tensor."""
+    nbytes: of the whole tensor, of which what does not divide by the ranks is left out. sendrecv: there and back
+    between each even rank and the next."""
 
     def __init__(
         self, collective: str, dtype: str, nbytes: int, rank: int, n: int, empty: Callable[[int, str], Any]
     ) -> None:
-        self.collective, self.dtype, self.rank, self.n = collective, dtype, rank, n
-        self.each = max(1, nbytes // WIDTH[dtype] // n)
-        self.numel = self.each * n if collective not in ("sendrecv", "barrier") else max(1, nbytes // WIDTH[dtype])
-        splits = collective in ("all_gather", "reduce_scatter")
+        width, pieces = DTYPES[dtype].nbytes, 1 if collective in ("sendrecv", "barrier") else n
+        self.collective, self.dtype, self.rank = collective, dtype, rank
+        self.each = max(1, nbytes // width // pieces)
+        self.numel = self.each * pieces
         self.whole = empty(self.numel, dtype)
-        self.piece = empty(self.each, dtype) if splits else self.whole[:0]
+        self.piece = empty(self.each, dtype) if collective in ("all_gather", "reduce_scatter") else self.whole[:0]
         self.source = empty(self.numel, dtype) if collective == "all_to_all" else self.whole[:0]
-
-    def _values(self, rank: int, begin: int, end: int) -> Any:
-        return np.arange(begin, end, dtype=np.int64) % PERIOD % (16 if self.dtype == BF16 else PERIOD) + 3 * rank
-
-    def _sum(self, begin: int, end: int) -> Any:
-        return sum(self._values(rank, begin, end) for rank in range(self.n))
-
-    def _blocks(self, numel: int) -> Any:
-        step = VERIFY_BYTES // 4
-        return ((begin, min(begin + step, numel)) for begin in range(0, numel, step))
-
-    def _write(self, array: Any, offset: int = 0) -> None:
-        for begin, end in self._blocks(len(array)):
-            array[begin:end] = encode(self._values(self.rank, offset + begin, offset + end), self.dtype)
+        pair = (rank & ~1, rank | 1) if collective == "sendrecv" else None
+        case = Case("latency" if pair else collective, dtype, self.numel * width, n, pair=pair)
+        given, result = {
+            "all_gather": (self.piece, self.whole),
+            "reduce_scatter": (self.whole, self.piece),
+            "all_to_all": (self.source, self.whole),
+        }.get(collective, (self.whole, self.whole))
+        self._buffers = Buffers(case, COLLECTIVES[case.collective].native if not pair else "", rank, given, result)
 
     def fill(self) -> None:
         """What goes in; where a result is to stand, what cannot be one."""
-        self.whole[:] = self.piece[:] = encode(255, self.dtype)
-        if self.collective == "all_gather":
-            self._write(self.piece, self.rank * self.each)
-        elif self.collective == "all_to_all":
-            self._write(self.source)
-        elif self.collective != "broadcast" or self.rank == 0:
-            self._write(self.whole)
+        self._buffers.fill()
 
     def right(self) -> bool:
         """Whether what came out is right, to the last element."""
-        out = self.piece if self.collective == "reduce_scatter" else self.whole
-        for begin, end in self._blocks(len(out)):
-            if not np.array_equal(out[begin:end], encode(self._expected(begin, end), self.dtype)):
-                return False
-        return True
-
-    def _expected(self, begin: int, end: int) -> Any:
-        places = np.arange(begin, end, dtype=np.int64)
-        owner = places // self.each
-        match self.collective:
-            case "all_reduce":
-                return self._sum(begin, end)
-            case "reduce_scatter":
-                return self._sum(self.rank * self.each + begin, self.rank * self.each + end)
-            case "broadcast":
-                return self._values(0, begin, end)
-            case "all_gather":
-                return self._values(0, begin, end) + 3 * owner
-            case "all_to_all":
-                mine = self.rank * self.each + places % self.each
-                return mine % PERIOD % (16 if self.dtype == BF16 else PERIOD) + 3 * owner
-            case "sendrecv":
-                return self._values(self.rank ^ 1 if self.rank & 1 else self.rank, begin, end)
-        return self._values(self.rank, begin, end)
+        return self._buffers.wrong() == 0
 
     def zero(self) -> None:
         """Repeated sums in place do not grow from here."""
-        self.whole[:] = self.piece[:] = self.source[:] = 0
+        self._buffers.zero()
 
 
 class Library:
@@ -117,9 +77,9 @@ class Library:
         return ("",)
 
     def empty(self, contender: str, numel: int, dtype: str) -> Any:
-        return np.empty(numel, RAW[dtype])
+        return np.empty(numel, DTYPES[dtype].raw)
 
-    def call(self, contender: str, b: Buffers) -> Call:
+    def call(self, contender: str, b: PeerBuffers) -> Call:
         raise NotImplementedError
 
 
@@ -140,7 +100,7 @@ class Mpi(Library):
             op.restype = ctypes.c_uint64
             self.bf16, self.bf16_sum = MPI.UINT16_T, MPI.Op.fromhandle(op())
 
-    def call(self, contender: str, b: Buffers) -> Call:
+    def call(self, contender: str, b: PeerBuffers) -> Call:
         comm, mpi = self.comm, self.mpi
         kind = mpi.FLOAT if b.dtype == F32 else self.bf16
         op = mpi.SUM if b.dtype == F32 else self.bf16_sum
@@ -189,7 +149,7 @@ class OneCcl(Library):
             self.lib.peer_address(address)
         self.lib.peer_join(self.size, self.rank, exchange(address.raw))
 
-    def call(self, contender: str, b: Buffers) -> Call:
+    def call(self, contender: str, b: PeerBuffers) -> Call:
         lib, bf16 = self.lib, int(b.dtype == BF16)
         whole, piece, source = (array.ctypes.data for array in (b.whole, b.piece, b.source))
         calls: dict[str, Call] = {
@@ -244,7 +204,7 @@ class Torch(Library):
 
     def empty(self, contender: str, numel: int, dtype: str) -> Any:
         if contender != self.OWN:
-            return np.empty(numel, RAW[dtype])
+            return np.empty(numel, DTYPES[dtype].raw)
         kept = self.group.empty(max(numel, 1), dtype=getattr(self.torch, dtype))
         array: Any = kept[:numel].view(self.torch.uint16 if dtype == BF16 else self.torch.float32).numpy()
         return array
@@ -252,7 +212,7 @@ class Torch(Library):
     def _tensor(self, array: Any, dtype: str) -> Any:
         return self.torch.from_numpy(array).view(getattr(self.torch, dtype))
 
-    def call(self, contender: str, b: Buffers) -> Call:
+    def call(self, contender: str, b: PeerBuffers) -> Call:
         whole, piece, source = (self._tensor(array, b.dtype) for array in (b.whole, b.piece, b.source))
         peer = b.rank ^ 1
         if contender in (self.GROUP, self.OWN):
@@ -325,7 +285,7 @@ class Hosts(Torch):
 
     def call(self, contender: str, b: Buffers) -> Call:
         if contender == self.BARE:
-            n_bytes = self.on_the_link(b.collective, b.numel * WIDTH[b.dtype], len(self.hosts), self.size)
+            n_bytes = self.on_the_link(b.collective, b.numel * DTYPES[b.dtype].nbytes, len(self.hosts), self.size)
             return (lambda: self.bare.exchange(*n_bytes)) if self.bare is not None else (lambda: None)
         if contender == self.RING:
             whole, piece = self._tensor(b.whole, b.dtype), self._tensor(b.piece, b.dtype)
@@ -345,26 +305,15 @@ class Nothing(Library):
         self.rank, self.size = int(os.environ["PEER_RANK"]), int(os.environ["PEER_SIZE"])
         self.version = f"numpy {np.__version__}"
 
-    def call(self, contender: str, b: Buffers) -> Call:
+    def call(self, contender: str, b: PeerBuffers) -> Call:
         half = len(b.whole) // 2
         to, source = b.whole[:half], b.whole[half : 2 * half]
         return lambda: np.copyto(to, source)
 
 
-def timed(call: Call, n_calls: int) -> list[int]:
-    """Nanoseconds of each call."""
-    clock = time.perf_counter_ns
-    times = []
-    for _ in range(n_calls):
-        begin = clock()
-        call()
-        times.append(clock() - begin)
-    return times
-
-
 def serve(library: Library, control: Connection) -> None:
     """Runs what comes over the connection until it closes."""
-    buffers: dict[str, Buffers] = {}
+    buffers: dict[str, PeerBuffers] = {}
     calls: dict[str, Call] = {}
     idle = isinstance(library, Nothing)
     while True:
@@ -372,10 +321,10 @@ def serve(library: Library, control: Connection) -> None:
         answer: Any = None
         if command == "prepare":
             collective, dtype, nbytes, contenders = arguments
-            shared: Buffers | None = None
+            shared: PeerBuffers | None = None
             for name in contenders:
                 if name == Torch.OWN or shared is None:
-                    b = Buffers(
+                    b = PeerBuffers(
                         collective,
                         dtype,
                         nbytes,

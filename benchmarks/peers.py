@@ -46,6 +46,8 @@ from peers_report import (
     plot,
 )  # fmt: skip
 
+from pycomm.bench import cases
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PEERS = ROOT / "build" / "peers"
@@ -246,17 +248,10 @@ def start(n: int, wanted: Sequence[Library], store: str) -> list[Running]:
     return running
 
 
-def least_bytes(collective: str, nbytes: int, n: int) -> int:
+def least_bytes(collective: str, nbytes: int, n: int) -> float:
     """What all ranks together must read and write at least: every input once, every output once."""
-    read, written = {
-        "all_reduce": (n, n),
-        "reduce_scatter": (n, 1),
-        "all_gather": (1, n),
-        "all_to_all": (n, n),
-        "broadcast": (1, n - 1),
-        "sendrecv": (n // 2, n // 2),
-    }[collective]
-    return (read + written) * nbytes
+    touched = 2 * (n // 2) if collective == "sendrecv" else cases.COLLECTIVES[collective].touched(n)
+    return touched * nbytes
 
 
 def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: int) -> dict[str, dict[str, float]]:

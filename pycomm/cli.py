@@ -88,6 +88,12 @@ def _topo(argv: Sequence[str]) -> int:
     return topo.main(argv)
 
 
+def _bench(argv: Sequence[str]) -> int:
+    from pycomm.bench import command
+
+    return command.main(argv)
+
+
 def _info(argv: Sequence[str]) -> int:
     argparse.ArgumentParser(
         prog="pycomm info", description="Versions, the extension, and what this machine offers."
@@ -154,6 +160,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command("which schedule a collective would run, why, and what the others would cost", _explain),
     "topo": Command("hosts, NICs, NUMA nodes, GPUs and ranks of a job, and what its links do, measured", _topo),
     "tune": Command("measure links and algorithms, and save the table that later jobs choose by", _tune),
+    "bench": Command("what collectives cost here, beside other libraries, verified; nccl-tests' columns", _bench),
     "info": Command("versions, the extension, and what this machine offers", _info),
 }
 

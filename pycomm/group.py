@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 from pycomm import _C
 from pycomm._C import Stats, Work
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
-from pycomm.explain import format_nbytes
+from pycomm.explain import Explanation, format_nbytes
 from pycomm.machine import local_address
 from pycomm.planners import PLANNERS
 from pycomm.planning import Endpoint, JobPlan, agree, fit, plan
@@ -147,7 +147,7 @@ class Group(_C.Group):
         """Which schedule a collective of nbytes takes in this group, what the others would cost, and why: a line for
         each candidate, with the predicted time and, where a tuning table has it, the measured one."""
         limit = self.native_nbytes(op)
-        text = str(self._planning.explain(op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
+        text = str(self.explanation(op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
         if self.size > 1 and nbytes <= limit:
             text += (
                 f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "
@@ -155,6 +155,11 @@ class Group(_C.Group):
                 "path, where each rank writes once and reads the others."
             )
         return text
+
+    def explanation(self, op: str, nbytes: int, root: int = 0) -> Explanation:
+        """The same as data: candidates, choice and reason. Where native_nbytes(op) is not below nbytes, none of the
+        candidates runs. Raises InvalidArgument for an op that no planner serves."""
+        return self._planning.explain(op, nbytes, root)
 
     def __enter__(self) -> Group:
         return self

@@ -33,6 +33,7 @@ PYTHON_ROWS = [
     ["launch"],
     ["tune"],
     ["topo"],
+    ["bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,6 +1,7 @@
 """What memory and links allow: the least time of a case, from rates that were measured in the same run.
 
-Inside a host every input must be read and every output written once, at the rate at which all ranks together copy.
+Inside a host every input must be read and every output written once, at the rate at which all ranks together copy:
+tensors of that size, or, where those are large, memory that no cache holds, whichever is faster.
 Between hosts the least bytes cross each host's links, at the rate of plain sockets between the hosts' first ranks; for
 an all_reduce 2S(N-1)/N bytes, N hosts, each way (Patarasuk & Yuan, JPDC 69(2), 2009, with hosts in place of ranks)."""
 

@@ -23,7 +23,8 @@ from pycomm.group import Group, local_address
 from pycomm.topology import Topology
 
 MEMORY_FROM: Final = 1 << 20  # bytes; smaller tensors are a matter of latency, and of what the caches hold
-LINK_S: Final = 0.5  # how long the links are measured; a shaper's first burst is little beside it
+LINK_S: Final = 0.5  # how long a host sends while the links are measured
+START_S: Final = 0.1  # not counted: TCP's slow start, and the burst that a shaper lets through
 _CHUNK: Final = 1 << 18
 _WORD: Final = 512  # bytes of what a rank tells the others about its sockets
 
@@ -149,7 +150,9 @@ def _receive(listener: socket.socket, secret: str, timeout_s: float) -> float:
             if not hmac.compare_digest(greeting, secret.encode()):
                 continue  # not of this job
             buffer = bytearray(_CHUNK)
-            received, begin = 0, time.perf_counter()
+            received, begin, started = 0, time.perf_counter(), False
             while n := stream.recv_into(buffer):
                 received += n
+                if not started and time.perf_counter() - begin > START_S:
+                    received, begin, started = 0, time.perf_counter(), True
             return received / (time.perf_counter() - begin)

@@ -25,7 +25,7 @@ from pycomm.bench.cases import (
     cases,
     ladder,
 )
-from pycomm.bench.job import first_node, job_environment
+from pycomm.bench.job import first_node, interfaces, job_environment
 from pycomm.bench.measure import Row, Timing
 from pycomm.bench.options import parser, work
 from pycomm.bench.report import Table, matrix
@@ -320,6 +320,11 @@ def test_the_environment_of_each_launcher() -> None:
         job_environment(mpiexec)
     where = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}
     assert job_environment(mpiexec | where) == {"RANK": "1", "WORLD_SIZE": "2"} | where
+
+
+def test_interfaces_are_named_by_their_addresses() -> None:
+    assert interfaces(["127.0.0.1"]) == ["lo"]
+    assert interfaces(["192.0.2.1", "127.0.0.1", ""]) == ["lo"]  # TEST-NET-1 is no interface's
 
 
 # What is printed and kept.

@@ -15,7 +15,9 @@ from pycomm.bench.plot import plot, require_matplotlib
 from pycomm.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from pycomm.bench.cases import Case
     from pycomm.bench.measure import Row, Session
+    from pycomm.bench.progress import Progress
 
 RECORD: Final = "PYCOMM_BENCH_RECORD"  # where ranks that this command started leave their record for it to compare
 _GRACE_S: Final = 60.0  # from Ctrl-C until ranks that this command started are killed: a block may take long
@@ -90,9 +92,10 @@ def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
     import pycomm
     from pycomm.bench.baselines import open_libraries
     from pycomm.bench.measure import Effort, Session
-    from pycomm.bench.record import load
+    from pycomm.bench.record import load, machine
     from pycomm.bench.roofline import measure_links
 
+    about: dict[str, Any] = {"command": ["pycomm", "bench", *argv], "machine": machine()}
     torch.set_num_threads(1)
     ours_to_compare = options.compare is not None and RECORD not in os.environ
     old = load(options.compare) if ours_to_compare else None
@@ -108,8 +111,7 @@ def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
             rows = run(session, asked, unavailable)
             code = 0
             if group.rank == 0:
-                about = {"command": ["pycomm", "bench", *argv], "unavailable": unavailable}
-                code = _finish(options, session, rows, about, old)
+                code = _finish(options, session, rows, about | {"unavailable": unavailable}, old)
             code = int(session.agree(code)[0])
         finally:
             for library in libraries:
@@ -131,37 +133,35 @@ def run(session: Session, asked: Work, unavailable: dict[str, str]) -> list[Row]
         progress.print(*_preface(session, baselines, unavailable), *LEGEND)
         heading: list[str] = []
         for case in asked.sweep:
-            progress.begin(case.label)
+            if session.stopped:
+                break
             if (new := table.heading(case)) != heading:
                 progress.print(*new)
                 heading = new
-            row = session.measure(case)
+            row = _measured(session, case, progress)
             if row is not None:
                 rows.append(row)
                 progress.print(table.row(row))
-            if session.stopped:
-                break
-        else:
-            for pairs in asked.matrices:
-                measured = []
-                for case in pairs:
-                    progress.begin(case.label)
-                    row = session.measure(case)
-                    measured += [row] if row is not None else []
-                    if session.stopped:
-                        break
-                if measured:
-                    progress.print(*matrix(measured, group.size))
-                    swept = {row.case for row in rows}
-                    rows += [row for row in measured if row.case not in swept]
-                if session.stopped:
-                    break
+        for pairs in asked.matrices:
+            found = [row for case in pairs if (row := _measured(session, case, progress)) is not None]
+            if found:
+                progress.print(*matrix(found, group.size))
+            swept = {row.case for row in rows}
+            rows += [row for row in found if row.case not in swept]
         if session.stopped:
             progress.print("#", "# interrupted: what follows is of the rows above")
         progress.print(*table.footer(rows))
     finally:
         progress.close()
     return rows
+
+
+def _measured(session: Session, case: Case, progress: Progress) -> Row | None:
+    """The case's row; None once the run is stopped."""
+    if session.stopped:
+        return None
+    progress.begin(case.label)
+    return session.measure(case)
 
 
 def _preface(session: Session, baselines: Sequence[str], unavailable: dict[str, str]) -> list[str]:
@@ -187,12 +187,11 @@ def _finish(
 ) -> int:
     """Writes the files, also of what was interrupted, and compares; the exit code."""
     from pycomm import __version__
-    from pycomm.bench.record import full_record, machine, write_csv, write_json
+    from pycomm.bench.record import full_record, write_csv, write_json
 
     rates = session.link_bytes_per_s
     about = about | {
         "pycomm": __version__,
-        "machine": machine(),
         "n_ranks": session.group.size,
         "host_ids": list(session.group.host_ids),
         "link_bytes_per_s": None if rates is None else [float(rate) for rate in rates],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import re
 import signal
+import socket
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Final
 
@@ -13,6 +17,7 @@ from pycomm.errors import PycommError
 
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MPIEXEC: Final = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+_SIOCGIFADDR: Final = 0x8915  # linux/sockios.h
 _ECHO_S: Final = 1.0  # a signal that comes again sooner is the same one, from the terminal and from a launcher
 
 
@@ -61,6 +66,17 @@ def first_node(nodes: str) -> str:
     match = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\])?([^\[,]*)", nodes.strip())
     assert match is not None
     return match[1] + (match[2] or "") + match[3]
+
+
+def interfaces(addresses: Sequence[str]) -> list[str]:
+    """The names of this host's network interfaces that have these IPv4 addresses, in their order."""
+    named: dict[str, str] = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                named[socket.inet_ntoa(answer[20:24])] = name
+    return [named[address] for address in addresses if address in named]
 
 
 class Interrupt:

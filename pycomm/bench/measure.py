@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from pycomm.bench.cases import ALONE, COMPUTE, TOGETHER, Case
 from pycomm.bench.libraries import Copies, Library
 from pycomm.bench.roofline import MEMORY_FROM, link_limit_s, memory_limit_s
-from pycomm.bench.trials import Memory, Trial, Unavailable
+from pycomm.bench.trials import Memory, Trial, Unavailable, timed
 from pycomm.group import Group
 
 N_ROUNDS: Final = 5
 BLOCK_S: Final = 0.03  # what a block's timed calls may take, unless three take longer
 MIN_CALLS: Final = 3
 MAX_CALLS: Final = 400
+LARGE_COPY: Final = 64 << 20  # bytes, which no cache holds and for which memcpy goes past the caches
 _CALIBRATION: Final = 3  # calls
 
 
@@ -118,6 +119,7 @@ class Session:
         self.link_bytes_per_s = link_bytes_per_s
         self._interrupted = interrupted
         self.stopped = False
+        self._large_rate: float | None = None
 
     def measure(self, case: Case) -> Row | None:
         """The case's row; None where the session was stopped before a round was complete. All ranks together."""
@@ -214,6 +216,15 @@ class Session:
         times = each.trial.block(each.n_calls, 1 + each.n_calls // 20)  # the ranks fall into step
         return np.asarray(self.control.all_reduce(np.ascontiguousarray(times), "max"))
 
+    def _large_copies(self) -> float:
+        """Bytes a second that all ranks together read and write in copies past the caches; measured once."""
+        if self._large_rate is None:
+            source, to = (np.ones(LARGE_COPY, np.uint8) for _ in range(2))
+            self.control.barrier()
+            slowest = self.agree(float(np.median(timed(lambda: np.copyto(to, source), 7)[2:])))[0]
+            self._large_rate = self.group.size * 2 * LARGE_COPY / (slowest / 1e9)
+        return self._large_rate
+
     def _summarise(self, row: Row, contenders: Sequence[_Contender]) -> None:
         case = row.case
         for each in contenders:
@@ -224,6 +235,8 @@ class Session:
         if copies is not None:
             half = case.numel // 2 * case.element.nbytes
             rate = case.n_ranks * 2 * half / (copies[case.kind.native].p50_us * case.calls_per_run / 1e6)
+            if case.nbytes >= LARGE_COPY // 2:
+                rate = max(rate, self._large_copies())
             limits.append(memory_limit_s(case, rate))
         if self.link_bytes_per_s is not None:
             limits.append(link_limit_s(case, self.group.topology, self.link_bytes_per_s))

@@ -1,6 +1,7 @@
 """What memory and links allow: the least time of a case, from rates that were measured in the same run.
 
-Inside a host every input must be read and every output written once, at the rate at which all ranks together copy.
+Inside a host every input must be read and every output written once, at the rate at which all ranks together copy:
+tensors of that size, or, where those are large, memory that no cache holds, whichever is faster.
 Between hosts the least bytes cross each host's links, at the rate of plain sockets between the hosts' first ranks; for
 an all_reduce 2S(N-1)/N bytes, N hosts, each way (Patarasuk & Yuan, JPDC 69(2), 2009, with hosts in place of ranks)."""
 
@@ -22,7 +23,8 @@ from pycomm.group import Group, local_address
 from pycomm.topology import Topology
 
 MEMORY_FROM: Final = 1 << 20  # bytes; smaller tensors are a matter of latency, and of what the caches hold
-LINK_S: Final = 0.5  # how long the links are measured; a shaper's first burst is little beside it
+LINK_S: Final = 0.5  # how long a host sends while the links are measured
+START_S: Final = 0.1  # not counted: TCP's slow start, and the burst that a shaper lets through
 _CHUNK: Final = 1 << 18
 _WORD: Final = 512  # bytes of what a rank tells the others about its sockets
 
@@ -148,7 +150,9 @@ def _receive(listener: socket.socket, secret: str, timeout_s: float) -> float:
             if not hmac.compare_digest(greeting, secret.encode()):
                 continue  # not of this job
             buffer = bytearray(_CHUNK)
-            received, begin = 0, time.perf_counter()
+            received, begin, started = 0, time.perf_counter(), False
             while n := stream.recv_into(buffer):
                 received += n
+                if not started and time.perf_counter() - begin > START_S:
+                    received, begin, started = 0, time.perf_counter(), True
             return received / (time.perf_counter() - begin)

@@ -31,8 +31,8 @@ from pycomm.tuner import choice_table, costs
 SIZES: Final = tuple(1 << power for power in (10, 14, 17, 20, 22, 24))
 BUDGET_S: Final = 16.0  # with the start of 8 ranks and the links well below 30 s
 CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate is measured
-_BLOCKS = 3
-_BLOCK_S = 4e-3  # what a block of calls is to take; one call may take longer
+_BLOCKS = 5
+_BLOCK_S = 2.5e-3  # what a block of calls is to take; one call may take longer
 _LARGEST_SHARE = 0.1  # of the budget, for one collective at one size
 
 Samples = dict[tuple[str, str], dict[int, float]]

@@ -32,7 +32,7 @@ def pycomm(*arguments, **options):
 
 def test_tune_saves_a_table_that_the_next_job_uses(tmp_path):
     path = tmp_path / "made" / "table.json"
-    code, stdout, stderr = pycomm("tune", "--hosts", "2,1", "--budget", "0.5", "--output", path)
+    code, stdout, stderr = pycomm("tune", "--hosts", "2,1", "--budget", "2", "--output", path)
     assert (code, stderr) == (0, "")
     table = load(path)
     assert table.engine == engine_version()
@@ -41,8 +41,8 @@ def test_tune_saves_a_table_that_the_next_job_uses(tmp_path):
     assert f"saved to {path}" in stdout and "host host0, lo: " in stdout
     assert re.search(r"^all_reduce +\w+.*\(\d of 6 sizes measured\)$", stdout, re.M)
 
-    nbytes = next(times.points[0][0] for times in table.times if times.collective == "all_reduce")
-    code, stdout, _ = pycomm("explain", "all_reduce", nbytes, "--table", path)
+    times = table.times[0]
+    code, stdout, _ = pycomm("explain", times.collective, times.points[0][0], "--table", path)
     assert code == 0 and "measured" in stdout.splitlines()[1]
 
     program = tmp_path / "job.py"

@@ -283,7 +283,7 @@ class Hosts(Torch):
     def contenders(self) -> tuple[str, ...]:
         return (self.GLOO, self.CHOICE, self.RING, self.BARE)
 
-    def call(self, contender: str, b: Buffers) -> Call:
+    def call(self, contender: str, b: PeerBuffers) -> Call:
         if contender == self.BARE:
             n_bytes = self.on_the_link(b.collective, b.numel * DTYPES[b.dtype].nbytes, len(self.hosts), self.size)
             return (lambda: self.bare.exchange(*n_bytes)) if self.bare is not None else (lambda: None)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from pycomm.bench.cases import MOE, Case
 from pycomm.errors import PeerTimeout
-from pycomm.group import Group, local_address
+from pycomm.group import Group
+from pycomm.machine import local_address
 from pycomm.topology import Topology
 
 MEMORY_FROM: Final = 1 << 20  # bytes; smaller tensors are a matter of latency, and of what the caches hold

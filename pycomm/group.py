@@ -18,13 +18,13 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 
 from pycomm import _C
 from pycomm._C import Stats, Work
-from pycomm.check import check
-from pycomm.errors import InvalidArgument, PycommError, PycommWarning
+from pycomm.check import check, check_coded
+from pycomm.errors import InvalidArgument, PycommError, PycommWarning, ScheduleError
 from pycomm.explain import explain, format_nbytes
 from pycomm.planners import PLANNERS
 from pycomm.project import Program, project
 from pycomm.topology import Topology
-from pycomm.tuner import Choices, choice_table
+from pycomm.tuner import Choices, candidates, choice_table
 
 __all__ = ["Group", "Stats", "Work", "empty", "engine_group", "init"]
 
@@ -36,7 +36,7 @@ _choices = lru_cache(maxsize=256)(choice_table)
 
 
 @lru_cache(maxsize=256)
-def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int) -> Program:
+def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int, coded: bool) -> Program:
     planners = PLANNERS[collective]
     if algorithm not in planners:
         raise InvalidArgument(
@@ -44,7 +44,15 @@ def _program(topology: Topology, rank: int, collective: str, algorithm: str, roo
         )
     schedule = planners[algorithm](topology, root)
     check(schedule)
-    return project(schedule, rank)
+    if not coded:
+        return project(schedule, rank)
+    try:
+        check_coded(schedule, topology.host_index)
+    except ScheduleError as error:
+        raise InvalidArgument(
+            f"{error}. With a wire choose from {', '.join(candidates(topology, collective, coded))}, or give no algorithm"
+        ) from None
+    return project(schedule, rank, topology.host_index)
 
 
 class Planning:
@@ -54,11 +62,11 @@ class Planning:
         self.topology = topology
         self.rank = rank
 
-    def choices(self, collective: str, root: int) -> Choices:
-        return _choices(self.topology, collective, root)
+    def choices(self, collective: str, root: int, coded: bool) -> Choices:
+        return _choices(self.topology, collective, root, coded)
 
-    def program(self, collective: str, algorithm: str, root: int) -> Program:
-        return _program(self.topology, self.rank, collective, algorithm, root)
+    def program(self, collective: str, algorithm: str, root: int, coded: bool) -> Program:
+        return _program(self.topology, self.rank, collective, algorithm, root, coded)
 
 
 def plan(endpoint: _C.Endpoint, ranks: Sequence[int]) -> Planning:

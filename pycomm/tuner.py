@@ -8,8 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from pycomm.errors import InvalidArgument
+from pycomm.check import check_coded
+from pycomm.errors import InvalidArgument, ScheduleError
 from pycomm.planners import PLANNERS, TWO_LEVEL, Planner
+from pycomm.schedule import Schedule
 from pycomm.simulate import predict
 from pycomm.topology import Topology
 
@@ -20,20 +22,34 @@ LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simul
 TIE: Final = 1.05  # the model is no better: within 5 % of the best the planner named first wins
 
 
-def candidates(topology: Topology, collective: str) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm. Raises InvalidArgument for an unknown collective."""
+def candidates(topology: Topology, collective: str, coded: bool = False) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm; coded: those that a wire can run on (check_coded). Raises
+    InvalidArgument for an unknown collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
     two_level = len(topology.hosts) > 1
-    return {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    planners = {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    if not coded:
+        return planners
+    return {name: plan for name, plan in planners.items() if codes_once(plan(topology, 0), topology)}
 
 
-def choice_table(topology: Topology, collective: str, root: int = 0) -> Choices:
+def codes_once(schedule: Schedule, topology: Topology) -> bool:
+    """Whether check_coded() passes."""
+    try:
+        check_coded(schedule, topology.host_index)
+    except ScheduleError:
+        return False
+    return True
+
+
+def choice_table(topology: Topology, collective: str, root: int = 0, coded: bool = False) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 
-    `nbytes` is meant as in schedule.chunk_nbytes."""
+    `nbytes` is meant as in schedule.chunk_nbytes. coded: of the candidates for a wire, whose bytes are predicted as if
+    they crossed hosts uncoded: what a wire saves, it saves all of them."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    planners = candidates(topology, collective)
+    planners = candidates(topology, collective, coded)
     times = np.stack([predict(plan(topology, root), topology, ladder) for plan in planners.values()])
     winners = np.array(list(planners))[(times <= times.min(axis=0) * TIE).argmax(axis=0)].tolist()
     table: list[tuple[int | None, str]] = []

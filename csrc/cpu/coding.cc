@@ -55,8 +55,13 @@ void decode(float* out, const void* in, size_t numel, Wire wire) {
   kernels().decode(out, in, numel, wire);
 }
 
-bool all_finite(const float* values, size_t numel) {
-  return kernels().max_magnitude(values, numel) < 0x7f800000;
+bool all_finite(const void* values, size_t numel, DType dtype) {
+  if (dtype == DType::float32)
+    return kernels().max_magnitude(static_cast<const float*>(values), numel) < 0x7f800000;
+  const uint16_t exponent = dtype == DType::bfloat16 ? 0x7f80 : 0x7c00;
+  const auto* bits = static_cast<const uint16_t*>(values);
+  return std::none_of(bits, bits + numel,
+                      [exponent](uint16_t x) { return (x & exponent) == exponent; });
 }
 
 void round_trip(float* out, const float* in, size_t numel, Wire wire) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 
+#include "core/dtype.h"
 #include "core/wire.h"
 
 namespace pycomm::cpu {
@@ -13,8 +14,8 @@ namespace pycomm::cpu {
 void encode(void* out, const float* in, size_t numel, Wire wire);
 void decode(float* out, const void* in, size_t numel, Wire wire);
 
-// Whether no value is infinite or NaN.
-bool all_finite(const float* values, size_t numel);
+// Whether no value is infinite or NaN. REQUIRES: dtype is float32, bfloat16 or float16.
+bool all_finite(const void* values, size_t numel, DType dtype);
 
 // out[i] = what a rank that is sent in[i] reads, segment by segment. out may be in.
 void round_trip(float* out, const float* in, size_t numel, Wire wire);

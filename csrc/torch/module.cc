@@ -53,19 +53,20 @@ Program program_of(const py::object& planned) {
 Planner planner_of(py::object planner) {
   const std::shared_ptr<void> keep = held(planner);
   const auto object = [keep]() -> py::object& { return *static_cast<py::object*>(keep.get()); };
-  return {[object](Collective collective, int root) {
-            py::gil_scoped_acquire gil;
-            std::vector<std::pair<uint64_t, std::string>> table;
-            for (const auto& row : object().attr("choices")(name_of(collective), root)) {
-              const auto pair = row.cast<std::pair<std::optional<uint64_t>, std::string>>();
-              table.emplace_back(pair.first.value_or(UINT64_MAX), pair.second);
-            }
-            return table;
-          },
-          [object](Collective collective, const std::string& algorithm, int root) {
-            py::gil_scoped_acquire gil;
-            return program_of(object().attr("program")(name_of(collective), algorithm, root));
-          }};
+  return {
+      [object](Collective collective, int root, bool coded) {
+        py::gil_scoped_acquire gil;
+        std::vector<std::pair<uint64_t, std::string>> table;
+        for (const auto& row : object().attr("choices")(name_of(collective), root, coded)) {
+          const auto pair = row.cast<std::pair<std::optional<uint64_t>, std::string>>();
+          table.emplace_back(pair.first.value_or(UINT64_MAX), pair.second);
+        }
+        return table;
+      },
+      [object](Collective collective, const std::string& algorithm, int root, bool coded) {
+        py::gil_scoped_acquire gil;
+        return program_of(object().attr("program")(name_of(collective), algorithm, root, coded));
+      }};
 }
 
 std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint,

@@ -121,10 +121,10 @@ inline Program ring_program(Collective collective, int n, int rank) {
 }
 
 inline Planner ring_planner(int n, int rank) {
-  return {[](Collective, int) {
+  return {[](Collective, int, bool) {
             return std::vector<std::pair<uint64_t, std::string>>{{UINT64_MAX, "ring"}};
           },
-          [n, rank](Collective collective, const std::string&, int) {
+          [n, rank](Collective collective, const std::string&, int, bool) {
             return ring_program(collective, n, rank);
           }};
 }

@@ -179,7 +179,7 @@ TEST(the_largest_magnitude_tells_whether_all_are_finite) {
     bool finite = true;
     for (float value : x) finite &= std::isfinite(value);
     EXPECT_EQ(set.max_magnitude(x.data(), x.size()) < 0x7f800000, finite);
-    EXPECT_EQ(cpu::all_finite(x.data(), x.size()), finite);
+    EXPECT_EQ(cpu::all_finite(x.data(), x.size(), DType::float32), finite);
   });
 }
 

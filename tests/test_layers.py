@@ -24,7 +24,7 @@ PYTHON_ROWS = [
     ["tuner"],
     ["explain"],
     ["group"],
-    ["backend", "distributed", "overlap", "moe"],
+    ["backend", "distributed", "overlap", "moe", "wire"],
     ["launch"],
     ["cli"],
     ["__main__"],

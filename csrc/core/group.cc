@@ -164,8 +164,12 @@ Launch Group::bind(const Call& call) {
   const bool uneven = !call.counts.empty();
   Launch launch;
   launch.dtype = dtype;
-  if (coded) launch.wire = call.wire;
-  launch.residual = call.residual;
+  if (coded) {
+    launch.wire = call.wire;
+    launch.residual = call.residual;
+  } else if (call.residual != nullptr) {
+    std::fill_n(call.residual, call.numel, 0.0f);
+  }
   if (call.must_be_finite) launch.must_be_finite = call.output;
   launch.op = call.op;
   launch.input = call.input;

@@ -66,8 +66,8 @@ def check_coded(schedule: Schedule, host: NDArray[np.int64]) -> None:
     if shares and len(np.unique(host)) > 1 and np.any(at_end != at_end[0]):
         rank, chunk = (int(i) for i in np.argwhere(at_end != at_end[0])[0])
         raise ScheduleError(
-            f"{schedule.collective}/{schedule.algorithm}: ranks 0 and {rank} each make their own result of chunk {chunk}; "
-            "with a wire they would differ, so one rank must make it and send it to all"
+            f"{schedule.collective}/{schedule.algorithm}: ranks 0 and {rank} each make their own result of chunk "
+            f"{chunk}; with a wire they would differ, so one rank must make it and send it to all"
         )
 
 

@@ -49,9 +49,8 @@ def _program(topology: Topology, rank: int, collective: str, algorithm: str, roo
     try:
         check_coded(schedule, topology.host_index)
     except ScheduleError as error:
-        raise InvalidArgument(
-            f"{error}. With a wire choose from {', '.join(candidates(topology, collective, coded))}, or give no algorithm"
-        ) from None
+        usable = ", ".join(candidates(topology, collective, coded))
+        raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
     return project(schedule, rank, topology.host_index)
 
 

@@ -84,7 +84,8 @@ class GradientBuckets:
         self._feeds_back = wire is not None and error_feedback and group.size > 1
         if self._feeds_back and (dtype != torch.float32 or op not in ("sum", "avg")):
             raise InvalidArgument(
-                f"error feedback takes float32 buckets and op sum or avg, got {dtype} and {op}; set error_feedback=False"
+                f"error feedback takes float32 buckets and op sum or avg, got {dtype} and {op}; "
+                "set error_feedback=False"
             )
         self._sync = True
         self._next = 0  # the bucket to start next

@@ -93,7 +93,8 @@ def _own_rows(schedule: Schedule, rank: int) -> Transfers:
     """The transfers that `rank` takes part in, as its steps stand."""
     rows = schedule.transfers
     rows = rows[(rows["src"] == rank) | (rows["dst"] == rank)]
-    return rows[np.lexsort((rows["src"] != rank, rows["round"]))]
+    ordered: Transfers = rows[np.lexsort((rows["src"] != rank, rows["round"]))]
+    return ordered
 
 
 def _steps(schedule: Schedule, rank: int, ends_here: NDArray[np.bool_]) -> NDArray[np.void]:
@@ -170,8 +171,8 @@ def _assign_slots(steps: NDArray[np.void], n_chunks: int) -> int:
 
 def _resolve(steps: NDArray[np.void]) -> NDArray[np.int32]:
     """Sets dep_begin and dep_count: a read waits for the last write of its chunk, a write for the reads since then, or
-    for that write where there are none; a copy is a write where sends read what it seals. INPUT and OUTPUT count as one place; reads of INPUT never stop a write to
-    SCRATCH."""
+    for that write where there are none. A copy is a write where sends read what it seals. INPUT and OUTPUT count as one
+    place; reads of INPUT never stop a write to SCRATCH."""
     last_write: dict[int, int] = {}
     reads_since: dict[int, list[int]] = {}
     deps: list[int] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 import torch.distributed as c10d
+from torch._C._distributed_c10d import GradBucket
 
 from pycomm import _C
 from pycomm.errors import InvalidArgument
@@ -35,8 +36,9 @@ def quantise(x: Array, wire: str) -> Array:
     if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
         raise InvalidArgument(f"quantise: takes a torch CPU tensor or a numpy array, got {type(x).__name__}")
     _require_coded(str(x.dtype).removeprefix("torch."))
-    flat = x.detach().float().contiguous().view(-1).numpy()
-    return torch.from_numpy(_C.round_trip(flat, wire)).to(x.dtype).view(x.shape)
+    values = x.detach().float().contiguous().view(-1).numpy()
+    result: Any = torch.from_numpy(_C.round_trip(values, wire)).to(x.dtype).view(x.shape)
+    return result  # type: ignore[no-any-return]
 
 
 def _require_coded(dtype: str) -> None:
@@ -46,7 +48,7 @@ def _require_coded(dtype: str) -> None:
 
 def wire_hook(
     wire: str, *, error_feedback: bool = True
-) -> Callable[[c10d.ProcessGroup | None, c10d.GradBucket], torch.futures.Future[torch.Tensor]]:
+) -> Callable[[c10d.ProcessGroup | None, GradBucket], torch.futures.Future[torch.Tensor]]:
     """A hook for DistributedDataParallel.register_comm_hook(process_group, hook), None being the default group: each
     gradient bucket is averaged with this wire. The group's CPU tensors must be pycomm's.
 
@@ -56,7 +58,7 @@ def wire_hook(
     quantise(np.zeros(0, np.float32), wire)  # refuses an unknown one
     residuals: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def hook(group: c10d.ProcessGroup | None, bucket: c10d.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def hook(group: c10d.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         chosen = group or c10d.group.WORLD
         backend = None if chosen is None else chosen._get_backend(torch.device("cpu"))
         if not isinstance(backend, _C.Backend):
@@ -69,6 +71,7 @@ def wire_hook(
             residual = residuals.setdefault(key, torch.zeros_like(gradients))
             gradients.add_(residual)
         work = backend.all_reduce_wire(gradients, "avg", wire, residual)
-        return work.get_future().then(lambda done: done.value()[0])
+        averaged: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return averaged
 
     return hook

@@ -1,5 +1,5 @@
-"""The wire in numpy, for the tests: its formats value by value, and collectives replayed round by round with every value
-that crosses hosts put through them. Shares no code with the engine."""
+"""The wire in numpy, for the tests: its formats value by value, and collectives replayed round by round with every
+value that crosses hosts put through them. Shares no code with the engine."""
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def replay(schedule, host, inputs, wire, op="sum"):
 
 
 def pieces(schedule, counts):
-    """Bounds of the chunks in one flat array; counts: elements of each where the caller says, else the number of all."""
+    """Bounds of the chunks in one flat array. counts: elements of each where the caller says, else of all."""
     if np.ndim(counts):
         return np.concatenate([[0], np.cumsum(counts)])
     whole, rest = divmod(int(counts), schedule.n_chunks)

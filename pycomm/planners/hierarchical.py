@@ -51,8 +51,9 @@ def hierarchical_tiled_all_reduce(topology: Topology, root: int = 0) -> Schedule
 
 
 def hierarchical_direct_all_reduce(topology: Topology, root: int = 0) -> Schedule:
-    """As hierarchical_all_reduce, but across hosts each part goes straight to the rank that sums it, and its sum straight
-    to all: no partial sum crosses a link, so that a wire codes each contribution and each sum once."""
+    """As hierarchical_all_reduce, but across hosts each part goes straight to the rank that sums it, and its sum
+    straight to all: no partial sum of several hosts crosses a link, so that a wire codes each contribution and each sum
+    once."""
     n_hosts, n_rails = len(topology.hosts), _n_rails(topology)
     rails = [[[rail * n_hosts + host] for host in range(n_hosts)] for rail in range(n_rails)]
     gather = _gather(topology, rails, shapes.pairwise_gather(n_hosts))
@@ -147,8 +148,9 @@ def _own_chunks(topology: Topology) -> list[Rail]:
 
 
 def _gather(topology: Topology, rails: Sequence[Rail], shape: Transfers | None = None) -> Transfers:
-    """Along every rail across hosts, in the shape given or the one that _across() takes; and what came from one host goes on inside before what comes from the next, so
-    that both kinds of link work at once. No rank sends a chunk twice in one round, so the reversal has no races."""
+    """Along every rail across hosts, in the shape given or the one that _across() takes; and what came from one host
+    goes on inside before what comes from the next, so that both kinds of link work at once. No rank sends a chunk twice
+    in one round, so the reversal has no races."""
     n_hosts, stage = len(topology.hosts), _n_rails(topology)
     shape = _across(n_hosts) if shape is None else shape
     came = np.zeros((n_hosts, n_hosts), np.int32)

@@ -25,7 +25,8 @@ from pycomm.errors import InvalidArgument
 
 
 class AllReduceGroup(Protocol):
-    """What the buckets need of a group: pycomm.Group, or anything that wraps one."""
+    """What the buckets need of a group: pycomm.Group, or anything that wraps one. A wire and its residual are given to
+    it only where the buckets have one."""
 
     @property
     def size(self) -> int: ...
@@ -191,6 +192,5 @@ class GradientBuckets:
             return
         if bucket.residual is not None:
             bucket.flat.add_(bucket.residual)
-        bucket.work = self._group.all_reduce(
-            bucket.flat, self._op, async_op=True, wire=self._wire, wire_residual=bucket.residual
-        )
+        coding: dict[str, Any] = {} if self._wire is None else {"wire": self._wire, "wire_residual": bucket.residual}
+        bucket.work = self._group.all_reduce(bucket.flat, self._op, async_op=True, **coding)

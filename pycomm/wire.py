@@ -3,8 +3,6 @@
 pycomm.quantise(x, "int8")                                # what a rank of another host would read
 ddp.register_comm_hook(None, pycomm.wire_hook("int8"))    # gradients cross hosts as int8"""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 _CODED: Final = ("float32", "bfloat16", "float16")
 
 
-def quantise(x: Array, wire: str) -> Array:
+def quantise(x: "Array", wire: str) -> "Array":
     """x as a rank reads it that it is sent to with this wire: of the same type, shape and dtype.
 
     x: a torch CPU tensor or numpy array of float32, bfloat16 or float16, whose blocks of 128 count from its first

@@ -1,16 +1,20 @@
 """Collectives with a wire against the numpy oracle, bit for bit, over emulated hosts; ranks are processes."""
 
+import copy
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from spawn import run_ranks
-from torch_ranks import RanksFailed
+from torch_ranks import RanksFailed, run_torch_ranks
 from wire_oracle import WIRES, coded_nbytes, expected, round_trip
 
 import pycomm
 from pycomm.errors import InvalidArgument, NonfiniteError
+from pycomm.overlap import GradientBuckets
 from pycomm.planners import PLANNERS
 from pycomm.schedule import CODED
 from pycomm.tuner import candidates, choice_table, choose
@@ -288,6 +292,92 @@ def refusals(group):
 
 def test_wrong_arguments_are_refused_before_anything_is_sent():
     run(refusals, "abc")
+
+
+WIDTHS = (20, 300, 30)
+
+
+def gradients_of(group, seed):
+    """A network and its gradients on this rank's data, flat in the order of its parameters."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(WIDTHS)))
+    x = torch.randn(8, WIDTHS[0], generator=torch.Generator().manual_seed(100 * seed + group.rank))
+    return model, x
+
+
+def bucketed(group, wire, error_feedback):
+    """Sums over 10 steps of what the buckets give and of the exact gradients, and the worst single step's error."""
+    model, _ = gradients_of(group, 0)
+    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=5000, wire=wire, error_feedback=error_feedback)
+    n = sum(parameter.numel() for parameter in model.parameters())
+    given, exact, worst = torch.zeros(n), torch.zeros(n), 0.0
+    for step in range(10):
+        _, x = gradients_of(group, step)
+        model(x).square().mean().backward()
+        buckets.wait()
+        coded = torch.cat([buckets.gradient(p).flatten() for p in model.parameters()])
+        own = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+        plain = torch.cat([gradient.flatten() for gradient in own])
+        group.all_reduce(plain)
+        given, exact, worst = given + coded, exact + plain, max(worst, float((coded - plain).abs().max()))
+    buckets.close()
+    return given.numpy(), exact.numpy(), worst
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4", "fp8"])
+def test_buckets_with_error_feedback_lose_no_more_in_ten_steps_than_in_one(wire):
+    fed = run(bucketed, "aab", wire, True)
+    given, exact, worst = fed[0]
+    assert all(np.array_equal(given, other) for other, _, _ in fed)
+    assert 0 < worst < 1
+    assert np.abs(given - exact).max() < 2.5 * worst  # what the last step lost is all that is missing
+    without, exact, _ = run(bucketed, "aab", wire, False)[0]
+    assert np.linalg.norm(given - exact) < 0.7 * np.linalg.norm(without - exact)
+
+
+def ddp_hook(rank, n, wire, error_feedback):
+    """As bucketed(), through DistributedDataParallel."""
+    group = dist.group.WORLD
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(WIDTHS)))
+    alone = copy.deepcopy(model)
+    ddp = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.005)
+    ddp.register_comm_hook(group, pycomm.wire_hook(wire, error_feedback=error_feedback))
+    size = sum(parameter.numel() for parameter in model.parameters())
+    given, exact = torch.zeros(size), torch.zeros(size)
+    for step in range(10):
+        x = torch.randn(8, WIDTHS[0], generator=torch.Generator().manual_seed(100 * step + rank))
+        ddp(x).square().mean().backward()
+        given += torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        own = torch.cat([g.flatten() for g in torch.autograd.grad(alone(x).square().mean(), list(alone.parameters()))])
+        dist.all_reduce(own, dist.ReduceOp.AVG)
+        exact += own
+    return given.numpy(), exact.numpy()
+
+
+def test_a_ddp_hook_trains_with_a_wire():
+    fed = run_torch_ranks(ddp_hook, 3, "int4", True, hosts=list("aab"), timeout_s=100)
+    assert all(np.array_equal(given, fed[0][0]) for given, _ in fed)
+    error = np.linalg.norm(fed[0][0] - fed[0][1])
+    without = run_torch_ranks(ddp_hook, 3, "int4", False, hosts=list("aab"), timeout_s=100)
+    assert 0 < error < 0.7 * np.linalg.norm(without[0][0] - without[0][1])
+
+
+def test_a_hook_of_an_unknown_wire_is_refused():
+    with pytest.raises(InvalidArgument, match="'int3' is none of bf16, fp8, int8, int4"):
+        pycomm.wire_hook("int3")
+
+
+def test_buckets_that_cannot_feed_back_are_refused():
+    class Two:
+        size = 2
+
+    parameters = list(torch.nn.Linear(2, 2).parameters())
+    with pytest.raises(InvalidArgument, match=r"float32 buckets.*error_feedback=False"):
+        GradientBuckets(parameters, Two(), wire="int8", dtype=torch.bfloat16)
+    with pytest.raises(InvalidArgument, match=r"got torch\.float32 and max"):
+        GradientBuckets(parameters, Two(), wire="int8", op="max")
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -107,7 +107,7 @@ TEST(coded_and_plain_calls_follow_each_other_in_flight) {
 TEST(ranks_with_other_wires_are_both_named) {
   run_ranks(kTwoHosts, [](Group& group, auto&, Store&) {
     std::vector<float> data(1000, 1);
-    EXPECT_THROWS("wire int8, ring), rank",
+    EXPECT_THROWS("elements, wire int8, ring)",
                   group.run(with_wire(data, group.rank() == 0 ? Wire::int8 : Wire::fp8)));
   });
 }

@@ -1,7 +1,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch._C._distributed_c10d import Backend as C10dBackend
 from torch._C._distributed_c10d import Store
 
@@ -61,10 +63,22 @@ class Group:
         async_op: Literal[False] = False,
         timeout_s: float | None = None,
         algorithm: str | None = None,
+        wire: str | None = None,
+        wire_nonfinite: str = "pass",
+        wire_residual: Any = None,
     ) -> Array: ...
     @overload
     def all_reduce(
-        self, x: Array, op: str = "sum", *, async_op: bool, timeout_s: float | None = None, algorithm: str | None = None
+        self,
+        x: Array,
+        op: str = "sum",
+        *,
+        async_op: bool,
+        timeout_s: float | None = None,
+        algorithm: str | None = None,
+        wire: str | None = None,
+        wire_nonfinite: str = "pass",
+        wire_residual: Any = None,
     ) -> Any: ...
     def reduce(
         self,
@@ -94,6 +108,8 @@ class Group:
         async_op: bool = False,
         timeout_s: float | None = None,
         algorithm: str | None = None,
+        wire: str | None = None,
+        wire_nonfinite: str = "pass",
     ) -> Any: ...
     def reduce_scatter(
         self,
@@ -105,6 +121,8 @@ class Group:
         async_op: bool = False,
         timeout_s: float | None = None,
         algorithm: str | None = None,
+        wire: str | None = None,
+        wire_nonfinite: str = "pass",
     ) -> Any: ...
     def gather(
         self,
@@ -136,6 +154,8 @@ class Group:
         async_op: bool = False,
         timeout_s: float | None = None,
         algorithm: str | None = None,
+        wire: str | None = None,
+        wire_nonfinite: str = "pass",
     ) -> Any: ...
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Any: ...
     def send(
@@ -149,6 +169,8 @@ class Group:
     def close(self) -> None: ...
     def _closer(self) -> Callable[[], None]: ...
 
+def round_trip(values: NDArray[np.float32], wire: str) -> NDArray[np.float32]: ...
+
 class Backend(C10dBackend):
     def __init__(
         self,
@@ -161,6 +183,9 @@ class Backend(C10dBackend):
     def endpoint(self) -> Endpoint: ...
     @property
     def pycomm_group(self) -> Group: ...
+    def all_reduce_wire(
+        self, tensor: torch.Tensor, op: str, wire: str, residual: torch.Tensor | None = None
+    ) -> Any: ...
 
 # Only where the CUDA sources were compiled in.
 def cuda_info(nccl_wheel: str = "") -> dict[str, Any]: ...

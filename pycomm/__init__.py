@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pycomm.discover import Topology
     from pycomm.group import Group, Stats, Work, empty, init
+    from pycomm.wire import quantise, wire_hook
 
 # Public names and where they live; imported when first used.
 _HOMES = {
@@ -27,9 +28,11 @@ _HOMES = {
     "empty": "pycomm.group",
     "init": "pycomm.group",
     "Topology": "pycomm.discover",
+    "quantise": "pycomm.wire",
+    "wire_hook": "pycomm.wire",
 }
 
-__all__ = ["Group", "Stats", "Topology", "Work", "__version__", "empty", "init"]
+__all__ = ["Group", "Stats", "Topology", "Work", "__version__", "empty", "init", "quantise", "wire_hook"]
 
 
 def __getattr__(name: str) -> Any:

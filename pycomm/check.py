@@ -1,4 +1,5 @@
-"""check(schedule): the proof, by exact replay, that a schedule keeps its collective's promise.
+"""check(schedule): the proof, by exact replay, that a schedule keeps its collective's promise; check_coded(): that it
+does so with a wire.
 
 Per rank and chunk it follows the set of contributions held, so it holds for every size, dtype and operation."""
 
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycomm.errors import ScheduleError
-from pycomm.schedule import COLLECTIVES, Schedule, required_chunks
+from pycomm.schedule import CODED, COLLECTIVES, Schedule, required_chunks
 
 
 def check(schedule: Schedule) -> None:
@@ -21,6 +22,53 @@ def check(schedule: Schedule) -> None:
     _check_rows(schedule)
     _check_races(schedule)
     _check_end(schedule, _replay(schedule))
+
+
+def check_coded(schedule: Schedule, host: NDArray[np.int64]) -> None:
+    """Raises ScheduleError where a wire would code a value more often than it must, or give ranks different bits.
+
+    host: [n_ranks], equal for ranks of one host; what crosses hosts is coded (csrc/core/wire.h). Each contribution may
+    be coded once, on its way to the rank that combines it; each result once, by the rank that made it, which then
+    holds what all others decode. So where results are shared: no partial sum that holds coded values crosses hosts,
+    nothing is combined once it has been shared across hosts, and all ranks end with one and the same value.
+    REQUIRES: check(schedule) passed."""
+    if schedule.collective not in CODED:
+        raise ScheduleError(f"{schedule.collective} has no wire; {', '.join(CODED)} have one")
+    rows, n = schedule.transfers, schedule.n_chunks
+    shares = schedule.collective in ("all_reduce", "all_gather")
+    crosses = host[rows["src"]] != host[rows["dst"]]
+    source = rows["src"].astype(np.int64) * n + rows["chunk"]
+    target = rows["dst"].astype(np.int64) * n + rows["chunk"]
+    coded = np.zeros(schedule.n_ranks * n, np.bool_)  # whether the value holds anything that was coded
+    maker = np.repeat(np.arange(schedule.n_ranks), n)  # the rank that made the value
+    version = np.arange(schedule.n_ranks * n)  # tells values apart
+    shared_from = np.full(n, np.iinfo(np.int32).max)  # the first round in which a value of the chunk is shared
+    sharing = np.flatnonzero(crosses & ~rows["reduce"])
+    np.minimum.at(shared_from, rows["chunk"][sharing], rows["round"][sharing])
+    bounds = np.flatnonzero(np.diff(rows["round"], prepend=-1, append=np.iinfo(np.int32).max))
+    for begin, end in pairwise(bounds.tolist()):
+        part = slice(begin, end)
+        src, dst, reduces, across = source[part], target[part], rows["reduce"][part], crosses[part]
+        again = across & reduces & coded[src]
+        late = shares & reduces & (rows["round"][part] >= shared_from[rows["chunk"][part]])
+        passed_on = across & ~reduces & (maker[src] != rows["src"][part] if shares else coded[src])
+        for wrong, reason in (
+            (again, "the partial sum holds values that were coded, and would be coded again"),
+            (late, "its chunk has been shared across hosts before it is complete"),
+            (passed_on, "its sender did not make the value, so others hold it uncoded or it is coded again"),
+        ):
+            if wrong.any():
+                _refuse(schedule, begin + int(wrong.argmax()), reason)
+        coded[dst] = np.where(reduces, coded[src] | coded[dst], coded[src]) | across
+        maker[dst] = np.where(reduces, rows["dst"][part], maker[src])
+        version[dst] = np.where(reduces, schedule.n_ranks * n + np.arange(begin, end), version[src])
+    at_end = version.reshape(schedule.n_ranks, n)
+    if shares and len(np.unique(host)) > 1 and np.any(at_end != at_end[0]):
+        rank, chunk = (int(i) for i in np.argwhere(at_end != at_end[0])[0])
+        raise ScheduleError(
+            f"{schedule.collective}/{schedule.algorithm}: ranks 0 and {rank} each make their own result of chunk "
+            f"{chunk}; with a wire they would differ, so one rank must make it and send it to all"
+        )
 
 
 def _check_frame(schedule: Schedule) -> None:

@@ -35,6 +35,10 @@ class GroupClosed(PycommError):
     """The group was closed, or broke in an earlier call; the message repeats why."""
 
 
+class NonfiniteError(PycommError, FloatingPointError):
+    """The result of a call with wire_nonfinite="raise" holds NaN or infinity. It stands; the group goes on."""
+
+
 class PycommWarning(RuntimeWarning):
     """The system refuses something at set-up and a slower path is taken; the message names ranks, host, what was
     refused, what is used instead and what to do. One per refusal and host."""

@@ -25,17 +25,27 @@ from pycomm.errors import InvalidArgument
 
 
 class AllReduceGroup(Protocol):
-    """What the buckets need of a group: pycomm.Group, or anything that wraps one."""
+    """What the buckets need of a group: pycomm.Group, or anything that wraps one. A wire and its residual are given to
+    it only where the buckets have one."""
 
     @property
     def size(self) -> int: ...
-    def all_reduce(self, x: Tensor, op: str = "sum", *, async_op: bool = False) -> Any: ...
+    def all_reduce(
+        self,
+        x: Tensor,
+        op: str = "sum",
+        *,
+        async_op: bool = False,
+        wire: str | None = None,
+        wire_residual: Tensor | None = None,
+    ) -> Any: ...
 
 
 @dataclass(eq=False)
 class _Bucket:
     flat: Tensor
     parameters: list[Tensor]
+    residual: Tensor | None  # like flat: what coding lost in the last step, where that is fed back
     missing: int = 0  # gradients that the synchronising backward has not brought yet
     work: Any = None  # of the collective in flight
 
@@ -62,11 +72,22 @@ class GradientBuckets:
         bucket_nbytes: int = 4 << 20,
         dtype: torch.dtype = torch.float32,
         op: str = "sum",
+        wire: str | None = None,
+        error_feedback: bool = True,
     ) -> None:
         """parameters: leaves that require a gradient, in the order in which forward uses them, equal on every rank.
-        A bucket holds at most bucket_nbytes, or one parameter. op: as in Group.all_reduce."""
+        A bucket holds at most bucket_nbytes, or one parameter. op, wire: as in Group.all_reduce. error_feedback: with a
+        wire, what coding loses in a step is added to the next step's gradients, at the price of as much memory again;
+        it needs dtype float32 and op sum or avg."""
         self._group = group
         self._op = op
+        self._wire = wire
+        self._feeds_back = wire is not None and error_feedback and group.size > 1
+        if self._feeds_back and (dtype != torch.float32 or op not in ("sum", "avg")):
+            raise InvalidArgument(
+                f"error feedback takes float32 buckets and op sum or avg, got {dtype} and {op}; "
+                "set error_feedback=False"
+            )
         self._sync = True
         self._next = 0  # the bucket to start next
         self._buckets: list[_Bucket] = []
@@ -92,7 +113,8 @@ class GradientBuckets:
             planned[-1].append(parameter)
             filled += parameter.numel()
         for members in planned:
-            bucket = _Bucket(torch.zeros(sum(p.numel() for p in members), dtype=dtype), members)
+            flat = torch.zeros(sum(p.numel() for p in members), dtype=dtype)
+            bucket = _Bucket(flat, members, torch.zeros_like(flat) if self._feeds_back else None)
             self._buckets.append(bucket)
             for parameter, piece in zip(members, torch.split(bucket.flat, [p.numel() for p in members]), strict=True):
                 self._slots[parameter] = _Slot(bucket, piece.view(parameter.shape))
@@ -166,5 +188,9 @@ class GradientBuckets:
     def _start_next(self) -> None:
         bucket = self._buckets[self._next]
         self._next += 1
-        if self._group.size > 1:
-            bucket.work = self._group.all_reduce(bucket.flat, self._op, async_op=True)
+        if self._group.size == 1:
+            return
+        if bucket.residual is not None:
+            bucket.flat.add_(bucket.residual)
+        coding: dict[str, Any] = {} if self._wire is None else {"wire": self._wire, "wire_residual": bucket.residual}
+        bucket.work = self._group.all_reduce(bucket.flat, self._op, async_op=True, **coding)

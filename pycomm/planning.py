@@ -29,15 +29,15 @@ from typing import Any, Final
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from pycomm import _C, planners, project
-from pycomm.check import check
+from pycomm.check import check, check_coded
 from pycomm.discover import describe
-from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, TopologyError
+from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, ScheduleError, TopologyError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
 from pycomm.machine import this_machine
 from pycomm.project import Program
 from pycomm.table import TuningTable, from_json, layout_key, load, topology_from_document, topology_to_document
 from pycomm.topology import Topology
-from pycomm.tuner import Choices, choice_table
+from pycomm.tuner import Choices, candidates, choice_table
 
 _HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
@@ -46,7 +46,7 @@ _choices = lru_cache(maxsize=256)(choice_table)
 
 
 @lru_cache(maxsize=256)
-def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int) -> Program:
+def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int, coded: bool) -> Program:
     known = planners.PLANNERS[collective]
     if algorithm not in known:
         raise InvalidArgument(
@@ -54,7 +54,14 @@ def _program(topology: Topology, rank: int, collective: str, algorithm: str, roo
         )
     schedule = known[algorithm](topology, root)
     check(schedule)
-    return project.project(schedule, rank)
+    if not coded:
+        return project.project(schedule, rank)
+    try:
+        check_coded(schedule, topology.host_index)
+    except ScheduleError as error:
+        usable = ", ".join(candidates(topology, collective, coded))
+        raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
+    return project.project(schedule, rank, topology.host_index)
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,13 @@ class Planning:
         self.table = table
         self._explain_as = explain_as
 
-    def choices(self, collective: str, root: int) -> Choices:
-        return _choices(self.topology, collective, root, self.table)
+    def choices(self, collective: str, root: int, coded: bool) -> Choices:
+        """coded: for calls with a wire, whose times no table has."""
+        return _choices(self.topology, collective, root, None if coded else self.table, coded)
 
-    def program(self, collective: str, algorithm: str, root: int) -> Program:
-        found = _program(self.topology, self.rank, collective, algorithm, root)
-        if self._explain_as is not None:
+    def program(self, collective: str, algorithm: str, root: int, coded: bool) -> Program:
+        found = _program(self.topology, self.rank, collective, algorithm, root, coded)
+        if self._explain_as is not None and not coded:
             for line in self._explanations(collective, algorithm, root):
                 print(f"pycomm: group {self._explain_as!r}: {line}", file=sys.stderr, flush=True)
         return found
@@ -107,7 +115,7 @@ class Planning:
     def _explanations(self, collective: str, algorithm: str, root: int) -> list[str]:
         """One line for each size class that takes the algorithm."""
         lines, beyond = [], 0
-        for limit, name in self.choices(collective, root):
+        for limit, name in self.choices(collective, root, False):
             if name == algorithm:
                 at = limit if limit is not None else max(2 * beyond, 1 << 20)
                 lines.append(

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycomm.errors import ScheduleError
-from pycomm.schedule import COLLECTIVES, Schedule
+from pycomm.schedule import COLLECTIVES, Schedule, Transfers
 
 STEP: Final = np.dtype(
     [
         ("kind", "u1"),
         ("src_buffer", "u1"),
         ("dst_buffer", "u1"),
-        ("pad", "u1"),
+        ("flags", "u1"),
         ("peer", "<i4"),
         ("chunk", "<i4"),
         ("scratch_slot", "<i4"),
@@ -30,6 +30,7 @@ STEP: Final = np.dtype(
 )
 SEND, RECV, RECV_REDUCE, COPY, CALL = range(5)
 INPUT, OUTPUT, SCRATCH = range(3)
+CODED, SEALED = 1, 2  # flags, in programs for a wire
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,12 @@ class Program:
     peers: tuple[int, ...]
 
 
-def project(schedule: Schedule, rank: int) -> Program:
+def project(schedule: Schedule, rank: int, host: NDArray[np.int64] | None = None) -> Program:
     """The steps of `rank`. A chunk's value lives in INPUT until something is written, then in OUTPUT if it is part of
-    the rank's result, else in SCRATCH. Raises ScheduleError where there is no such rank."""
+    the rank's result, else in SCRATCH. Raises ScheduleError where there is no such rank.
+
+    host: [n_ranks], for a program with a wire: steps between hosts are CODED; where this rank makes a value that it
+    shares with other hosts, the write that completes it and those sends are SEALED. REQUIRES: check_coded() passed."""
     if not 0 <= rank < schedule.n_ranks:
         raise ScheduleError(
             f"{schedule.collective}/{schedule.algorithm}: no rank {rank} among {schedule.n_ranks}; project one of them"
@@ -62,9 +66,12 @@ def project(schedule: Schedule, rank: int) -> Program:
     collective = COLLECTIVES[schedule.collective]
     ends_here = collective.end(schedule.n_ranks, schedule.n_chunks, schedule.root)[rank]
     steps = _steps(schedule, rank, ends_here)
-    copied = _copied(schedule, rank, ends_here, steps)
+    copies = _copies(_copied(schedule, rank, ends_here, steps), steps)
+    if host is not None:
+        _mark_coded(schedule, rank, host, steps, copies)
     first_sends = int(np.argmin(np.append((steps["kind"] == SEND) & (steps["round"] == steps["round"][:1]), False)))
-    steps = np.concatenate([steps[:first_sends], _copies(copied, steps), steps[first_sends:]])
+    sealed = copies["flags"] == SEALED  # what others are sent is what these leave
+    steps = np.concatenate([copies[sealed], steps[:first_sends], copies[~sealed], steps[first_sends:]])
     n_scratch = _assign_slots(steps, schedule.n_chunks)
     deps = _resolve(steps)
     peers = tuple(int(peer) for peer in np.unique(steps["peer"]) if peer >= 0)
@@ -82,11 +89,17 @@ def project(schedule: Schedule, rank: int) -> Program:
     )
 
 
-def _steps(schedule: Schedule, rank: int, ends_here: NDArray[np.bool_]) -> NDArray[np.void]:
-    """The sends and receives in order. A send's src_buffer is set as if all of its chunk's writes came before it."""
+def _own_rows(schedule: Schedule, rank: int) -> Transfers:
+    """The transfers that `rank` takes part in, as its steps stand."""
     rows = schedule.transfers
     rows = rows[(rows["src"] == rank) | (rows["dst"] == rank)]
-    rows = rows[np.lexsort((rows["src"] != rank, rows["round"]))]
+    ordered: Transfers = rows[np.lexsort((rows["src"] != rank, rows["round"]))]
+    return ordered
+
+
+def _steps(schedule: Schedule, rank: int, ends_here: NDArray[np.bool_]) -> NDArray[np.void]:
+    """The sends and receives in order. A send's src_buffer is set as if all of its chunk's writes came before it."""
+    rows = _own_rows(schedule, rank)
     sends = rows["src"] == rank
     steps = np.zeros(len(rows), STEP)
     steps["kind"] = np.where(sends, SEND, np.where(rows["reduce"], RECV_REDUCE, RECV))
@@ -99,6 +112,27 @@ def _steps(schedule: Schedule, rank: int, ends_here: NDArray[np.bool_]) -> NDArr
     steps["src_buffer"] = np.where(reads & written, home, INPUT)
     steps["dst_buffer"] = np.where(sends, INPUT, home)
     return steps
+
+
+def _mark_coded(
+    schedule: Schedule, rank: int, host: NDArray[np.int64], steps: NDArray[np.void], copies: NDArray[np.void]
+) -> None:
+    """Sets flags. steps: as _steps() gives them, without copies."""
+    sends = steps["kind"] == SEND
+    crosses = host[steps["peer"]] != host[rank]
+    steps["flags"][crosses] = CODED
+    if schedule.collective not in ("all_reduce", "all_gather"):
+        return  # nobody else holds what is sent
+    shares = sends & crosses & ~_own_rows(schedule, rank)["reduce"]
+    steps["flags"][shares] |= SEALED
+    for chunk in np.unique(steps["chunk"][shares]):
+        of_chunk = steps["chunk"] == chunk
+        writes = np.flatnonzero(of_chunk & ~sends)
+        if len(writes):
+            steps["flags"][writes[-1]] |= SEALED
+        else:  # its own contribution: it shares what the copy to its own output leaves there
+            copies["flags"][copies["chunk"] == chunk] = SEALED
+            steps["src_buffer"][of_chunk] = OUTPUT
 
 
 def _written_before(steps: NDArray[np.void]) -> NDArray[np.bool_]:
@@ -137,19 +171,19 @@ def _assign_slots(steps: NDArray[np.void], n_chunks: int) -> int:
 
 def _resolve(steps: NDArray[np.void]) -> NDArray[np.int32]:
     """Sets dep_begin and dep_count: a read waits for the last write of its chunk, a write for the reads since then, or
-    for that write where there are none. INPUT and OUTPUT count as one place; reads of INPUT never stop a write to
-    SCRATCH."""
+    for that write where there are none. A copy is a write where sends read what it seals. INPUT and OUTPUT count as one
+    place; reads of INPUT never stop a write to SCRATCH."""
     last_write: dict[int, int] = {}
     reads_since: dict[int, list[int]] = {}
     deps: list[int] = []
     begins, counts = [], []
-    kinds, chunks, destinations = steps["kind"].tolist(), steps["chunk"].tolist(), steps["dst_buffer"].tolist()
-    for index, (kind, chunk, destination) in enumerate(zip(kinds, chunks, destinations, strict=True)):
+    columns = (steps["kind"], steps["chunk"], steps["dst_buffer"], steps["flags"] & SEALED)
+    for index, (kind, chunk, destination, sealed) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
         begins.append(len(deps))
         before = [last_write[chunk]] if chunk in last_write else []
         if kind == SEND:
             reads_since.setdefault(chunk, []).append(index)
-        elif kind != COPY:
+        elif kind != COPY or sealed:
             in_the_way = reads_since.pop(chunk, [])
             if destination == SCRATCH and not before:
                 in_the_way = []

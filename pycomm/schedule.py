@@ -100,6 +100,9 @@ COLLECTIVES: Final[Mapping[str, Collective]] = MappingProxyType(
     }
 )
 
+# Those that can code what crosses hosts (csrc/core/wire.h).
+CODED: Final = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+
 
 def required_chunks(collective: str, n_ranks: int) -> int | None:
     """How many chunks the collective has on n_ranks; None where the planner is free."""

@@ -15,8 +15,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pycomm.errors import InvalidArgument
+from pycomm.check import check_coded
+from pycomm.errors import InvalidArgument, ScheduleError
 from pycomm.planners import PLANNERS, TWO_LEVEL, Planner
+from pycomm.schedule import Schedule
 from pycomm.simulate import predict
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
@@ -40,19 +42,39 @@ class Costs:
     measured: NDArray[np.bool_]
 
 
-def candidates(topology: Topology, collective: str) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm. Raises InvalidArgument for an unknown collective."""
+def candidates(topology: Topology, collective: str, coded: bool = False) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm; coded: those that a wire can run on (check_coded). Raises
+    InvalidArgument for an unknown collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
     two_level = len(topology.hosts) > 1
-    return {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    planners = {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    if not coded:
+        return planners
+    return {name: plan for name, plan in planners.items() if codes_once(plan(topology, 0), topology)}
+
+
+def codes_once(schedule: Schedule, topology: Topology) -> bool:
+    """Whether check_coded() passes."""
+    try:
+        check_coded(schedule, topology.host_index)
+    except ScheduleError:
+        return False
+    return True
 
 
 def costs(
-    topology: Topology, collective: str, nbytes: tuple[int, ...], root: int = 0, table: TuningTable | None = None
+    topology: Topology,
+    collective: str,
+    nbytes: tuple[int, ...],
+    root: int = 0,
+    table: TuningTable | None = None,
+    coded: bool = False,
 ) -> Costs:
-    """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0."""
-    planners = candidates(topology, collective)
+    """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0. coded:
+    of the candidates for a wire, whose bytes are predicted as if they crossed hosts uncoded: what a wire saves, it
+    saves all of them."""
+    planners = candidates(topology, collective, coded)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
     predicted, ratios = [], []
@@ -75,12 +97,14 @@ def costs(
     return Costs(tuple(planners), model, model * ratio, measured)
 
 
-def choice_table(topology: Topology, collective: str, root: int = 0, table: TuningTable | None = None) -> Choices:
+def choice_table(
+    topology: Topology, collective: str, root: int = 0, table: TuningTable | None = None, coded: bool = False
+) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 
-    `nbytes` is meant as in schedule.chunk_nbytes. table: as in costs()."""
+    `nbytes` is meant as in schedule.chunk_nbytes. table, coded: as in costs()."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    found = costs(topology, collective, ladder, root, table)
+    found = costs(topology, collective, ladder, root, table, coded)
     best = found.expected_s.min(axis=0) * (1.0 if found.measured.any() else TIE)
     winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
     choices: list[tuple[int | None, str]] = []

@@ -29,7 +29,7 @@ PYTHON_ROWS = [
     ["discover"],
     ["planning"],
     ["group"],
-    ["backend", "distributed", "overlap", "moe", "measure"],
+    ["backend", "distributed", "overlap", "moe", "measure", "wire"],
     ["launch"],
     ["tune"],
     ["topo"],

@@ -40,6 +40,7 @@ def test_a_preset_fills_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None
         ("[model]\nn_layers = 3.5\n", "'model.n_layers' is a int, got 3.5"),
         ("[model]\ntie_embeddings = 1\n", "'model.tie_embeddings' is a bool, got 1"),
         ("[train]\nprecision = 'fp8'\n", "'train.precision' is one of fp32, bf16, got 'fp8'"),
+        ("[train]\nwire = 'int2'\n", "'train.wire' is one of none, bf16, fp8, int8, int4, got 'int2'"),
         ("model = 3\n", r"'model' is a table, got 3; write \[model\]"),
         ("[model\n", "is not valid TOML"),
     ],

@@ -73,3 +73,13 @@ def test_bf16_follows_fp32(single_process: Any) -> None:
     losses, _, held_out = run_ranks(curve, 2, tiny(tp=2, precision="bf16"), N_STEPS)[0]
     np.testing.assert_allclose(losses, single_process({})[0], rtol=2e-3)
     assert held_out == pytest.approx(single_process({})[2], rel=2e-3)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp8", "int8"])
+def test_a_wire_follows_fp32(single_process: Any, wire: str) -> None:
+    results = run_ranks(curve, 4, tiny(wire=wire), N_STEPS, hosts=["a", "a", "b", "b"])
+    assert all(result == results[0] for result in results), "ranks disagree"
+    losses, _, held_out = results[0]
+    np.testing.assert_allclose(losses, single_process({})[0], rtol=5e-3)
+    assert losses != single_process({})[0]  # it was coded
+    assert held_out == pytest.approx(single_process({})[2], rel=5e-3)

@@ -63,6 +63,8 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: bf16 parameters and activations, fp32 masters and gradients
     bucket_kib: int = 1024  # gradients reduced together
+    wire: Literal["none", "bf16", "fp8", "int8", "int4"] = "none"  # how gradients cross hosts (docs/wire.md)
+    error_feedback: bool = True  # with a wire: what it loses is added to the next step's gradients
     eval_every: int = 50
     eval_sequences: int = 64
     checkpoint_every: int = 100

@@ -54,9 +54,17 @@ class MeteredGroup:
         finally:
             self.blocked_s += time.perf_counter() - started
 
-    def all_reduce(self, x: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
+    def all_reduce(
+        self,
+        x: Tensor,
+        op: str = "sum",
+        *,
+        async_op: bool = False,
+        wire: str | None = None,
+        wire_residual: Tensor | None = None,
+    ) -> Any:
         with self._blocking():
-            result = self.group.all_reduce(x, op, async_op=async_op)
+            result = self.group.all_reduce(x, op, async_op=async_op, wire=wire, wire_residual=wire_residual)
         return MeteredWork(result, self) if async_op else result
 
     def all_gather(self, output: Tensor, input: Tensor) -> None:

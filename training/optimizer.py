@@ -34,9 +34,17 @@ class Optimizer:
     """Owns the masters, their moments and the gradient buckets of a model. Made after the model was initialised."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, config: OptimizerConfig, dtype: torch.dtype, bucket_nbytes: int
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        bucket_nbytes: int,
+        wire: str | None = None,
+        error_feedback: bool = True,
     ) -> None:
-        """dtype: what the model computes in; its parameters are converted here, the masters stay fp32."""
+        """dtype: what the model computes in; its parameters are converted here, the masters stay fp32. bucket_nbytes,
+        wire, error_feedback: of pycomm.overlap.GradientBuckets."""
         self._parameters = dict(model.named_parameters())
         self.specs: dict[str, ParamSpec] = specs_of(model)
         self.masters: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items()}
@@ -49,7 +57,13 @@ class Optimizer:
             group = mesh.gradients(spec.axis)
             by_group.setdefault(id(group), (group, []))[1].append(name)
         for group, names in by_group.values():
-            buckets = GradientBuckets([self._parameters[n] for n in names], group, bucket_nbytes=bucket_nbytes)
+            buckets = GradientBuckets(
+                [self._parameters[n] for n in names],
+                group,
+                bucket_nbytes=bucket_nbytes,
+                wire=wire,
+                error_feedback=error_feedback,
+            )
             self._buckets.append((group, buckets))
             for name in names:
                 self.masters[name].grad = buckets.gradient(self._parameters[name])

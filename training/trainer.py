@@ -59,7 +59,16 @@ class Trainer:
         self.model = GPT(config.model, self.mesh)
         initialise(self.model, self.mesh, config.train.seed)
         self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        self.optimizer = Optimizer(self.model, self.mesh, config.optimizer, self.dtype, config.train.bucket_kib * 1024)
+        train = config.train
+        self.optimizer = Optimizer(
+            self.model,
+            self.mesh,
+            config.optimizer,
+            self.dtype,
+            train.bucket_kib * 1024,
+            None if train.wire == "none" else train.wire,
+            train.error_feedback,
+        )
         self.progress = Progress()
         self.stop_requested = False  # a signal handler sets it; all ranks learn of it in the same step
 

@@ -17,6 +17,7 @@
 #include "core/fingerprint.h"
 #include "core/program.h"
 #include "core/status.h"
+#include "core/wire.h"
 
 namespace pycomm {
 
@@ -83,8 +84,13 @@ struct Launch {
   const Program* program = nullptr;  // nullptr: the engine's native path
   Layout layout;
   Fingerprint fingerprint;
-  DType dtype = DType::bytes;  // what all sizes here count. In a reduction of fp8 it is fp32, while
-                               // input and output hold fingerprint.dtype: the engine converts
+  DType dtype = DType::bytes;  // what all sizes here count. In a reduction of fp8, and with a wire,
+                               // it is fp32, while input and output hold fingerprint.dtype: the
+                               // engine converts
+  Wire wire = Wire::none;      // of the program's coded steps
+  float* residual = nullptr;   // as long as the output: gets what this rank's coding lost
+  const void* must_be_finite = nullptr;  // the caller's output, where the operation is to fail with
+                                         // Code::nonfinite if that holds NaN or infinity
   ReduceOp op = ReduceOp::sum;
   const void* input = nullptr;
   void* output = nullptr;
@@ -127,7 +133,8 @@ class Engine {
   // The largest tensor for which the native path is taken, in bytes; 0 where there is none. With
   // uneven counts only a limit of 0 or UINT64_MAX has meaning: ranks need not know one size.
   virtual uint64_t native_nbytes(Collective collective, bool even) const = 0;
-  virtual void run(Launch launch) = 0;  // blocks, driven by the caller
+  virtual bool spans_hosts() const = 0;  // whether the group's ranks stand on several hosts
+  virtual void run(Launch launch) = 0;   // blocks, driven by the caller
   virtual std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) = 0;
   virtual std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
                                      Clock::time_point deadline,

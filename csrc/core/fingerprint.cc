@@ -36,6 +36,7 @@ std::string Fingerprint::describe() const {
   }
   if (rooted(collective)) parts.push_back("root " + std::to_string(root));
   if (has_counts) parts.push_back("uneven counts");
+  if (wire != Wire::none) parts.push_back(std::string("wire ") + name_of(wire));
   if (algorithm[0] != '\0') parts.emplace_back(algorithm, strnlen(algorithm, sizeof(algorithm)));
   std::string text = std::string(name_of(collective)) + " #" + std::to_string(sequence);
   for (size_t i = 0; i < parts.size(); ++i) text += (i == 0 ? " (" : ", ") + parts[i];

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "core/dtype.h"
+#include "core/wire.h"
 
 namespace pycomm {
 
@@ -20,7 +21,8 @@ struct alignas(64) Fingerprint {
   Collective collective = Collective::barrier;
   DType dtype = DType::bytes;
   ReduceOp op = ReduceOp::sum;
-  uint8_t has_counts = 0;
+  uint8_t has_counts : 1 = 0;
+  Wire wire : 7 = Wire::none;
   int32_t root = 0;
   uint64_t numel = 0;  // elements of the whole tensor; in all_to_all, of what goes over this link
   uint64_t counts_hash = 0;  // of uneven counts that all ranks must give alike

@@ -94,14 +94,37 @@ void Group::check(const Call& call) const {
   }
 }
 
-const std::string& Group::choose(const Call& call, uint64_t nbytes) {
+void Group::check_wire(const Call& call) const {
+  const auto refuse = [&](const std::string& text) {
+    throw Error(Code::invalid_argument, std::string(name_of(call.collective)) + " in group '" +
+                                            name_ + "' with wire '" + name_of(call.wire) +
+                                            "': " + text);
+  };
+  if (call.collective != Collective::all_reduce && call.collective != Collective::reduce_scatter &&
+      call.collective != Collective::all_gather && call.collective != Collective::all_to_all)
+    refuse("all_reduce, reduce_scatter, all_gather and all_to_all have a wire, others do not");
+  if (call.dtype != DType::float32 && call.dtype != DType::bfloat16 && call.dtype != DType::float16)
+    refuse(std::string("it codes float32, bfloat16 and float16, not ") + name_of(call.dtype) +
+           "; leave the wire out");
+  if (call.wire == Wire::bf16 && call.dtype == DType::float16)
+    refuse("it would lose digits of float16 and save no byte; leave the wire out");
+  if (reduces(call.collective) && call.op == ReduceOp::product)
+    refuse("the error of a product has no bound; leave the wire out");
+  if (call.residual == nullptr) return;
+  if (call.collective != Collective::all_reduce || call.dtype != DType::float32)
+    refuse("a residual belongs to an all_reduce of float32");
+  if (call.op != ReduceOp::sum && call.op != ReduceOp::avg)
+    refuse(std::string("a residual has no meaning for ") + name_of(call.op) + "; use sum or avg");
+}
+
+const std::string& Group::choose(const Call& call, uint64_t nbytes, bool coded) {
   if (!call.algorithm.empty()) return call.algorithm;
-  const auto key = std::make_pair(call.collective, rooted(call.collective) ? call.root : 0);
+  const auto key = std::make_tuple(call.collective, rooted(call.collective) ? call.root : 0, coded);
   std::unique_lock lock(cache_mutex_);
   auto found = choices_.find(key);
   if (found == choices_.end()) {
     lock.unlock();
-    Choices planned{planner_.choices(key.first, key.second)};
+    Choices planned{planner_.choices(call.collective, std::get<1>(key), coded)};
     PYCOMM_CHECK(!planned.table.empty(), "the choice table is empty");
     lock.lock();
     found = choices_.emplace(key, std::move(planned)).first;
@@ -111,14 +134,15 @@ const std::string& Group::choose(const Call& call, uint64_t nbytes) {
   return found->second.table.back().second;
 }
 
-const Program* Group::program(Collective collective, const std::string& algorithm, int root) {
-  const auto key = std::make_tuple(collective, algorithm, rooted(collective) ? root : 0);
+const Program* Group::program(Collective collective, const std::string& algorithm, int root,
+                              bool coded) {
+  const auto key = std::make_tuple(collective, algorithm, rooted(collective) ? root : 0, coded);
   std::unique_lock lock(cache_mutex_);
   auto found = programs_.find(key);
   if (found == programs_.end()) {
     lock.unlock();
     auto planned =
-        std::make_unique<Program>(planner_.program(collective, algorithm, std::get<2>(key)));
+        std::make_unique<Program>(planner_.program(collective, algorithm, std::get<2>(key), coded));
     planned->finish();
     PYCOMM_CHECK(planned->rank == rank_ && planned->n_ranks == size_,
                  "a program of another rank or group");
@@ -130,12 +154,23 @@ const Program* Group::program(Collective collective, const std::string& algorith
 
 Launch Group::bind(const Call& call) {
   check(call);
-  const DType dtype = reduces(call.collective) ? reduced_as(call.dtype) : call.dtype;
+  if (call.wire != Wire::none) check_wire(call);
+  const bool coded = call.wire != Wire::none && engine_->spans_hosts();
+  const DType dtype = coded                      ? DType::float32
+                      : reduces(call.collective) ? reduced_as(call.dtype)
+                                                 : call.dtype;
   const size_t element = size_of(dtype);
   const bool exchange = call.collective == Collective::all_to_all;
   const bool uneven = !call.counts.empty();
   Launch launch;
   launch.dtype = dtype;
+  if (coded) {
+    launch.wire = call.wire;
+    launch.residual = call.residual;
+  } else if (call.residual != nullptr) {
+    std::fill_n(call.residual, call.numel, 0.0f);
+  }
+  if (call.must_be_finite) launch.must_be_finite = call.output;
   launch.op = call.op;
   launch.input = call.input;
   launch.output = call.output;
@@ -150,6 +185,7 @@ Launch Group::bind(const Call& call) {
   print.root = rooted(call.collective) ? call.root : 0;
   print.numel = exchange && uneven ? 0 : call.numel;
   print.has_counts = uneven;
+  print.wire = call.wire;
   if (uneven && !exchange)
     print.counts_hash = fnv1a(call.counts.data(), call.counts.size() * sizeof(uint64_t));
 
@@ -167,18 +203,18 @@ Launch Group::bind(const Call& call) {
     // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could
     // forward it.
     const std::string& algorithm =
-        exchange && uneven && call.algorithm.empty() ? "pairwise" : choose(call, nbytes);
+        exchange && uneven && call.algorithm.empty() ? "pairwise" : choose(call, nbytes, coded);
     if (exchange && uneven && algorithm != "pairwise")
       throw Error(Code::invalid_argument,
                   "all_to_all with uneven counts runs 'pairwise', not '" + algorithm +
                       "': a rank in between does not know the size of what it forwards");
-    launch.program = program(call.collective, algorithm, call.root);
+    launch.program = program(call.collective, algorithm, call.root, coded);
   } else if (!native) {
     // A barrier across hosts is an all_reduce of one byte: to have it, every rank must have given
     // it. (Of no bytes at all a rank would be done with the word of its neighbours.)
     Call one_byte;
     one_byte.collective = Collective::all_reduce;
-    launch.program = program(Collective::all_reduce, choose(one_byte, 1), 0);
+    launch.program = program(Collective::all_reduce, choose(one_byte, 1, false), 0, false);
     launch.dtype = DType::uint8;
     launch.input = launch.output = &barrier_byte_;
   }

@@ -32,6 +32,9 @@ struct Call {
                                  // all_to_all: what this
   std::vector<uint64_t> recv_counts;  // rank sends to each, and receives from each
   std::string algorithm;              // empty: the choice table decides
+  Wire wire = Wire::none;             // how it looks on links between hosts; no meaning inside one
+  float* residual = nullptr;    // all_reduce: as long as the output, gets what coding lost here
+  bool must_be_finite = false;  // fail with Code::nonfinite where this rank's output is not
   std::optional<std::chrono::milliseconds> timeout;
   std::function<void()> finish;  // run when the output stands, before the call counts as done
 };
@@ -40,8 +43,10 @@ struct Call {
 // every rank gets the same.
 struct Planner {
   // ((max_nbytes, algorithm), ...), ascending; the last has UINT64_MAX.
-  std::function<std::vector<std::pair<uint64_t, std::string>>(Collective, int root)> choices;
-  std::function<Program(Collective, const std::string& algorithm, int root)> program;
+  // coded: of those, and with steps marked, that code each contribution and each result once.
+  std::function<std::vector<std::pair<uint64_t, std::string>>(Collective, int root, bool coded)>
+      choices;
+  std::function<Program(Collective, const std::string& algorithm, int root, bool coded)> program;
 };
 
 class Group {
@@ -76,9 +81,10 @@ class Group {
   };
   Launch bind(const Call& call);
   void check(const Call& call) const;
+  void check_wire(const Call& call) const;
   void check_peer(const char* what, const char* towards, int peer, int least) const;
-  const std::string& choose(const Call& call, uint64_t nbytes);
-  const Program* program(Collective collective, const std::string& algorithm, int root);
+  const std::string& choose(const Call& call, uint64_t nbytes, bool coded);
+  const Program* program(Collective collective, const std::string& algorithm, int root, bool coded);
   Clock::time_point deadline(std::optional<std::chrono::milliseconds> timeout) const;
 
   const std::string name_;
@@ -89,8 +95,8 @@ class Group {
   std::chrono::milliseconds timeout_;
   uint8_t barrier_byte_ = 0;  // what barriers across hosts reduce; one runs at a time
   std::mutex cache_mutex_;    // never held while Python plans: a planner needs the GIL
-  std::map<std::pair<Collective, int>, Choices> choices_;
-  std::map<std::tuple<Collective, std::string, int>, std::unique_ptr<Program>> programs_;
+  std::map<std::tuple<Collective, int, bool>, Choices> choices_;
+  std::map<std::tuple<Collective, std::string, int, bool>, std::unique_ptr<Program>> programs_;
 };
 
 }  // namespace pycomm

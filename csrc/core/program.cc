@@ -28,6 +28,8 @@ void Program::finish() {
     const bool scratch = (reads && step.source == Buffer::scratch) ||
                          (writes && step.destination == Buffer::scratch);
     PYCOMM_CHECK(!scratch || step.scratch_slot >= 0, where);
+    PYCOMM_CHECK((step.flags & kCoded) == 0 || step.kind != StepKind::copy, where);
+    PYCOMM_CHECK(step.flags != kSealed || step.kind != StepKind::send, where);
     n_rounds = std::max(n_rounds, step.round + 1);
     const auto index = static_cast<int32_t>(i);
     switch (step.kind) {

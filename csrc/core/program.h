@@ -16,12 +16,18 @@ namespace pycomm {
 enum class StepKind : uint8_t { send, recv, recv_reduce, copy, call };
 enum class Buffer : uint8_t { input, output, scratch };
 
+// Flags of a step, only in programs that are planned for a wire (core/wire.h).
+constexpr uint8_t kCoded = 1;  // what it sends or receives crosses hosts, in the launch's wire form
+// A write: it makes a value that goes to other hosts, and puts what they will decode in its place
+// before any step reads it. A send: of the coded bytes that this gave, the same to all.
+constexpr uint8_t kSealed = 2;
+
 struct Step {
   StepKind kind;
   Buffer source;  // what a send reads; what recv_reduce combines the incoming bytes with; what a
                   // copy reads
   Buffer destination;  // what a recv, recv_reduce or copy writes
-  uint8_t pad;
+  uint8_t flags;
   int32_t peer;
   int32_t chunk;
   int32_t scratch_slot;

@@ -18,6 +18,7 @@ enum class Code : int {
   closed,            // the group was closed, or broke earlier
   internal,          // a bug of ours, or a call that the system refuses
   no_files,          // the limit on open files is reached
+  nonfinite,         // a result holds NaN or infinity, and the caller wants to be told
 };
 
 struct [[nodiscard]] Status {

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 
+#include "cpu/as_float32.h"
+#include "cpu/coding.h"
 #include "cpu/failure.h"
-#include "cpu/float8.h"
 #include "cpu/shared_memory.h"
 #include "cpu/shm_channel.h"
 #include "cpu/tcp_channel.h"
@@ -28,6 +29,15 @@ std::string list_of(const std::vector<int>& ranks) {
   std::string text = "[";
   for (size_t i = 0; i < ranks.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
   return text + "]";
+}
+
+Status finite_status(const Launch& launch) {
+  const DType dtype = launch.fingerprint.dtype;
+  if (all_finite(launch.must_be_finite, launch.output_nbytes / size_of(launch.dtype), dtype))
+    return {};
+  return {Code::nonfinite, launch.fingerprint.describe() +
+                               ": the result holds NaN or infinity, and wire_nonfinite is 'raise'. "
+                               "It stands as it is, and the group can be used further."};
 }
 
 // A started operation, for whoever holds on to it. Keeps the engine alive, not the group open.
@@ -375,7 +385,7 @@ bool CpuEngine::advance_collectives() {
     if (launch.finish) launch.finish();
     const auto keep = queue_.front();
     queue_.pop_front();
-    finish(op, {});
+    finish(op, launch.must_be_finite != nullptr ? finite_status(launch) : Status{});
   }
   return moved;
 }

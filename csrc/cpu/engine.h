@@ -44,6 +44,7 @@ class CpuEngine final : public Engine,
   ~CpuEngine() override;
 
   uint64_t native_nbytes(Collective collective, bool even) const override;
+  bool spans_hosts() const override { return !one_host_; }
   void run(Launch launch) override;
   std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) override;
   std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,

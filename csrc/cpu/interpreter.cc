@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "cpu/reduce.h"
 
@@ -10,6 +11,7 @@ namespace {
 // What is received between two looks at other links. Small enough to stay in the second-level cache
 // between its arrival and our reduction.
 constexpr uint64_t kSegmentBytes = 64 * 1024;
+static_assert(kCodedSegmentBytes % kSegmentBytes == 0);
 constexpr uint64_t kCopyBytes = 256 * 1024;
 constexpr uint64_t kAlign = 64;
 }  // namespace
@@ -33,6 +35,10 @@ void Interpreter::begin(const Launch& launch, const ChannelOf& channel_of, uint6
     link.mine = launch.fingerprint;
     if (!launch.link_send_counts.empty())
       link.mine.numel = launch.link_send_counts[static_cast<size_t>(steps.peer)];
+  }
+  if (launch.wire != Wire::none) {
+    PYCOMM_CHECK(tile_nbytes == 0, "coded steps know no tiles");
+    coded_.begin(launch, links_.size());
   }
   begin_tile(launch);
 }
@@ -80,9 +86,10 @@ uint64_t Interpreter::allowed(const Program& program, const Step& step, uint64_t
   for (int32_t d = 0; d < step.dep_count; ++d)
     limit = std::min(
         limit, done_[static_cast<size_t>(program.deps[static_cast<size_t>(step.dep_begin + d)])]);
-  return limit == nbytes
-             ? limit
-             : limit & ~(kAlign - 1);  // whole cache lines: elements never straddle two writes
+  // Whole cache lines: elements never straddle two writes. Of what is coded, whole segments.
+  return limit == nbytes   ? limit
+         : step.flags != 0 ? limit / kCodedSegmentBytes * kCodedSegmentBytes
+                           : limit & ~(kAlign - 1);
 }
 
 bool Interpreter::advance_copies(const Launch& launch) {
@@ -99,7 +106,10 @@ bool Interpreter::advance_copies(const Launch& launch) {
     if (n == 0) continue;
     const std::byte* from = source(launch, step);
     std::byte* to = destination(launch, step);
-    if (from != to) std::memmove(to + done, from + done, n);
+    if (step.flags != 0)
+      coded_.seal(launch, step, from + done, to + done, done, n);
+    else if (from != to)
+      std::memmove(to + done, from + done, n);
     done += n;
     moved = true;
   }
@@ -129,11 +139,16 @@ bool Interpreter::advance_send(const Launch& launch, Link& link) {
     if (done < nbytes) {
       const uint64_t limit = allowed(program, step, nbytes);
       if (limit <= done) break;
-      const size_t n =
-          link.channel->write(source(launch, step) + done,
-                              std::min<uint64_t>(limit - done, link.channel->segment_nbytes()));
+      size_t n = 0;
+      if (step.flags != 0) {
+        n = coded_.send(launch, static_cast<size_t>(&link - links_.data()), *link.channel, step,
+                        source(launch, step), limit, &done);
+      } else {
+        n = link.channel->write(source(launch, step) + done,
+                                std::min<uint64_t>(limit - done, link.channel->segment_nbytes()));
+        done += n;
+      }
       if (n == 0) break;
-      done += n;
       moved = true;
     }
     if (done == nbytes) {
@@ -142,6 +157,41 @@ bool Interpreter::advance_send(const Launch& launch, Link& link) {
     }
   }
   return moved;
+}
+
+// Up to a segment of a step that is not coded; returns the bytes taken from the channel. What a
+// step seals counts as done a whole segment at a time.
+size_t Interpreter::receive(const Launch& launch, Link& link, const Step& step, uint64_t limit,
+                            uint64_t nbytes, uint64_t* done) {
+  const uint64_t begin = *done + link.unsealed;
+  const uint64_t most = std::min(limit - begin, kSegmentBytes - begin % kSegmentBytes);
+  size_t n = 0;
+  if (step.kind == StepKind::recv) {
+    n = link.channel->read(destination(launch, step) + begin, most);
+  } else {
+    const size_t element = size_of(launch.dtype);
+    const auto here = link.channel->readable(element);
+    n = std::min<size_t>(here.size(), most) / element * element;
+    if (n == 0) return 0;
+    // The lower rank's value first: where two ranks combine the same values, in either's memory,
+    // they get the same bits (zeros of two signs, NaNs).
+    const std::byte* first = source(launch, step) + begin;
+    const std::byte* second = here.data();
+    if (step.peer < launch.program->rank) std::swap(first, second);
+    reduce(destination(launch, step) + begin, first, second, n / element, launch.dtype, launch.op);
+    link.channel->consume(n);
+  }
+  if (step.flags == 0) {
+    *done += n;
+    return n;
+  }
+  link.unsealed += n;
+  if (begin + n == nbytes || (begin + n) % kCodedSegmentBytes == 0) {
+    std::byte* values = destination(launch, step) + *done;
+    coded_.seal(launch, step, values, values, *done, link.unsealed);
+    *done += std::exchange(link.unsealed, 0);
+  }
+  return n;
 }
 
 bool Interpreter::advance_recv(const Launch& launch, Link& link) {
@@ -160,34 +210,20 @@ bool Interpreter::advance_recv(const Launch& launch, Link& link) {
     if (!link.theirs.matches(expected))
       throw Error(Code::mismatch, describe_mismatch(expected, link.theirs));
   }
-  const size_t element = size_of(launch.dtype);
   while (link.recv < link.steps->recvs.size()) {
     const auto index = static_cast<size_t>(link.steps->recvs[link.recv]);
     const Step& step = program.steps[index];
     const uint64_t nbytes = nbytes_of(launch, step);
     uint64_t& done = done_[index];
     if (done < nbytes) {
-      const uint64_t limit = std::min(allowed(program, step, nbytes) - done, kSegmentBytes);
-      if (limit == 0) break;
-      size_t n = 0;
-      if (step.kind == StepKind::recv) {
-        n = link.channel->read(destination(launch, step) + done, limit);
-      } else {
-        const auto here = link.channel->readable(element);
-        n = std::min<size_t>(here.size(), limit) / element * element;
-        if (n > 0) {
-          // The lower rank's value first: where two ranks combine the same values, in either's
-          // memory, they get the same bits (zeros of two signs, NaNs).
-          const std::byte* first = source(launch, step) + done;
-          const std::byte* second = here.data();
-          if (step.peer < program.rank) std::swap(first, second);
-          reduce(destination(launch, step) + done, first, second, n / element, launch.dtype,
-                 launch.op);
-          link.channel->consume(n);
-        }
-      }
+      const uint64_t limit = allowed(program, step, nbytes);
+      if (limit <= done) break;
+      const size_t n =
+          (step.flags & kCoded) != 0
+              ? coded_.receive(launch, static_cast<size_t>(&link - links_.data()), *link.channel,
+                               step, source(launch, step), destination(launch, step), nbytes, &done)
+              : receive(launch, link, step, limit, nbytes, &done);
       if (n == 0) break;
-      done += n;
       moved = true;
     }
     if (done == nbytes) {

@@ -13,6 +13,7 @@
 
 #include "core/engine.h"
 #include "cpu/channel.h"
+#include "cpu/coded_streams.h"
 
 namespace pycomm::cpu {
 
@@ -39,6 +40,7 @@ class Interpreter {
     Channel* channel = nullptr;
     size_t send = 0, recv = 0;   // cursors into steps
     size_t said = 0, heard = 0;  // bytes of the fingerprints exchanged
+    uint64_t unsealed = 0;       // bytes that the receive under way has written beyond those done
     Fingerprint mine, theirs;
     bool done() const {
       return send == steps->sends.size() && recv == steps->recvs.size() &&
@@ -57,11 +59,15 @@ class Interpreter {
   const std::byte* source(const Launch& launch, const Step& step) const;
   std::byte* destination(const Launch& launch, const Step& step);
 
+  size_t receive(const Launch& launch, Link& link, const Step& step, uint64_t limit,
+                 uint64_t nbytes, uint64_t* done);
+
   std::vector<Link> links_;
   std::vector<uint64_t> done_;  // bytes done, by step
   size_t copies_left_ = 0;
   uint64_t tile_nbytes_ = 0;
   uint64_t tile_begin_ = 0;  // in every chunk
+  CodedStreams coded_;
   std::unique_ptr<std::byte[]> scratch_;
   uint64_t scratch_nbytes_ = 0;
   uint64_t scratch_stride_ = 0;

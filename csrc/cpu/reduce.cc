@@ -10,13 +10,13 @@ namespace pycomm::cpu {
 #if defined(__x86_64__)
 namespace avx2 {
 void reduce(void* d, const void* a, const void* b, unsigned long n, DType dtype, ReduceOp op);
-void widen_float8(float* out, const void* in, unsigned long n, DType dtype);
-void narrow_float8(void* out, const float* in, unsigned long n, DType dtype);
+void to_float32(float* out, const void* in, unsigned long n, DType dtype);
+void from_float32(void* out, const float* in, unsigned long n, DType dtype);
 }  // namespace avx2
 namespace avx512 {
 void reduce(void* d, const void* a, const void* b, unsigned long n, DType dtype, ReduceOp op);
-void widen_float8(float* out, const void* in, unsigned long n, DType dtype);
-void narrow_float8(void* out, const float* in, unsigned long n, DType dtype);
+void to_float32(float* out, const void* in, unsigned long n, DType dtype);
+void from_float32(void* out, const float* in, unsigned long n, DType dtype);
 }  // namespace avx512
 #endif
 
@@ -24,20 +24,20 @@ namespace {
 
 struct Kernels {
   void (*reduce)(void*, const void*, const void*, unsigned long, DType, ReduceOp);
-  void (*widen_float8)(float*, const void*, unsigned long, DType);
-  void (*narrow_float8)(void*, const float*, unsigned long, DType);
+  void (*to_float32)(float*, const void*, unsigned long, DType);
+  void (*from_float32)(void*, const float*, unsigned long, DType);
 };
 
 Kernels best_kernels() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::reduce, avx512::widen_float8, avx512::narrow_float8};
+    return {avx512::reduce, avx512::to_float32, avx512::from_float32};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c"))
-    return {avx2::reduce, avx2::widen_float8, avx2::narrow_float8};
+    return {avx2::reduce, avx2::to_float32, avx2::from_float32};
 #endif
-  return {plain::reduce, plain::widen_float8, plain::narrow_float8};
+  return {plain::reduce, plain::to_float32, plain::from_float32};
 }
 
 const Kernels& kernels() {
@@ -66,12 +66,12 @@ void reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, 
   kernels().reduce(dst, a, b, numel, dtype, op);
 }
 
-void widen_float8(float* out, const void* in, size_t numel, DType dtype) {
-  kernels().widen_float8(out, in, numel, dtype);
+void to_float32(float* out, const void* in, size_t numel, DType dtype) {
+  kernels().to_float32(out, in, numel, dtype);
 }
 
-void narrow_float8(void* out, const float* in, size_t numel, DType dtype) {
-  kernels().narrow_float8(out, in, numel, dtype);
+void from_float32(void* out, const float* in, size_t numel, DType dtype) {
+  kernels().from_float32(out, in, numel, dtype);
 }
 
 void divide(void* data, size_t numel, DType dtype, int divisor) {

@@ -17,9 +17,9 @@ void reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, 
 // data[i] /= divisor, the end of avg. Integers truncate towards zero.
 void divide(void* data, size_t numel, DType dtype, int divisor);
 
-// fp8 to fp32, exactly, and back as torch casts: to nearest even once, beyond the largest value to
-// NaN (e4m3fn) or infinity (e5m2).
-void widen_float8(float* out, const void* in, size_t numel, DType dtype);
-void narrow_float8(void* out, const float* in, size_t numel, DType dtype);
+// fp8, bf16 or fp16 to fp32, exactly, and back as torch casts: to nearest even once, beyond the
+// largest value to NaN (e4m3fn) or infinity.
+void to_float32(float* out, const void* in, size_t numel, DType dtype);
+void from_float32(void* out, const float* in, size_t numel, DType dtype);
 
 }  // namespace pycomm::cpu

@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "core/block_format.h"
 #include "core/dtype.h"
 #include "core/status.h"
-#include "cuda/block_format.h"
 
 namespace pycomm::cuda {
 
@@ -25,8 +25,8 @@ namespace pycomm::cuda {
 Status reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype, ReduceOp op,
               void* stream);
 
-// src to its quantised form of quantised_nbytes(numel) (block_format.h). REQUIRES: dst is 16-byte
-// aligned.
+// src to its quantised form of quantised_nbytes(numel, code) (core/block_format.h), code int8 or
+// e4m3. REQUIRES: dst is 16-byte aligned.
 Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
                 void* stream);
 

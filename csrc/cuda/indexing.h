@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PYCOMM_HD __host__ __device__ __forceinline__
-#else
-#define PYCOMM_HD inline
-#endif
+#include "core/host_device.h"
 
 namespace pycomm::cuda {
 

@@ -1,5 +1,5 @@
 // Block quantisation for the wire, and back. The format and the arithmetic of one value stand in
-// block_format.h.
+// core/block_format.h.
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) quantise_kernel(const Arguments<T> a
   for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < n_lanes; at += stride) {
     const Place<T> place(args, at);
     const Vector<T> x = load(args, place);
-    uint32_t max = 0;
+    int32_t max = 0;
 #pragma unroll
     for (int k = 0; k < C::kPerLane; ++k) max = ::max(max, magnitude_bits(widen(x.x[k])));
 #pragma unroll
@@ -115,11 +115,15 @@ template <class T>
 Arguments<T> arguments(void* quantised, void* tensor, size_t numel) {
   const int64_t n = static_cast<int64_t>(numel);
   auto* codes = static_cast<uint8_t*>(quantised);
-  return {static_cast<T*>(tensor), codes, reinterpret_cast<float*>(codes + scales_offset(n)), n,
+  return {static_cast<T*>(tensor), codes,
+          reinterpret_cast<float*>(codes + scales_offset(n, BlockCode::int8)), n,
           reinterpret_cast<uintptr_t>(tensor) % kVectorBytes == 0};
 }
 
-Status check(const char* kernel, const void* quantised) {
+Status check(const char* kernel, const void* quantised, BlockCode code) {
+  if (code == BlockCode::int4)  // whose values share bytes, and so lanes
+    return {Code::invalid_argument,
+            std::string("CUDA kernel '") + kernel + "' takes int8 and e4m3, not int4"};
   const unsigned misalignment = reinterpret_cast<uintptr_t>(quantised) % kVectorBytes;
   if (misalignment == 0) return {};
   return {Code::invalid_argument, std::string("CUDA kernel '") + kernel +
@@ -136,7 +140,7 @@ unsigned grid(const Arguments<T>& args) {
 
 Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
                 void* stream) {
-  if (Status status = check("quantise", dst); !status.ok()) return status;
+  if (Status status = check("quantise", dst, code); !status.ok()) return status;
   return for_float_type("quantise", dtype, [&]<class T>(T) -> Status {
     const auto args = arguments<T>(dst, const_cast<void*>(src), numel);  // the kernel only reads it
     if (numel == 0) return {};
@@ -149,7 +153,7 @@ Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode
 
 Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
                   bool accumulate, void* stream) {
-  if (Status status = check("dequantise", src); !status.ok()) return status;
+  if (Status status = check("dequantise", src, code); !status.ok()) return status;
   return for_float_type("dequantise", dtype, [&]<class T>(T) -> Status {
     const auto args = arguments<T>(const_cast<void*>(src), dst, numel);
     if (numel == 0) return {};

@@ -314,6 +314,25 @@ PycommBackend::WorkPtr PycommBackend::allreduce(Tensors& tensors,
                 tensors);
 }
 
+PycommBackend::WorkPtr PycommBackend::all_reduce_wire(const at::Tensor& tensor, bool average,
+                                                      Wire wire,
+                                                      const std::optional<at::Tensor>& residual) {
+  checked("all_reduce", tensor);
+  Plan plan;
+  plan_all_reduce(plan, tensor, average ? c10d::ReduceOp::AVG : c10d::ReduceOp::SUM);
+  plan.call.wire = wire;
+  if (residual) {
+    if (checked("all_reduce residual", *residual).scalar_type() != at::kFloat ||
+        residual->numel() != tensor.numel() || !residual->is_contiguous())
+      refuse("all_reduce residual", "must be contiguous float32 of as many elements as the tensor");
+    plan.call.residual = residual->mutable_data_ptr<float>();
+    plan.held.push_back(*residual);
+  }
+  return launch(std::move(plan),
+                {c10d::OpType::ALLREDUCE, "pycomm:all_reduce", true, c10d::kUnsetTimeout}, tensor,
+                tensor);
+}
+
 PycommBackend::WorkPtr PycommBackend::all_reduce_sparse(const Tensors& tensors,
                                                         const c10d::AllreduceOptions& opts) {
   const at::Tensor& tensor = tensors[0];

@@ -70,6 +70,10 @@ class PycommBackend final : public c10d::Backend {
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
   WorkPtr broadcast(Tensors& tensors, const c10d::BroadcastOptions& opts) override;
   WorkPtr allreduce(Tensors& tensors, const c10d::AllreduceOptions& opts) override;
+  // sum or average, in place, asynchronous: what a communication hook calls. residual: as
+  // core/group.h's Call.
+  WorkPtr all_reduce_wire(const at::Tensor& tensor, bool average, Wire wire,
+                          const std::optional<at::Tensor>& residual);
   WorkPtr allreduce_coalesced(Tensors& tensors,
                               const c10d::AllreduceCoalescedOptions& opts) override;
   WorkPtr reduce(Tensors& tensors, const c10d::ReduceOptions& opts) override;

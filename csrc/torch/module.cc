@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "core/group.h"
+#include "cpu/coding.h"
 #include "cpu/endpoint.h"
 #include "cpu/engine.h"
 #include "torch/backend.h"
@@ -53,19 +54,20 @@ Program program_of(const py::object& planned) {
 Planner planner_of(py::object planner) {
   const std::shared_ptr<void> keep = held(planner);
   const auto object = [keep]() -> py::object& { return *static_cast<py::object*>(keep.get()); };
-  return {[object](Collective collective, int root) {
-            py::gil_scoped_acquire gil;
-            std::vector<std::pair<uint64_t, std::string>> table;
-            for (const auto& row : object().attr("choices")(name_of(collective), root)) {
-              const auto pair = row.cast<std::pair<std::optional<uint64_t>, std::string>>();
-              table.emplace_back(pair.first.value_or(UINT64_MAX), pair.second);
-            }
-            return table;
-          },
-          [object](Collective collective, const std::string& algorithm, int root) {
-            py::gil_scoped_acquire gil;
-            return program_of(object().attr("program")(name_of(collective), algorithm, root));
-          }};
+  return {
+      [object](Collective collective, int root, bool coded) {
+        py::gil_scoped_acquire gil;
+        std::vector<std::pair<uint64_t, std::string>> table;
+        for (const auto& row : object().attr("choices")(name_of(collective), root, coded)) {
+          const auto pair = row.cast<std::pair<std::optional<uint64_t>, std::string>>();
+          table.emplace_back(pair.first.value_or(UINT64_MAX), pair.second);
+        }
+        return table;
+      },
+      [object](Collective collective, const std::string& algorithm, int root, bool coded) {
+        py::gil_scoped_acquire gil;
+        return program_of(object().attr("program")(name_of(collective), algorithm, root, coded));
+      }};
 }
 
 std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint,
@@ -160,6 +162,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return hosts;
       });
 
+  m.def(
+      "round_trip",
+      [](const py::array_t<float, py::array::c_style>& values, const std::string& wire) {
+        const Wire parsed = parse_wire(wire);
+        py::array_t<float> result(values.size());
+        cpu::round_trip(result.mutable_data(), values.data(), static_cast<size_t>(values.size()),
+                        parsed);
+        return result;
+      },
+      py::arg("values"), py::arg("wire"), "What a rank that is sent these values reads.");
+
   py::class_<PyGroup> group(m, "Group");
   group
       .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
@@ -236,6 +249,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            }),
            py::arg("group"), py::arg("endpoint"), py::arg("split"), py::arg("merge"))
       .def_property_readonly("endpoint", &PycommBackend::endpoint)
+      .def(
+          "all_reduce_wire",
+          [](PycommBackend& backend, const at::Tensor& tensor, const std::string& op,
+             const std::string& wire, const std::optional<at::Tensor>& residual) {
+            const Wire parsed = parse_wire(wire);
+            py::gil_scoped_release release;
+            return backend.all_reduce_wire(tensor, op == "avg", parsed, residual);
+          },
+          py::arg("tensor"), py::arg("op"), py::arg("wire"), py::arg("residual") = py::none())
       .def_property_readonly("options", &PycommBackend::getBackendOptions)
       .def("get_error", &PycommBackend::getError)
       .def_property_readonly("pycomm_group",

@@ -6,17 +6,22 @@
 namespace pycomm::torch_layer {
 namespace {
 
+// What becomes of a result with NaN or infinity.
+enum class Nonfinite { pass, raise };
+
 ReduceOp parse_op(const std::string& name) {
   for (int op = 0; op <= static_cast<int>(ReduceOp::bxor); ++op)
     if (name == name_of(static_cast<ReduceOp>(op))) return static_cast<ReduceOp>(op);
   refuse("op", "'" + name + "' is none of sum, avg, product, min, max, band, bor, bxor");
 }
 
-// What every collective takes beside its arrays.
+// What every collective takes beside its arrays, and what those with a wire do.
 struct Common {
   bool async_op;
   std::optional<double> timeout_s;
   std::optional<std::string> algorithm;
+  Wire wire = Wire::none;
+  Nonfinite wire_nonfinite = Nonfinite::pass;
 };
 
 uint64_t ranks(const Group& group) { return static_cast<uint64_t>(group.size()); }
@@ -28,6 +33,10 @@ Call start_call(Collective collective, const View& like, uint64_t numel, const C
   call.numel = numel;
   call.timeout = limit_of(common.timeout_s);
   if (common.algorithm) call.algorithm = *common.algorithm;
+  call.wire = common.wire;
+  call.must_be_finite = common.wire_nonfinite == Nonfinite::raise;
+  if (call.must_be_finite && call.wire == Wire::none)
+    refuse(name_of(collective), "wire_nonfinite is 'raise', but there is no wire; give one");
   return call;
 }
 
@@ -89,13 +98,24 @@ py::object submit(Group& group, Call call, bool async_op, const py::object& resu
 }
 
 py::object all_reduce(Group& group, const py::object& x, ReduceOp op, bool async_op,
-                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+                      std::optional<double> timeout_s, std::optional<std::string> algorithm,
+                      Wire wire, Nonfinite wire_nonfinite, const py::object& wire_residual) {
   const View data = view("all_reduce", x, true);
-  Call call =
-      start_call(Collective::all_reduce, data, data.numel, {async_op, timeout_s, algorithm});
+  Call call = start_call(Collective::all_reduce, data, data.numel,
+                         {async_op, timeout_s, algorithm, wire, wire_nonfinite});
   call.op = op;
   call.input = call.output = data.data;
-  return submit(group, std::move(call), async_op, x, x);
+  if (!wire_residual.is_none()) {
+    const View residual = view("all_reduce wire_residual", wire_residual, true);
+    if (wire == Wire::none)
+      refuse("all_reduce", "wire_residual is what a wire loses, but there is no wire; give one");
+    if (residual.dtype != DType::float32 || residual.numel != data.numel)
+      refuse("all_reduce wire_residual", "must be float32 of x's " + std::to_string(data.numel) +
+                                             " elements; it is " + name_of(residual.dtype) +
+                                             " of " + std::to_string(residual.numel));
+    call.residual = static_cast<float*>(residual.data);
+  }
+  return submit(group, std::move(call), async_op, x, py::make_tuple(x, wire_residual));
 }
 
 py::object reduce(Group& group, const py::object& x, int root, ReduceOp op, bool async_op,
@@ -120,10 +140,12 @@ py::object broadcast(Group& group, const py::object& x, int root, bool async_op,
 
 py::object all_gather(Group& group, const py::object& output, const py::object& input,
                       const std::optional<std::vector<int64_t>>& counts, bool async_op,
-                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+                      std::optional<double> timeout_s, std::optional<std::string> algorithm,
+                      Wire wire, Nonfinite wire_nonfinite) {
   const View out = view("all_gather output", output, true),
              in = view("all_gather input", input, false);
-  Call call = start_call(Collective::all_gather, out, out.numel, {async_op, timeout_s, algorithm});
+  Call call = start_call(Collective::all_gather, out, out.numel,
+                         {async_op, timeout_s, algorithm, wire, wire_nonfinite});
   call.counts = elements(group, "all_gather", counts, out, in, "output", "input");
   call.input = in.data;
   call.output = out.data;
@@ -133,11 +155,12 @@ py::object all_gather(Group& group, const py::object& output, const py::object& 
 py::object reduce_scatter(Group& group, const py::object& output, const py::object& input,
                           ReduceOp op, const std::optional<std::vector<int64_t>>& counts,
                           bool async_op, std::optional<double> timeout_s,
-                          std::optional<std::string> algorithm) {
+                          std::optional<std::string> algorithm, Wire wire,
+                          Nonfinite wire_nonfinite) {
   const View out = view("reduce_scatter output", output, true),
              in = view("reduce_scatter input", input, false);
-  Call call =
-      start_call(Collective::reduce_scatter, in, in.numel, {async_op, timeout_s, algorithm});
+  Call call = start_call(Collective::reduce_scatter, in, in.numel,
+                         {async_op, timeout_s, algorithm, wire, wire_nonfinite});
   call.op = op;
   call.counts = elements(group, "reduce_scatter", counts, in, out, "input", "output");
   call.input = in.data;
@@ -190,11 +213,12 @@ py::object scatter(Group& group, const py::object& output, const py::object& inp
 py::object all_to_all(Group& group, const py::object& output, const py::object& input,
                       const std::optional<std::vector<int64_t>>& output_counts,
                       const std::optional<std::vector<int64_t>>& input_counts, bool async_op,
-                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+                      std::optional<double> timeout_s, std::optional<std::string> algorithm,
+                      Wire wire, Nonfinite wire_nonfinite) {
   const View out = view("all_to_all output", output, true),
              in = view("all_to_all input", input, false);
   Call call = start_call(Collective::all_to_all, in, std::max(in.numel, out.numel),
-                         {async_op, timeout_s, algorithm});
+                         {async_op, timeout_s, algorithm, wire, wire_nonfinite});
   if (in.dtype != out.dtype) refuse("all_to_all", "output and input differ in dtype");
   if (input_counts.has_value() != output_counts.has_value())
     refuse("all_to_all", "give both input_counts and output_counts, or neither");
@@ -259,21 +283,45 @@ py::object recv(Group& group, const py::object& x, std::optional<int> src, int64
 
 }  // namespace
 
+Wire parse_wire(const std::string& name) {
+  for (int wire = 1; wire < kWires; ++wire)
+    if (name == name_of(static_cast<Wire>(wire))) return static_cast<Wire>(wire);
+  refuse("wire", "'" + name + "' is none of bf16, fp8, int8, int4");
+}
+
 template <>
 ReduceOp from_python(PyObject* object) {
   return object == nullptr ? ReduceOp::sum : parse_op(py::cast<std::string>(py::handle(object)));
 }
 
+template <>
+Wire from_python(PyObject* object) {
+  return object == nullptr || object == Py_None
+             ? Wire::none
+             : parse_wire(py::cast<std::string>(py::handle(object)));
+}
+
+template <>
+Nonfinite from_python(PyObject* object) {
+  const auto name = object == nullptr ? "pass" : py::cast<std::string>(py::handle(object));
+  if (name == "pass") return Nonfinite::pass;
+  if (name == "raise") return Nonfinite::raise;
+  refuse("wire_nonfinite", "'" + name + "' is neither pass nor raise");
+}
+
 void def_methods(py::class_<PyGroup>& type) {
   def_method<all_reduce>(
-      type, {"all_reduce",
-             "all_reduce($self, x, op='sum', *, async_op=False, timeout_s=None, algorithm=None)\n"
-             "--\n\n"
-             "x becomes the reduction of all ranks' x, on every rank, bit for bit the same. Any "
-             "shape.",
-             {"x", "op", "async_op", "timeout_s", "algorithm"},
-             1,
-             2});
+      type,
+      {"all_reduce",
+       "all_reduce($self, x, op='sum', *, async_op=False, timeout_s=None, algorithm=None, "
+       "wire=None, wire_nonfinite='pass', wire_residual=None)\n"
+       "--\n\n"
+       "x becomes the reduction of all ranks' x, on every rank, bit for bit the same. Any "
+       "shape. wire_residual: float32 of x's size, gets what this rank's coding lost; added "
+       "to x before the next call, nothing is lost for good.",
+       {"x", "op", "async_op", "timeout_s", "algorithm", "wire", "wire_nonfinite", "wire_residual"},
+       1,
+       2});
   def_method<reduce>(
       type,
       {"reduce",
@@ -294,21 +342,25 @@ void def_methods(py::class_<PyGroup>& type) {
   def_method<all_gather>(
       type, {"all_gather",
              "all_gather($self, output, input, counts=None, *, async_op=False, timeout_s=None, "
-             "algorithm=None)\n"
+             "algorithm=None, "
+             "wire=None, wire_nonfinite=\'pass\')\n"
              "--\n\n"
              "output, [sum of rows, ...], becomes all ranks' inputs one after the other; counts: "
              "rows of each rank's.",
-             {"output", "input", "counts", "async_op", "timeout_s", "algorithm"},
+             {"output", "input", "counts", "async_op", "timeout_s", "algorithm", "wire",
+              "wire_nonfinite"},
              2,
              3});
   def_method<reduce_scatter>(
       type, {"reduce_scatter",
              "reduce_scatter($self, output, input, op='sum', counts=None, *, async_op=False, "
-             "timeout_s=None, algorithm=None)\n"
+             "timeout_s=None, algorithm=None, "
+             "wire=None, wire_nonfinite=\'pass\')\n"
              "--\n\n"
              "output becomes this rank's piece of the reduction of all inputs, [sum of rows, ...]; "
              "counts: rows of each.",
-             {"output", "input", "op", "counts", "async_op", "timeout_s", "algorithm"},
+             {"output", "input", "op", "counts", "async_op", "timeout_s", "algorithm", "wire",
+              "wire_nonfinite"},
              2,
              4});
   def_method<gather>(
@@ -332,16 +384,17 @@ void def_methods(py::class_<PyGroup>& type) {
              2,
              3});
   def_method<all_to_all>(
-      type,
-      {"all_to_all",
-       "all_to_all($self, output, input, output_counts=None, input_counts=None, *, "
-       "async_op=False, timeout_s=None, algorithm=None)\n"
-       "--\n\n"
-       "Piece j of input goes to rank j, whose piece i comes from rank i. Counts are rows; "
-       "without them all equal.",
-       {"output", "input", "output_counts", "input_counts", "async_op", "timeout_s", "algorithm"},
-       2,
-       4});
+      type, {"all_to_all",
+             "all_to_all($self, output, input, output_counts=None, input_counts=None, *, "
+             "async_op=False, timeout_s=None, algorithm=None, "
+             "wire=None, wire_nonfinite=\'pass\')\n"
+             "--\n\n"
+             "Piece j of input goes to rank j, whose piece i comes from rank i. Counts are rows; "
+             "without them all equal.",
+             {"output", "input", "output_counts", "input_counts", "async_op", "timeout_s",
+              "algorithm", "wire", "wire_nonfinite"},
+             2,
+             4});
   def_method<barrier>(type, {"barrier",
                              "barrier($self, *, async_op=False, timeout_s=None)\n"
                              "--\n\n"

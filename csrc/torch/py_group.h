@@ -35,6 +35,9 @@ class PyWork {
   const std::shared_ptr<Work> work_;
 };
 
+// By its name in Python. Throws Error(invalid_argument) that lists them.
+Wire parse_wire(const std::string& name);
+
 // The collectives, messages and the barrier.
 void def_methods(py::class_<PyGroup>& type);
 

@@ -47,6 +47,8 @@ inline const char* exception_name(Code code) {
       return "CollectiveMismatch";
     case Code::closed:
       return "GroupClosed";
+    case Code::nonfinite:
+      return "NonfiniteError";
     default:
       return "PycommError";
   }

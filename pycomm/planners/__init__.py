@@ -27,7 +27,7 @@ Planner = Callable[[Topology, int], Schedule]
 
 
 # On one host these are other planners under another name.
-TWO_LEVEL: Final = frozenset({"hierarchical", "hierarchical_tiled", "leader"})
+TWO_LEVEL: Final = frozenset({"hierarchical", "hierarchical_tiled", "hierarchical_direct", "leader"})
 
 # Their ranks exchange whole chunks: each sends what it is about to overwrite, so that a channel must hold some bytes of
 # it, as all do. Others would run over channels that hold none.
@@ -45,6 +45,7 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             doubling=doubling.doubling_all_reduce,
             hierarchical=hierarchical.hierarchical_all_reduce,
             hierarchical_tiled=hierarchical.hierarchical_tiled_all_reduce,
+            hierarchical_direct=hierarchical.hierarchical_direct_all_reduce,
             leader=hierarchical.leader_all_reduce,
             halving_doubling=halving_doubling.halving_doubling_all_reduce,
             ring=ring.ring_all_reduce,
@@ -53,12 +54,14 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
         "reduce_scatter": _table(
             pairwise=pairwise.pairwise_reduce_scatter,
             hierarchical=hierarchical.hierarchical_reduce_scatter,
+            hierarchical_direct=hierarchical.hierarchical_direct_reduce_scatter,
             halving_doubling=halving_doubling.halving_doubling_reduce_scatter,
             ring=ring.ring_reduce_scatter,
         ),
         "all_gather": _table(
             pairwise=pairwise.pairwise_all_gather,
             hierarchical=hierarchical.hierarchical_all_gather,
+            hierarchical_direct=hierarchical.hierarchical_direct_all_gather,
             halving_doubling=halving_doubling.halving_doubling_all_gather,
             ring=ring.ring_all_gather,
         ),

@@ -50,16 +50,40 @@ def hierarchical_tiled_all_reduce(topology: Topology, root: int = 0) -> Schedule
     return Schedule("all_reduce", "hierarchical_tiled", tile.n_ranks, TILES * tile.n_chunks, root, rows)
 
 
+def hierarchical_direct_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """As hierarchical_all_reduce, but across hosts each part goes straight to the rank that sums it, and its sum
+    straight to all: no partial sum of several hosts crosses a link, so that a wire codes each contribution and each sum
+    once."""
+    n_hosts, n_rails = len(topology.hosts), _n_rails(topology)
+    rails = [[[rail * n_hosts + host] for host in range(n_hosts)] for rail in range(n_rails)]
+    gather = _gather(topology, rails, shapes.pairwise_gather(n_hosts))
+    rows = in_sequence(reverse(gather, reduce=True), gather)
+    return Schedule("all_reduce", "hierarchical_direct", topology.n_ranks, n_rails * n_hosts, root, rows)
+
+
 def hierarchical_reduce_scatter(topology: Topology, root: int = 0) -> Schedule:
     """Rail-wise: reduce inside, then across, so that each host gets each of its chunks once from every other host."""
     rows = reverse(_gather(topology, _own_chunks(topology)), reduce=True)
     return Schedule("reduce_scatter", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
 
 
+def hierarchical_direct_reduce_scatter(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise; across hosts each contribution goes straight to the rank that sums it."""
+    gather = _gather(topology, _own_chunks(topology), shapes.pairwise_gather(len(topology.hosts)))
+    rows = reverse(gather, reduce=True)
+    return Schedule("reduce_scatter", "hierarchical_direct", topology.n_ranks, topology.n_ranks, root, rows)
+
+
 def hierarchical_all_gather(topology: Topology, root: int = 0) -> Schedule:
     """Rail-wise: all_gather across, then inside, so that each host gets every chunk of the others once."""
     rows = _gather(topology, _own_chunks(topology))
     return Schedule("all_gather", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
+
+
+def hierarchical_direct_all_gather(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise; across hosts each chunk goes straight from its rank to every other host."""
+    rows = _gather(topology, _own_chunks(topology), shapes.pairwise_gather(len(topology.hosts)))
+    return Schedule("all_gather", "hierarchical_direct", topology.n_ranks, topology.n_ranks, root, rows)
 
 
 def leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
@@ -123,11 +147,12 @@ def _own_chunks(topology: Topology) -> list[Rail]:
     return [[host.ranks[rail : rail + 1] for host in topology.hosts] for rail in range(_n_rails(topology))]
 
 
-def _gather(topology: Topology, rails: Sequence[Rail]) -> Transfers:
-    """Along every rail across hosts; and what came from one host goes on inside before what comes from the next, so
-    that both kinds of link work at once. No rank sends a chunk twice in one round, so the reversal has no races."""
+def _gather(topology: Topology, rails: Sequence[Rail], shape: Transfers | None = None) -> Transfers:
+    """Along every rail across hosts, in the shape given or the one that _across() takes; and what came from one host
+    goes on inside before what comes from the next, so that both kinds of link work at once. No rank sends a chunk twice
+    in one round, so the reversal has no races."""
     n_hosts, stage = len(topology.hosts), _n_rails(topology)
-    shape = _across(n_hosts)
+    shape = _across(n_hosts) if shape is None else shape
     came = np.zeros((n_hosts, n_hosts), np.int32)
     came[shape["dst"], shape["chunk"]] = shape["round"] + 1
     turn = came.argsort(axis=1, kind="stable").argsort(axis=1)  # [host, origin]: the place of origin's chunks there

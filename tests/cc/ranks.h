@@ -120,12 +120,23 @@ inline Program ring_program(Collective collective, int n, int rank) {
   return program;
 }
 
+// The ring of two ranks on two hosts with a wire: each rank completes one chunk and shares it.
+inline Program coded_ring_program(int rank) {
+  Program program = ring_program(Collective::all_reduce, 2, rank);
+  for (Step& step : program.steps) {
+    step.flags = kCoded;
+    const bool shares = step.kind == StepKind::send && step.round == 1;
+    if (shares || step.kind == StepKind::recv_reduce) step.flags |= kSealed;
+  }
+  return program;
+}
+
 inline Planner ring_planner(int n, int rank) {
-  return {[](Collective, int) {
+  return {[](Collective, int, bool) {
             return std::vector<std::pair<uint64_t, std::string>>{{UINT64_MAX, "ring"}};
           },
-          [n, rank](Collective collective, const std::string&, int) {
-            return ring_program(collective, n, rank);
+          [n, rank](Collective collective, const std::string&, int, bool coded) {
+            return coded ? coded_ring_program(rank) : ring_program(collective, n, rank);
           }};
 }
 

@@ -4,10 +4,10 @@
 #include <limits>
 #include <random>
 
-#include "cuda/block_format.h"
+#include "core/block_format.h"
 #include "testing.h"
 
-using namespace pycomm::cuda;
+using namespace pycomm;
 
 namespace {
 
@@ -19,7 +19,7 @@ std::vector<float> round_trip(const std::vector<float>& x, BlockCode code) {
   std::vector<float> result(x.size());
   for (int64_t block = 0; block < n_blocks(n); ++block) {
     const int64_t begin = block * kBlockNumel, end = std::min(n, begin + kBlockNumel);
-    uint32_t max = 0;
+    int32_t max = 0;
     for (int64_t i = begin; i < end; ++i) max = std::max(max, magnitude_bits(x[i]));
     const BlockScale scale = block_scale(max, code);
     for (int64_t i = begin; i < end; ++i)
@@ -31,7 +31,7 @@ std::vector<float> round_trip(const std::vector<float>& x, BlockCode code) {
 // Half a step of the code at the value x of a block whose largest magnitude is max, and 1e-4 for
 // the fp32 roundings.
 float error_bound(BlockCode code, float x, float max) {
-  if (code == BlockCode::int8) return max / 127 * 0.5f * (1 + 1e-4f);
+  if (code != BlockCode::e4m3) return max / largest(code) * 0.5f * (1 + 1e-4f);
   return std::max(std::fabs(x) / 16, max / 448 * 0x1p-10f) *
          (1 + 1e-4f);  // 3 bits after the point, or a subnormal
 }
@@ -39,16 +39,20 @@ float error_bound(BlockCode code, float x, float max) {
 }  // namespace
 
 TEST(sizes_and_offsets) {
-  EXPECT_EQ(quantised_nbytes(0), 0);
-  for (int64_t n : {1, 127, 128}) EXPECT_EQ(quantised_nbytes(n), 132);
-  EXPECT_EQ(quantised_nbytes(129), 264);
-  EXPECT_EQ(scales_offset(129), 256);
-  EXPECT_EQ(scales_offset(int64_t{1} << 40), int64_t{1} << 40);
+  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3}) {
+    EXPECT_EQ(quantised_nbytes(0, code), 0);
+    for (int64_t n : {1, 127, 128}) EXPECT_EQ(quantised_nbytes(n, code), 132);
+    EXPECT_EQ(quantised_nbytes(129, code), 264);
+    EXPECT_EQ(scales_offset(129, code), 256);
+    EXPECT_EQ(scales_offset(int64_t{1} << 40, code), int64_t{1} << 40);
+  }
+  EXPECT_EQ(quantised_nbytes(129, BlockCode::int4), 136);
+  EXPECT_EQ(scales_offset(129, BlockCode::int4), 128);
 }
 
 TEST(round_trip_error_is_within_half_a_step) {
   std::mt19937 random(7);
-  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3}) {
+  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3, BlockCode::int4}) {
     for (int64_t n : {1, 2, 127, 128, 129, 255, 256, 1000}) {
       for (float magnitude : {1e-30f, 1e-3f, 1.0f, 1e4f, 1e30f}) {
         std::normal_distribution<float> normal(0, magnitude);
@@ -68,7 +72,7 @@ TEST(round_trip_error_is_within_half_a_step) {
 }
 
 TEST(zeros_stay_zero_and_the_largest_value_is_kept) {
-  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3}) {
+  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3, BlockCode::int4}) {
     for (float value : round_trip(std::vector<float>(200, 0.0f), code)) EXPECT_EQ(value, 0.0f);
     const std::vector<float> y = round_trip({-3.5f, 1.0f, 0.0f}, code);
     EXPECT_TRUE(std::fabs(y[0] + 3.5f) < 1e-6f);
@@ -77,17 +81,17 @@ TEST(zeros_stay_zero_and_the_largest_value_is_kept) {
 }
 
 TEST(tiny_and_huge_blocks_neither_overflow_nor_turn_into_nan) {
-  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3}) {
+  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3, BlockCode::int4}) {
     for (float value : {1e-45f, 1e-38f, 0x1p-101f, 3.4e38f}) {
       const float limit = std::numeric_limits<float>::max();
       for (float y : round_trip({value, -value, 0.0f}, code)) EXPECT_TRUE(std::fabs(y) <= limit);
     }
-    EXPECT_TRUE(std::fabs(round_trip({1e-45f}, code)[0]) < 1e-32f);
+    EXPECT_TRUE(std::fabs(round_trip({1e-45f}, code)[0]) < 1e-31f);
   }
 }
 
 TEST(a_value_that_is_not_finite_reaches_every_reader_of_its_block_and_no_other) {
-  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3}) {
+  for (BlockCode code : {BlockCode::int8, BlockCode::e4m3, BlockCode::int4}) {
     for (float bad : {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
       std::vector<float> x(300, 1.0f);
       x[130] = bad;

@@ -4,7 +4,7 @@
 
 #include <random>
 
-#include "cuda/block_format.h"
+#include "core/block_format.h"
 #include "testing.h"
 
 TEST(rounds_as_the_cuda_headers_do) {
@@ -17,7 +17,7 @@ TEST(rounds_as_the_cuda_headers_do) {
     const float x = __builtin_bit_cast(float, bits);
     const int expected = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
     // NaN keeps its sign there and loses it here; both are NaN.
-    ASSERT_TRUE(int{pycomm::cuda::e4m3_by_integers(x)} == expected ||
+    ASSERT_TRUE(int{pycomm::e4m3_by_integers(x)} == expected ||
                 ((expected & 0x7f) == 0x7f && x != x));
   }
 }

@@ -23,21 +23,27 @@ TEST(dtypes_and_ops_without_a_kernel_are_refused_by_name) {
 
 TEST(a_misaligned_quantised_buffer_is_refused) {
   for (const Status& status :
-       {cuda::quantise(memory + 4, memory, 4, DType::float32, cuda::BlockCode::int8, nullptr),
-        cuda::dequantise(memory, memory + 4, 4, DType::float32, cuda::BlockCode::e4m3, true,
-                         nullptr)}) {
+       {cuda::quantise(memory + 4, memory, 4, DType::float32, BlockCode::int8, nullptr),
+        cuda::dequantise(memory, memory + 4, 4, DType::float32, BlockCode::e4m3, true, nullptr)}) {
     EXPECT_EQ(status.code, Code::invalid_argument);
     EXPECT_TRUE(status.message.find("4 bytes off") != std::string::npos);
   }
 }
 
+TEST(int4_is_refused_by_name) {
+  for (const Status& status :
+       {cuda::quantise(memory, memory, 4, DType::float32, BlockCode::int4, nullptr),
+        cuda::dequantise(memory, memory, 4, DType::float32, BlockCode::int4, true, nullptr)}) {
+    EXPECT_EQ(status.code, Code::invalid_argument);
+    EXPECT_TRUE(status.message.find("takes int8 and e4m3, not int4") != std::string::npos);
+  }
+}
+
 TEST(nothing_to_do_needs_no_gpu) {
   EXPECT_TRUE(cuda::reduce(memory, memory, memory, 0, DType::float16, ReduceOp::max, nullptr).ok());
+  EXPECT_TRUE(cuda::quantise(memory, memory, 0, DType::bfloat16, BlockCode::int8, nullptr).ok());
   EXPECT_TRUE(
-      cuda::quantise(memory, memory, 0, DType::bfloat16, cuda::BlockCode::int8, nullptr).ok());
-  EXPECT_TRUE(
-      cuda::dequantise(memory, memory, 0, DType::float32, cuda::BlockCode::e4m3, false, nullptr)
-          .ok());
+      cuda::dequantise(memory, memory, 0, DType::float32, BlockCode::e4m3, false, nullptr).ok());
   const std::vector<cuda::Tensor> empty(300,
                                         cuda::Tensor{memory, 0});  // more than one launch takes
   EXPECT_TRUE(cuda::pack(memory, empty, 0.5f, DType::float32, nullptr).ok());

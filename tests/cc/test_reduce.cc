@@ -17,8 +17,8 @@ namespace pycomm::cpu {
 #define KERNELS_OF(simd)                                                        \
   namespace simd {                                                              \
   void reduce(void*, const void*, const void*, unsigned long, DType, ReduceOp); \
-  void widen_float8(float*, const void*, unsigned long, DType);                 \
-  void narrow_float8(void*, const float*, unsigned long, DType);                \
+  void to_float32(float*, const void*, unsigned long, DType);                   \
+  void from_float32(void*, const float*, unsigned long, DType);                 \
   }
 KERNELS_OF(plain)
 #if defined(__x86_64__)
@@ -389,23 +389,22 @@ struct Conversion {
 };
 
 void widen_chosen(float* out, const void* in, unsigned long n, DType dtype) {
-  pycomm::cpu::widen_float8(out, in, n, dtype);
+  pycomm::cpu::to_float32(out, in, n, dtype);
 }
 void narrow_chosen(void* out, const float* in, unsigned long n, DType dtype) {
-  pycomm::cpu::narrow_float8(out, in, n, dtype);
+  pycomm::cpu::from_float32(out, in, n, dtype);
 }
 
 std::vector<Conversion> conversions() {
   std::vector<Conversion> found = {
       {"chosen", widen_chosen, narrow_chosen},
-      {"plain", pycomm::cpu::plain::widen_float8, pycomm::cpu::plain::narrow_float8}};
+      {"plain", pycomm::cpu::plain::to_float32, pycomm::cpu::plain::from_float32}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
-    found.push_back({"avx2", pycomm::cpu::avx2::widen_float8, pycomm::cpu::avx2::narrow_float8});
+    found.push_back({"avx2", pycomm::cpu::avx2::to_float32, pycomm::cpu::avx2::from_float32});
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    found.push_back(
-        {"avx512", pycomm::cpu::avx512::widen_float8, pycomm::cpu::avx512::narrow_float8});
+    found.push_back({"avx512", pycomm::cpu::avx512::to_float32, pycomm::cpu::avx512::from_float32});
 #endif
   return found;
 }

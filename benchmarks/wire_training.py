@@ -1,0 +1,85 @@
+"""Whether gradients that cross hosts in few bits train as well: python benchmarks/wire_training.py
+
+The bundled trainer on two emulated hosts of one rank each, the same steps from the same seeds with every wire, error
+feedback on. Writes results/wire_training.json and prints the table in docs/wire.md: the held-out loss after the last
+step, and how far its mean over the seeds is from fp32's in standard deviations of fp32's over the seeds."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+import torch
+from common import environment, markdown_table, run_ranks, write_json
+
+import pycomm
+from training.config import load_preset
+from training.trainer import Trainer
+
+WIRES = ("none", "bf16", "fp8", "int8", "int4")
+CURVE_EVERY = 20  # steps whose losses make one point of the recorded curve
+
+
+def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, steps: int) -> dict[str, Any]:
+    """Losses and traffic of one run; equal on both ranks but for the bytes."""
+    config = load_preset("tiny")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path="stdlib"),
+        train=dataclasses.replace(config.train, seed=seed, wire=wire, steps=steps),
+    )
+    torch.set_num_threads(1)
+    with pycomm.init(store, rank, n_ranks, timeout_s=300) as group:
+        trainer = Trainer(config, group)
+        losses, sent = [], 0
+        for _ in range(steps):
+            result = trainer.train_step()
+            losses.append(result.loss)
+            sent += result.bytes_between_hosts
+        held_out = trainer.evaluate()
+        trainer.close()
+    points = [statistics.fmean(losses[i : i + CURVE_EVERY]) for i in range(0, steps, CURVE_EVERY)]
+    return {"held_out": held_out, "curve": [round(point, 4) for point in points], "bytes_between_hosts": sent}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--wires", default=",".join(WIRES), help="comma-separated; 'none' is fp32 and comes first")
+    args = parser.parse_args()
+    wires = args.wires.split(",")
+    if wires[0] != "none" or not set(wires) <= set(WIRES):
+        parser.error(f"--wires begins with none, and knows {', '.join(WIRES)}")
+    if args.seeds < 2:
+        parser.error("--seeds: a spread needs at least 2")
+    record: dict[str, Any] = {"environment": environment(), "steps": args.steps, "curve_every": CURVE_EVERY, "runs": []}
+    for seed in range(args.seeds):
+        for wire in wires:
+            result = run_ranks(train, 2, seed, wire, args.steps, hosts=["a", "b"], timeout_s=1200)[0]
+            record["runs"].append({"seed": seed, "wire": wire, **result})
+            print(f"seed {seed} wire {wire}: held-out loss {result['held_out']:.4f}", flush=True)
+    held_out = {wire: [run["held_out"] for run in record["runs"] if run["wire"] == wire] for wire in wires}
+    sent = {wire: sum(run["bytes_between_hosts"] for run in record["runs"] if run["wire"] == wire) for wire in wires}
+    mean, spread = statistics.fmean(held_out["none"]), statistics.stdev(held_out["none"])
+    rows = [
+        [
+            "fp32" if wire == "none" else wire,
+            f"{statistics.fmean(losses):.4f}",
+            f"{statistics.stdev(losses):.4f}",
+            f"{(statistics.fmean(losses) - mean) / spread:+.2f}",
+            f"{sent['none'] / sent[wire]:.2f}",
+        ]
+        for wire, losses in held_out.items()
+    ]
+    path = write_json("wire_training", record)
+    print(
+        markdown_table(["wire", "held-out loss, mean", "stdev over seeds", "off, in fp32 stdevs", "fewer bytes"], rows)
+    )
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from pycomm.bench.libraries import Nccl, Pycomm, TorchDistributed
 from pycomm.bench.measure import Effort, Row, Session
 from pycomm.bench.roofline import measure_links
 from pycomm.bench.trials import Unavailable
+from pycomm.bench.workloads import MoeTrial
 from pycomm.errors import PycommError
 from pycomm.planners import PLANNERS
 
@@ -94,6 +95,33 @@ def test_wrong_elements_of_an_injected_library_are_counted_and_refusals_kept() -
         assert "stubborn" not in row.timings and row.refused["stubborn"] == "it does not want to"
         assert "crashing" not in row.timings and row.refused["crashing"] in ("on rank 1", "refused on another rank")
         assert row.native("broken").calls == 3 and row.ratio("broken") > 0
+
+
+class Misrouted:
+    """A group whose all_to_all swaps two rows that reach rank 1."""
+
+    def __init__(self, group) -> None:
+        self._group, self.rank, self.size = group, group.rank, group.size
+
+    def all_to_all(self, output, input, output_counts=None, input_counts=None):
+        self._group.all_to_all(output, input, output_counts, input_counts)
+        if self.rank == 1 and output.is_floating_point():
+            output[:2] = output[:2].flip(0)
+
+
+def moe_on_both(group) -> list[list[int | None]]:
+    found = []
+    for name in ("moe_dispatch", "moe_combine"):
+        case = Case(name, "float32", 2 * 3 * 4 * 32, group.size, moe=Moe(4, 2, 3))
+        found.append([MoeTrial(each, case).check() for each in (group, Misrouted(group))])
+    return found
+
+
+def test_rows_of_the_moe_exchange_that_went_astray_are_counted() -> None:
+    first, second = run_ranks(moe_on_both, 2)
+    assert first[0] == [0, 0]
+    for right, misrouted in second:
+        assert right == 0 and misrouted is not None and misrouted > 0
 
 
 def own_failure(group) -> str:
@@ -419,6 +447,14 @@ def test_mpi_that_does_not_come_says_why(tmp_path: Path) -> None:
     assert done.returncode == 0 and "has no mpi4py" in done.stdout
     done = bench(*arguments, "--mpi-python", python)
     assert done.returncode == 0 and "# mpi not available: 0 of 2 MPI ranks came" in done.stdout
+
+
+def test_a_companion_does_not_see_the_job_that_starts_it() -> None:
+    job = {"RANK": "1", "MASTER_ADDR": "h", "SLURM_PROCID": "1", "PMI_RANK": "1", "OMPI_MCA_x": "1", "LOCAL_RANK": "0"}
+    found = mpi.companion_environment(job | {"PATH": "/bin", "PYTHONPATH": "/x"}, "secret")
+    paths = found.pop("PYTHONPATH").split(os.pathsep)
+    assert paths == [str(ROOT), "/x"]
+    assert found == {"PATH": "/bin", "PYCOMM_BENCH_KEY": "secret", "OMP_NUM_THREADS": "1"}
 
 
 def test_an_mpi_rank_needs_numpy_alone() -> None:

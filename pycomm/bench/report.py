@@ -115,7 +115,7 @@ def matrix(rows: Sequence[Row], n_ranks: int) -> list[str]:
         found[row.case.pair] = found[row.case.pair[::-1]] = value
     what = "latency, us" if latency else "bandwidth, GB/s"
     lines = ["#", f"# {what}, of {format_nbytes(case.nbytes)} between each two ranks, median"]
-    lines.append(_cells([(6, "#rank"), *((9, str(rank)) for rank in range(n_ranks))]))
+    lines.append("#" + _cells([(5, "rank"), *((9, str(rank)) for rank in range(n_ranks))]))
     for a in range(n_ranks):
         lines.append(_cells([(6, str(a)), *((9, found.get((a, b), "-")) for b in range(n_ranks))]))
     return lines

@@ -121,14 +121,14 @@ class MoeTrial:
         return self._experts.dispatch(self._x, self._topk, self._weights)
 
     def _batch(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A rank's tokens [T, H], whole numbers 1 to 3, and their experts [T, K]."""
+        """A rank's tokens [T, H], whole numbers 1 to 7, and their experts [T, K]."""
         moe = self._moe
         n_tokens = self._case.numel // (moe.top_k * moe.hidden)
         random = torch.Generator().manual_seed(rank)
         first = torch.randint(moe.experts, (n_tokens, 1), generator=random)
         topk = (first + torch.arange(moe.top_k)) % moe.experts
-        place = torch.arange(n_tokens).unsqueeze(1) + torch.arange(moe.hidden) + rank
-        return (place % 3 + 1).to(getattr(torch, self._case.dtype)), topk
+        tokens = torch.randint(1, 8, (n_tokens, moe.hidden), generator=random)
+        return tokens.to(getattr(torch, self._case.dtype)), topk
 
     def _local_experts(self) -> range:
         each = self._moe.experts // self._size

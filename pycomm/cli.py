@@ -37,7 +37,9 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _explain(argv: Sequence[str]) -> int:
-    from pycomm import explain, launch
+    from pycomm import explain, launch, plot
+    from pycomm.planners import PLANNERS
+    from pycomm.simulate import simulate
     from pycomm.topology import Topology
 
     parser = argparse.ArgumentParser(
@@ -52,6 +54,7 @@ def _explain(argv: Sequence[str]) -> int:
     parser.add_argument("--hosts", metavar="H", help="hosts: a count, or the ranks of each, such as 3,1")
     parser.add_argument("--ranks-per-host", type=int, metavar="R", help="ranks on each host")
     parser.add_argument("--topology", metavar="FILE", help="a topology in TOML, instead of the options above")
+    parser.add_argument("--png", metavar="FILE", help="draw the choice as a space-time diagram; needs matplotlib")
     options = parser.parse_args(argv)
     layout = (options.ranks, options.hosts, options.ranks_per_host)
     if options.topology is not None:
@@ -62,7 +65,13 @@ def _explain(argv: Sequence[str]) -> int:
         topology = Topology.emulated([2, 2])
     else:
         topology = Topology.emulated(launch.parse_layout(*layout))
-    print(explain.explain(topology, options.collective, explain.parse_nbytes(options.nbytes)))
+    nbytes = explain.parse_nbytes(options.nbytes)
+    found = explain.explain(topology, options.collective, nbytes)
+    print(found)
+    if options.png is not None:
+        schedule = PLANNERS[options.collective][found.choice](topology, 0)
+        plot.save_space_time(simulate(schedule, topology, nbytes), topology, options.png)
+        print(f"Its space-time diagram is in {options.png}.")
     return 0
 
 

@@ -8,8 +8,11 @@ import re
 from dataclasses import dataclass
 
 from pycomm.errors import InvalidArgument
-from pycomm.simulate import simulate
+from pycomm.own import Own
+from pycomm.predict import predict
+from pycomm.schedule import chunk_nbytes
 from pycomm.topology import Topology
+from pycomm.traffic import host_bytes
 from pycomm.tuner import TIE, candidates, choice_table, choose
 
 _UNITS = {"": 0, "b": 0, "k": 10, "kib": 10, "m": 20, "mib": 20, "g": 30, "gib": 30, "t": 40, "tib": 40}
@@ -80,8 +83,9 @@ class Explanation:
         return "\n".join([head, *lines, self.reason])
 
 
-def explain(topology: Topology, collective: str, nbytes: int, root: int = 0) -> Explanation:
-    """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets.
+def explain(topology: Topology, collective: str, nbytes: int, root: int = 0, own: Own = ()) -> Explanation:
+    """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets. own: a group's own
+    algorithms (tuner.candidates).
 
     Raises InvalidArgument for an unknown collective, a negative size or a root that is no rank."""
     if nbytes < 0:
@@ -89,12 +93,14 @@ def explain(topology: Topology, collective: str, nbytes: int, root: int = 0) -> 
     if not 0 <= root < topology.n_ranks:
         raise InvalidArgument(f"explain: root {root} is not among ranks 0 .. {topology.n_ranks - 1}")
     found = []
-    for algorithm, plan in candidates(topology, collective).items():
-        run = simulate(plan(topology, root), topology, nbytes)
-        link_bytes = int(max(run.host_sent_bytes.max(), run.host_received_bytes.max()))
-        found.append(Candidate(algorithm, run.total_s, link_bytes, run.bytes_between_hosts, run.schedule.n_rounds))
+    for algorithm, plan in candidates(topology, collective, own).items():
+        schedule = plan(topology, root)
+        sent, received = host_bytes(schedule, topology, chunk_nbytes(schedule, nbytes))
+        total_s = float(predict(schedule, topology, nbytes)[0])
+        link_bytes = int(max(sent.max(), received.max()))
+        found.append(Candidate(algorithm, total_s, link_bytes, int(sent.sum()), schedule.n_rounds))
     found.sort(key=lambda candidate: candidate.total_s)
-    choice = choose(choice_table(topology, collective, root), nbytes)
+    choice = choose(choice_table(topology, collective, root, own), nbytes)
     return Explanation(topology, collective, nbytes, choice, tuple(found))
 
 

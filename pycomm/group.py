@@ -10,6 +10,7 @@ import socket
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache
 
@@ -21,8 +22,11 @@ from pycomm._C import Stats, Work
 from pycomm.check import check
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
 from pycomm.explain import explain, format_nbytes
-from pycomm.planners import PLANNERS
+from pycomm.own import Own
+from pycomm.own import algorithm as own_algorithm
+from pycomm.planners import PLANNERS, Planner
 from pycomm.project import Program, project
+from pycomm.schedule import Schedule
 from pycomm.topology import Topology
 from pycomm.tuner import Choices, choice_table
 
@@ -36,15 +40,18 @@ _choices = lru_cache(maxsize=256)(choice_table)
 
 
 @lru_cache(maxsize=256)
-def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int) -> Program:
-    planners = PLANNERS[collective]
+def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int, own: Own) -> Program:
+    registered = {given.name: given.planner for given in own if given.collective == collective}
+    planners = {**PLANNERS[collective], **registered}
     if algorithm not in planners:
         raise InvalidArgument(
             f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(planners)}, or give none"
         )
     schedule = planners[algorithm](topology, root)
     check(schedule)
-    return project(schedule, rank)
+    program = project(schedule, rank)
+    # The fingerprint carries the program's name: ranks with different schedules of one name find out.
+    return replace(program, algorithm=f"{algorithm}#{schedule.digest()}") if algorithm in registered else program
 
 
 class Planning:
@@ -53,12 +60,24 @@ class Planning:
     def __init__(self, topology: Topology, rank: int) -> None:
         self.topology = topology
         self.rank = rank
+        self.own: Own = ()
+        self._chosen: set[str] = set()
 
     def choices(self, collective: str, root: int) -> Choices:
-        return _choices(self.topology, collective, root)
+        self._chosen.add(collective)
+        return _choices(self.topology, collective, root, self.own)
 
     def program(self, collective: str, algorithm: str, root: int) -> Program:
-        return _program(self.topology, self.rank, collective, algorithm, root)
+        return _program(self.topology, self.rank, collective, algorithm, root, self.own)
+
+    def register(self, given: Schedule | Planner) -> None:
+        found = own_algorithm(given, self.topology, self.own)
+        if found.collective in self._chosen:
+            raise InvalidArgument(
+                f"register: this group has chosen among the algorithms of {found.collective} already; register "
+                f"{found.name!r} before its first {found.collective} that names none"
+            )
+        self.own += (found,)
 
 
 def plan(endpoint: _C.Endpoint, ranks: Sequence[int]) -> Planning:
@@ -96,6 +115,7 @@ class Group(_C.Group):
         planning = plan(endpoint, ranks)
         super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s)
         self.topology = planning.topology
+        self._planning = planning
         self._endpoint = endpoint
         self._store = store
         self._key = key
@@ -152,12 +172,28 @@ class Group(_C.Group):
         key = f"{self._key}/{suffix}"
         return Group(self._endpoint, store, name or f"{self.name}/{suffix}", key, endpoint_ranks, self.timeout_s)
 
+    # Algorithms of one's own.
+
+    def register(self, algorithm: Schedule | Planner) -> None:
+        """Makes a schedule, or a planner (topology, root=0) -> Schedule, one of this group's algorithms, under the name
+        that its schedule has: `algorithm="name"` runs it, and where it is predicted best the group's own choice takes
+        it (docs/own_algorithm.md). Every rank registers the same, before its first call of the collective that names
+        no algorithm. Ranks that run different schedules of one name get CollectiveMismatch.
+
+        Raises ScheduleError where the schedule does not keep its collective's promise, InvalidArgument where it is for
+        other ranks, its name is taken, or the group has chosen already."""
+        self._planning.register(algorithm)
+
     # Insight and end.
 
     def explain(self, op: str, nbytes: int) -> str:
         """Which schedule a collective of nbytes takes in this group, what the others would cost, and why."""
         limit = self.native_nbytes(op)
-        text = str(explain(self.topology, op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
+        text = (
+            str(explain(self.topology, op, nbytes, own=self._planning.own))
+            if op in PLANNERS
+            else f"{op} on {self.size} ranks"
+        )
         if self.size > 1 and nbytes <= limit:
             text += (
                 f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "

@@ -9,8 +9,9 @@ from typing import Final
 import numpy as np
 
 from pycomm.errors import InvalidArgument
-from pycomm.planners import PLANNERS, TWO_LEVEL, Planner
-from pycomm.simulate import predict
+from pycomm.own import Own
+from pycomm.planners import PLANNERS, THREE_LEVEL, TWO_LEVEL, Planner
+from pycomm.predict import predict
 from pycomm.topology import Topology
 
 Choices = tuple[tuple[int | None, str], ...]
@@ -20,20 +21,23 @@ LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simul
 TIE: Final = 1.05  # the model is no better: within 5 % of the best the planner named first wins
 
 
-def candidates(topology: Topology, collective: str) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm. Raises InvalidArgument for an unknown collective."""
+def candidates(topology: Topology, collective: str, own: Own = ()) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm, and those of `own` for this collective.
+
+    Raises InvalidArgument for an unknown collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
-    two_level = len(topology.hosts) > 1
-    return {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    pointless = TWO_LEVEL if len(topology.hosts) == 1 else frozenset() if topology.switches else THREE_LEVEL
+    found = {name: plan for name, plan in PLANNERS[collective].items() if name not in pointless}
+    return found | {algorithm.name: algorithm.planner for algorithm in own if algorithm.collective == collective}
 
 
-def choice_table(topology: Topology, collective: str, root: int = 0) -> Choices:
+def choice_table(topology: Topology, collective: str, root: int = 0, own: Own = ()) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 
     `nbytes` is meant as in schedule.chunk_nbytes."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    planners = candidates(topology, collective)
+    planners = candidates(topology, collective, own)
     times = np.stack([predict(plan(topology, root), topology, ladder) for plan in planners.values()])
     winners = np.array(list(planners))[(times <= times.min(axis=0) * TIE).argmax(axis=0)].tolist()
     table: list[tuple[int | None, str]] = []

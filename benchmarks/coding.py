@@ -1,7 +1,7 @@
 """How fast the wire's kernels are, in % of what memcpy moves on one core: python benchmarks/coding.py
 
-Compiles coding.cc with csrc/cpu/coding*.cc, and writes results/coding.json, from which docs/wire.md has its table. Bytes
-are those read and written; kernels and memcpy take turns, and medians over the rounds are compared."""
+Compiles coding.cc with csrc/cpu/coding*.cc, and writes results/coding.json, from which docs/wire.md has its table.
+Bytes are those read and written; kernels and memcpy take turns, and medians over the rounds are compared."""
 
 from __future__ import annotations
 

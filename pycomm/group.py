@@ -21,8 +21,9 @@ from pycomm._C import Stats, Work
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
 from pycomm.explain import Explanation, format_nbytes
 from pycomm.machine import local_address
-from pycomm.planners import PLANNERS
+from pycomm.planners import PLANNERS, Planner
 from pycomm.planning import Endpoint, JobPlan, agree, fit, plan
+from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
 
@@ -140,6 +141,18 @@ class Group(_C.Group):
         endpoint_ranks = [self._ranks[rank] for rank in ranks]
         key = f"{self._key}/{suffix}"
         return Group(self._endpoint, store, name or f"{self.name}/{suffix}", key, endpoint_ranks, self.timeout_s, job)
+
+    # Algorithms of one's own.
+
+    def register(self, algorithm: Schedule | Planner) -> None:
+        """Makes a schedule, or a planner (topology, root=0) -> Schedule, one of this group's algorithms, under the name
+        that its schedule has: `algorithm="name"` runs it, and where it is predicted best the group's own choice takes
+        it (docs/own_algorithm.md). Every rank registers the same, before its first call of the collective that names
+        no algorithm. Ranks that run different schedules of one name get CollectiveMismatch.
+
+        Raises ScheduleError where the schedule does not keep its collective's promise, InvalidArgument where it is for
+        other ranks, its name is taken, or the group has chosen already."""
+        self._planning.register(algorithm)
 
     # Insight and end.
 

@@ -34,7 +34,10 @@ from pycomm.discover import describe
 from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, ScheduleError, TopologyError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
 from pycomm.machine import this_machine
+from pycomm.own import Own
+from pycomm.own import algorithm as own_algorithm
 from pycomm.project import Program
+from pycomm.schedule import Schedule
 from pycomm.table import TuningTable, from_json, layout_key, load, topology_from_document, topology_to_document
 from pycomm.topology import Topology
 from pycomm.tuner import Choices, candidates, choice_table
@@ -46,22 +49,26 @@ _choices = lru_cache(maxsize=256)(choice_table)
 
 
 @lru_cache(maxsize=256)
-def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int, coded: bool) -> Program:
-    known = planners.PLANNERS[collective]
+def _program(
+    topology: Topology, rank: int, collective: str, algorithm: str, root: int, own: Own, coded: bool
+) -> Program:
+    registered = {given.name: given.planner for given in own if given.collective == collective}
+    known = {**planners.PLANNERS[collective], **registered}
     if algorithm not in known:
         raise InvalidArgument(
             f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(known)}, or give none"
         )
     schedule = known[algorithm](topology, root)
     check(schedule)
-    if not coded:
-        return project.project(schedule, rank)
-    try:
-        check_coded(schedule, topology.host_index)
-    except ScheduleError as error:
-        usable = ", ".join(candidates(topology, collective, coded))
-        raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
-    return project.project(schedule, rank, topology.host_index)
+    if coded:
+        try:
+            check_coded(schedule, topology.host_index)
+        except ScheduleError as error:
+            usable = ", ".join(candidates(topology, collective, own, coded))
+            raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
+    program = project.project(schedule, rank, topology.host_index if coded else None)
+    # The fingerprint carries the program's name: ranks with different schedules of one name find out.
+    return replace(program, algorithm=f"{algorithm}#{schedule.digest()}") if algorithm in registered else program
 
 
 @dataclass(frozen=True)
@@ -96,21 +103,33 @@ class Planning:
         self.topology = topology
         self.rank = rank
         self.table = table
+        self.own: Own = ()
         self._explain_as = explain_as
+        self._chosen: set[str] = set()
+
+    def register(self, given: Schedule | planners.Planner) -> None:
+        found = own_algorithm(given, self.topology, self.own)
+        if found.collective in self._chosen:
+            raise InvalidArgument(
+                f"register: this group has chosen among the algorithms of {found.collective} already; register "
+                f"{found.name!r} before its first {found.collective} that names none"
+            )
+        self.own += (found,)
 
     def choices(self, collective: str, root: int, coded: bool) -> Choices:
         """coded: for calls with a wire, whose times no table has."""
-        return _choices(self.topology, collective, root, None if coded else self.table, coded)
+        self._chosen.add(collective)
+        return _choices(self.topology, collective, root, None if coded else self.table, self.own, coded)
 
     def program(self, collective: str, algorithm: str, root: int, coded: bool) -> Program:
-        found = _program(self.topology, self.rank, collective, algorithm, root, coded)
+        found = _program(self.topology, self.rank, collective, algorithm, root, self.own, coded)
         if self._explain_as is not None and not coded:
             for line in self._explanations(collective, algorithm, root):
                 print(f"pycomm: group {self._explain_as!r}: {line}", file=sys.stderr, flush=True)
         return found
 
     def explain(self, collective: str, nbytes: int, root: int = 0) -> Explanation:
-        return explain(self.topology, collective, nbytes, root, self.table)
+        return explain(self.topology, collective, nbytes, root, self.table, self.own)
 
     def _explanations(self, collective: str, algorithm: str, root: int) -> list[str]:
         """One line for each size class that takes the algorithm."""

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from pycomm.check import check_coded
 from pycomm.errors import InvalidArgument, ScheduleError
-from pycomm.planners import PLANNERS, TWO_LEVEL, Planner
+from pycomm.own import Own
+from pycomm.planners import PLANNERS, THREE_LEVEL, TWO_LEVEL, Planner
+from pycomm.predict import predict
 from pycomm.schedule import Schedule
-from pycomm.simulate import predict
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
 
@@ -42,16 +43,17 @@ class Costs:
     measured: NDArray[np.bool_]
 
 
-def candidates(topology: Topology, collective: str, coded: bool = False) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm; coded: those that a wire can run on (check_coded). Raises
-    InvalidArgument for an unknown collective."""
+def candidates(topology: Topology, collective: str, own: Own = (), coded: bool = False) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm, and those of `own` for this collective; coded: of these the ones
+    that a wire can run on (check_coded). Raises InvalidArgument for an unknown collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
-    two_level = len(topology.hosts) > 1
-    planners = {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    pointless = TWO_LEVEL if len(topology.hosts) == 1 else frozenset() if topology.switches else THREE_LEVEL
+    found = {name: plan for name, plan in PLANNERS[collective].items() if name not in pointless}
+    found |= {algorithm.name: algorithm.planner for algorithm in own if algorithm.collective == collective}
     if not coded:
-        return planners
-    return {name: plan for name, plan in planners.items() if codes_once(plan(topology, 0), topology)}
+        return found
+    return {name: plan for name, plan in found.items() if codes_once(plan(topology, 0), topology)}
 
 
 def codes_once(schedule: Schedule, topology: Topology) -> bool:
@@ -69,12 +71,14 @@ def costs(
     nbytes: tuple[int, ...],
     root: int = 0,
     table: TuningTable | None = None,
+    own: Own = (),
     coded: bool = False,
 ) -> Costs:
-    """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0. coded:
+    """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0. own:
+    a group's own algorithms. coded:
     of the candidates for a wire, whose bytes are predicted as if they crossed hosts uncoded: what a wire saves, it
     saves all of them."""
-    planners = candidates(topology, collective, coded)
+    planners = candidates(topology, collective, own, coded)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
     predicted, ratios = [], []
@@ -98,13 +102,18 @@ def costs(
 
 
 def choice_table(
-    topology: Topology, collective: str, root: int = 0, table: TuningTable | None = None, coded: bool = False
+    topology: Topology,
+    collective: str,
+    root: int = 0,
+    table: TuningTable | None = None,
+    own: Own = (),
+    coded: bool = False,
 ) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 
-    `nbytes` is meant as in schedule.chunk_nbytes. table, coded: as in costs()."""
+    `nbytes` is meant as in schedule.chunk_nbytes. table, own, coded: as in costs()."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    found = costs(topology, collective, ladder, root, table, coded)
+    found = costs(topology, collective, ladder, root, table, own, coded)
     best = found.expected_s.min(axis=0) * (1.0 if found.measured.any() else TIE)
     winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
     choices: list[tuple[int | None, str]] = []

@@ -20,6 +20,7 @@ from training.trainer import Trainer
 
 WIRES = ("none", "bf16", "fp8", "int8", "int4")
 CURVE_EVERY = 20  # steps whose losses make one point of the recorded curve
+EVAL_SEQUENCES = 512  # of 32 tokens: fewer would measure which text they are
 
 
 def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, steps: int) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, steps: int)
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path="stdlib"),
-        train=dataclasses.replace(config.train, seed=seed, wire=wire, steps=steps),
+        train=dataclasses.replace(config.train, seed=seed, wire=wire, steps=steps, eval_sequences=EVAL_SEQUENCES),
     )
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=300) as group:

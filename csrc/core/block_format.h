@@ -7,6 +7,8 @@
 // and scale = max|x| of the block / the code's largest value. So fp32 shrinks to 1/3.88 (int4:
 // 1/7.53), and both parts stay 16-byte aligned where the start is.
 //
+// A CUDA file includes <cuda_fp8.h> before this (cuda/cuda.h does), for the hardware's conversion.
+//
 // A block that holds a NaN or an infinity gets the scale NaN: an overflow reaches every reader, as
 // it would unquantised.
 #pragma once
@@ -15,9 +17,6 @@
 #include <cstdint>
 
 #include "core/host_device.h"
-#ifdef __CUDACC__
-#include <cuda_fp8.h>
-#endif
 
 namespace pycomm {
 

@@ -12,6 +12,9 @@
 #include <string>
 #include <utility>
 #include <vector>
+#ifdef __CUDACC__
+#include <cuda_fp8.h>
+#endif
 
 #include "core/block_format.h"
 #include "core/dtype.h"

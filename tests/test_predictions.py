@@ -1,4 +1,4 @@
-"""docs/predictions.md shows the committed results of benchmarks/predictions.py, and these follow from today's code."""
+"""docs/predictions.md shows the committed results of benchmarks/predictions.py, and they follow from today's code."""
 
 import json
 from pathlib import Path

@@ -28,6 +28,7 @@ PYTHON_ROWS = [
     ["machine", "gpus"],
     ["discover"],
     ["planning"],
+    ["agreement"],
     ["group"],
     ["backend", "distributed", "overlap", "moe", "measure"],
     ["launch"],

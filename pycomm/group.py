@@ -18,11 +18,12 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 
 from pycomm import _C
 from pycomm._C import Stats, Work
+from pycomm.agreement import agree, fit
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
 from pycomm.explain import Explanation, format_nbytes
 from pycomm.machine import local_address
 from pycomm.planners import PLANNERS, Planner
-from pycomm.planning import Endpoint, JobPlan, agree, fit, plan
+from pycomm.planning import Endpoint, JobPlan, plan
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology

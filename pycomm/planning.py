@@ -1,48 +1,25 @@
-"""What a job's groups plan from: the topology that was given, the tuning table that was found, and programs for the
-engine. All ranks plan alike: rank 0 reads files, the others get what it read through the store.
+"""What a group plans from, and what the engine asks it for: choice tables and programs, with the reasons where wanted.
 
-| variable | meaning |
-|---|---|
-| PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py) |
-| PYCOMM_TUNE_FILE | the tuning table; empty: none |
-| PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
-| PYCOMM_EXPLAIN | 1: a line on rank 0's stderr for each size class of a collective that comes into use |
-
-Rank 0's variables count, but for PYCOMM_TOPOLOGY where ranks name different ones: that is said."""
+All ranks of a job plan from one JobPlan (agreement.py), so all of them answer the engine alike."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import os
-import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import cache, lru_cache
-from pathlib import Path
-from typing import Any, Final
-
-from torch._C._distributed_c10d import PrefixStore, Store
+from functools import lru_cache
 
 from pycomm import _C, planners, project
 from pycomm.check import check, check_coded
-from pycomm.discover import describe
-from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, ScheduleError, TopologyError
+from pycomm.errors import InvalidArgument, ScheduleError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
-from pycomm.machine import this_machine
 from pycomm.own import Own
 from pycomm.own import algorithm as own_algorithm
 from pycomm.project import Program
 from pycomm.schedule import Schedule
-from pycomm.table import TuningTable, from_json, layout_key, load, topology_from_document, topology_to_document
+from pycomm.table import TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import Choices, candidates, choice_table
-
-_HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
 # Groups are often alike: 100 of one shape plan once, not in 0.1 s each.
 _choices = lru_cache(maxsize=256)(choice_table)
@@ -164,192 +141,3 @@ def plan(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -> Planni
     topology, table = job.of(ranks)
     rank = list(ranks).index(job_rank)
     return Planning(topology, rank, table, name if job.explains and rank == 0 else None)
-
-
-# What a job's ranks agree on
-
-
-def agree(store: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | None, timeout_s: float) -> JobPlan:
-    """The job's plan, the same on every rank. Collective over the store. topology: as init() takes it.
-
-    Raises TopologyError on every rank where rank 0's topology cannot be read or is not one of this job. Warns
-    (PycommWarning) on rank 0 where a table is refused, and on ranks whose topology is not rank 0's, which stands."""
-    own, limit = PrefixStore("planning", store), timedelta(seconds=timeout_s)
-    if endpoint.rank == 0:
-        return _lead(own, endpoint, topology, limit)
-    job = json.loads(_await(own, ["job"], limit, "rank 0")[0])
-    if job["error"]:
-        raise TopologyError(job["error"])
-    if job["asks_hardware"] and endpoint.rank in _first_ranks(endpoint.host_ids):
-        own.set(f"hardware/{endpoint.rank}", describe(this_machine()))
-    led = topology_from_document(job["topology"]) if job["topology"] else None
-    _compare(endpoint, topology, led)
-    (text,) = _await(own, ["table"], limit, "rank 0")
-    return _job_plan(endpoint, led, text, job["explains"])
-
-
-def table_folder() -> Path:
-    """Where tables are kept: PYCOMM_TUNE_DIR, else XDG_CACHE_HOME/pycomm, else ~/.cache/pycomm.
-
-    Raises InvalidArgument where there is none of these."""
-    if folder := os.environ.get("PYCOMM_TUNE_DIR"):
-        return Path(folder)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pycomm"
-    except RuntimeError as error:
-        raise InvalidArgument(f"{error} Set PYCOMM_TUNE_DIR to a folder for tuning tables.") from error
-
-
-@cache
-def engine_version() -> str:
-    """The version, and a digest of what measured times depend on: the engine's binary, planners and projection."""
-    digest = hashlib.sha256()
-    folder = Path(str(planners.__file__)).parent
-    for path in [Path(str(_C.__file__)), Path(str(project.__file__)), *sorted(folder.glob("*.py"))]:
-        digest.update(path.read_bytes())
-    try:
-        version = importlib.metadata.version("pycomm")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        version = "0"
-    return f"{version}+{digest.hexdigest()[:12]}"
-
-
-def _given(topology: Topology | str | Path | None) -> Topology | None:
-    """What init() was given, else what PYCOMM_TOPOLOGY names. Raises TopologyError where the file is none."""
-    named = topology if topology is not None else os.environ.get("PYCOMM_TOPOLOGY") or None
-    return named if named is None or isinstance(named, Topology) else Topology.load(named)
-
-
-def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | None, limit: timedelta) -> JobPlan:
-    """Rank 0's part."""
-    plain = Topology.from_host_ids(endpoint.host_ids)
-    explains = os.environ.get("PYCOMM_EXPLAIN", "0") not in ("", "0")
-    job: dict[str, Any] = {"error": "", "topology": None, "asks_hardware": False, "explains": explains}
-    files = _table_files(plain)
-    try:
-        given = _given(topology)
-        led = given and fit(given, endpoint.host_ids)
-        job |= {"topology": led and topology_to_document(led), "asks_hardware": bool(files)}
-    except TopologyError as error:
-        job["error"] = str(error)
-        raise
-    finally:
-        own.set("job", json.dumps(job))
-    text = ""
-    try:
-        if files:
-            firsts = _first_ranks(endpoint.host_ids)
-            own.set("hardware/0", describe(this_machine()))
-            keys = [f"hardware/{rank}" for rank in firsts]
-            hardware = _await(own, keys, limit, f"one of ranks {', '.join(map(str, firsts))}")
-            text = _find_table(files, plain, hardware)
-    finally:
-        own.set("table", text)
-    return _job_plan(endpoint, led, text, explains)
-
-
-def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
-    """What was set under the keys. Raises PeerTimeout where it does not come, or the store goes."""
-    try:
-        own.wait(keys, limit)
-        return [own.get(key).decode() for key in keys]
-    except RuntimeError as error:  # torch.distributed's errors of a store
-        raise PeerTimeout(
-            f"set-up: {whose} did not say within {limit.total_seconds():g} s what the job plans from "
-            f"({str(error).splitlines()[0]}); see that rank's own error"
-        ) from error
-
-
-def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, explains: bool) -> JobPlan:
-    host_ids = tuple(endpoint.host_ids)
-    table = from_json(text) if text else None
-    topology = led
-    if led is None and table is not None:
-        topology = table.for_hosts(Topology.from_host_ids(host_ids))
-    return JobPlan(host_ids, topology, table, explains)
-
-
-def _first_ranks(host_ids: Sequence[str]) -> list[int]:
-    """The first rank of each host."""
-    return [rank for rank, host in enumerate(host_ids) if host not in host_ids[:rank]]
-
-
-def _table_files(topology: Topology) -> list[Path]:
-    """The file that was named, else those of this layout."""
-    named = os.environ.get("PYCOMM_TUNE_FILE")
-    if named is not None:
-        return [Path(named)] if named else []
-    try:
-        return sorted(table_folder().glob(f"{layout_key(topology)}-*.json"))
-    except InvalidArgument:  # nowhere to keep tables, so there are none
-        return []
-
-
-def _find_table(files: list[Path], topology: Topology, hardware: Sequence[str]) -> str:
-    """The first table that holds for the job, as JSON; "" after a warning of why the first one does not."""
-    refused = []
-    for path in files:
-        try:
-            table = load(path)
-        except InvalidArgument as error:
-            refused.append(str(error))
-            continue
-        reason = table.refusal(topology, hardware, engine_version())
-        if reason is None:
-            return table.to_json()
-        refused.append(f"tuning table {path}: {reason}; measure again with `pycomm tune`")
-    warnings.warn(
-        f"pycomm: {refused[0]}. Until then the model chooses, with default link figures.", PycommWarning, stacklevel=6
-    )
-    return ""
-
-
-def _compare(endpoint: _C.Endpoint, topology: Topology | str | Path | None, led: Topology | None) -> None:
-    """Warns where this rank's topology is not rank 0's."""
-    try:
-        given = _given(topology)
-        if given is None or fit(given, endpoint.host_ids) == led:
-            return
-        mine = f"is {given.fingerprint()}"
-    except TopologyError as error:
-        mine = f"cannot be used ({error})"
-    theirs, instead = ("rank 0 was given none", "default link figures")
-    if led is not None:
-        theirs, instead = f"rank 0's is {led.fingerprint()}", "rank 0's"
-    warnings.warn(
-        f"pycomm: rank {endpoint.rank}'s topology {mine}, {theirs}; all ranks plan from {instead}. "
-        "Give every rank the same.",
-        PycommWarning,
-        stacklevel=5,
-    )
-
-
-def fit(topology: Topology, host_ids: Sequence[str]) -> Topology:
-    """A topology that someone wrote, under the names of a job's hosts. "b1" stands for "b1-5f3e9a01" as well, the
-    engine's name for it, unless there are two.
-
-    Raises TopologyError for a host without ranks in the job, and where ranks are missing or on another host."""
-    if topology.n_ranks != len(host_ids):
-        raise TopologyError(
-            f"the topology has ranks 0 .. {topology.n_ranks - 1}, this job 0 .. {len(host_ids) - 1}; "
-            "write one with the job's ranks"
-        )
-    named = {name: name for name in host_ids}
-    for name in dict.fromkeys(host_ids):
-        short = _HASH.sub("", name)
-        if short not in host_ids:
-            named[short] = name if short not in named else ""
-    hosts = []
-    for host in topology.hosts:
-        name = named.get(host.name) or named.get(_HASH.sub("", host.name), "")
-        if not name:
-            known = ", ".join(list(dict.fromkeys(host_ids))[:8])
-            raise TopologyError(f"the topology's host {host.name!r} has no ranks in this job; its hosts are {known}")
-        for rank in host.ranks:
-            if host_ids[rank] != name:
-                raise TopologyError(
-                    f"the topology has rank {rank} on host {host.name!r}, and it runs on {host_ids[rank]!r}; "
-                    "correct the file, or start the ranks in its order"
-                )
-        hosts.append(replace(host, name=name))
-    return replace(topology, hosts=tuple(hosts))

@@ -17,13 +17,13 @@ from typing import Final
 import numpy as np
 
 from pycomm import launch
+from pycomm.agreement import engine_version, table_folder
 from pycomm.discover import survey
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
 from pycomm.group import Group, init
 from pycomm.measure import measure_links, measured_topology
 from pycomm.planners import PLANNERS
-from pycomm.planning import engine_version, table_folder
 from pycomm.table import Times, TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import choice_table, costs

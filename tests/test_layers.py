@@ -32,6 +32,7 @@ PYTHON_ROWS = [
     ["machine", "gpus"],
     ["discover"],
     ["planning"],
+    ["agreement"],
     ["group"],
     ["backend", "distributed", "overlap", "moe", "measure", "wire"],
     ["launch"],

@@ -15,13 +15,13 @@ import torch.distributed as c10d
 from torch_ranks import run_processes
 
 import pycomm
+from pycomm.agreement import agree, engine_version, fit, table_folder
 from pycomm.discover import describe
 from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, TopologyError
 from pycomm.explain import explain
 from pycomm.hosts import Link, Switch
 from pycomm.machine import this_machine
 from pycomm.planners import PLANNERS
-from pycomm.planning import agree, engine_version, fit, table_folder
 from pycomm.table import Times, TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import choice_table, choose

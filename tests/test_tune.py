@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from spawn import run_ranks
 
+from pycomm.agreement import engine_version
 from pycomm.errors import InvalidArgument
 from pycomm.hosts import Link, Nic, Switch
 from pycomm.planners import PLANNERS
-from pycomm.planning import engine_version
 from pycomm.table import load
 from pycomm.topo import Node, tree
 from pycomm.topology import Host, Topology

@@ -51,8 +51,8 @@ class Group(_C.Group):
     until its wait(); otherwise the result. `timeout_s` replaces the group's deadline for one call. `algorithm` names a
     planner of pycomm.planners (all ranks the same) instead of the group's own choice.
 
-    `wire` (all_reduce, reduce_scatter, all_gather, all_to_all): "bf16", "fp8", "int8" or "int4" is what float32, bfloat16
-    and float16 values look like between hosts (docs/wire.md has their errors); on one host it changes nothing.
+    `wire` (all_reduce, reduce_scatter, all_gather, all_to_all): "bf16", "fp8", "int8" or "int4" is what float32,
+    bfloat16 and float16 values look like between hosts (docs/wire.md has their errors); on one host it changes nothing.
     `wire_nonfinite="raise"`: a result with NaN or infinity raises NonfiniteError, after which the group goes on.
 
     Errors of every call: InvalidArgument before anything is sent; PeerTimeout, PeerLost and CollectiveMismatch, after

@@ -37,7 +37,9 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _explain(argv: Sequence[str]) -> int:
-    from pycomm import explain, launch, table
+    from pycomm import explain, launch, plot, table
+    from pycomm.planners import PLANNERS
+    from pycomm.simulate import simulate
     from pycomm.topology import Topology
 
     parser = argparse.ArgumentParser(
@@ -53,18 +55,19 @@ def _explain(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks-per-host", type=int, metavar="R", help="ranks on each host")
     parser.add_argument("--topology", metavar="FILE", help="a topology in TOML, instead of the options above")
     parser.add_argument("--table", metavar="FILE", help="a table of `pycomm tune`: its layout, links and times")
+    parser.add_argument("--png", metavar="FILE", help="draw the choice as a space-time diagram; needs matplotlib")
     options = parser.parse_args(argv)
     layout = (options.ranks, options.hosts, options.ranks_per_host)
     nbytes = explain.parse_nbytes(options.nbytes)
+    tuned = None
     if options.table is not None:
         if layout != (None, None, None) or options.topology is not None:
             parser.error(
                 "--table has the hosts and ranks it was measured on; leave --ranks, --hosts and --topology out"
             )
         tuned = table.load(options.table)
-        print(explain.explain(tuned.topology, options.collective, nbytes, table=tuned))
-        return 0
-    if options.topology is not None:
+        topology = tuned.topology
+    elif options.topology is not None:
         if layout != (None, None, None):
             parser.error("--topology describes the hosts and ranks already; leave --ranks and --hosts out")
         topology = Topology.load(options.topology)
@@ -72,7 +75,12 @@ def _explain(argv: Sequence[str]) -> int:
         topology = Topology.emulated([2, 2])
     else:
         topology = Topology.emulated(launch.parse_layout(*layout))
-    print(explain.explain(topology, options.collective, nbytes))
+    found = explain.explain(topology, options.collective, nbytes, table=tuned)
+    print(found)
+    if options.png is not None:
+        schedule = PLANNERS[options.collective][found.choice](topology, 0)
+        plot.save_space_time(simulate(schedule, topology, nbytes), topology, options.png)
+        print(f"Its space-time diagram is in {options.png}.")
     return 0
 
 

@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass
 
 from pycomm.errors import InvalidArgument
-from pycomm.simulate import simulate
+from pycomm.own import Own
+from pycomm.schedule import chunk_nbytes
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
+from pycomm.traffic import host_bytes
 from pycomm.tuner import TIE, candidates, choice_table, choose, costs
 
 _UNITS = {"": 0, "b": 0, "k": 10, "kib": 10, "m": 20, "mib": 20, "g": 30, "gib": 30, "t": 40, "tib": 40}
@@ -95,10 +97,15 @@ class Explanation:
 
 
 def explain(
-    topology: Topology, collective: str, nbytes: int, root: int = 0, table: TuningTable | None = None
+    topology: Topology,
+    collective: str,
+    nbytes: int,
+    root: int = 0,
+    own: Own = (),
+    table: TuningTable | None = None,
 ) -> Explanation:
-    """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets. table: of this
-    topology's layout.
+    """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets. own: a group's own
+    algorithms (tuner.candidates). table: of this topology's layout.
 
     Raises InvalidArgument for an unknown collective, a negative size or a root that is no rank."""
     if nbytes < 0:
@@ -106,23 +113,24 @@ def explain(
     if not 0 <= root < topology.n_ranks:
         raise InvalidArgument(f"explain: root {root} is not among ranks 0 .. {topology.n_ranks - 1}")
     found = []
-    planners, cost = candidates(topology, collective), costs(topology, collective, (nbytes,), root, table)
-    for algorithm, expected, measured in zip(cost.algorithms, cost.expected_s[:, 0], cost.measured[:, 0], strict=True):
-        run = simulate(planners[algorithm](topology, root), topology, nbytes)
-        link_bytes = int(max(run.host_sent_bytes.max(), run.host_received_bytes.max()))
+    planners, cost = candidates(topology, collective, own), costs(topology, collective, (nbytes,), root, own, table)
+    figures = zip(cost.predicted_s[:, 0], cost.expected_s[:, 0], cost.measured[:, 0], strict=True)
+    for algorithm, (predicted, expected, measured) in zip(cost.algorithms, figures, strict=True):
+        schedule = planners[algorithm](topology, root)
+        sent, received = host_bytes(schedule, topology, chunk_nbytes(schedule, nbytes))
         found.append(
             Candidate(
                 algorithm,
-                run.total_s,
+                float(predicted),
                 float(expected),
                 float(expected) if measured else None,
-                link_bytes,
-                run.bytes_between_hosts,
-                run.schedule.n_rounds,
+                int(max(sent.max(), received.max())),
+                int(sent.sum()),
+                schedule.n_rounds,
             )
         )
     found.sort(key=lambda candidate: candidate.expected_s)
-    choice = choose(choice_table(topology, collective, root, table), nbytes)
+    choice = choose(choice_table(topology, collective, root, own, table), nbytes)
     return Explanation(topology, collective, nbytes, choice, tuple(found))
 
 

@@ -5,11 +5,11 @@ ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from pycomm.agreement import agree, fit
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
 from pycomm.explain import format_nbytes
 from pycomm.machine import local_address
-from pycomm.planners import PLANNERS
+from pycomm.planners import PLANNERS, Planner
 from pycomm.planning import Endpoint, JobPlan, plan
+from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
 
@@ -129,7 +130,7 @@ class Group(_C.Group):
                 f"replan in group {self.name!r}: it is not the group of all the job's ranks in their order; "
                 "replan that one, and make this one from it"
             )
-        job = dataclasses.replace(self._job, topology=fit(topology, self._job.host_ids), table=table)
+        job = replace(self._job, topology=fit(topology, self._job.host_ids), table=table)
         self._n_children += 1
         return self._made(list(range(self.size)), f"{self._n_children}", name, job)
 
@@ -141,6 +142,18 @@ class Group(_C.Group):
         endpoint_ranks = [self._ranks[rank] for rank in ranks]
         key = f"{self._key}/{suffix}"
         return Group(self._endpoint, store, name or f"{self.name}/{suffix}", key, endpoint_ranks, self.timeout_s, job)
+
+    # Algorithms of one's own.
+
+    def register(self, algorithm: Schedule | Planner) -> None:
+        """Makes a schedule, or a planner (topology, root=0) -> Schedule, one of this group's algorithms, under the name
+        that its schedule has: `algorithm="name"` runs it, and where it is predicted best the group's own choice takes
+        it (docs/own_algorithm.md). Every rank registers the same, before its first call of the collective that names
+        no algorithm. Ranks that run different schedules of one name get CollectiveMismatch.
+
+        Raises ScheduleError where the schedule does not keep its collective's promise, InvalidArgument where it is for
+        other ranks, its name is taken, or the group has chosen already."""
+        self._planning.register(algorithm)
 
     # Insight and end.
 

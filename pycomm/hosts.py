@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -62,6 +62,17 @@ class Nic:
 
     def __post_init__(self) -> None:
         _require_name("NIC", self.name)
+
+
+def joined(here: Sequence[Nic], there: Sequence[Nic]) -> Link:
+    """What a message between two hosts of these NICs has: NIC i speaks to NIC i and each gets what it can carry, so
+    rates add up; where one host has fewer, its NICs speak to several (docs/tcp.md). Latency and overhead are the
+    largest."""
+    rates_here, rates_there = ([nic.link.bytes_per_s for nic in nics] for nics in (here, there))
+    path = slowest(nic.link for nics in (here, there) for nic in nics)
+    if len(here) == len(there):
+        return Link(path.latency_s, sum(map(min, rates_here, rates_there)), path.overhead_s)
+    return Link(path.latency_s, min(sum(rates_here), sum(rates_there)), path.overhead_s)
 
 
 @dataclass(frozen=True)

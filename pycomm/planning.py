@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pycomm import _C, planners, project
 from pycomm.check import check
 from pycomm.errors import InvalidArgument
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
+from pycomm.own import Own
+from pycomm.own import algorithm as own_algorithm
+from pycomm.planners import Planner
 from pycomm.project import Program
+from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import Choices, choice_table
@@ -23,15 +27,18 @@ _choices = lru_cache(maxsize=256)(choice_table)
 
 
 @lru_cache(maxsize=256)
-def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int) -> Program:
-    known = planners.PLANNERS[collective]
+def _program(topology: Topology, rank: int, collective: str, algorithm: str, root: int, own: Own) -> Program:
+    registered = {given.name: given.planner for given in own if given.collective == collective}
+    known = {**planners.PLANNERS[collective], **registered}
     if algorithm not in known:
         raise InvalidArgument(
             f"{collective} has no algorithm {algorithm!r}; choose from {', '.join(known)}, or give none"
         )
     schedule = known[algorithm](topology, root)
     check(schedule)
-    return project.project(schedule, rank)
+    program = project.project(schedule, rank)
+    # The fingerprint carries the program's name: ranks with different schedules of one name find out.
+    return replace(program, algorithm=f"{algorithm}#{schedule.digest()}") if algorithm in registered else program
 
 
 @dataclass(frozen=True)
@@ -67,24 +74,39 @@ class Planning:
         self.rank = rank
         self.table = table
         self._explain_as = explain_as
+        self._own: Own = ()
+        self._chosen: set[str] = set()
 
     def choices(self, collective: str, root: int) -> Choices:
-        return _choices(self.topology, collective, root, self.table)
+        self._chosen.add(collective)
+        return self._choices(collective, root)
+
+    def register(self, given: Schedule | Planner) -> None:
+        found = own_algorithm(given, self.topology, self._own)
+        if found.collective in self._chosen:
+            raise InvalidArgument(
+                f"register: this group has chosen among the algorithms of {found.collective} already; register "
+                f"{found.name!r} before its first {found.collective} that names none"
+            )
+        self._own += (found,)
 
     def program(self, collective: str, algorithm: str, root: int) -> Program:
-        found = _program(self.topology, self.rank, collective, algorithm, root)
+        found = _program(self.topology, self.rank, collective, algorithm, root, self._own)
         if self._explain_as is not None:
             for line in self._explanations(collective, algorithm, root):
                 print(f"pycomm: group {self._explain_as!r}: {line}", file=sys.stderr, flush=True)
         return found
 
     def explain(self, collective: str, nbytes: int, root: int = 0) -> Explanation:
-        return explain(self.topology, collective, nbytes, root, self.table)
+        return explain(self.topology, collective, nbytes, root, self._own, self.table)
+
+    def _choices(self, collective: str, root: int) -> Choices:
+        return _choices(self.topology, collective, root, self._own, self.table)
 
     def _explanations(self, collective: str, algorithm: str, root: int) -> list[str]:
         """One line for each size class that takes the algorithm."""
         lines, beyond = [], 0
-        for limit, name in self.choices(collective, root):
+        for limit, name in self._choices(collective, root):
             if name == algorithm:
                 at = limit if limit is not None else max(2 * beyond, 1 << 20)
                 lines.append(

@@ -5,6 +5,7 @@ never sizes, so one schedule serves every size."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -47,6 +48,11 @@ class Schedule:
     @property
     def n_rounds(self) -> int:
         return n_rounds(self.transfers)
+
+    def digest(self) -> str:
+        """8 hexadecimal digits: equal for schedules that move the same in the same order, on every machine."""
+        head = f"{self.collective} {self.n_ranks} {self.n_chunks} {self.root} "
+        return hashlib.sha256(head.encode() + self.transfers.tobytes()).hexdigest()[:8]
 
 
 # ---- what each collective promises ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pycomm import topology_file
 from pycomm.errors import TopologyError
-from pycomm.hosts import SHARED_MEMORY, TCP, Host, Link, Nic, Switch, is_number, slowest
+from pycomm.hosts import SHARED_MEMORY, TCP, Host, Link, Nic, Switch, is_number, joined, slowest
 
 __all__ = ["REDUCE_BYTES_PER_S", "SHARED_MEMORY", "TCP", "Host", "Link", "Nic", "Switch", "Topology"]
 
@@ -155,7 +155,7 @@ class Topology:
         here, there = self.host_of(src), self.host_of(dst)
         if here is there:
             return self.inside
-        return slowest([here.nic, there.nic, *(switch.uplink for switch in self.uplinks(src, dst))])
+        return slowest([joined(here.nics, there.nics), *(switch.uplink for switch in self.uplinks(src, dst))])
 
     def hosts_in_order(self, first: int = 0) -> NDArray[np.int64]:
         """[n_hosts]: positions in `hosts`, switch after switch on every level, beginning with host `first` and its

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycomm.errors import InvalidArgument
-from pycomm.planners import PLANNERS, TWO_LEVEL, Planner
-from pycomm.simulate import predict
+from pycomm.own import Own
+from pycomm.planners import PLANNERS, THREE_LEVEL, TWO_LEVEL, Planner
+from pycomm.predict import predict
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
 
@@ -40,19 +41,28 @@ class Costs:
     measured: NDArray[np.bool_]
 
 
-def candidates(topology: Topology, collective: str) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm. Raises InvalidArgument for an unknown collective."""
+def candidates(topology: Topology, collective: str, own: Own = ()) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm, and those of `own` for this collective.
+
+    Raises InvalidArgument for an unknown collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
-    two_level = len(topology.hosts) > 1
-    return {name: plan for name, plan in PLANNERS[collective].items() if two_level or name not in TWO_LEVEL}
+    pointless = TWO_LEVEL if len(topology.hosts) == 1 else frozenset() if topology.switches else THREE_LEVEL
+    found = {name: plan for name, plan in PLANNERS[collective].items() if name not in pointless}
+    return found | {algorithm.name: algorithm.planner for algorithm in own if algorithm.collective == collective}
 
 
 def costs(
-    topology: Topology, collective: str, nbytes: tuple[int, ...], root: int = 0, table: TuningTable | None = None
+    topology: Topology,
+    collective: str,
+    nbytes: tuple[int, ...],
+    root: int = 0,
+    own: Own = (),
+    table: TuningTable | None = None,
 ) -> Costs:
-    """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0."""
-    planners = candidates(topology, collective)
+    """Every candidate's times. own: as in candidates(). table: of this topology's layout, or None; its times were
+    measured with root 0."""
+    planners = candidates(topology, collective, own)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
     predicted, ratios = [], []
@@ -75,12 +85,14 @@ def costs(
     return Costs(tuple(planners), model, model * ratio, measured)
 
 
-def choice_table(topology: Topology, collective: str, root: int = 0, table: TuningTable | None = None) -> Choices:
+def choice_table(
+    topology: Topology, collective: str, root: int = 0, own: Own = (), table: TuningTable | None = None
+) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 
-    `nbytes` is meant as in schedule.chunk_nbytes. table: as in costs()."""
+    `nbytes` is meant as in schedule.chunk_nbytes. own, table: as in costs()."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    found = costs(topology, collective, ladder, root, table)
+    found = costs(topology, collective, ladder, root, own, table)
     best = found.expected_s.min(axis=0) * (1.0 if found.measured.any() else TIE)
     winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
     choices: list[tuple[int | None, str]] = []

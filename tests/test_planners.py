@@ -7,10 +7,21 @@ from hypothesis import strategies as st
 from plans import EVERY_PLANNER, plan, some_roots, topologies
 
 from pycomm.check import check
-from pycomm.planners import EXCHANGES, PLANNERS
-from pycomm.schedule import COLLECTIVES, TRANSFER, Schedule, first_copies, in_sequence, place, reverse, transfers
+from pycomm.planners import EXCHANGES, PLANNERS, shapes
+from pycomm.schedule import (
+    COLLECTIVES,
+    TRANSFER,
+    Schedule,
+    chunk_nbytes,
+    first_copies,
+    in_sequence,
+    place,
+    reverse,
+    transfers,
+)
 from pycomm.simulate import simulate
-from pycomm.topology import Topology
+from pycomm.topology import TCP, Host, Link, Switch, Topology
+from pycomm.tuner import candidates
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -187,3 +198,48 @@ def test_a_schedule_is_read_only():
         schedule.transfers["src"] = 0
     with pytest.raises(Exception, match="dtype TRANSFER"):
         Schedule("all_reduce", "mine", 2, 1, 0, np.zeros(3))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 21])
+def test_two_trees_have_every_rank_inside_at_most_one(n):
+    """But for one rank where n is odd; each ends on one rank with all contributions, over at most two children."""
+    inner = []
+    for mirrored in (False, True):
+        rows, root = shapes.in_order_reduce(n, mirrored)
+        up = place(rows, range(n), [[0]])
+        check(Schedule("reduce", "mine", n, 1, root, up))
+        assert np.bincount(up["dst"], minlength=1).max() <= 2
+        inner.append(set(up["dst"].tolist()))
+    assert len(inner[0] & inner[1]) <= n % 2 + (n == 1)
+
+
+def test_three_levels_cross_an_uplink_as_seldom_as_possible():
+    """2(R-1)/R of the tensor out of each of R racks, however many hosts they hold; the ring sends nearly twice it."""
+    hosts = [Host(f"h{i}", (2 * i, 2 * i + 1), switch=f"r{i % 2}") for i in range(6)]
+    topology = Topology(tuple(hosts), switches=(Switch("r0", TCP), Switch("r1", TCP)))
+    crossed = {}
+    for algorithm in ("hierarchical", "ring", "hierarchical_tree", "leader", "rack_leader"):
+        schedule = plan("all_reduce", algorithm, topology)
+        sizes, rows = chunk_nbytes(schedule, 1200), schedule.transfers
+        rack = topology.above[topology.host_index, 0]
+        leaves = (rack[rows["src"]] == 0) & (rack[rows["dst"]] == 1)
+        crossed[algorithm] = int(sizes[rows["chunk"][leaves]].sum())
+    assert crossed["hierarchical"] == 1200
+    assert crossed["hierarchical_tree"] == 1200
+    assert crossed["rack_leader"] == 1200
+    assert crossed["ring"] > 1.8 * 1200
+    assert crossed["leader"] > 1200
+
+
+def test_three_levels_win_where_uplinks_are_slow():
+    hosts = [Host(f"h{i}", (2 * i, 2 * i + 1), switch=f"r{i // 3}") for i in range(6)]
+    wan = Link(10e-3, 125e6, 5e-6)
+    topology = Topology(tuple(hosts), switches=(Switch("r0", wan), Switch("r1", wan)))
+    times = {
+        name: simulate(planner(topology, 0), topology, nbytes).total_s
+        for nbytes in (1 << 10, 1 << 26)
+        for name, planner in candidates(topology, "all_reduce").items()
+        if (nbytes > 1 << 20) == (name not in ("leader", "rack_leader"))
+    }
+    assert times["rack_leader"] < times["leader"]
+    assert min(times["hierarchical"], times["hierarchical_tree"]) < 0.6 * times["ring"]

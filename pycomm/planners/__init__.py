@@ -27,11 +27,14 @@ Planner = Callable[[Topology, int], Schedule]
 
 
 # On one host these are other planners under another name.
-TWO_LEVEL: Final = frozenset({"hierarchical", "hierarchical_tiled", "leader"})
+TWO_LEVEL: Final = frozenset({"hierarchical", "hierarchical_tiled", "hierarchical_tree", "leader", "rack_leader"})
+
+# Without several switches these are other planners under another name.
+THREE_LEVEL: Final = frozenset({"rack_leader"})
 
 # Their ranks exchange whole chunks: each sends what it is about to overwrite, so that a channel must hold some bytes of
 # it, as all do. Others would run over channels that hold none.
-EXCHANGES: Final = frozenset({"doubling", "leader"})
+EXCHANGES: Final = frozenset({"doubling", "leader", "rack_leader"})
 
 
 def _table(**planners: Planner) -> Mapping[str, Planner]:
@@ -46,6 +49,8 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             hierarchical=hierarchical.hierarchical_all_reduce,
             hierarchical_tiled=hierarchical.hierarchical_tiled_all_reduce,
             leader=hierarchical.leader_all_reduce,
+            rack_leader=hierarchical.rack_leader_all_reduce,
+            hierarchical_tree=hierarchical.hierarchical_tree_all_reduce,
             halving_doubling=halving_doubling.halving_doubling_all_reduce,
             ring=ring.ring_all_reduce,
             tree=tree.tree_all_reduce,

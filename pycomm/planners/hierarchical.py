@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from pycomm.planners import shapes
+from pycomm.planners import shapes, switched
 from pycomm.schedule import (
     Schedule,
     Transfers,
@@ -71,6 +71,47 @@ def leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
     return Schedule("all_reduce", "leader", topology.n_ranks, 1, root, rows)
 
 
+def rack_leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise over three levels: the leaders of the hosts below one switch combine first, and one of them speaks
+    for it: each uplink carries the tensor log2 as often as there are switches, not hosts."""
+    hosts = _leaders(topology, root)
+    order = topology.hosts_in_order(int(topology.host_index[root]))
+    leader = dict(zip(order.tolist(), (ranks[0] for ranks in hosts), strict=True))
+    up, speakers = [], []
+    for group in switched.top_groups(topology):
+        rows = place(shapes.tree_broadcast(len(group)), [leader[host] for host in group.tolist()], [[0]])
+        up.append(reverse(rows, reduce=True))
+        speakers.append(leader[int(group[0])])
+    across = place(shapes.doubling_reduce(len(speakers)), sorted(speakers), [[0]])
+    inside, below = _broadcast_inside(hosts, [0]), in_parallel(up)
+    rows = in_sequence(reverse(inside, reduce=True), below, across, reverse(below, reduce=False), inside)
+    return Schedule("all_reduce", "rack_leader", topology.n_ranks, 1, root, rows)
+
+
+def hierarchical_tree_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise: reduce_scatter inside, then up and down a binary tree over the hosts for each chunk, all_gather
+    inside. As many bytes per host link as around a ring, in 2 log2 N steps instead of 2N: for many hosts. Every second
+    chunk takes the other of two trees (shapes.in_order_reduce), so that all hosts are loaded alike."""
+    n_rails = _n_rails(topology)
+    n_chunks = n_rails + n_rails % 2
+    order = topology.hosts_in_order()
+    trees = [
+        switched.reduce(topology, lambda n, mirrored=mirrored: shapes.in_order_reduce(n, mirrored), order)[0]  # type: ignore[misc]
+        for mirrored in (False, True)
+    ]
+    scattered, up = [], []
+    for host in topology.hosts:
+        size = len(host.ranks)
+        held = [np.arange(local, n_chunks, size) for local in range(size)]
+        scattered.append(reverse(place(shapes.pairwise_gather(size), host.ranks, held), reduce=True))
+    for chunk in range(n_chunks):
+        players = [host.ranks[chunk % len(host.ranks)] for host in topology.hosts]
+        up.append(place(trees[chunk % 2], players, [[chunk]]))
+    inside, across = in_parallel(scattered), in_parallel(up)
+    rows = in_sequence(inside, across, reverse(across, reduce=False), reverse(inside, reduce=False))
+    return Schedule("all_reduce", "hierarchical_tree", topology.n_ranks, n_chunks, root, rows)
+
+
 def hierarchical_broadcast(topology: Topology, root: int = 0) -> Schedule:
     """Leader-wise: a tree across the hosts, then a tree in each; every host but the root's gets the tensor once."""
     return Schedule("broadcast", "hierarchical", topology.n_ranks, 1, root, _broadcast(topology, root))
@@ -127,10 +168,15 @@ def _gather(topology: Topology, rails: Sequence[Rail]) -> Transfers:
     """Along every rail across hosts; and what came from one host goes on inside before what comes from the next, so
     that both kinds of link work at once. No rank sends a chunk twice in one round, so the reversal has no races."""
     n_hosts, stage = len(topology.hosts), _n_rails(topology)
-    shape = _across(n_hosts)
+    shape = switched.gather(topology)
     came = np.zeros((n_hosts, n_hosts), np.int32)
     came[shape["dst"], shape["chunk"]] = shape["round"] + 1
-    turn = came.argsort(axis=1, kind="stable").argsort(axis=1)  # [host, origin]: the place of origin's chunks there
+    order, place_of = came.argsort(axis=1, kind="stable"), np.arange(n_hosts)
+    turn = np.empty_like(
+        came
+    )  # [host, origin]: when origin's chunks go on inside there: one by one, never before they came
+    in_order = np.maximum.accumulate(np.take_along_axis(came, order, axis=1) - place_of, axis=1) + place_of
+    np.put_along_axis(turn, order, in_order.astype(came.dtype), axis=1)
     across = in_parallel(
         place(shape, [host.ranks[k % len(host.ranks)] for host in topology.hosts], rail) for k, rail in enumerate(rails)
     )
@@ -150,22 +196,25 @@ def _gather(topology: Topology, rails: Sequence[Rail]) -> Transfers:
     return without_empty_rounds(in_parallel([across, *inside]))
 
 
-def _across(n_hosts: int) -> Transfers:
-    """Both shapes load every host alike; halving takes fewer rounds but is even only for powers of two."""
-    return shapes.halving_gather(n_hosts) if n_hosts & (n_hosts - 1) == 0 else shapes.ring_gather(n_hosts)
-
-
 def _leaders(topology: Topology, root: int) -> list[tuple[int, ...]]:
     """Each host's ranks, leader first, the root's host first: the root leads it, the first rank leads any other."""
-    at = int(topology.host_index[root])
-    others = [host.ranks for host in topology.hosts[at + 1 :] + topology.hosts[:at]]
-    return [(root, *(rank for rank in topology.hosts[at].ranks if rank != root)), *others]
+    at, *others = topology.hosts_in_order(int(topology.host_index[root])).tolist()
+    first = (root, *(rank for rank in topology.hosts[at].ranks if rank != root))
+    return [first, *(topology.hosts[host].ranks for host in others)]
 
 
 def _broadcast(topology: Topology, root: int) -> Transfers:
     hosts = _leaders(topology, root)
-    across = place(shapes.tree_broadcast(len(hosts)), [ranks[0] for ranks in hosts], [[0]])
+    order = topology.hosts_in_order(int(topology.host_index[root]))
+    leader = np.empty(len(hosts), np.int64)
+    leader[order] = [ranks[0] for ranks in hosts]
+    up, _ = switched.reduce(topology, _to_first, order)
+    across = place(reverse(up, reduce=False), leader, [[0]])
     return in_sequence(across, _broadcast_inside(hosts, [0]))
+
+
+def _to_first(n: int) -> tuple[Transfers, int]:
+    return reverse(shapes.tree_broadcast(n), reduce=True), 0
 
 
 def _broadcast_inside(hosts: Sequence[Sequence[int]], chunks: Sequence[int]) -> Transfers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pycomm.schedule import Transfers, in_parallel, in_sequence, reverse, transfers
+from pycomm.schedule import Transfers, in_parallel, in_sequence, reverse, transfers, without_empty_rounds
 
 
 def ring_gather(n: int) -> Transfers:
@@ -71,6 +71,35 @@ def tree_broadcast(n: int) -> Transfers:
     """Binomial tree: ceil(log2 n) rounds, the far half first."""
     round, first, half, _ = _halves(n)
     return transfers(round, first, half, 0)
+
+
+def in_order_reduce(n: int, mirrored: bool = False) -> tuple[Transfers, int]:
+    """Chunk 0 of all ranks combined up a binary tree, and the rank it ends on: each rank gets it from at most two and
+    sends it once, 2 ceil(log2 n) rounds. Ranks stand in order (left subtree, rank, right subtree) and every second one
+    is a leaf, in the mirrored tree of an even n the others: two trees, each for half of the data, load all ranks alike.
+
+    Source: Sanders, Speck & Traff, Two-tree algorithms for full bandwidth broadcast, reduction and scan, Parallel
+    Computing 35(12), 2009; for odd n they shift the second tree by one, which leaves one rank an inner node of both."""
+    rows: list[tuple[int, int, int]] = []  # (depth, child, parent)
+    parts = [(0, n, 0, -1)]
+    root = 0
+    while parts:
+        first, count, depth, parent = parts.pop()
+        left = (1 << (count.bit_length() - 1)) - 1
+        middle = first + left
+        if parent >= 0:
+            rows.append((depth, middle, parent))
+        else:
+            root = middle
+        parts += [(first, left, depth + 1, middle)] if left else []
+        parts += [(middle + 1, count - left - 1, depth + 1, middle)] if count > left + 1 else []
+    depths, child, parent_of = np.array(rows, np.int64).reshape(-1, 3).T
+    round = 2 * (depths.max(initial=0) - depths) + (child > parent_of)
+    if mirrored and n % 2:
+        child, parent_of, root = (child + 1) % n, (parent_of + 1) % n, (root + 1) % n
+    elif mirrored:
+        child, parent_of, root = n - 1 - child, n - 1 - parent_of, n - 1 - root
+    return without_empty_rounds(transfers(round, child, parent_of, 0, True)), root
 
 
 def tree_scatter(n: int) -> Transfers:

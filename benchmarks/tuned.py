@@ -39,7 +39,7 @@ def measure(store: Any, rank: int, n: int) -> dict[str, Any]:
         with group.replan(table.topology, table) as tuned:
             for collective in COLLECTIVES:
                 names = list(candidates(tuned.topology, collective))
-                choices = choice_table(tuned.topology, collective, 0, table)
+                choices = choice_table(tuned.topology, collective, table=table)
                 for nbytes in SIZES:
                     first = time_algorithms(tuned, collective, nbytes, names, [1] * len(names), 1)
                     calls = [max(1, round(BLOCK_S / seconds)) for seconds in first]

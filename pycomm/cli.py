@@ -60,6 +60,7 @@ def _explain(argv: Sequence[str]) -> int:
     layout = (options.ranks, options.hosts, options.ranks_per_host)
     tuned = None
     nbytes = explain.parse_nbytes(options.nbytes)
+    tuned = None
     if options.table is not None:
         if layout != (None, None, None) or options.topology is not None:
             parser.error(

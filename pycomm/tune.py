@@ -90,7 +90,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
     for nbytes in SIZES:
         for collective in PLANNERS:
             size = _rounded(nbytes, group.size)
-            cost = costs(group.topology, collective, (size,), 0, _table(group.topology, hardware, samples))
+            cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
             expected = cost.expected_s[:, 0]
             contends = expected <= CONTENDS * expected.min()
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
@@ -173,7 +173,7 @@ def report(table: TuningTable) -> str:
         )
     for collective in PLANNERS:
         choices, beyond = [], ""
-        for limit, name in choice_table(table.topology, collective, 0, table):
+        for limit, name in choice_table(table.topology, collective, table=table):
             choices.append(f"{name}{beyond}" if limit is None else f"{name} to {format_nbytes(limit)}")
             beyond = " above"
         n_sizes = len({nbytes for points in table.points(collective).values() for nbytes, _ in points})

@@ -71,7 +71,7 @@ def say(group):
     x = np.ones(64, np.float32)
     group.all_reduce(x)
     assert (x == group.size).all()
-    chosen = choose(choice_table(group.topology, "all_reduce", 0, group._planning.table), 1 << 16)
+    chosen = choose(choice_table(group.topology, "all_reduce", table=group._planning.table), 1 << 16)
     return group.topology, chosen, group.explain("all_reduce", 1 << 16)
 
 

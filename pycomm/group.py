@@ -5,6 +5,7 @@ ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 import weakref
@@ -133,7 +134,7 @@ class Group(_C.Group):
                 f"replan in group {self.name!r}: it is not the group of all the job's ranks in their order; "
                 "replan that one, and make this one from it"
             )
-        job = replace(self._job, topology=fit(topology, self._job.host_ids), table=table)
+        job = dataclasses.replace(self._job, topology=fit(topology, self._job.host_ids), table=table)
         self._n_children += 1
         return self._made(list(range(self.size)), f"{self._n_children}", name, job)
 

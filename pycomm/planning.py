@@ -111,7 +111,7 @@ class Planning:
     def _explanations(self, collective: str, algorithm: str, root: int) -> list[str]:
         """One line for each size class that takes the algorithm."""
         lines, beyond = [], 0
-        for limit, name in self.choices(collective, root, False):
+        for limit, name in _choices(self.topology, collective, root, self.table, self.own):
             if name == algorithm:
                 at = limit if limit is not None else max(2 * beyond, 1 << 20)
                 lines.append(

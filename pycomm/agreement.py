@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -119,15 +120,23 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
 
 
 def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
-    """What was set under the keys. Raises PeerTimeout where it does not come, or the store goes."""
+    """What was set under the keys. Raises PeerTimeout where it does not come, or the store goes.
+
+    Asks again and again, since wait() keeps a store that ranks share as threads from the rank that is to answer."""
+    until, pause = time.monotonic() + limit.total_seconds(), 0.0005
+    reason = "nothing came"
     try:
-        own.wait(keys, limit)
-        return [own.get(key).decode() for key in keys]
+        while time.monotonic() < until:
+            if own.check(keys):
+                return [own.get(key).decode() for key in keys]
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
     except RuntimeError as error:  # torch.distributed's errors of a store
-        raise PeerTimeout(
-            f"set-up: {whose} did not say within {limit.total_seconds():g} s what the job plans from "
-            f"({str(error).splitlines()[0]}); see that rank's own error"
-        ) from error
+        reason = str(error).splitlines()[0]
+    raise PeerTimeout(
+        f"set-up: {whose} did not say within {limit.total_seconds():g} s what the job plans from ({reason}); see that "
+        "rank's own error"
+    )
 
 
 def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, explains: bool) -> JobPlan:

@@ -198,7 +198,8 @@ TEST(flushing_subnormals_changes_no_bit) {
       set.decode(back_flushed.data(), flushed.data(), x.size(), wire);
       _mm_setcsr(before);
       EXPECT_TRUE(plain == flushed);
-      EXPECT_EQ(std::memcmp(back.data(), back_flushed.data(), x.size() * sizeof(float)), 0);
+      EXPECT_TRUE(x.empty() ||
+                  std::memcmp(back.data(), back_flushed.data(), x.size() * sizeof(float)) == 0);
     }
   });
 }

@@ -71,8 +71,8 @@ def mpich(network: Network, ranks: Sequence[str], folder: str) -> Library:
     enter = ["ip", "netns", "exec", network.namespaces[network.hosts[0]]]
     launcher = [*enter, f"{place}/bin/mpiexec", "-n", str(len(ranks)), "-hosts", ",".join(each), "-iface", "nic0"]
     launcher += ["-launcher", "ssh", "-launcher-exec", str(script)]
-    # The provider's progress is the caller's; and processes of one emulated host share its memory as on a real one.
-    variables = {"FI_PROVIDER": "tcp", "FI_TCP_IFACE": "nic0", "UCX_NET_DEVICES": "nic0"}
+    # Else UCX, which goes by the boot id, takes shared memory across emulated hosts. Inside a host MPICH has its own.
+    variables = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "nic0"}
     return Library(MPICH, "mpi", place / "bin/python", launcher, variables)
 
 

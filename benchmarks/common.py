@@ -41,7 +41,7 @@ def run_ranks(
     context = multiprocessing.get_context("spawn" if network else "forkserver")
     if network is None:
         context.set_forkserver_preload(["torch.distributed", "pycomm"])
-    server = _serve(network)
+    server = serve_store(network)
     ranks: list[tuple[Connection, BaseProcess]] = []
     try:
         for rank in range(n_ranks):
@@ -71,7 +71,7 @@ def run_ranks(
             process.join()
 
 
-def _serve(network: Network | None) -> dist.TCPStore:
+def serve_store(network: Network | None) -> dist.TCPStore:
     """The ranks' store; with a network, on its host a: the threads that serve it are of the thread that made it."""
     made: list[dist.TCPStore] = []
 
@@ -136,6 +136,13 @@ def write_json(name: str, record: dict[str, Any]) -> Path:
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)
     return path
+
+
+def write_figures(page: Path, parts: Sequence[str]) -> None:
+    """Replaces what stands between the page's marks."""
+    begin, end = "<!-- figures: begin -->\n", "<!-- figures: end -->"
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(before + begin + "\n".join(parts) + end + rest.partition(end)[2])
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
-from common import RESULTS, environment, markdown_table, size_name, write_json
+from common import RESULTS, environment, markdown_table, serve_store, size_name, write_figures, write_json
 from links import compile_bare
 from netns import Network, emulated_hosts, why_unavailable
 from peer_rank import Hosts
@@ -120,7 +119,7 @@ def section(name: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     entries = []
     with tempfile.TemporaryDirectory() as folder, emulated_hosts(hosts=hosts, store_nic=False) as network:
         network.shape(rate)
-        server = serve(network)
+        server = serve_store(network)
         libraries = [ours(network, ranks, compile_bare(folder)), mpich(network, ranks, folder)]
         running = start(len(ranks), libraries, f"{network.store_address()}:{server.port}")
         try:
@@ -136,22 +135,6 @@ def section(name: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
             for each in running:
                 each.end()
     return entries
-
-
-def serve(network: Network) -> dist.TCPStore:
-    """The ranks' store on the first host."""
-    from threading import Thread
-
-    made: list[dist.TCPStore] = []
-
-    def run() -> None:
-        network.enter(network.hosts[0])
-        made.append(dist.TCPStore(network.store_address(), 0, is_master=True, wait_for_workers=False))
-
-    thread = Thread(target=run)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 def table(name: str, entries: Sequence[dict[str, Any]]) -> str:
@@ -173,10 +156,7 @@ def write_page(record: dict[str, Any]) -> None:
             about = record[name]["environment"]
             parts.append(f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before'][0]}:\n")
             parts.append(table(name, record[name]["entries"]) + "\n")
-    page = Path(__file__).parents[1] / "docs" / "hosts.md"
-    begin, end = "<!-- figures: begin -->\n", "<!-- figures: end -->"
-    before, _, rest = page.read_text().partition(begin)
-    page.write_text(before + begin + "\n".join(parts) + end + rest.partition(end)[2])
+    write_figures(Path(__file__).parents[1] / "docs" / "hosts.md", parts)
 
 
 def main() -> int:

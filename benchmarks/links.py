@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, environment, markdown_table, microseconds, run_ranks, size_name, write_json
+from common import RESULTS, environment, markdown_table, microseconds, run_ranks, size_name, write_figures, write_json
 from netns import HOSTS, emulated_hosts, why_unavailable
 
 MIB = 1 << 20
@@ -515,10 +515,7 @@ def write_tables(record: dict[str, Any]) -> None:
             load = about["load_average_before"][0]
             parts.append(f"{about['cpu']}, {about['cores']} cores, {about['tcp_congestion_control']}, load {load}:\n")
             parts.append(table(record[name]) + "\n")
-    page = Path(__file__).parents[1] / "docs" / "tcp.md"
-    begin, end = "<!-- figures: begin -->\n", "<!-- figures: end -->"
-    before, _, rest = page.read_text().partition(begin)
-    page.write_text(before + begin + "\n".join(parts) + end + rest.partition(end)[2])
+    write_figures(Path(__file__).parents[1] / "docs" / "tcp.md", parts)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from spawn import run_ranks
 
 from pycomm.errors import CollectiveMismatch, InvalidArgument, PycommError, ScheduleError
@@ -159,10 +160,9 @@ def test_pycomm_explain_draws_its_choice(tmp_path):
 
 
 def test_a_diagram_has_a_line_for_each_transfer():
-    matplotlib_figure = pytest.importorskip("matplotlib.figure")
     topology = Topology.emulated([2, 2])
     schedule = renamed("mine", "hierarchical", topology)
-    axes = matplotlib_figure.Figure().add_subplot()
+    axes = Figure().add_subplot()
     result = simulate(schedule, topology, 1 << 20, failed_links=[(0, 2)])
     space_time(result, topology, axes)
     ended = np.isfinite(result.end_s)

@@ -165,8 +165,8 @@ def check_order(group, numel):
     x, y = torch.zeros(numel), torch.zeros(numel)
     calls = [lambda **options: group.all_reduce(x, **options), lambda **options: group.broadcast(y, **options)]
     first, then = reversed(calls) if group.rank == group.size - 1 else calls
-    work = first(async_op=True)
     with pytest.raises(CollectiveMismatch, match=BOTH_SIDES):
+        work = first(async_op=True)  # raises where the others found out before this rank began
         with suppress(GroupClosed):  # where the first has failed by now
             then()
         work.wait()

@@ -181,6 +181,19 @@ def test_rounds(n_ranks):
     assert rounds == {(collective, name): plan(collective, name, topology).n_rounds for collective, name in rounds}
 
 
+@pytest.mark.parametrize("n", range(2, 20))
+def test_halving_sends_chunks_in_the_order_in_which_they_came(n):
+    """Else a link waits for a chunk while a later one stands ready, and hosts idle in turn."""
+    rows = shapes.halving_gather(n)
+    came = np.full((n, n), -1)
+    came[rows["dst"], rows["chunk"]] = rows["round"]
+    for round in range(int(rows["round"].max()) + 1):
+        now = rows[rows["round"] == round]
+        for src in range(n):
+            order = came[src, now["chunk"][now["src"] == src]]
+            assert np.all(np.diff(order) >= 0)
+
+
 def test_combinators():
     one = transfers(0, [0, 1], [1, 0], [0, 1])
     assert one.dtype == TRANSFER

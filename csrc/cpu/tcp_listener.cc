@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <sstream>
 
 namespace pycomm::cpu {
@@ -67,6 +68,15 @@ std::string resolve(const std::string& name) {
   return found;
 }
 
+void require_wanted_congestion_control(int socket) {
+  const char* const name = wanted_congestion_control();
+  if (name != nullptr && name != std::string_view("system") &&
+      !set_congestion_control(socket, name))
+    throw_errno(Code::invalid_argument,
+                "the system refuses PYCOMM_CONGESTION=" + std::string(name) +
+                    " (see net.ipv4.tcp_allowed_congestion_control; \"system\" takes its default)");
+}
+
 UniqueFd listen_on(const std::string& address, SocketAddress* bound) {
   Address at = parse(address, 0);
   UniqueFd fd(::socket(at.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
@@ -75,6 +85,7 @@ UniqueFd listen_on(const std::string& address, SocketAddress* bound) {
   if (::bind(fd.get(), reinterpret_cast<sockaddr*>(&at.storage), at.length) != 0)
     throw_errno(Code::invalid_argument,
                 "cannot listen on " + address + " (set PYCOMM_ADDRESS to an address of this host)");
+  require_wanted_congestion_control(fd.get());  // those it accepts inherit it
   if (::listen(fd.get(), 1024) != 0) throw_errno(Code::internal, "listen");
   ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&at.storage), &at.length);
   *bound = unparse(at);
@@ -98,6 +109,16 @@ void set_tcp_options(int socket) {
 }
 
 }  // namespace
+
+const char* wanted_congestion_control() {
+  const char* const name = std::getenv("PYCOMM_CONGESTION");
+  return name == nullptr || *name == '\0' ? nullptr : name;
+}
+
+bool set_congestion_control(int socket, std::string_view name) {
+  return ::setsockopt(socket, IPPROTO_TCP, TCP_CONGESTION, name.data(),
+                      static_cast<socklen_t>(name.size())) == 0;
+}
 
 std::string SocketAddress::text() const {
   const bool v6 = address.find(':') != std::string::npos;
@@ -151,6 +172,7 @@ UniqueFd tcp_connect(const SocketAddress& peer, const std::string& from) {
   if (!socket)
     throw_errno(Code::internal, "tcp socket (is the limit on open files reached? see ulimit -n)");
   set_tcp_options(socket.get());
+  require_wanted_congestion_control(socket.get());
   if (!from.empty()) {
     const Address own = parse(from, 0);
     const int one = 1;

@@ -11,6 +11,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -100,5 +101,8 @@ UniqueFd tcp_connect(const SocketAddress& to, const std::string& from = "");
 // The address of this end of a connection, or of the other.
 SocketAddress own_address(int socket);
 SocketAddress peer_address(int socket);
+// PYCOMM_CONGESTION: a congestion control's name, or "system"; nullptr where it is not set.
+const char* wanted_congestion_control();
+bool set_congestion_control(int socket, std::string_view name);  // false: refused, see errno
 
 }  // namespace pycomm::cpu

@@ -8,6 +8,7 @@
 #include <sys/uio.h>
 
 #include <algorithm>
+#include <string_view>
 
 #ifndef SO_BUF_LOCK
 #define SO_BUF_LOCK 72  // Linux 5.14
@@ -49,8 +50,28 @@ TcpSocket::TcpSocket(const SocketAddress& to, const std::string& from, const Gre
 TcpSocket::TcpSocket(UniqueFd accepted) : fd_(std::move(accepted)), state_(State::open) {
   from_ = own_address(fd_.get()).text();
   to_ = peer_address(fd_.get()).text();
+  opened();
+}
+
+void TcpSocket::opened() {
   staging_ = std::make_unique_for_overwrite<std::byte[]>(kStagingBytes);
+  state_ = State::open;
   bound_buffer();
+  choose_congestion_control();
+}
+
+// bbr sends at the rate it has seen a flow reach, and probes for more a few round trips later. A
+// rank's flow pauses for its neighbours' and shares a NIC with other ranks': it has seen too little
+// most of the time, and in a ring everyone waits for the slowest. Over long paths, where losses are
+// no sign of a full queue, bbr is why a system has it, and stays.
+void TcpSocket::choose_congestion_control() {
+  char now[16] = {};
+  socklen_t length = sizeof(now);
+  if (wanted_congestion_control() != nullptr || shortest_round_trip_us(fd_.get()) >= kLongPathUs ||
+      ::getsockopt(fd_.get(), IPPROTO_TCP, TCP_CONGESTION, now, &length) != 0 ||
+      !std::string_view(now, length).starts_with("bbr"))
+    return;
+  if (!set_congestion_control(fd_.get(), "cubic")) set_congestion_control(fd_.get(), "reno");
 }
 
 // What lies in the buffer stands in the NIC's queue sooner or later, before other groups' bytes and
@@ -139,9 +160,7 @@ bool TcpSocket::advance(const Secret& secret) {
     fail("it does not know this job's secret");
     return false;
   }
-  staging_ = std::make_unique_for_overwrite<std::byte[]>(kStagingBytes);
-  bound_buffer();
-  state_ = State::open;
+  opened();
   return true;
 }
 

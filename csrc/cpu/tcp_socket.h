@@ -53,7 +53,9 @@ class TcpSocket {
  private:
   enum class State { connecting, challenged, greeted, open };
   bool receive_all(void* data, size_t nbytes);
+  void opened();
   void bound_buffer();
+  void choose_congestion_control();
   void look_at_buffer();
   void fail(const std::string& what) { problem_ = what; }
 

@@ -28,7 +28,8 @@ def halving_gather(n: int) -> Transfers:
     """Partners in two halves exchange all they hold, then each half goes on alone: ceil(log2 n) rounds.
 
     The far exchange comes first, while little is held, so most bytes stay between neighbours. Halves may differ by one:
-    the rank without a partner gives its chunks to the last rank of the other half and needs none from there."""
+    the rank without a partner gives its chunks to the last rank of the other half and needs none from there. Ranks send
+    chunks in the order in which they got them, so that none waits for a later one; reversed, what goes on comes first."""
     parts: list[Transfers] = []
 
     def meet(round: int, ranks: list[int], held: list[NDArray[np.int64]]) -> None:
@@ -39,11 +40,12 @@ def halving_gather(n: int) -> Transfers:
         for i in range(len(far)):
             parts.append(transfers(round, ranks[i], ranks[half + i], near[i]))
             parts.append(transfers(round, ranks[half + i], ranks[i], far[i]))
-        met = [np.concatenate(pair) for pair in zip(near, far, strict=False)]
-        met_near, met_far = met + near[len(met) :], met
+        pairs = list(zip(near, far, strict=False))
+        met_near = [np.concatenate(pair) for pair in pairs] + near[len(far) :]
+        met_far = [np.concatenate(pair[::-1]) for pair in pairs]
         if len(near) > len(far):
             parts.append(transfers(round, ranks[half - 1], ranks[-1], near[-1]))
-            met_far = [*met[:-1], np.concatenate([met[-1], near[-1]])]
+            met_far[-1] = np.concatenate([met_far[-1], near[-1]])
         meet(round + 1, ranks[:half], met_near)
         meet(round + 1, ranks[half:], met_far)
 

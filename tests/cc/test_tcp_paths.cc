@@ -1,10 +1,13 @@
 // A TCP channel over several connections: stripes, paths that do not open or break, and a peer that
 // speaks the protocol by hand and says wrong things.
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <set>
 
 #include "cpu/tcp_channel.h"
 #include "ranks.h"
@@ -25,9 +28,13 @@ struct Header {  // the wire's, written here once more
 };
 static_assert(sizeof(Header) == 16);
 
-struct Sockets {  // per pair of NICs, while it lives
-  explicit Sockets(const char* n) { ::setenv("PYCOMM_SOCKETS", n, 1); }
-  ~Sockets() { ::unsetenv("PYCOMM_SOCKETS"); }
+struct Variable {  // set while it lives
+  Variable(const char* name, const char* value) : name_(name) { ::setenv(name, value, 1); }
+  ~Variable() { ::unsetenv(name_); }
+  const char* const name_;
+};
+struct Sockets : Variable {  // per pair of NICs
+  explicit Sockets(const char* n) : Variable("PYCOMM_SOCKETS", n) {}
 };
 
 // Two hosts of one rank each; addresses: what each listens on.
@@ -371,6 +378,45 @@ TEST(addresses_survive_being_published) {
   EXPECT_EQ(there[1].text(), std::string("[fd00::1]:4242"));
   for (const char* bad : {"", "10.0.0.1", "10.0.0.1 80 x", "10.0.0.1 0", "10.0.0.1 70000"})
     EXPECT_THROWS("cannot be read", cpu::unpack_addresses(bad));
+}
+
+// What the TCP sockets of this process use that are connected to each other.
+std::set<std::string> congestion_controls() {
+  std::set<std::string> found;
+  for (int fd = 3; fd < 256; ++fd) {
+    sockaddr_storage peer;
+    socklen_t length = sizeof(peer);
+    char name[16] = {};
+    socklen_t name_length = sizeof(name) - 1;
+    if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) == 0 &&
+        ::getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &name_length) == 0)
+      found.insert(name);
+  }
+  return found;
+}
+
+TEST(congestion_control_is_the_one_wanted) {
+  for (const char* wanted : {"reno", "system", ""}) {
+    const Variable variable("PYCOMM_CONGESTION", wanted);
+    const auto before = congestion_controls();
+    EXPECT_TRUE(before.empty());
+    const cpu::UniqueFd fresh(::socket(AF_INET, SOCK_STREAM, 0));
+    char of_system[16] = {};
+    socklen_t length = sizeof(of_system) - 1;
+    EXPECT_EQ(::getsockopt(fresh.get(), IPPROTO_TCP, TCP_CONGESTION, of_system, &length), 0);
+    Hosts hosts;
+    auto a = hosts.channel(0), b = hosts.channel(1);
+    join(*a, *b, 1);
+    const auto found = congestion_controls();
+    EXPECT_EQ(found.size(), size_t{1});
+    const std::string name = *found.begin();
+    if (wanted == std::string("reno")) EXPECT_EQ(name, std::string("reno"));
+    if (wanted == std::string("system")) EXPECT_EQ(name, std::string(of_system));
+    if (*wanted == 0)  // loopback is a short path
+      EXPECT_EQ(name.starts_with("bbr"), false);
+  }
+  const Variable variable("PYCOMM_CONGESTION", "nosuch");
+  EXPECT_THROWS("PYCOMM_CONGESTION=nosuch", cpu::TcpListener("127.0.0.1"));
 }
 
 TEST(a_number_of_sockets_that_makes_no_sense_is_refused) {

@@ -95,13 +95,14 @@ def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[st
         each.ask("prepare", *case, [inner for one, _, inner in turns if one is each])
     n_calls = {}
     for each, name, inner in turns:
-        slowest = max(each.ask("calibrate", inner, 2)) / 1e9
+        slowest = max(each.ask("calibrate", inner, 5 if nbytes <= MIB else 2)) / 1e9
         n_calls[name] = int(min(max(BLOCK_S / slowest, 1), MAX_CALLS))
     times: dict[str, list[Any]] = {name: [] for _, name, _ in turns}
     for block in range(N_BLOCKS):
         first = block * len(turns) // N_BLOCKS
         for each, name, inner in turns[first:] + turns[:first]:
-            times[name].append(each.block(case, name, inner, n_calls[name], n_calls[name] // 20, block == 0))
+            warm_up = 1 + n_calls[name] // 20  # the ranks fall into step
+            times[name].append(each.block(case, name, inner, n_calls[name], warm_up, block == 0))
     for each in running:
         each.ask("release")
     found = {}

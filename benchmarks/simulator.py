@@ -1,143 +1,163 @@
-"""The simulator held against measured runs: predicted over measured, on two emulated hosts (netns.py).
+"""The simulator held against measured runs: predicted over measured, on emulated hosts: python benchmarks/simulator.py
 
-    python benchmarks/simulator.py --rate 1gbit --ranks-per-host 2  one set-up; adds it to results/simulator.json
+Needs root. Hosts are network namespaces (netns.py) whose NICs tc shapes; a set-up is a layout and a rate, such as
+"4x2@200mbit": 4 hosts of 2 ranks. The ranks first measure their own links (pycomm.measure, as `pycomm tune` does); the
+topology with these figures is all that the simulator gets, nothing is fitted to the collectives. Then algorithms and
+sizes take turns: batches of calls one after another, the slowest rank's time, the median of the batches.
 
-Needs root. A set-up first measures its own links: round trips of 8 bytes and one-way sends of 16 MiB inside a host and
-between hosts, and numpy's addition for the reduction. The topology of these figures is what the simulator gets; nothing
-is fitted to the collectives. The ranks then take turns through the algorithms and sizes; the median of the slowest
-rank's times counts."""
+A run replaces its own set-ups in results/simulator.json and writes the table of all into docs/simulator.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from common import RESULTS, environment, markdown_table, run_ranks, size_name
-from netns import HOSTS, emulated_hosts
+from common import RESULTS, environment, markdown_table, run_ranks, size_name, write_figures, write_json
+from netns import emulated_hosts, why_unavailable
 
 import pycomm
+from pycomm.discover import survey
+from pycomm.measure import measure_links, measured_topology
 from pycomm.planners import PLANNERS
 from pycomm.simulate import simulate
-from pycomm.topology import Host, Link, Nic, Topology
+from pycomm.topology import Topology
 
+SETUPS = (
+    *(f"2x2@{rate}" for rate in ("100mbit", "200mbit", "500mbit", "1gbit", "2gbit")),
+    *(f"2x4@{rate}" for rate in ("100mbit", "200mbit", "500mbit", "1gbit")),
+    *(f"4x2@{rate}" for rate in ("100mbit", "200mbit", "500mbit")),
+    *(f"4x4@{rate}" for rate in ("100mbit", "200mbit")),
+)
 ALGORITHMS = ("ring", "hierarchical", "halving_doubling", "leader")
 SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-SECONDS = 0.3  # of each algorithm and size
-LARGE = 16 << 20
-ROUND_TRIPS = 200
-
-
-def round_trip_s(group: pycomm.Group, peer: int, nbytes: int, repeats: int) -> float:
-    """Median time of a message to rank `peer` and back, on rank 0; the peer answers; 0 on others."""
-    x = np.zeros(nbytes, np.uint8)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        if group.rank == 0:
-            group.send(x, peer)
-            group.recv(x, peer)
-        elif group.rank == peer:
-            group.recv(x, 0)
-            group.send(x, 0)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def link(group: pycomm.Group, peer: int) -> Link:
-    """From half a round trip of 8 bytes and of LARGE; the message's cost to its ranks is counted as latency."""
-    small = round_trip_s(group, peer, 8, ROUND_TRIPS) / 2
-    group.barrier()
-    large = round_trip_s(group, peer, LARGE, 5) / 2
-    group.barrier()
-    return Link(small, LARGE / max(large - small, 1e-9)) if group.rank == 0 else Link(0.0, 1.0)
+LARGE = 1 << 20  # from here on predictions are to be within 15 % of what is measured, below within 30
+BATCH_S, BATCHES, MOST_CALLS = 0.05, 5, 20
 
 
 def measure(store: dist.Store, rank: int, n_ranks: int, host: list[str]) -> dict[str, Any]:
-    """Rank 0's figures: links and {algorithm: {nbytes: seconds}}."""
-    with pycomm.init(store, rank, n_ranks, host_id=host[rank]) as group:
-        inside, between = link(group, 1), link(group, host.index(HOSTS[1]))
-        found: dict[str, dict[int, float]] = {}
-        for algorithm in ALGORITHMS:
-            found[algorithm] = {}
-            for nbytes in SIZES:
-                x = np.ones(nbytes // 4, np.float32)
-                spent, times = 0.0, []
-                worst = np.zeros(1)
-                while spent < SECONDS or len(times) < 5:
-                    group.barrier()
-                    start = time.perf_counter()
-                    group.all_reduce(x, op="max", algorithm=algorithm)
-                    worst[0] = time.perf_counter() - start
-                    group.all_reduce(worst, op="max")
-                    times.append(float(worst[0]))
-                    spent += times[-1]
-                found[algorithm][nbytes] = statistics.median(times[1:])
-        return {"inside": inside, "between": between, "reduce_bytes_per_s": reduce_rate(), "measured": found}
+    """What the links measure and {algorithm: {nbytes: seconds of a call}}; the same on every rank."""
+    with pycomm.init(store, rank, n_ranks, host_id=host[rank], timeout_s=120) as group:
+        found = survey(group)
+        links = measure_links(group, found.topology, [machine.boot_id for machine in found.machines], all_pairs=False)
+        topology = measured_topology(found.topology, links)
+        times: dict[str, dict[int, float]] = {algorithm: {} for algorithm in ALGORITHMS}
+        for nbytes in SIZES:
+            x = np.ones(nbytes // 4, np.float32)
+            calls = {}
+            for algorithm in ALGORITHMS:
+                first = min(batch(group, x, algorithm, 1) for _ in range(2))
+                calls[algorithm] = int(np.clip(BATCH_S / first, 1, MOST_CALLS))
+            taken: dict[str, list[float]] = {algorithm: [] for algorithm in ALGORITHMS}
+            for _ in range(BATCHES):
+                for algorithm in ALGORITHMS:
+                    taken[algorithm].append(batch(group, x, algorithm, calls[algorithm]))
+            for algorithm in ALGORITHMS:
+                times[algorithm][nbytes] = float(np.median(taken[algorithm]))
+        return {"topology": topology, "times": times}
 
 
-def reduce_rate() -> float:
-    a, b = np.ones((2, 1 << 16), np.float32)
-    start = time.perf_counter()
-    for _ in range(200):
-        np.maximum(a, b, out=a)
-    return 200 * a.nbytes / (time.perf_counter() - start)
+def batch(group: pycomm.Group, x: np.ndarray[Any, Any], algorithm: str, n_calls: int) -> float:
+    """Seconds of a call: the slowest rank's mean."""
+    group.all_reduce(x, "max", algorithm=algorithm)  # the ranks fall into step
+    begin = time.perf_counter()
+    for _ in range(n_calls):
+        group.all_reduce(x, "max", algorithm=algorithm)
+    seconds = np.array([(time.perf_counter() - begin) / n_calls])
+    group.all_reduce(seconds, "max")
+    return float(seconds[0])
 
 
-def set_up(rate: str, ranks_per_host: int) -> dict[str, Any]:
-    hosts = [host for host in HOSTS for _ in range(ranks_per_host)]
-    with emulated_hosts() as network:
+def set_up(name: str) -> dict[str, Any]:
+    layout, _, rate = name.partition("@")
+    n_hosts, per_host = map(int, layout.split("x"))
+    names = tuple("abcd"[:n_hosts])
+    hosts = [host for host in names for _ in range(per_host)]
+    about = environment()
+    with emulated_hosts(hosts=names) as network:
         network.shape(rate)
         found = run_ranks(measure, len(hosts), hosts, hosts=hosts, network=network)[0]
-    ranks = [tuple(r for r, host in enumerate(hosts) if host == name) for name in HOSTS]
-    nics = (Nic("nic0", found["between"]),)
-    topology = Topology(
-        tuple(Host(name, own, nics) for name, own in zip(HOSTS, ranks, strict=True)),
-        found["inside"],
-        found["reduce_bytes_per_s"],
-    )
+    topology: Topology = found["topology"]
     rows = {}
-    for algorithm, times in found["measured"].items():
+    for algorithm, times in found["times"].items():
         schedule = PLANNERS["all_reduce"][algorithm](topology, 0)
         rows[algorithm] = {
             str(nbytes): {"measured_s": seconds, "predicted_s": simulate(schedule, topology, nbytes).total_s}
             for nbytes, seconds in times.items()
         }
-    return {
-        "rate": rate,
-        "hosts": 2,
-        "ranks_per_host": ranks_per_host,
-        "topology": topology.to_toml(),
-        "all_reduce": rows,
-        "environment": environment(),
-    }
+    return {"environment": about, "topology": topology.to_toml(), "all_reduce": rows}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Predicted over measured, of every set-up."""
+def ratios(setup: dict[str, Any]) -> Iterator[tuple[str, int, float]]:
+    """(algorithm, nbytes, predicted / measured)"""
+    for algorithm, times in setup["all_reduce"].items():
+        for nbytes, one in times.items():
+            yield algorithm, int(nbytes), one["predicted_s"] / one["measured_s"]
+
+
+def is_right(nbytes: int, ratio: float) -> bool:
+    off = 0.15 if nbytes >= LARGE else 0.30
+    return 1 - off <= ratio <= 1 + off
+
+
+def table(record: dict[str, Any]) -> str:
     rows = []
-    for name, one in found.items():
-        for algorithm, times in one["all_reduce"].items():
-            ratios = [times[str(nbytes)]["predicted_s"] / times[str(nbytes)]["measured_s"] for nbytes in SIZES]
-            rows.append([name, algorithm, *(f"{ratio:.2f}" for ratio in ratios)])
+    for name, setup in record.items():
+        of = {(algorithm, nbytes): ratio for algorithm, nbytes, ratio in ratios(setup)}
+        for algorithm in setup["all_reduce"]:
+            cells = []
+            for nbytes in SIZES:
+                ratio = of[algorithm, nbytes]
+                cells.append(f"{ratio:.2f}" if is_right(nbytes, ratio) else f"**{ratio:.2f}**")
+            rows.append([name, algorithm, *cells])
     return markdown_table(["set-up", "algorithm", *map(size_name, SIZES)], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", default="1gbit", help="tc's notation: 100mbit, 200mbit, 1gbit, 2gbit")
-    parser.add_argument("--ranks-per-host", type=int, default=2)
+def summary(record: dict[str, Any]) -> str:
+    parts = []
+    for wanted in (True, False):
+        what = f"from {size_name(LARGE)}, within 15 %" if wanted else f"below {size_name(LARGE)}, within 30 %"
+        points = [(n, ratio) for setup in record.values() for _, n, ratio in ratios(setup) if (n >= LARGE) == wanted]
+        right = sum(is_right(*point) for point in points)
+        middle = float(np.median([ratio for _, ratio in points]))
+        parts.append(f"{what}: {right} of {len(points)} points, median {middle:.2f}")
+    return f"{len(record)} set-ups. Predicted / measured {'; '.join(parts)}.\n"
+
+
+def write_page(record: dict[str, Any]) -> None:
+    cpus = {f"{s['environment']['cpu']}, {s['environment']['cores']} cores" for s in record.values()}
+    parts = [f"{'; '.join(sorted(cpus))}. {summary(record)}", table(record) + "\n"]
+    write_figures(Path(__file__).parents[1] / "docs" / "simulator.md", parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("setups", nargs="*", metavar="SETUP", help=f"of {', '.join(SETUPS)} (default: all)")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
     options = parser.parse_args()
+    if unknown := set(options.setups) - set(SETUPS):
+        parser.error(f"no set-up {', '.join(sorted(unknown))}")
+    if (why := why_unavailable()) is not None:
+        print(f"simulator.py cannot emulate hosts here: {why}", file=sys.stderr)
+        return 2
     path = RESULTS / "simulator.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found[f"2×{options.ranks_per_host}, {options.rate}"] = set_up(options.rate, options.ranks_per_host)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.setups or SETUPS:
+        record[name] = set_up(name)
+        print(table({name: record[name]}), flush=True)
+        if not options.dry:
+            record = {key: record[key] for key in SETUPS if key in record}
+            write_json("simulator", record)
+            write_page(record)
+    print(summary(record))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

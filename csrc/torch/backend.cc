@@ -2,12 +2,11 @@
 
 #include <ATen/ATen.h>
 #include <ATen/record_function.h>
-#include <c10/util/SmallVector.h>
 
 #include <numeric>
-#include <torch/csrc/distributed/c10d/Types.hpp>
 
 #include "torch/blocking.h"
+#include "torch/plan.h"
 #include "torch/sparse.h"
 #include "torch/tensors.h"
 
@@ -19,136 +18,7 @@ using Milliseconds = std::chrono::milliseconds;
 // cost less than another operation.
 constexpr uint64_t kCoalesceBytes = 64 * 1024;
 
-ReduceOp reduce_op_of(const c10d::ReduceOp& op) {
-  switch (op.op_) {
-    case c10d::ReduceOp::SUM:
-    case c10d::ReduceOp::PREMUL_SUM:
-      return ReduceOp::sum;
-    case c10d::ReduceOp::AVG:
-      return ReduceOp::avg;
-    case c10d::ReduceOp::PRODUCT:
-      return ReduceOp::product;
-    case c10d::ReduceOp::MIN:
-      return ReduceOp::min;
-    case c10d::ReduceOp::MAX:
-      return ReduceOp::max;
-    case c10d::ReduceOp::BAND:
-      return ReduceOp::band;
-    case c10d::ReduceOp::BOR:
-      return ReduceOp::bor;
-    case c10d::ReduceOp::BXOR:
-      return ReduceOp::bxor;
-    default:
-      throw Error(Code::invalid_argument, "this ReduceOp is unknown to pycomm");
-  }
-}
-
-// The input of a reduction after PREMUL_SUM's factor; itself for every other op.
-at::Tensor premultiplied(const at::Tensor& input, const c10d::ReduceOp& op) {
-  if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return input;
-  // Its name in torch 2.11; later ones keep it as an alias.
-  const auto* supplement = dynamic_cast<const c10d::NCCLPreMulSumSupplement*>(op.supplement_.get());
-  if (supplement == nullptr) throw Error(Code::invalid_argument, "PREMUL_SUM without a factor");
-  return supplement->tensor_factor.defined() ? input * supplement->tensor_factor.to(input.dtype())
-                                             : input * supplement->double_factor;
-}
-
-std::vector<uint64_t> numels(at::TensorList tensors) {
-  std::vector<uint64_t> counts;
-  counts.reserve(tensors.size());
-  for (const auto& tensor : tensors) counts.push_back(static_cast<uint64_t>(tensor.numel()));
-  return counts;
-}
-
-uint64_t total(const std::vector<uint64_t>& counts) {
-  return std::accumulate(counts.begin(), counts.end(), uint64_t{0});
-}
-
-bool all_equal(const std::vector<uint64_t>& counts) {
-  return std::all_of(counts.begin(), counts.end(),
-                     [&](uint64_t count) { return count == counts.front(); });
-}
-
-// The memory of tensors that lie one after the other, as those of chunk() do; nullptr where they do
-// not.
-void* adjacent(at::TensorList tensors) {
-  auto* const begin = static_cast<std::byte*>(tensors.front().data_ptr());
-  const std::byte* at = begin;
-  for (const auto& tensor : tensors) {
-    if (!tensor.is_contiguous() || tensor.data_ptr() != at) return nullptr;
-    at += tensor.nbytes();
-  }
-  return begin;
-}
-
-// The tensors' places in a flat one.
-at::Tensor flat_like(at::TensorList tensors) {
-  return at::empty({static_cast<int64_t>(total(numels(tensors)))}, tensors.front().options());
-}
-
-void flatten(const at::Tensor& flat, at::TensorList tensors) {
-  const at::NoGradGuard no_grad;
-  int64_t at = 0;
-  for (const auto& tensor : tensors) {
-    flat.narrow(0, at, tensor.numel()).view(tensor.sizes()).copy_(tensor);
-    at += tensor.numel();
-  }
-}
-
-void unflatten(const at::Tensor& flat, at::TensorList tensors) {
-  const at::NoGradGuard no_grad;
-  int64_t at = 0;
-  for (const auto& tensor : tensors) {
-    tensor.copy_(flat.narrow(0, at, tensor.numel()).view(tensor.sizes()));
-    at += tensor.numel();
-  }
-}
-
 }  // namespace
-
-// A call, and the tensors whose memory it names.
-struct PycommBackend::Plan {
-  Call call;
-  c10::SmallVector<at::Tensor, 2> held;
-
-  // Where the engine writes: the tensor, or a contiguous stand-in that is copied back at the end.
-  void* write(const at::Tensor& tensor) {
-    if (tensor.is_contiguous()) {
-      held.push_back(tensor);
-      return tensor.data_ptr();
-    }
-    const at::Tensor flat = tensor.contiguous();
-    call.finish = [flat, tensor] {
-      const at::NoGradGuard no_grad;
-      tensor.copy_(flat);
-    };
-    return flat.data_ptr();
-  }
-  const void* read(const at::Tensor& tensor) {
-    held.push_back(tensor.contiguous());
-    return held.back().data_ptr();
-  }
-  // The same of a list's tensors, one after the other. `also_read`: they hold values already.
-  void* write(at::TensorList tensors, bool also_read = false) {
-    if (void* const memory = adjacent(tensors)) {
-      held.append(tensors.begin(), tensors.end());
-      return memory;
-    }
-    const at::Tensor flat = flat_like(tensors);
-    if (also_read) flatten(flat, tensors);
-    call.finish = [flat, list = tensors.vec()] { unflatten(flat, list); };
-    return flat.data_ptr();
-  }
-  const void* read(at::TensorList tensors) {
-    if (const void* const memory = adjacent(tensors)) {
-      held.append(tensors.begin(), tensors.end());
-      return memory;
-    }
-    held.push_back(flat_like(tensors));
-    flatten(held.back(), tensors);
-    return held.back().data_ptr();
-  }
-};
 
 // How c10d knows a call, and what its caller asks beside the tensors.
 struct PycommBackend::What {

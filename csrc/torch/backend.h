@@ -20,6 +20,8 @@
 
 namespace pycomm::torch_layer {
 
+struct Plan;  // a call, and the tensors whose memory it names: plan.h
+
 // c10d's timeout, or none where the caller gave none.
 inline std::optional<std::chrono::milliseconds> limit_of(std::chrono::milliseconds timeout) {
   return timeout == c10d::kUnsetTimeout ? std::nullopt : std::optional(timeout);
@@ -104,7 +106,6 @@ class PycommBackend final : public c10d::Backend {
   void monitoredBarrier(const c10d::BarrierOptions& opts, bool wait_all_ranks) override;
 
  private:
-  struct Plan;
   struct What;
   WorkPtr launch(std::span<Plan> plans, const What& what, at::TensorList inputs,
                  at::TensorList results);

@@ -19,8 +19,8 @@ namespace {
 
 constexpr uint32_t kSilentMs = 20'000;
 // Of the system's send buffer; it doubles what it is given, for its own bookkeeping.
-constexpr int kLeastBuffer = 64 << 10;
-constexpr int kMostBuffer = 256 << 10;
+constexpr int kLeastBuffer = 256 << 10;
+constexpr int kMostBuffer = 1024 << 10;
 constexpr uint64_t kLookAtBuffer = 1 << 20;  // bytes sent between two looks
 constexpr uint32_t kLongPathUs = 1000;       // its round trip
 
@@ -75,9 +75,9 @@ void TcpSocket::choose_congestion_control() {
 }
 
 // What lies in the buffer stands in the NIC's queue sooner or later, before other groups' bytes and
-// before the acknowledgements of what comes the other way: two directions whose queues differ slow
-// each other down. The system's own sizing goes to megabytes, which only long paths need; short
-// ones do best with little. A system that could not be given the buffer back keeps it.
+// before the acknowledgements of what comes the other way. The system's own sizing goes to
+// megabytes, which only long paths need; short ones need what a link carries while the rank waits
+// for a core. A system that could not be given the buffer back keeps it.
 void TcpSocket::bound_buffer() {
   int locks = 0;
   socklen_t length = sizeof(locks);

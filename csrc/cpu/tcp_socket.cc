@@ -19,8 +19,8 @@ namespace {
 
 constexpr uint32_t kSilentMs = 20'000;
 // Of the system's send buffer; it doubles what it is given, for its own bookkeeping.
-constexpr int kLeastBuffer = 256 << 10;
-constexpr int kMostBuffer = 1024 << 10;
+constexpr int kLeastBuffer = 128 << 10;
+constexpr int kMostBuffer = 512 << 10;
 constexpr uint64_t kLookAtBuffer = 1 << 20;  // bytes sent between two looks
 constexpr uint32_t kLongPathUs = 1000;       // its round trip
 

@@ -29,7 +29,7 @@ def halving_gather(n: int) -> Transfers:
 
     The far exchange comes first, while little is held, so most bytes stay between neighbours. Halves may differ by one:
     the rank without a partner gives its chunks to the last rank of the other half and needs none from there. Ranks send
-    chunks in the order in which they got them, and none waits for a later one; reversed, what goes on comes first."""
+    chunks in the order in which they got them: none waits for a later one, and reversed, what goes on comes first."""
     parts: list[Transfers] = []
 
     def meet(round: int, ranks: list[int], held: list[NDArray[np.int64]]) -> None:

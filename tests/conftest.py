@@ -2,4 +2,24 @@
 
 import os
 
+import pytest
+
 os.environ["PYCOMM_TUNE_DIR"] = "/nonexistent"
+
+
+@pytest.fixture
+def pycomm_command(capsys):
+    """pycomm_command("explain", "all_reduce", ..): (exit code, stdout, stderr) of the command, run in this process: a
+    process of its own would spend two seconds on importing torch."""
+    from pycomm.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main(list(arguments))
+        except SystemExit as ended:
+            code = ended.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run

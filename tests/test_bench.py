@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -226,11 +227,13 @@ def table_rows(text: str) -> list[list[str]]:
         ([], "collective"),
     ],
 )
-def test_a_wrong_command_line_is_said_once_before_any_rank_starts(arguments: list[str], fact: str) -> None:
-    done = bench(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count(fact) >= 1 and "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1
+def test_a_wrong_command_line_is_said_once_before_any_rank_starts(
+    pycomm_command: Callable[..., tuple[int, str, str]], arguments: list[str], fact: str
+) -> None:
+    code, stdout, stderr = pycomm_command("bench", *arguments)
+    assert (code, stdout) == (2, "")
+    assert stderr.count(fact) >= 1 and "Traceback" not in stderr
+    assert stderr.count("error:") == 1
 
 
 def test_alone_it_starts_its_ranks_and_writes_all_files(tmp_path: Path) -> None:

@@ -12,24 +12,25 @@ from pycomm.topology import Topology
 pytestmark = pytest.mark.timeout(60)
 
 
-def pycomm(*arguments):
-    """(exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, "-m", "pycomm", *arguments], capture_output=True, text=True, timeout=50)
-    return done.returncode, done.stdout, done.stderr
+def test_as_a_process_of_its_own():
+    for arguments, code in ((["--help"], 0), (["explain", "all_reduce", "64QiB"], 2)):
+        done = subprocess.run([sys.executable, "-m", "pycomm", *arguments], capture_output=True, text=True, timeout=50)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert "usage: pycomm" in done.stdout if code == 0 else "64QiB" in done.stderr
 
 
-def test_help_lists_every_command_and_each_describes_itself():
-    code, stdout, stderr = pycomm("--help")
+def test_help_lists_every_command_and_each_describes_itself(pycomm_command):
+    code, stdout, stderr = pycomm_command("--help")
     assert (code, stderr) == (0, "")
     for name, command in COMMANDS.items():
         assert f"  {name} " in stdout and command.help in stdout
-        code, stdout_of_it, _ = pycomm(name, "--help")
+        code, stdout_of_it, _ = pycomm_command(name, "--help")
         assert code == 0 and f"usage: pycomm {name}" in stdout_of_it
-    assert pycomm()[0] == 2
+    assert pycomm_command()[0] == 2
 
 
-def test_version():
-    code, stdout, _ = pycomm("--version")
+def test_version(pycomm_command):
+    code, stdout, _ = pycomm_command("--version")
     assert code == 0 and stdout.startswith("pycomm ")
 
 
@@ -45,8 +46,8 @@ def test_version():
         (["explain", "all_reduce", "1", "--topology", "x.toml", "--ranks", "2"], "leave --ranks and --hosts out"),
     ],
 )
-def test_wrong_arguments_name_the_fact_and_end_with_2(arguments, fact):
-    code, stdout, stderr = pycomm(*arguments)
+def test_wrong_arguments_name_the_fact_and_end_with_2(pycomm_command, arguments, fact):
+    code, stdout, stderr = pycomm_command(*arguments)
     assert (code, stdout) == (2, "")
     assert fact in stderr and "Traceback" not in stderr
 
@@ -60,16 +61,16 @@ def test_wrong_arguments_name_the_fact_and_end_with_2(arguments, fact):
         (["--hosts", "4", "--ranks-per-host", "2"], [2] * 4),
     ],
 )
-def test_explain_prints_what_the_library_says(layout, ranks_per_host):
-    code, stdout, stderr = pycomm("explain", "all_reduce", "64MiB", *layout)
+def test_explain_prints_what_the_library_says(pycomm_command, layout, ranks_per_host):
+    code, stdout, stderr = pycomm_command("explain", "all_reduce", "64MiB", *layout)
     assert (code, stderr) == (0, "")
     assert stdout == f"{explain(Topology.emulated(ranks_per_host), 'all_reduce', 64 << 20)}\n"
 
 
-def test_explain_takes_a_topology_from_a_file(tmp_path):
+def test_explain_takes_a_topology_from_a_file(pycomm_command, tmp_path):
     topology = Topology.emulated([2, 3])
     topology.save(tmp_path / "cluster.toml")
-    code, stdout, _ = pycomm("explain", "broadcast", "4KiB", "--topology", str(tmp_path / "cluster.toml"))
+    code, stdout, _ = pycomm_command("explain", "broadcast", "4KiB", "--topology", str(tmp_path / "cluster.toml"))
     assert code == 0 and stdout == f"{explain(topology, 'broadcast', 4096)}\n"
 
 
@@ -88,8 +89,8 @@ assert main(["info"]) == 0
     assert "all_reduce of 1 MiB" in done.stdout and "extension   not loaded" in done.stdout
 
 
-def test_info_names_versions_and_the_extension():
-    code, stdout, stderr = pycomm("info")
+def test_info_names_versions_and_the_extension(pycomm_command):
+    code, stdout, stderr = pycomm_command("info")
     assert (code, stderr) == (0, "")
     rows = dict(line.split(maxsplit=1) for line in stdout.splitlines())
     from pycomm import _C

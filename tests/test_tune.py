@@ -122,7 +122,6 @@ def test_one_rank_has_nothing_to_measure():
         (["tune"], "no ranks to measure"),
         (["tune", "--hosts", "2"], "needs --ranks-per-host"),
         (["tune", "--hosts", "2,2", "--budget", "0"], "give seconds above 0"),
-        (["tune", "--ranks", "1", "--budget", "1"], "one rank has no links"),
         (["topo", "--measure"], "topo --measure needs ranks"),
         (["topo", "--topology", "x.toml", "--measure"], "leave --hosts, --ranks and --measure out"),
         (["topo", "--topology", "/no/such.toml"], "cannot read topology /no/such.toml"),
@@ -133,11 +132,14 @@ def test_one_rank_has_nothing_to_measure():
         (["explain", "all_reduce", "1", "--table", "x", "--ranks", "2"], "leave --ranks, --hosts and --topology out"),
     ],
 )
-def test_what_cannot_be_done_is_said(arguments, fact):
-    code, _, stderr = pycomm(*arguments)
-    assert code == 2 or "--ranks" in arguments
-    assert code != 0 and fact in stderr
-    assert "Traceback" not in stderr or "--ranks" in arguments
+def test_what_cannot_be_done_is_said(pycomm_command, arguments, fact):
+    code, _, stderr = pycomm_command(*arguments)
+    assert code == 2 and fact in stderr
+
+
+def test_a_job_of_one_rank_says_so_and_ends():
+    code, _, stderr = pycomm("tune", "--ranks", "1", "--budget", "1")
+    assert code != 0 and "one rank has no links" in stderr
 
 
 # pycomm topo
@@ -168,8 +170,8 @@ def test_topo_says_what_it_could_not_find_out(tmp_path):
     assert len(tomllib.loads((tmp_path / "t.toml").read_text())["hosts"]) == 2
 
 
-def test_topo_alone_shows_this_machine():
-    code, stdout, stderr = pycomm("topo")
+def test_topo_alone_shows_this_machine(pycomm_command):
+    code, stdout, stderr = pycomm_command("topo")
     assert (code, stderr) == (0, "") and stdout.startswith("1 rank, 1 host\n")
 
 
@@ -189,9 +191,11 @@ RACKS = Topology(
 )
 
 
-def test_a_file_of_racks_is_shown_as_a_tree_and_drawn(tmp_path):
+def test_a_file_of_racks_is_shown_as_a_tree_and_drawn(pycomm_command, tmp_path):
     RACKS.save(tmp_path / "racks.toml")
-    code, stdout, _ = pycomm("topo", "--topology", tmp_path / "racks.toml", "--png", tmp_path / "racks.png")
+    code, stdout, _ = pycomm_command(
+        "topo", "--topology", str(tmp_path / "racks.toml"), "--png", str(tmp_path / "racks.png")
+    )
     assert code == 0
     assert stdout.splitlines()[:-1] == [
         "6 ranks, 3 hosts",

@@ -254,7 +254,8 @@ class Torch(Library):
 
 
 class Hosts(Torch):
-    """Between emulated hosts: Gloo, pycomm as it chooses, its flat ring, and plain C moving what must cross a link."""
+    """Between emulated hosts: Gloo, pycomm as it chooses once it has measured its links and algorithms (as after
+    `pycomm tune`), its flat ring, and plain C moving what must cross a link."""
 
     CHOICE, RING, BARE = "pycomm", "pycomm, flat ring", "bare C"
 
@@ -265,6 +266,7 @@ class Hosts(Torch):
         from links import Bare, on_the_link
 
         import pycomm
+        from pycomm.tune import tune
 
         host, port = os.environ["PEER_STORE"].split(":")
         store = dist.TCPStore(host, int(port), is_master=False)
@@ -272,7 +274,9 @@ class Hosts(Torch):
             "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=120)
         )
         self.dist, self.groups = dist, {self.GLOO: dist.group.WORLD}
-        self.group = pycomm.init(dist.PrefixStore("group", store), self.rank, self.size, timeout_s=120)
+        untuned = pycomm.init(dist.PrefixStore("group", store), self.rank, self.size, timeout_s=120)
+        table = tune(untuned)
+        self.group = untuned.replan(table.topology, table)
         self.hosts = sorted(set(self.group.host_ids))
         mine = self.group.host_ids[self.rank]
         self.bare, self.on_the_link = None, on_the_link

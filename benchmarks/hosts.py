@@ -155,7 +155,8 @@ def write_page(record: dict[str, Any]) -> None:
     for name in SECTIONS:
         if name in record:
             about = record[name]["environment"]
-            parts.append(f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before'][0]}:\n")
+            machine = f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before'][0]}"
+            parts.append(f"{machine}, commit {about['commit']}:\n")
             parts.append(table(name, record[name]["entries"]) + "\n")
     write_figures(Path(__file__).parents[1] / "docs" / "hosts.md", parts)
 

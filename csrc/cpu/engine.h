@@ -73,9 +73,11 @@ class CpuEngine final : public Engine,
  private:
   CpuEngine(std::shared_ptr<Endpoint> endpoint, MakeStore store, std::string name,
             const std::string& key, std::vector<int> ranks);
+  // engine_setup.cc, with create() and the constructor
   void share_segment(Clock::time_point deadline);
   void look_for_other_ranks();
   [[noreturn]] void refuse_other_ranks(const Mailbox::Letter& letter);
+
   void submit(std::shared_ptr<CollectiveOp> op);
   void submit(std::shared_ptr<MessageOp> op);
   int run_message(MessageOp& op);

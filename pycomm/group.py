@@ -5,8 +5,10 @@ ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -253,6 +255,7 @@ def init(
     rank 0's counts.
     Raises PeerTimeout naming the ranks that did not come; InvalidArgument where ranks contradict each other;
     TopologyError where the topology is not that of the job."""
+    served = False
     if (store is None) != (rank is None) or (store is None) != (world_size is None):
         raise InvalidArgument("init: give store, rank and world_size, or none of them")
     if store is None or rank is None or world_size is None:
@@ -262,25 +265,31 @@ def init(
         except ValueError as error:
             raise InvalidArgument(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers ({error})") from None
         store = _environment_store(rank, world_size, port, timeout_s)
+        served = rank == 0 and not _agent_serves_store()
     if not 0 <= rank < world_size:
         raise InvalidArgument(f"init: rank {rank} is not in 0 .. {world_size - 1}")
     # A job may call init() again on the same store: each time gets keys of its own.
     attempt = store.add(f"pycomm/init/{rank}", 1)
     own = PrefixStore(f"pycomm/{attempt}", store)
     endpoint = make_endpoint(own, rank, world_size, host_id, timeout_s, topology)
-    return Group(endpoint, own, name, "world", range(world_size), timeout_s)
+    group = Group(endpoint, own, name, "world", range(world_size), timeout_s)
+    if served and len(set(group.host_ids)) > 1:
+        atexit.register(_serve_until_all_left, own, world_size, weakref.ref(group))
+    return group
+
+
+def _agent_serves_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun says so
 
 
 def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) -> Store:
     host = _from_environment("MASTER_ADDR")
-    # torchrun's agent serves the store itself and says so here.
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         return TCPStore(
             host,
             port,
             world_size,
-            is_master=rank == 0 and not served,
+            is_master=rank == 0 and not _agent_serves_store(),
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
@@ -290,3 +299,15 @@ def _environment_store(rank: int, world_size: int, port: int, timeout_s: float) 
             f"the store at MASTER_ADDR={host} MASTER_PORT={port} cannot be {'opened' if rank == 0 else 'reached'} by "
             f"rank {rank}: {str(error).splitlines()[0]}. Is the port in use by another job? Choose another MASTER_PORT."
         ) from error
+
+
+def _serve_until_all_left(store: Store, world_size: int, group: weakref.ref[Group]) -> None:
+    """Keeps this process, whose store it is, until every rank's group has left its word there (csrc/cpu/engine.cc,
+    close), though not for long: torch prints a C++ stack on each rank that meets a store that ended first."""
+    if (open_still := group()) is not None:
+        open_still.close()
+    left = [f"group/left/{rank}" for rank in range(world_size)]
+    patience_s = 0.5 if store.check(["group/broken"]) else 3.0
+    end = time.monotonic() + patience_s
+    while not store.check(left) and time.monotonic() < end:
+        time.sleep(0.005)

@@ -45,3 +45,23 @@ def test_torchrun(tmp_path):
     found = run(tmp_path, "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert (found["rank"], found["sum"], found["backend"]) == (0, 2.0, "pycomm")
     assert len(set(found["hosts"])) == 1
+
+
+def test_the_store_outlives_ranks_that_leave_later_than_its_own(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time, pycomm\n"
+        "group = pycomm.init()\n"
+        "group.barrier()\n"
+        "if group.rank == 1:\n"
+        "    time.sleep(1)  # rank 0's program has ended\n"
+        "    group._store.check(['word'])  # torch prints a stack and raises where nobody serves the store\n"
+        "group = None if group.rank == 0 else group\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pycomm", "launch", "--hosts", "2,1", "--", "python", program],
+        capture_output=True,
+        text=True,
+        timeout=80,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

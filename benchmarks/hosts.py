@@ -2,8 +2,10 @@
 
 Hosts are network namespaces (netns.py) whose NICs tc shapes. Needs root. A section is a layout and a rate, such as
 "2x4-scattered@1gbit": 2 hosts of 4 ranks, rank after rank on another host. All libraries are up at once and take turns,
-as in peers.py; a call's time is its slowest rank's, and every result is verified before it is timed. A run replaces its
-own sections in results/hosts.json and writes the tables of all into docs/hosts.md.
+as in peers.py, and every result is verified before it is timed. The time of a call is that of a block of calls, one
+after another, over their number, on the slowest rank; of the blocks the median. (Not the slowest rank's time of each
+call: ranks of one host may be a call ahead of another's, who then seem to wait in every other call, and to have nothing
+to do in the next.) A run replaces its own sections in results/hosts.json and writes all tables into docs/hosts.md.
 
 The bound is benchmarks/bare.c in the same turns: it moves the bytes that a host must send and receive at least, both
 ways at once, between two hosts, and does nothing else. For an all_reduce of S bytes on N hosts that is 2S(N-1)/N."""
@@ -86,7 +88,7 @@ def ours(network: Network, ranks: Sequence[str], bare: str) -> Library:
 
 
 def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[str, dict[str, float]]:
-    """Per contender: median and p90 of a call in microseconds, the slowest rank's."""
+    """Per contender: what a call takes in microseconds, in the median block and, sorted, in each."""
     case = (collective, "float32", nbytes)
     turns = [(each, name, inner) for each in running for name, inner in each.contenders.items()]
     if collective == "all_to_all":
@@ -97,18 +99,19 @@ def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[st
     for each, name, inner in turns:
         slowest = max(each.ask("calibrate", inner, 5 if nbytes <= MIB else 2)) / 1e9
         n_calls[name] = int(min(max(BLOCK_S / slowest, 1), MAX_CALLS))
-    times: dict[str, list[Any]] = {name: [] for _, name, _ in turns}
+    times: dict[str, list[float]] = {name: [] for _, name, _ in turns}
     for block in range(N_BLOCKS):
         first = block * len(turns) // N_BLOCKS
         for each, name, inner in turns[first:] + turns[:first]:
-            warm_up = 1 + n_calls[name] // 20  # the ranks fall into step
-            times[name].append(each.block(case, name, inner, n_calls[name], warm_up, block == 0))
+            warm_up = 1 + min(3, n_calls[name] // 4)  # the ranks fall into step, and TCP out of its slow start
+            ns = each.block(case, name, inner, n_calls[name], warm_up, block == 0)
+            times[name].append(float(ns.mean(axis=1).max()))
     for each in running:
         each.ask("release")
     found = {}
     for name, blocks in times.items():
-        us = np.concatenate(blocks) / 1e3
-        found[name] = {"median_us": round(float(np.median(us)), 1), "p90_us": round(float(np.percentile(us, 90)), 1)}
+        us = np.sort(blocks) / 1e3
+        found[name] = {"median_us": round(float(np.median(us)), 1), "blocks_us": [round(float(t), 1) for t in us]}
     return found
 
 

@@ -213,13 +213,13 @@ class Running:
     def block(
         self, case: tuple[str, str, int], name: str, inner: str, n_calls: int, warm_up: int, verify: bool
     ) -> NDArray[np.int64]:
-        """[n_calls]: nanoseconds of each call, the slowest rank's. Raises RuntimeError where a result is wrong."""
+        """[ranks, n_calls]: nanoseconds of each call. Raises RuntimeError where a result is wrong."""
         answers = self.ask("block", inner, n_calls, warm_up, verify)
         wrong = [rank for rank, (right, _) in enumerate(answers) if not right]
         if wrong:
             collective, dtype, nbytes = case
             raise RuntimeError(f"{name}: wrong {collective} of {size_name(nbytes)} {dtype} on ranks {wrong}")
-        return np.max([times for _, times in answers], axis=0)
+        return np.array([times for _, times in answers])
 
     def end(self) -> None:
         for connection in self.ranks.values():
@@ -273,7 +273,7 @@ def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: in
         for each, name, inner in turns[first:] + turns[:first]:
             warm_up = 1 + n_calls[name] // 20  # the ranks fall into step
             verify = nbytes <= MIB or block == 0
-            times[name].append(each.block(case, name, inner, n_calls[name], warm_up, verify))
+            times[name].append(each.block(case, name, inner, n_calls[name], warm_up, verify).max(axis=0))
     for each in running:
         each.ask("release")
     halves = 2 if collective == "sendrecv" else 1

@@ -1,8 +1,8 @@
 """`pycomm tune`: measures a job's links and what each algorithm costs on them, and saves a tuning table.
 
 The model goes first: with measured links it predicts every candidate, and what it expects to lose by far is not
-measured. What is measured runs in blocks that take turns, so that a disturbance meets all candidates alike; a block's
-time is the slowest rank's, a candidate's the median of its blocks."""
+measured. The rest run once, and those that come close to the quickest again, in blocks that take turns, so that a
+disturbance meets all alike; a block's time is the slowest rank's, a candidate's the median of its blocks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ from pycomm.topology import Topology
 from pycomm.tuner import choice_table, costs
 
 SIZES: Final = tuple(1 << power for power in (10, 14, 17, 20, 22, 24))
-BUDGET_S: Final = 16.0  # with the start of 8 ranks and the links well below 30 s
+BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
 CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate is measured
-_BLOCKS = 5
-_BLOCK_S = 2.5e-3  # what a block of calls is to take; one call may take longer
-_LARGEST_SHARE = 0.1  # of the budget, for one collective at one size
+_FINAL, _FINALISTS = 1.5, 4  # times the quickest's cost in the first round, up to which so many are measured well
+_BLOCKS = 3
+_BLOCK_S = 2.5e-3  # what a block of calls is to take
+_LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
+_LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
 
 Samples = dict[tuple[str, str], dict[int, float]]
 
@@ -92,14 +94,21 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             size = _rounded(nbytes, group.size)
             cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
             expected = cost.expected_s[:, 0]
-            contends = expected <= CONTENDS * expected.min()
-            names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
-            calls = [max(1, round(_BLOCK_S / seconds)) for seconds in expected[contends]]
-            need_s = sum(seconds * (1 + _BLOCKS * n) for seconds, n in zip(expected[contends], calls, strict=True))
+            names = [name for name, s in zip(cost.algorithms, expected, strict=True) if s <= CONTENDS * expected.min()]
+            need_s = 2 * expected[expected <= CONTENDS * expected.min()].sum()
+            need_s += (1 + _BLOCKS * _LEAST_CALLS) * np.sort(expected)[:_FINALISTS].sum()
             if len(names) < 2 or need_s > min(_LARGEST_SHARE * budget_s, budget_s - spent):
                 continue
-            for name, seconds in zip(names, time_algorithms(group, collective, size, names, calls), strict=True):
-                samples.setdefault((collective, name), {})[size] = seconds
+            seconds = dict(
+                zip(names, time_algorithms(group, collective, size, names, [1] * len(names), 1), strict=True)
+            )
+            best = min(seconds.values())
+            final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * best]
+            final = final[:_FINALISTS]
+            calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
+            seconds |= dict(zip(final, time_algorithms(group, collective, size, final, calls), strict=True))
+            for name in names:
+                samples.setdefault((collective, name), {})[size] = seconds[name]
             spent = _slowest(group, time.perf_counter() - begin)
 
 

@@ -28,7 +28,15 @@ Planner = Callable[[Topology, int], Schedule]
 
 # On one host these are other planners under another name.
 TWO_LEVEL: Final = frozenset(
-    {"hierarchical", "hierarchical_tiled", "hierarchical_direct", "hierarchical_tree", "leader", "rack_leader"}
+    {
+        "hierarchical",
+        "hierarchical_tiled",
+        "hierarchical_direct",
+        "hierarchical_tree",
+        "leader",
+        "leader_split",
+        "rack_leader",
+    }
 )
 
 # Without several switches these are other planners under another name.
@@ -52,6 +60,7 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             hierarchical_tiled=hierarchical.hierarchical_tiled_all_reduce,
             hierarchical_direct=hierarchical.hierarchical_direct_all_reduce,
             leader=hierarchical.leader_all_reduce,
+            leader_split=hierarchical.leader_split_all_reduce,
             rack_leader=hierarchical.rack_leader_all_reduce,
             hierarchical_tree=hierarchical.hierarchical_tree_all_reduce,
             halving_doubling=halving_doubling.halving_doubling_all_reduce,
@@ -62,6 +71,7 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             pairwise=pairwise.pairwise_reduce_scatter,
             hierarchical=hierarchical.hierarchical_reduce_scatter,
             hierarchical_direct=hierarchical.hierarchical_direct_reduce_scatter,
+            leader=hierarchical.leader_reduce_scatter,
             halving_doubling=halving_doubling.halving_doubling_reduce_scatter,
             ring=ring.ring_reduce_scatter,
         ),
@@ -69,6 +79,7 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             pairwise=pairwise.pairwise_all_gather,
             hierarchical=hierarchical.hierarchical_all_gather,
             hierarchical_direct=hierarchical.hierarchical_direct_all_gather,
+            leader=hierarchical.leader_all_gather,
             halving_doubling=halving_doubling.halving_doubling_all_gather,
             ring=ring.ring_all_gather,
         ),

@@ -74,6 +74,13 @@ def hierarchical_direct_reduce_scatter(topology: Topology, root: int = 0) -> Sch
     return Schedule("reduce_scatter", "hierarchical_direct", topology.n_ranks, topology.n_ranks, root, rows)
 
 
+def leader_reduce_scatter(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: one rank of each host sums what its host has for others and exchanges it for what they have for its
+    host. One flow between two hosts, whose ranks cannot get ahead of each other."""
+    rows = reverse(_leader_gather(topology), reduce=True)
+    return Schedule("reduce_scatter", "leader", topology.n_ranks, topology.n_ranks, root, rows)
+
+
 def hierarchical_all_gather(topology: Topology, root: int = 0) -> Schedule:
     """Rail-wise: all_gather across, then inside, so that each host gets every chunk of the others once."""
     rows = _gather(topology, _own_chunks(topology))
@@ -86,6 +93,12 @@ def hierarchical_direct_all_gather(topology: Topology, root: int = 0) -> Schedul
     return Schedule("all_gather", "hierarchical_direct", topology.n_ranks, topology.n_ranks, root, rows)
 
 
+def leader_all_gather(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: all_gather inside, then one rank of each host exchanges its host's chunks with the others' and hands
+    out what came. One flow between two hosts, whose ranks cannot get ahead of each other."""
+    return Schedule("all_gather", "leader", topology.n_ranks, topology.n_ranks, root, _leader_gather(topology))
+
+
 def leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
     """Leader-wise: reduce inside, doubling all_reduce across the leaders in rank order, broadcast inside."""
     hosts = _leaders(topology, root)
@@ -93,6 +106,18 @@ def leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
     inside = _broadcast_inside(hosts, [0])
     rows = in_sequence(reverse(inside, reduce=True), across, inside)
     return Schedule("all_reduce", "leader", topology.n_ranks, 1, root, rows)
+
+
+def leader_split_all_reduce(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise for large sizes: reduce inside, reduce_scatter and all_gather across the leaders, broadcast inside.
+    As few bytes on a host link as rail-wise, in one flow between two hosts, whose ranks cannot get ahead of each other;
+    but the leaders alone work for the link."""
+    hosts = [host.ranks for host in topology.hosts]
+    chunks = range(len(hosts))
+    across = place(switched.gather(topology), [ranks[0] for ranks in hosts], [[chunk] for chunk in chunks])
+    inside = _broadcast_inside(hosts, chunks)
+    rows = in_sequence(reverse(inside, reduce=True), reverse(across, reduce=True), across, inside)
+    return Schedule("all_reduce", "leader_split", topology.n_ranks, len(hosts), root, rows)
 
 
 def rack_leader_all_reduce(topology: Topology, root: int = 0) -> Schedule:
@@ -219,6 +244,17 @@ def _gather(topology: Topology, rails: Sequence[Rail], shape: Transfers | None =
         rows["round"] += turns[origin[rows["chunk"]]].astype(np.int32) * stage + 1
         inside.append(rows)
     return without_empty_rounds(in_parallel([across, *inside]))
+
+
+def _leader_gather(topology: Topology) -> Transfers:
+    hosts = [host.ranks for host in topology.hosts]
+    across = place(switched.gather(topology), [ranks[0] for ranks in hosts], hosts)
+    inside, handed_out = [], []
+    for ranks in hosts:
+        inside.append(place(shapes.pairwise_gather(len(ranks)), ranks, [[rank] for rank in ranks]))
+        came = np.setdiff1d(np.arange(topology.n_ranks), ranks)
+        handed_out.append(place(shapes.tree_broadcast(len(ranks)), ranks, [came]))
+    return in_sequence(in_parallel(inside), across, in_parallel(handed_out))
 
 
 def _leaders(topology: Topology, root: int) -> list[tuple[int, ...]]:

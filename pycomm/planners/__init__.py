@@ -112,6 +112,7 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             pairwise=pairwise.pairwise_all_to_all,
             bruck=bruck.bruck_all_to_all,
             hierarchical=hierarchical.hierarchical_all_to_all,
+            leader=hierarchical.leader_all_to_all,
             rack_hierarchical=hierarchical.rack_hierarchical_all_to_all,
         ),
     }

@@ -184,6 +184,33 @@ def hierarchical_gather(topology: Topology, root: int = 0) -> Schedule:
     return Schedule("gather", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
 
 
+def leader_all_to_all(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: ranks of one host exchange theirs; what is for others goes to the host's leader, from there to the
+    other host's and to its ranks. One message and one flow between two hosts, whose ranks cannot get ahead of each
+    other; but the leader alone works for the link."""
+    n, n_hosts = topology.n_ranks, len(topology.hosts)
+    host, local = topology.host_index, topology.local_rank
+    leader = np.array([each.ranks[0] for each in topology.hosts])
+    src, dst = (index.ravel() for index in np.mgrid[:n, :n])
+    chunk, away = src * n + dst, host[src] != host[dst]
+    own = ~away & (src != dst)
+    inside = (local[dst] - local[src]) % np.bincount(host)[host[src]]
+    out, come = leader[host[src]], leader[host[dst]]
+    up, down = away & (src != out), away & (dst != come)
+    across = (host[dst] - host[src]) % n_hosts
+    rows = in_sequence(
+        transfers(0, src[up], out[up], chunk[up]),
+        in_parallel(
+            [
+                transfers(across[away] - 1, out[away], come[away], chunk[away]),
+                transfers(inside[own] - 1, src[own], dst[own], chunk[own]),
+            ]
+        ),
+        transfers(0, come[down], dst[down], chunk[down]),
+    )
+    return Schedule("all_to_all", "leader", n, n * n, root, without_empty_rounds(rows))
+
+
 def rack_leader_scatter(topology: Topology, root: int = 0) -> Schedule:
     """Leader-wise over three levels: the root gives one leader below each switch what its hosts get, which gives each
     host's leader its part: 3 rounds, one message to each switch."""

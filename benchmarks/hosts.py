@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, environment, markdown_table, serve_store, size_name, write_figures, write_json
+from common import RESULTS, environment, serve_store, size_name, write_json
+from hosts_report import plot, table, write_page
 from links import compile_bare
 from netns import Network, emulated_hosts, why_unavailable
 from peer_rank import Hosts
@@ -46,7 +47,6 @@ SIZES = {
 }
 SECTIONS = [f"{layout}@{rate}" for rate in SIZES for layout in LAYOUTS]
 BLOCK_S, N_BLOCKS, MAX_CALLS = 0.1, 5, 50
-COLUMNS = (Hosts.BARE, Hosts.CHOICE, Hosts.RING, Hosts.GLOO, MPICH)
 
 
 def placed(hosts: Sequence[str], ranks_per_host: int, kind: str) -> list[str]:
@@ -141,29 +141,6 @@ def section(name: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def table(name: str, entries: Sequence[dict[str, Any]]) -> str:
-    head = [f"{name}", "bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS[1:]), "Gloo / pycomm"]
-    rows = []
-    for entry in entries:
-        us = {who: figures["median_us"] for who, figures in entry["contenders"].items()}
-        bound, mine = us[Hosts.BARE], us[Hosts.CHOICE]
-        ratios = [f"{us[who] / bound:.2f}" if who in us else "" for who in COLUMNS[1:]]
-        cells = [f"{bound / 1e3:.2f}", f"{mine / 1e3:.2f}", *ratios, f"{us[Hosts.GLOO] / mine:.2f}"]
-        rows.append([f"{entry['collective']} {size_name(entry['nbytes'])}", *cells])
-    return markdown_table(head, rows)
-
-
-def write_page(record: dict[str, Any]) -> None:
-    parts = []
-    for name in SECTIONS:
-        if name in record:
-            about = record[name]["environment"]
-            machine = f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before'][0]}"
-            parts.append(f"{machine}, commit {about['commit']}:\n")
-            parts.append(table(name, record[name]["entries"]) + "\n")
-    write_figures(Path(__file__).parents[1] / "docs" / "hosts.md", parts)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
@@ -185,8 +162,10 @@ def main() -> int:
         print(f"\n{table(name, entries)}\n", flush=True)
         if not options.dry:
             record[name] = {"environment": about, "entries": entries}
-            write_json("hosts", {key: record[key] for key in SECTIONS if key in record})
+            record = {key: record[key] for key in SECTIONS if key in record}
+            write_json("hosts", record)
             write_page(record)
+            plot(record)
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from common import RESULTS, size_name
+from hosts_report import headline
 from peers_report import GLOO, GROUP, MIB, ORDINARY_PEERS, OWN, TORCH, figures_table, table
 from peers_report import figures as reached
 
@@ -40,6 +41,13 @@ def figures() -> str:
     parts.append("![all libraries](benchmarks/results/peers.png)\n")
     goals = figures_table(reached(peers["results"]))
     parts.append(f"What was to be reached, over all sizes, types and collectives:\n\n{goals}\n")
+    hosts = json.loads((RESULTS / "hosts.json").read_text())
+    parts.append(
+        "Across hosts, emulated by network namespaces whose NICs tc shapes: all_reduce of 4 MiB, over what plain C "
+        "takes to move the bytes that a host must send and receive at least. All take turns in one run "
+        "(`python benchmarks/hosts.py`; more sizes and collectives in [docs/hosts.md](docs/hosts.md)).\n\n"
+        f"{headline(hosts, 4 * MIB)}\n\n![all_reduce across hosts](docs/hosts.png)\n"
+    )
     needed, sent = link["needed_per_host"], link["sent_per_host"]
     most = max(sent["hierarchical"].values())
     parts.append(

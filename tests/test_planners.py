@@ -244,6 +244,24 @@ def test_three_levels_cross_an_uplink_as_seldom_as_possible():
     assert crossed["leader"] > 1200
 
 
+@pytest.mark.parametrize(
+    ("collective", "algorithm", "two_level", "messages"),
+    [
+        ("all_to_all", "rack_hierarchical", "hierarchical", (6, 18)),  # by host and rail; by two hosts and rail
+        ("gather", "rack_leader", "hierarchical", (1, 3)),  # by rack; by host
+    ],
+)
+def test_three_levels_cross_an_uplink_in_few_messages(collective, algorithm, two_level, messages):
+    hosts = [Host(f"h{i}", (2 * i, 2 * i + 1), switch=f"r{i % 2}") for i in range(6)]
+    topology = Topology(tuple(hosts), switches=(Switch("r0", TCP), Switch("r1", TCP)))
+    rack = topology.above[topology.host_index, 0]
+    for name, expected in zip((algorithm, two_level), messages, strict=True):
+        rows = plan(collective, name, topology).transfers
+        crossing = rows[(rack[rows["src"]] == 1) & (rack[rows["dst"]] == 0)]
+        assert len(np.unique(crossing[["round", "src", "dst"]])) == expected
+        assert len(crossing) == (36 if collective == "all_to_all" else 6)
+
+
 def test_three_levels_win_where_uplinks_are_slow():
     hosts = [Host(f"h{i}", (2 * i, 2 * i + 1), switch=f"r{i // 3}") for i in range(6)]
     wan = Link(10e-3, 125e6, 5e-6)

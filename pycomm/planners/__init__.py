@@ -36,11 +36,12 @@ TWO_LEVEL: Final = frozenset(
         "leader",
         "leader_split",
         "rack_leader",
+        "rack_hierarchical",
     }
 )
 
 # Without several switches these are other planners under another name.
-THREE_LEVEL: Final = frozenset({"rack_leader"})
+THREE_LEVEL: Final = frozenset({"rack_leader", "rack_hierarchical"})
 
 # Their ranks exchange whole chunks: each sends what it is about to overwrite, so that a channel must hold some bytes of
 # it, as all do. Others would run over channels that hold none.
@@ -99,16 +100,20 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             direct=direct.direct_gather,
             tree=tree.tree_gather,
             hierarchical=hierarchical.hierarchical_gather,
+            rack_leader=hierarchical.rack_leader_gather,
         ),
         "scatter": _table(
             direct=direct.direct_scatter,
             tree=tree.tree_scatter,
             hierarchical=hierarchical.hierarchical_scatter,
+            rack_leader=hierarchical.rack_leader_scatter,
         ),
         "all_to_all": _table(
             pairwise=pairwise.pairwise_all_to_all,
             bruck=bruck.bruck_all_to_all,
             hierarchical=hierarchical.hierarchical_all_to_all,
+            leader=hierarchical.leader_all_to_all,
+            rack_hierarchical=hierarchical.rack_hierarchical_all_to_all,
         ),
     }
 )

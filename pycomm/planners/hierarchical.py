@@ -184,6 +184,80 @@ def hierarchical_gather(topology: Topology, root: int = 0) -> Schedule:
     return Schedule("gather", "hierarchical", topology.n_ranks, topology.n_ranks, root, rows)
 
 
+def leader_all_to_all(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise: ranks of one host exchange theirs; what is for others goes to the host's leader, from there to the
+    other host's and to its ranks. One message and one flow between two hosts, whose ranks cannot get ahead of each
+    other; but the leader alone works for the link."""
+    n, n_hosts = topology.n_ranks, len(topology.hosts)
+    host, local = topology.host_index, topology.local_rank
+    leader = np.array([each.ranks[0] for each in topology.hosts])
+    src, dst = (index.ravel() for index in np.mgrid[:n, :n])
+    chunk, away = src * n + dst, host[src] != host[dst]
+    own = ~away & (src != dst)
+    inside = (local[dst] - local[src]) % np.bincount(host)[host[src]]
+    out, come = leader[host[src]], leader[host[dst]]
+    up, down = away & (src != out), away & (dst != come)
+    across = (host[dst] - host[src]) % n_hosts
+    rows = in_sequence(
+        transfers(0, src[up], out[up], chunk[up]),
+        in_parallel(
+            [
+                transfers(across[away] - 1, out[away], come[away], chunk[away]),
+                transfers(inside[own] - 1, src[own], dst[own], chunk[own]),
+            ]
+        ),
+        transfers(0, come[down], dst[down], chunk[down]),
+    )
+    return Schedule("all_to_all", "leader", n, n * n, root, without_empty_rounds(rows))
+
+
+def rack_leader_scatter(topology: Topology, root: int = 0) -> Schedule:
+    """Leader-wise over three levels: the root gives one leader below each switch what its hosts get, which gives each
+    host's leader its part: 3 rounds, one message to each switch."""
+    return Schedule("scatter", "rack_leader", topology.n_ranks, topology.n_ranks, root, _rack_scatter(topology, root))
+
+
+def rack_leader_gather(topology: Topology, root: int = 0) -> Schedule:
+    """The scatter backwards: 3 rounds; one message from each switch to the root's host."""
+    rows = reverse(_rack_scatter(topology, root), reduce=False)
+    return Schedule("gather", "rack_leader", topology.n_ranks, topology.n_ranks, root, rows)
+
+
+def rack_hierarchical_all_to_all(topology: Topology, root: int = 0) -> Schedule:
+    """Rail-wise over three levels: as hierarchical_all_to_all, and between hosts once more: below one switch a piece
+    goes to the host on its receiver's rail, which carries it to the other switch together with its neighbours'. Between
+    two switches as many bytes in fewer messages, but twice over the hosts' links: for small sizes."""
+    n, groups = topology.n_ranks, switched.top_groups(topology)
+    host, local = topology.host_index, topology.local_rank
+    host_ranks = np.bincount(host)
+    group_of, member_of = np.empty((2, len(topology.hosts)), np.int64)
+    hosts_of = np.zeros((len(groups), max(map(len, groups))), np.int64)
+    for index, group in enumerate(groups):
+        group_of[group], member_of[group], hosts_of[index, : len(group)] = index, np.arange(len(group)), group
+    members = np.zeros((len(topology.hosts), _n_rails(topology)), np.int64)
+    members[host, local] = np.arange(n)
+    group_hosts = np.bincount(group_of)
+    src, dst = (index.ravel() for index in np.mgrid[:n, :n])
+    ours, theirs = group_of[host[src]], group_of[host[dst]]
+    rail = local[dst] % host_ranks[host[src]]
+    via = members[host[src], rail]
+    # The host below our switch from which it leaves for the receiver's: the receiver's own, where that is below it.
+    gate = np.where(ours == theirs, host[dst], hosts_of[ours, member_of[host[dst]] % group_hosts[ours]])
+    out = np.where(gate == host[dst], dst, members[gate, local[dst] % host_ranks[gate]])
+    out = np.where(gate == host[src], via, out)
+    chunk = src * n + dst
+    inside = (local[via] - local[src]) % host_ranks[host[src]]
+    below = (member_of[host[out]] - member_of[host[via]]) % group_hosts[ours]
+    across = (theirs - ours) % len(groups)
+    last = dst != out
+    rows = in_sequence(
+        transfers(inside[src != via] - 1, src[src != via], via[src != via], chunk[src != via]),
+        transfers(below[via != out] - 1, via[via != out], out[via != out], chunk[via != out]),
+        transfers(across[last] - 1, out[last], dst[last], chunk[last]),
+    )
+    return Schedule("all_to_all", "rack_hierarchical", n, n * n, root, without_empty_rounds(rows))
+
+
 def hierarchical_all_to_all(topology: Topology, root: int = 0) -> Schedule:
     """Rail-wise: inside each host a piece goes to the rank on its receiver's rail, which carries it across together
     with those of its neighbours: as many bytes between hosts as pairwise, in fewer and larger messages."""
@@ -286,3 +360,17 @@ def _scatter(topology: Topology, root: int) -> Transfers:
     hosts = _leaders(topology, root)
     across = place(shapes.direct_scatter(len(hosts)), [ranks[0] for ranks in hosts], hosts)
     return in_sequence(across, in_parallel(place(shapes.direct_scatter(len(ranks)), ranks, ranks) for ranks in hosts))
+
+
+def _rack_scatter(topology: Topology, root: int) -> Transfers:
+    hosts = _leaders(topology, root)
+    ranks_of = dict(zip(topology.hosts_in_order(int(topology.host_index[root])).tolist(), hosts, strict=True))
+    groups = [[ranks_of[host] for host in group.tolist()] for group in switched.top_groups(topology)]
+    for group in groups:
+        group.sort(key=lambda ranks: root not in ranks)
+    groups.sort(key=lambda group: root not in group[0])
+    everyone = [[rank for ranks in group for rank in ranks] for group in groups]
+    across = place(shapes.direct_scatter(len(groups)), [group[0][0] for group in groups], everyone)
+    below = [place(shapes.direct_scatter(len(group)), [ranks[0] for ranks in group], group) for group in groups]
+    inside = [place(shapes.direct_scatter(len(ranks)), ranks, ranks) for ranks in hosts]
+    return in_sequence(across, in_parallel(below), in_parallel(inside))

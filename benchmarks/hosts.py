@@ -5,7 +5,8 @@ Hosts are network namespaces (netns.py) whose NICs tc shapes. Needs root. A sect
 as in peers.py, and every result is verified before it is timed. The time of a call is that of a block of calls, one
 after another, over their number, on the slowest rank; of the blocks the median. (Not the slowest rank's time of each
 call: ranks of one host may be a call ahead of another's, who then seem to wait in every other call, and to have nothing
-to do in the next.) A run replaces its own sections in results/hosts.json and writes all tables into docs/hosts.md.
+to do in the next.) A run replaces its own
+sections (of these the collectives that it measured) in results/hosts.json and writes all tables into docs/hosts.md.
 
 The bound is benchmarks/bare.c in the same turns: it moves the bytes that a host must send and receive at least, both
 ways at once, between two hosts, and does nothing else. For an all_reduce of S bytes on N hosts that is 2S(N-1)/N."""
@@ -156,12 +157,18 @@ def main() -> int:
     PEERS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "hosts.json"
     record = json.loads(path.read_text()) if path.exists() else {}
+    measured = options.collectives.split(",")
     for name in options.sections or SECTIONS:
         about = environment() | {"command": shlex.join(["python", "benchmarks/hosts.py", name])}
-        entries = section(name, options.collectives.split(","))
+        entries = section(name, measured)
         print(f"\n{table(name, entries)}\n", flush=True)
         if not options.dry:
-            record[name] = {"environment": about, "entries": entries}
+            commit = about.pop("commit")
+            kept = [e for e in record.get(name, {"entries": []})["entries"] if e["collective"] not in measured]
+            new = [entry | {"commit": commit} for entry in entries]
+            order = list(SIZES[name.partition("@")[2]])
+            both = sorted(kept + new, key=lambda e: (order.index(e["collective"]), e["nbytes"]))
+            record[name] = {"environment": about, "entries": both}
             record = {key: record[key] for key in SECTIONS if key in record}
             write_json("hosts", record)
             write_page(record)

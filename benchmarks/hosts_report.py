@@ -130,7 +130,8 @@ def write_page(record: Mapping[str, Any]) -> None:
     for name, each in record.items():
         about = each["environment"]
         machine = f"{about['cpu']}, {about['cores']} cores, load {about['load_average_before'][0]}"
-        parts.append(f"{machine}, commit {about['commit']}:\n")
+        commits = dict.fromkeys(entry["commit"] for entry in each["entries"])
+        parts.append(f"{machine}, commit {', '.join(commits)}:\n")
         parts.append(table(name, each["entries"]) + "\n")
     write_figures(DOCS / "hosts.md", parts)
 

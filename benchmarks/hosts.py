@@ -5,8 +5,8 @@ Hosts are network namespaces (netns.py) whose NICs tc shapes. Needs root. A sect
 as in peers.py, and every result is verified before it is timed. The time of a call is that of a block of calls, one
 after another, over their number, on the slowest rank; of the blocks the median. (Not the slowest rank's time of each
 call: ranks of one host may be a call ahead of another's, who then seem to wait in every other call, and to have nothing
-to do in the next.) A run replaces its own
-sections (of these the collectives that it measured) in results/hosts.json and writes all tables into docs/hosts.md.
+to do in the next.) A run replaces its own sections, of these the collectives that it measured, in results/hosts.json
+and writes all tables into docs/hosts.md.
 
 The bound is benchmarks/bare.c in the same turns: it moves the bytes that a host must send and receive at least, both
 ways at once, between two hosts, and does nothing else. For an all_reduce of S bytes on N hosts that is 2S(N-1)/N."""

@@ -114,7 +114,7 @@ def choice_table(
     `nbytes` is meant as in schedule.chunk_nbytes. table, own, coded: as in costs()."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
     found = costs(topology, collective, ladder, root, table, own, coded)
-    best = found.expected_s.min(axis=0) * (1.0 if found.measured.any() else TIE)
+    best = found.expected_s.min(axis=0) * np.where(found.measured.any(axis=0), 1.0, TIE)
     winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
     choices: list[tuple[int | None, str]] = []
     for nbytes, name, following in zip(ladder, winners, [*winners[1:], None], strict=True):

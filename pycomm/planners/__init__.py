@@ -1,7 +1,8 @@
 """Planners by collective and algorithm: each is a function (topology, root=0) -> Schedule.
 
 A planner of a collective without a root takes one only so that all are called alike. Where predicted times tie, the
-one named first is chosen."""
+one named first is chosen: leader-wise before those whose ranks share a link with a flow each (docs/hosts.md). Tuning
+measures in this order, as far as its budget goes."""
 
 from __future__ import annotations
 
@@ -70,19 +71,26 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
         ),
         "reduce_scatter": _table(
             pairwise=pairwise.pairwise_reduce_scatter,
+            leader=hierarchical.leader_reduce_scatter,
             hierarchical=hierarchical.hierarchical_reduce_scatter,
             hierarchical_direct=hierarchical.hierarchical_direct_reduce_scatter,
-            leader=hierarchical.leader_reduce_scatter,
             halving_doubling=halving_doubling.halving_doubling_reduce_scatter,
             ring=ring.ring_reduce_scatter,
         ),
         "all_gather": _table(
             pairwise=pairwise.pairwise_all_gather,
+            leader=hierarchical.leader_all_gather,
             hierarchical=hierarchical.hierarchical_all_gather,
             hierarchical_direct=hierarchical.hierarchical_direct_all_gather,
-            leader=hierarchical.leader_all_gather,
             halving_doubling=halving_doubling.halving_doubling_all_gather,
             ring=ring.ring_all_gather,
+        ),
+        "all_to_all": _table(
+            leader=hierarchical.leader_all_to_all,
+            pairwise=pairwise.pairwise_all_to_all,
+            bruck=bruck.bruck_all_to_all,
+            hierarchical=hierarchical.hierarchical_all_to_all,
+            rack_hierarchical=hierarchical.rack_hierarchical_all_to_all,
         ),
         "broadcast": _table(
             tree=tree.tree_broadcast,
@@ -107,13 +115,6 @@ PLANNERS: Final[Mapping[str, Mapping[str, Planner]]] = MappingProxyType(
             tree=tree.tree_scatter,
             hierarchical=hierarchical.hierarchical_scatter,
             rack_leader=hierarchical.rack_leader_scatter,
-        ),
-        "all_to_all": _table(
-            pairwise=pairwise.pairwise_all_to_all,
-            bruck=bruck.bruck_all_to_all,
-            hierarchical=hierarchical.hierarchical_all_to_all,
-            leader=hierarchical.leader_all_to_all,
-            rack_hierarchical=hierarchical.rack_hierarchical_all_to_all,
         ),
     }
 )

@@ -88,7 +88,7 @@ def ours(network: Network, ranks: Sequence[str], bare: str) -> Library:
     return Library("ours", "hosts", Path(sys.executable), each=each)
 
 
-def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[str, dict[str, float]]:
+def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[str, dict[str, Any]]:
     """Per contender: what a call takes in microseconds, in the median block and, sorted, in each."""
     case = (collective, "float32", nbytes)
     turns = [(each, name, inner) for each in running for name, inner in each.contenders.items()]
@@ -159,7 +159,8 @@ def main() -> int:
     record = json.loads(path.read_text()) if path.exists() else {}
     measured = options.collectives.split(",")
     for name in options.sections or SECTIONS:
-        about = environment() | {"command": shlex.join(["python", "benchmarks/hosts.py", name])}
+        command = ["python", "benchmarks/hosts.py", name, "--collectives", options.collectives]
+        about = environment() | {"command": shlex.join(command)}
         entries = section(name, measured)
         print(f"\n{table(name, entries)}\n", flush=True)
         if not options.dry:

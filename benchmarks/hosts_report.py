@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, markdown_table, size_name, write_figures
-from peers_report import figures_table
+from peers_report import GLOO, MIB, MPICH, figures_table
 
 Entry = dict[str, Any]
-Point = tuple[str, Entry]  # a section's name, and one of its entries
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB = 1 << 10
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-BARE, CHOICE, RING, GLOO, MPICH = "bare C", "pycomm", "pycomm, flat ring", "Gloo", "MPICH"
+BARE, CHOICE, RING = "bare C", "pycomm", "pycomm, flat ring"  # as peer_rank.Hosts names them
 COLUMNS = (CHOICE, RING, GLOO, MPICH)
+HEAD = ("bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS), "Gloo / pycomm")
 
 
 def us(entry: Entry, who: str) -> float | None:
@@ -31,27 +31,27 @@ def times(entry: Entry, who: str, of: str) -> float | None:
     return None if upper is None or lower is None else upper / lower
 
 
+def cells(entry: Entry) -> list[str]:
+    """As HEAD."""
+    ratios = [times(entry, who, BARE) for who in COLUMNS] + [times(entry, GLOO, CHOICE)]
+    ms = [f"{(us(entry, who) or 0) / 1e3:.2f}" for who in (BARE, CHOICE)]
+    return ms + ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+
+
 def table(name: str, entries: Sequence[Entry]) -> str:
-    head = [name, "bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS), "Gloo / pycomm"]
-    rows = []
-    for entry in entries:
-        ratios = [times(entry, who, BARE) for who in COLUMNS] + [times(entry, GLOO, CHOICE)]
-        cells = [f"{(us(entry, who) or 0) / 1e3:.2f}" for who in (BARE, CHOICE)]
-        cells += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        rows.append([f"{entry['collective']} {size_name(entry['nbytes'])}", *cells])
-    return markdown_table(head, rows)
+    rows = [[f"{entry['collective']} {size_name(entry['nbytes'])}", *cells(entry)] for entry in entries]
+    return markdown_table([name, *HEAD], rows)
 
 
 def headline(record: Mapping[str, Any], nbytes: int) -> str:
     """all_reduce of one size in every section."""
-    head = ["hosts x ranks @ link", "bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS), "Gloo / pycomm"]
-    rows = []
-    for name, each in record.items():
-        for entry in each["entries"]:
-            if (entry["collective"], entry["nbytes"]) == ("all_reduce", nbytes):
-                lines = table(name, [entry]).splitlines()
-                rows.append([name, *(cell.strip() for cell in lines[2].strip("|").split("|")[1:])])
-    return markdown_table(head, rows)
+    rows = [
+        [name, *cells(entry)]
+        for name, each in record.items()
+        for entry in each["entries"]
+        if (entry["collective"], entry["nbytes"]) == ("all_reduce", nbytes)
+    ]
+    return markdown_table(["hosts x ranks @ link", *HEAD], rows)
 
 
 def figures(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -94,21 +94,20 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             size = _rounded(nbytes, group.size)
             cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
             expected = cost.expected_s[:, 0]
-            names = [name for name, s in zip(cost.algorithms, expected, strict=True) if s <= CONTENDS * expected.min()]
-            need_s = 2 * expected[expected <= CONTENDS * expected.min()].sum()
+            contends = expected <= CONTENDS * expected.min()
+            names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
+            need_s = 2 * expected[contends].sum()
             need_s += (1 + _BLOCKS * _LEAST_CALLS) * np.sort(expected)[:_FINALISTS].sum()
             if len(names) < 2 or need_s > min(_LARGEST_SHARE * budget_s, budget_s - spent):
                 continue
-            seconds = dict(
-                zip(names, time_algorithms(group, collective, size, names, [1] * len(names), 1), strict=True)
-            )
-            best = min(seconds.values())
-            final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * best]
+            first = time_algorithms(group, collective, size, names, [1] * len(names), 1)
+            seconds = dict(zip(names, first, strict=True))
+            final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
             final = final[:_FINALISTS]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
-            seconds |= dict(zip(final, time_algorithms(group, collective, size, final, calls), strict=True))
-            for name in names:
-                samples.setdefault((collective, name), {})[size] = seconds[name]
+            well = dict(zip(final, time_algorithms(group, collective, size, final, calls), strict=True))
+            for name in names:  # whoever lost the first round, on a lone call, does not win the second by it
+                samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = _slowest(group, time.perf_counter() - begin)
 
 

@@ -31,20 +31,28 @@ std::byte* Heap::allocate(size_t nbytes) {
   if (mapping_.data() == nullptr)
     mapping_ = memory_.fd ? map_shared(fd(), capacity_) : map_own(capacity_);
   // First fit, lowest address first: few long-lived tensors, so nothing cleverer pays.
-  const auto found = std::find_if(free_.begin(), free_.end(),
-                                  [&](const auto& hole) { return hole.second >= size; });
+  const size_t alignment = size >= kHugePage ? kHugePage : kPage;
+  const auto aligned = [&](size_t offset) {
+    return (offset + alignment - 1) / alignment * alignment;
+  };
+  const auto found = std::find_if(free_.begin(), free_.end(), [&](const auto& hole) {
+    return hole.first + hole.second >= aligned(hole.first) + size;
+  });
   if (size < nbytes || found == free_.end())
     throw Error(Code::invalid_argument,
                 "empty: " + std::to_string(nbytes) + " bytes do not fit into the shared heap of " +
                     std::to_string(capacity_) + " bytes, the machine's memory");
-  const size_t offset = found->first;
+  const auto [begin, room] = *found;
+  const size_t offset = aligned(begin);
   if (memory_.fd && ::fallocate(fd(), 0, static_cast<off_t>(offset), static_cast<off_t>(size)) != 0)
     throw_errno(Code::invalid_argument,
                 "empty: " + std::to_string(nbytes) + " bytes of shared memory");
-  const size_t rest = found->second - size;
   free_.erase(found);
-  if (rest > 0) free_.emplace(offset + size, rest);
+  if (offset > begin) free_.emplace(begin, offset - begin);
+  const size_t end = offset + size;
+  if (begin + room > end) free_.emplace(end, begin + room - end);
   used_.emplace(offset, size);
+  if (memory_.fd && size >= kHugePage) use_huge_pages(mapping_.data() + offset, size);
   return mapping_.data() + offset;
 }
 

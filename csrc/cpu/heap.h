@@ -21,8 +21,9 @@ class Heap {
   const std::string& instead() const { return memory_.instead; }  // of a memfd
   size_t capacity() const { return capacity_; }
 
-  // Page-aligned; pages are reserved here, so that a host out of memory shows as an Error and not
-  // as a SIGBUS later. Contents are zero the first time, then anything. nbytes 0 takes a page too.
+  // Page-aligned, from 2 MiB on in huge pages where the kernel gives them; pages are reserved here,
+  // so that a host out of memory shows as an Error and not as a SIGBUS later. Contents are zero the
+  // first time, then anything. nbytes 0 takes a page too.
   std::byte* allocate(size_t nbytes);
   void release(std::byte* data);  // REQUIRES: from allocate()
   std::byte* base() const;        // nullptr before the first allocation

@@ -30,6 +30,8 @@ class Heap {
   bool holds(const void* data) const;
 
  private:
+  void use_huge_pages(size_t offset, size_t nbytes);
+
   SharedMemory memory_;
   const size_t capacity_;
   mutable std::mutex mutex_;

@@ -120,13 +120,4 @@ Mapping map_own(size_t nbytes) {
   return map(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, nbytes);
 }
 
-void use_huge_pages(std::byte* data, size_t nbytes) {
-#if defined(MADV_COLLAPSE)
-  constexpr int kCollapse = MADV_COLLAPSE;
-#else
-  constexpr int kCollapse = 25;  // since Linux 6.1; older ones refuse it
-#endif
-  ::madvise(data, nbytes / kHugePage * kHugePage, kCollapse);
-}
-
 }  // namespace pycomm::cpu

@@ -23,10 +23,6 @@ inline constexpr size_t kHugePage = 2 << 20;
 // Mappings begin at multiples of kHugePage.
 Mapping map_shared(int fd, size_t nbytes);
 Mapping map_own(size_t nbytes);  // of this process alone, sparse
-// Puts the whole huge pages among nbytes at data into huge pages, where the kernel can (Linux 6.1
-// and newer, memory at hand): fewer page faults and address look-ups for whoever maps them. Takes
-// as much time as filling them. REQUIRES: data at a multiple of kHugePage, all of it reserved.
-void use_huge_pages(std::byte* data, size_t nbytes);
 // The largest file this process may make (ulimit -f); shared memory counts as one.
 size_t file_size_limit();
 

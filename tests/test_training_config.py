@@ -35,7 +35,7 @@ def test_a_preset_fills_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None
     [
         ("[model]\nn_layer = 3\n", "unknown key 'model.n_layer'; the nearest is 'model.n_layers'"),
         ("[modle]\nn_layers = 3\n", "unknown key 'modle'; the nearest is 'model'"),
-        ("[model]\nzzz = 3\n", "unknown key 'model.zzz'; there are model.vocab_size, model.n_layers,"),
+        ("[model]\nzzz = 3\n", "unknown key 'model.zzz'; there are model.block, model.vocab_size, model.n_layers,"),
         ("[model]\nn_layers = 'three'\n", "'model.n_layers' is a int, got 'three'"),
         ("[model]\nn_layers = 3.5\n", "'model.n_layers' is a int, got 3.5"),
         ("[model]\ntie_embeddings = 1\n", "'model.tie_embeddings' is a bool, got 1"),

@@ -18,7 +18,7 @@ from training.trainer import Trainer
 
 
 def corpus_at(path: Path | str, seq_len: int = 4, vocab_size: int = 256) -> Corpus:
-    return open_corpus(DataConfig(str(path), seq_len, val_fraction=0.2), vocab_size)
+    return open_corpus(DataConfig(str(path), seq_len=seq_len, val_fraction=0.2), vocab_size)
 
 
 def test_an_epoch_is_every_training_window_once_and_never_a_held_out_one(tmp_path: Path) -> None:
@@ -38,9 +38,10 @@ def test_an_epoch_is_every_training_window_once_and_never_a_held_out_one(tmp_pat
 def test_targets_are_the_next_tokens(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(bytes(range(1, 82)))
-    tokens, targets = corpus_at(file).batch([3, 0])
+    tokens, targets, documents = corpus_at(file).batch([3, 0])
     assert tokens.T.tolist() == [[13, 14, 15, 16], [1, 2, 3, 4]]
     assert torch.equal(targets, tokens + 1)
+    assert documents is None
 
 
 def test_the_standard_library_is_there_by_default() -> None:

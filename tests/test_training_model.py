@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from spawn import run_ranks
 from training_runs import tiny
 
-from training.config import Config, Layout, OptimizerConfig, SampleConfig
+from training.config import Config, Layout, ModelConfig, OptimizerConfig, SampleConfig
 from training.errors import DivergenceError
 from training.generate import choose, generate
 from training.mesh import Mesh
-from training.model import GPT, rotary_angles, rotate
+from training.model import GPT
 from training.optimizer import learning_rate
 from training.parallel import gather_sequence, gather_vocab, reduce_scatter_sequence, vocab_parallel_cross_entropy
+from training.rotary import rotary_angles, rotary_frequencies, rotate
 from training.sharding import gather_to_rank_0, initialise, specs_of
 from training.trainer import Trainer
 
@@ -27,7 +28,7 @@ MOE = {"n_experts": 4, "top_k": 2}
 
 
 def test_rotary_positions_turn_inner_products_into_functions_of_distance() -> None:
-    cos, sin = rotary_angles(16, 8, 10000.0)
+    cos, sin = rotary_angles(16, rotary_frequencies(ModelConfig(head_dim=8)))
     query, key = torch.randn(8), torch.randn(8)
     rotated_query, rotated_key = (rotate(x.expand(16, 1, 1, 8), cos, sin)[:, 0, 0] for x in (query, key))
     scores = rotated_query @ rotated_key.T

@@ -163,11 +163,11 @@ def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer) -> Prog
 
     def check() -> dict[str, int]:
         state = read_state(folder)
-        stored, wanted = state["config"]["model"], dataclasses.asdict(config.model)
+        stored, wanted = dataclasses.asdict(stored_model(folder, state)), dataclasses.asdict(config.model)
         differing = [
-            f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
-            for key in sorted({*stored, *wanted})
-            if stored.get(key) != wanted.get(key)
+            f"{key} is {stored[key]!r} there and {wanted[key]!r} here"
+            for key in sorted(wanted)
+            if stored[key] != wanted[key]
         ]
         if differing:
             raise CheckpointError(

@@ -17,32 +17,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.errors import ConfigError
+from training.model_config import ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The GPT. Widths are whole; a layout cuts them."""
-
-    vocab_size: int = 256  # bytes
-    n_layers: int = 4
-    d_model: int = 128
-    n_heads: int = 4
-    n_kv_heads: int = 4  # fewer than n_heads: grouped-query attention
-    d_ff: int = 384  # of one expert too
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    n_experts: int = 0  # 0: every block is dense
-    top_k: int = 2
-    moe_every: int = 1  # every n-th block is a mixture of experts, counted from the last of each n
-    aux_loss_weight: float = 0.01
-
-
-@dataclass(frozen=True)
 class DataConfig:
-    path: str = "stdlib"  # a text file, a folder of text, .bin or .npy token shards; "stdlib": Python's own source
+    path: str = "stdlib"  # text, JSONL or token shards, a file or a folder; "stdlib": Python's own source
+    mix: dict[str, float] = field(default_factory=dict)  # instead of path: several, and how often each has its turn
+    text_field: str = "text"  # of a JSONL line
+    tokenizer: str = "bytes"  # or a tokenizer.json
+    end_of_document: int = -1  # a token; -1: the tokenizer's own, and none in token shards
+    document_mask: bool = False  # attention does not cross documents
     seq_len: int = 256
     val_fraction: float = 0.05
 
@@ -93,6 +80,18 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    tensorboard: bool = False  # also to <run>/tensorboard
+    wandb: bool = False  # also to Weights & Biases; its own WANDB_ variables say where
+    wandb_project: str = "pycomm"
+    peak_tflops: float = 0.0  # of one rank, that MFU is a share of; 0: what a matrix product reaches here
+    max_loss_jump: float = 3.0  # nats above the median of the last 20 steps at which a run stops; 0: never
+    profile_first: int = 0  # the first step that torch's profiler records, on every rank; 0: none
+    profile_steps: int = 1
+    deterministic: bool = False  # operators that may give other numbers from run to run are refused
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "default"  # of the run; a run of this name that exists is resumed
     out_dir: str = "runs"
@@ -102,6 +101,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -148,6 +148,11 @@ def _checked_value(expected: Any, value: Any, source: str, key: str) -> Any:
         if value not in typing.get_args(expected):
             raise ConfigError(f"{source}: {key!r} is one of {', '.join(typing.get_args(expected))}, got {value!r}")
         return value
+    if typing.get_origin(expected) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{source}: {key!r} is a table, got {value!r}; write [{key}]")
+        of_values = typing.get_args(expected)[1]
+        return {name: _checked_value(of_values, each, source, f"{key}.{name}") for name, each in value.items()}
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:
@@ -184,12 +189,11 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         ("model.n_heads", model.n_heads),
         ("model.n_kv_heads", model.n_kv_heads),
         ("model.d_ff", model.d_ff),
+        ("model.n_shared_experts × expert width", model.n_shared_experts * model.expert_width),
         ("model.vocab_size", model.vocab_size),
         ("data.seq_len", data.seq_len),
     ):
         _divides("layout.tp", tp, name, width)
-    _divides("model.n_kv_heads", model.n_kv_heads, "model.n_heads", model.n_heads)
-    _divides("twice model.n_heads", 2 * model.n_heads, "model.d_model", model.d_model)
     _divides(
         f"{dp} data parallel ranks × train.accumulation",
         dp * train.accumulation,
@@ -203,9 +207,6 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     if model.n_experts:
         _divides("layout.ep", ep, "data parallel ranks", dp)
         _divides("layout.ep", ep, "model.n_experts", model.n_experts)
-        _divides("model.moe_every", model.moe_every, "model.n_layers", model.n_layers)
-        if not 1 <= model.top_k <= model.n_experts:
-            raise ConfigError(f"model.top_k is {model.top_k}: choose 1 to model.n_experts, which is {model.n_experts}")
     return Layout(dp, tp, ep)
 
 
@@ -235,6 +236,12 @@ def _check_ranges(config: Config) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    model.check()
+    if model.block == "gpt2" and data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
+            "change one of them"
+        )
     if not 0.0 < data.val_fraction < 1.0:
         raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
     if not config.name or Path(config.name).name != config.name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,14 +11,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from training.machine import peak_memory_bytes
 from training.trainer import StepResult
 
 _PLAIN_EVERY = 10  # steps between lines where the output is no terminal
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class MetricsFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,13 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 
 from training.config import Config
 from training.errors import CheckpointError
 from training.generate import sample_text
-from training.metrics import MetricsFile, ProgressLine, peak_memory_bytes, plot_losses, read_metrics
+from training.machine import share_cores
+from training.metrics import MetricsFile, ProgressLine, plot_losses, read_metrics
 from training.report import Totals, communication_paragraph, max_peak_memory, training_paragraph
 from training.trainer import StepResult, Trainer
 
@@ -101,7 +100,6 @@ def _record(result: StepResult, world_size: int) -> dict[str, float | int]:
         **record,
         "tokens_per_s": result.n_tokens / result.step_s,
         "exposed_share": result.exposed_share(world_size),
-        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
@@ -170,16 +168,3 @@ def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def share_cores(world: Group) -> None:
-    """Gives each rank its share of its machine's cores, unless OMP_NUM_THREADS says how many it has.
-
-    Ranks of one machine are those whose kernel has the same boot id: emulated hosts share cores too."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:36].ljust(36)
-    all_ids = torch.empty(world.size, 36, dtype=torch.uint8)
-    own_id = torch.frombuffer(bytearray(boot_id), dtype=torch.uint8).unsqueeze(0)
-    world.all_gather(all_ids, own_id)
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int((all_ids == own_id).all(1).sum())
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from training_runs import tiny
 
-from training.config import PRESETS, Config, Layout, ModelConfig, load_preset, resolve_layout
+from training.config import PRESETS, Config, Layout, load_preset, resolve_layout
 from training.errors import ConfigError
+from training.model_config import ModelConfig
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from spawn import run_ranks
 from training_runs import tiny
 
-from training.config import Config, Layout, ModelConfig, OptimizerConfig, SampleConfig
+from training.config import Config, Layout, OptimizerConfig, SampleConfig
 from training.errors import DivergenceError
 from training.generate import choose, generate
 from training.mesh import Mesh
 from training.model import GPT
+from training.model_config import ModelConfig
 from training.optimizer import learning_rate
 from training.parallel import gather_sequence, gather_vocab, reduce_scatter_sequence, vocab_parallel_cross_entropy
 from training.rotary import rotary_angles, rotary_frequencies, rotate

@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.config import Config, ModelConfig
+from training.config import Config
 from training.errors import CheckpointError
 from training.mesh import Mesh, on_rank_0
+from training.model_config import ModelConfig
 from training.optimizer import MOMENTS, Optimizer
 from training.sharding import gather_to_rank_0, shard
 
@@ -74,10 +75,11 @@ def save(config: Config, mesh: Mesh, optimizer: Optimizer, progress: Progress) -
             whole = gather_to_rank_0(piece, spec, mesh)
             if whole is not None:
                 files[kind][name] = whole.contiguous()
-    on_rank_0(mesh.world, lambda: _write(config, files, progress))
+    on_rank_0(mesh.world, lambda: write(config, files, progress))
 
 
-def _write(config: Config, files: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+def write(config: Config, files: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+    """Writes a checkpoint from whole tensors by file (PARAMETERS, each of MOMENTS) and name, on one rank."""
     folder = config.run_dir / "checkpoints"
     final = folder / f"step_{progress.step:08d}"
     if final.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 import typing
@@ -80,6 +81,12 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    folder: str = ""  # "": hugging_face in the run's folder
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     tensorboard: bool = False  # also to <run>/tensorboard
     wandb: bool = False  # also to Weights & Biases; its own WANDB_ variables say where
@@ -101,6 +108,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
@@ -118,7 +126,7 @@ def load_preset(preset: str) -> Config:
         path = PRESETS / f"{preset}.toml"
         if not path.is_file():
             known = sorted(file.stem for file in PRESETS.glob("*.toml"))
-            raise ConfigError(f"there is no preset {preset!r}; {_nearest(preset, known)}")
+            raise ConfigError(f"there is no preset {preset!r}; {nearest(preset, known)}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,12 +137,31 @@ def load_preset(preset: str) -> Config:
     return config
 
 
+def to_toml(config: Config) -> str:
+    """A preset of the values that are not the defaults."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for key, value in dataclasses.asdict(config).items():
+        default = dataclasses.asdict(Config())[key]
+        if not isinstance(value, dict):
+            lines.append(f"{key} = {_toml(value)}")
+        elif changed := {name: each for name, each in value.items() if each != default[name]}:
+            tables += ["", f"[{key}]", *(f"{name} = {_toml(each)}" for name, each in changed.items())]
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items()) + " }"
+    return json.dumps(value)  # TOML's strings, numbers and booleans are JSON's
+
+
 def _from_table(kind: type, table: dict[str, Any], source: str, prefix: str) -> Any:
     types = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in types:
-            raise ConfigError(f"{source}: unknown key {prefix + key!r}; {_nearest(key, list(types), prefix)}")
+            raise ConfigError(f"{source}: unknown key {prefix + key!r}; {nearest(key, list(types), prefix)}")
         values[key] = _checked_value(types[key], value, source, prefix + key)
     return kind(**values)
 
@@ -160,7 +187,8 @@ def _checked_value(expected: Any, value: Any, source: str, key: str) -> Any:
     return value
 
 
-def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Of the known names the one that was probably meant, in words, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"the nearest is {prefix + close[0]!r}"

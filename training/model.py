@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import ModelConfig
 from training.mesh import Mesh
+from training.model_config import ModelConfig
 from training.moe import MixtureOfExperts
 from training.parallel import (
     ColumnLinear,

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycomm.moe import ExpertParallel
-from training.config import ModelConfig
 from training.mesh import Mesh
+from training.model_config import ModelConfig
 from training.router import rebalance, route
 from training.sharding import ParamSpec, ShardedModule
 
@@ -31,7 +31,8 @@ class MixtureOfExperts(ShardedModule):
         self.down = self.new_parameter("down", ParamSpec((n, d, f), std / (2 * config.n_layers) ** 0.5, "ep", 0))
         self.bias: nn.Parameter | None = None
         if config.router_bias:
-            self.bias = self.new_parameter("bias", ParamSpec((n,), 0.0)).requires_grad_(False)
+            self.bias = self.new_parameter("bias", ParamSpec((n,), 0.0))
+            self.bias.requires_grad_(False)
         self.load = torch.zeros(n)  # slots that this rank's tokens took of each expert, since balance_routers()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from training.config import Config
-from training.errors import CheckpointError
 from training.generate import sample_text
-from training.machine import share_cores
-from training.metrics import MetricsFile, ProgressLine, plot_losses, read_metrics
+from training.live import LiveTable
+from training.machine import be_deterministic, matmul_flops, share_cores
+from training.metrics import Sinks, check_sinks, plot_losses, read_metrics
+from training.profile import StepProfiler
 from training.report import Totals, communication_paragraph, max_peak_memory, training_paragraph
 from training.trainer import StepResult, Trainer
 
@@ -32,6 +34,9 @@ def run(config: Config, world: Group) -> None:
 
     Raises KeyboardInterrupt where a signal stopped it, with its state saved.
     A run that is complete is not trained further: its report is shown again, with a fresh evaluation and sample."""
+    if config.monitor.deterministic:
+        be_deterministic()
+    check_sinks(config)
     console = Console(quiet=world.rank != 0, highlight=False)
     share_cores(world)
     with contextlib.closing(Trainer(config, world)) as trainer:
@@ -56,7 +61,7 @@ def _run(trainer: Trainer, console: Console) -> None:
         _finish(trainer, console, trainer.evaluate(), None)
         return
     totals = Totals()
-    metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step) if trainer.mesh.world.rank == 0 else None
+    metrics = Sinks(config, first_step) if trainer.mesh.world.rank == 0 else None
     with contextlib.closing(metrics) if metrics else contextlib.nullcontext(), _stop_on_signal(trainer):
         eval_loss = _train(trainer, console, metrics, totals)
     if eval_loss is None:
@@ -68,24 +73,27 @@ def _run(trainer: Trainer, console: Console) -> None:
     _finish(trainer, console, eval_loss, totals)
 
 
-def _train(trainer: Trainer, console: Console, metrics: MetricsFile | None, totals: Totals) -> float | None:
+def _train(trainer: Trainer, console: Console, metrics: Sinks | None, totals: Totals) -> float | None:
     """Steps until the end, saving on the way and at the end; the last held-out loss, None when asked to stop."""
-    train = trainer.config.train
-    world_size = trainer.mesh.world.size
+    train, monitor = trainer.config.train, trainer.config.monitor
+    peak_flops = _peak_flops(trainer)
+    flops_per_token = trainer.config.model.flops_per_token(trainer.config.data.seq_len)
     eval_loss = None
-    with ProgressLine(console, train.steps, world_size) as line:
+    profiler = StepProfiler(trainer.config.run_dir / "profile", monitor, trainer.mesh.world.rank)
+    with LiveTable(console, train.steps) as live, contextlib.closing(profiler):
         while trainer.progress.step < train.steps:
+            profiler.before(trainer.progress.step + 1)
             result = trainer.train_step()
+            profiler.after(result.step)
             totals.add(result)
-            record = _record(result, world_size)
+            record = _record(result, trainer.mesh.world.size, flops_per_token / peak_flops)
             done = result.step == train.steps
             if done or result.step % train.eval_every == 0:
                 eval_loss = trainer.evaluate()
                 record["eval_loss"] = eval_loss
-                line.evaluated(eval_loss)
             if metrics is not None:
                 metrics.write(record)
-            line.show(result)
+            live.show(record)
             if done or result.stopping or result.step % train.checkpoint_every == 0:
                 trainer.save()
             if result.stopping and not done:
@@ -93,13 +101,25 @@ def _train(trainer: Trainer, console: Console, metrics: MetricsFile | None, tota
     return eval_loss
 
 
-def _record(result: StepResult, world_size: int) -> dict[str, float | int]:
+def _peak_flops(trainer: Trainer) -> float:
+    """FLOP/s of all ranks together, given or measured; all ranks together."""
+    given = trainer.config.monitor.peak_tflops * 1e12
+    total = torch.tensor([given or matmul_flops(trainer.dtype)], dtype=torch.float64)
+    trainer.mesh.world.all_reduce(total)
+    return float(total)
+
+
+def _record(result: StepResult, world_size: int, peak_s_per_token: float) -> dict[str, Any]:
     record = dataclasses.asdict(result)
     del record["stopping"]
+    by_axis = record.pop("blocked_by_axis_s")
+    tokens_per_s = result.n_tokens / result.step_s
     return {
         **record,
-        "tokens_per_s": result.n_tokens / result.step_s,
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s * peak_s_per_token,
         "exposed_share": result.exposed_share(world_size),
+        "exposed_by_axis": {axis: blocked_s / (result.step_s * world_size) for axis, blocked_s in by_axis.items()},
     }
 
 
@@ -134,19 +154,6 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(text)
     temporary.rename(path)
-
-
-def sample(config: Config, world: Group) -> None:
-    """Prints text of the run's newest checkpoint. Raises CheckpointError where the run has none."""
-    share_cores(world)
-    with contextlib.closing(Trainer(config, world)) as trainer:
-        if not trainer.resume():
-            raise CheckpointError(
-                f"{config.run_dir} has no checkpoint; train it with: python -m training run {config.name}"
-            )
-        text = sample_text(trainer, config.sample)
-    if world.rank == 0:
-        print(text)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # how v
 
 class Tokenizer(Protocol):
     vocab_size: int
-    separator: Sequence[int]  # between two documents
+    separator: tuple[int, ...]  # between two documents
 
     def encode(self, documents: Sequence[tuple[str, bytes]]) -> list[Tokens]:
         """The tokens of each document, given with where it is from. Raises DataError for one that is no text."""
@@ -29,7 +29,7 @@ class Bytes:
     """UTF-8's bytes as tokens; documents are separated by a line break."""
 
     vocab_size = 256
-    separator = (ord("\n"),)
+    separator: tuple[int, ...] = (ord("\n"),)
 
     def encode(self, documents: Sequence[tuple[str, bytes]]) -> list[Tokens]:
         return [np.frombuffer(content, dtype=np.uint8) for _, content in documents]
@@ -47,7 +47,7 @@ class BytePairs:
         self.vocab_size: int = backend.get_vocab_size()
         known = [backend.token_to_id(name) for name in _ENDS]
         found = [end_of_document] if end_of_document >= 0 else [each for each in known if each is not None]
-        self.separator = tuple(found[:1])
+        self.separator: tuple[int, ...] = tuple(found[:1])
 
     def encode(self, documents: Sequence[tuple[str, bytes]]) -> list[Tokens]:
         texts = [as_text(where, content) for where, content in documents]

@@ -68,7 +68,7 @@ def test_a_run_leaves_its_files_resumes_and_samples(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("run", "defualt"), "error: there is no preset 'defualt'; the nearest is 'default'"),
-        (("rum", "tiny"), "error: there is no command 'rum'; there are run and sample"),
+        (("rum", "tiny"), "error: there is no command 'rum'; the nearest is 'run'"),
         (("run", "tiny", "--data.path", "/nonexistent"), "error: there is no data at /nonexistent"),
         (("run", "tiny", "--layout.tp", "3"), "error: layout.tp (3) does not divide the ranks (1)"),
         (("run", "tiny", "--model.n-layer", "3"), "--model.n-layers"),

@@ -188,7 +188,7 @@ def train_from_import(group: Any, config: Config, folder: Path) -> tuple[float, 
 def test_an_imported_model_trains_on(exported: Any, tmp_path: Path) -> None:
     folder, _ = exported
     data = tmp_path / "data.npy"
-    np.save(data, np.arange(4000) % 13)
+    np.save(data, np.arange(8000) % 13)
     config = dataclasses.replace(tiny(tmp_path, data={"path": str(data)}), model=read_config(folder / "glm4_moe"))
     first, last, step = run_ranks(train_from_import, 1, config, folder / "glm4_moe")[0]
     assert last < first - 0.5 and step == 8

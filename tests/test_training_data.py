@@ -113,8 +113,13 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 
 def test_a_token_outside_the_vocabulary_is_refused_with_its_file(tmp_path: Path) -> None:
     write_token_shard(tmp_path / "a.bin", np.full(100, 300, dtype=np.uint16))
-    with pytest.raises(DataError, match=r"a.bin holds token 300 near position 8; model.vocab_size is 256"):
-        corpus_at(tmp_path / "a.bin").tokens_at(2)
+    with pytest.raises(DataError, match=r"a.bin holds token 300 somewhere; model.vocab_size is 256"):
+        corpus_at(tmp_path / "a.bin")
+    rare = np.zeros(1 << 21, dtype=np.uint16)
+    rare[1_000_001] = 300  # between those that are looked at when the file is opened
+    write_token_shard(tmp_path / "a.bin", rare)
+    with pytest.raises(DataError, match=r"a.bin holds token 300 near position 1000000; model.vocab_size is 256"):
+        corpus_at(tmp_path / "a.bin").tokens_at(250_000)
 
 
 def test_fewer_windows_than_a_batch_are_refused(tmp_path: Path) -> None:
@@ -260,7 +265,9 @@ def test_reading_ahead_gives_what_reading_gives(tmp_path: Path) -> None:
         assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.targets, expected.targets)
     prefetcher.close()
 
-    write_token_shard(tmp_path / "b.bin", np.array([*range(60), 300, *range(20)], dtype=np.uint16))
+    rare = np.zeros(1 << 21, dtype=np.uint16)
+    rare[61] = 300
+    write_token_shard(tmp_path / "b.bin", rare)
     bad = corpus_at(tmp_path / "b.bin")
     prefetcher = Prefetcher(bad, lambda position: [[position]], 15)
     prefetcher.at(0)

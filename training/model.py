@@ -86,7 +86,9 @@ class Attention(nn.Module):
         super().__init__()
         self.mesh = mesh
         self.head_dim = config.head_width
-        self.frequencies = rotary_frequencies(config) if config.block == "llama" else None
+        self.frequencies: Tensor | None
+        frequencies = rotary_frequencies(config) if config.block == "llama" else None
+        self.register_buffer("frequencies", frequencies, persistent=False)
         width, kv_width = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
         bias = config.block == "gpt2"
         self.query = ColumnLinear(config.d_model, width, mesh, STD, bias)

@@ -33,7 +33,8 @@ class MixtureOfExperts(ShardedModule):
         if config.router_bias:
             self.bias = self.new_parameter("bias", ParamSpec((n,), 0.0))
             self.bias.requires_grad_(False)
-        self.load = torch.zeros(n)  # slots that this rank's tokens took of each expert, since balance_routers()
+        self.load: Tensor  # slots that this rank's tokens took of each expert, since balance_routers()
+        self.register_buffer("load", torch.zeros(n), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y [S/tp, B, D], and the balance loss: fp32 scalar, this rank's part of the sum over sequences."""

@@ -30,7 +30,8 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 def rotary_angles(seq_len: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin, each fp32 [S, 1, 1, head_dim / 2], of positions 0 to S - 1."""
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None, None, :]
+    positions = torch.arange(seq_len, dtype=torch.float32, device=frequencies.device)
+    angles = torch.outer(positions, frequencies)[:, None, None, :]
     return angles.cos(), angles.sin()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from training import checkpoint
 from training.config import Config
 from training.generate import sample_text
 from training.live import LiveTable
@@ -49,10 +50,13 @@ def _run(trainer: Trainer, console: Console) -> None:
     first_step = trainer.progress.step + 1
     console.print(
         f"{config.name}: {trainer.n_parameters:,} parameters, {trainer.mesh.layout}, "
-        f"{trainer.corpus.n_tokens:,} tokens of {config.data.path}; "
+        f"{trainer.corpus.n_tokens:,} tokens of {trainer.corpus.name}; "
         + (f"resumed at step {trainer.progress.step}" if resumed else "a new run"),
         soft_wrap=True,
     )
+    newest = checkpoint.latest(config.run_dir) if resumed and trainer.mesh.world.rank == 0 else None
+    for change in checkpoint.changed_since(newest, config) if newest else []:
+        console.print(f"  {change}", soft_wrap=True)
     if trainer.progress.step >= config.train.steps:
         console.print(
             f"It is complete: {config.train.steps} steps were asked for. Train further with --train.steps N.",

@@ -64,6 +64,7 @@ class Trainer:
     def __init__(self, config: Config, world: Group) -> None:
         self.config = config
         self.mesh = Mesh(world, resolve_layout(config, world.size))
+        checkpoint.require_same_model(config, self.mesh)
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(config.train.global_batch, config.train.eval_sequences)
         self._check_same_corpus()

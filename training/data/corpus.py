@@ -23,6 +23,7 @@ from training.data.tokens import Tokenizer, open_tokenizer
 from training.errors import ConfigError, DataError
 
 _TURNS = 4096  # sequences in which sources have exactly their shares
+_LOOKED_AT = 1 << 20  # tokens of a stream that are compared with the vocabulary at the start
 
 
 class Batch(NamedTuple):
@@ -81,6 +82,7 @@ class Corpus:
         self._shares = np.array(weights) / sum(weights)
         self._ends = np.cumsum([source.n_windows for source in sources])
         self._turns: tuple[tuple[int, int], Tokens, Tokens] | None = None
+        self.name = ", ".join(source.path for source in sources)
         self.n_tokens = sum(source.n_tokens for source in sources)
         self.n_train = sum(source.n_train for source in sources)
         self.n_val = sum(source.n_val for source in sources)
@@ -107,12 +109,7 @@ class Corpus:
         """int64 [seq_len + 1]: inputs, and targets one further. Raises DataError for a token outside the vocabulary."""
         stream, first = self._locate(window)
         tokens = stream.tokens[first : first + self._config.seq_len + 1].astype(np.int64)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocab_size:
-            raise DataError(
-                f"{stream.name} holds token {high if high >= self._vocab_size else low} near position {first}; "
-                f"model.vocab_size is {self._vocab_size}: use the vocabulary that the file was written with"
-            )
+        _check_vocabulary(tokens, stream, f"near position {first}", self._vocab_size)
         return tokens
 
     def documents_at(self, window: int) -> Tokens:
@@ -162,6 +159,16 @@ class Corpus:
         return value
 
 
+def _check_vocabulary(tokens: Tokens, stream: Stream, where: str, vocab_size: int) -> None:
+    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if low < 0 or high >= vocab_size:
+        token = high if high >= vocab_size else low
+        raise DataError(
+            f"{stream.name} holds token {token} {where}; model.vocab_size is {vocab_size}: "
+            "use the vocabulary that the file was written with"
+        )
+
+
 def _apportion(n: int, shares: Tokens) -> list[int]:
     """n as whole numbers in proportion to shares, by largest remainders; a source that has a share has at least 1 of
     _TURNS, because weights below that are refused."""
@@ -179,7 +186,7 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     mix = config.mix or {config.path: 1.0}
     total = sum(mix.values())
     for path, weight in mix.items():
-        if not weight > 0 or weight / total < 1 / _TURNS:
+        if not (weight > 0 and weight * _TURNS >= total):
             raise ConfigError(
                 f"data.mix gives {path} the weight {weight:g} of {total:g}; a weight is positive and at least "
                 f"1/{_TURNS} of all"
@@ -193,7 +200,11 @@ def open_corpus(config: DataConfig, vocab_size: int) -> Corpus:
     sources = []
     for path in mix:
         try:
-            sources.append(Source(read_streams(path, config, tokenizer), path, config))
+            source = Source(read_streams(path, config, tokenizer), path, config)
+            for stream in source.streams:  # some of each, before a model is made; all of a window when it is read
+                some = stream.tokens[:: 1 + len(stream.tokens) // _LOOKED_AT]
+                _check_vocabulary(some, stream, "somewhere", vocab_size)
+            sources.append(source)
         except OSError as error:
             raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
     return Corpus(sources, list(mix.values()), config, tokenizer, vocab_size)

@@ -34,7 +34,7 @@ CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*)
 .DELETE_ON_ERROR:
 
 run: build
-	pycomm launch --hosts 2 --ranks-per-host 2 --output rank0 -- python -m training run default
+	pycomm launch --hosts 2 --ranks-per-host 2 --output rank0 -- pycomm-train run default
 
 # pycomm, Gloo, MPI and oneCCL take turns; half an hour, best with nothing else running.
 benchmark: build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from training.errors import CheckpointError
 from training.trainer import Trainer
 
 MOE = {"n_experts": 4, "top_k": 2}
+BIASED = {**MOE, "router": "sigmoid", "router_bias": True, "router_bias_speed": 0.05}
 
 
 def train_and_save(group: Any, config: Config, until: int, save_at: int) -> Any:
@@ -38,7 +40,7 @@ def train_and_save(group: Any, config: Config, until: int, save_at: int) -> Any:
 
 @pytest.mark.parametrize(
     ("n_ranks", "layout"),
-    [(1, {}), (4, {"tp": 2, "ep": 2, "model": MOE}), (1, {"precision": "bf16", "accumulation": 2})],
+    [(1, {}), (4, {"tp": 2, "ep": 2, "model": BIASED}), (1, {"precision": "bf16", "accumulation": 2})],
     ids=["one rank", "all axes", "bf16"],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, n_ranks: int, layout: Any) -> None:
@@ -52,8 +54,12 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, n_rank
 
 
 def test_a_checkpoint_resumes_in_another_layout(tmp_path: Path) -> None:
-    whole, _ = run_ranks(train_and_save, 1, tiny(tmp_path, model=MOE), 8, 5)[0]
-    other, _ = run_ranks(train_and_save, 4, tiny(tmp_path, tp=2, ep=2, model=MOE), 8, -1)[0]
+    """With a mix of sources, whose turns go on, and biased routers, whose biases do."""
+    file = tmp_path / "b.jsonl"
+    file.write_text("".join(json.dumps({"text": "some line " * n}) + "\n" for n in range(100)))
+    data = {"mix": {argparse.__file__: 1.0, str(file): 2.0}, "document_mask": True}
+    whole, _ = run_ranks(train_and_save, 1, tiny(tmp_path, model=BIASED, data=data), 8, 5)[0]
+    other, _ = run_ranks(train_and_save, 4, tiny(tmp_path, tp=2, ep=2, model=BIASED, data=data), 8, -1)[0]
     np.testing.assert_allclose(other, whole[5:], rtol=1e-5)
 
 
@@ -120,6 +126,12 @@ def refusal(group: Any, config: Config) -> str:
     return str(caught.value)
 
 
+def refusal_before_the_model_is_made(group: Any, config: Config) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Trainer(config, group)
+    return str(caught.value)
+
+
 def test_every_rank_hears_of_a_damaged_checkpoint(damaged: Path) -> None:
     truncate(damaged)
     messages = run_ranks(refusal, 2, tiny(damaged.parents[2]))
@@ -128,7 +140,7 @@ def test_every_rank_hears_of_a_damaged_checkpoint(damaged: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved: Path) -> None:
-    message = run_ranks(refusal, 1, tiny(saved, model={"d_ff": 128}))[0]
+    message = run_ranks(refusal_before_the_model_is_made, 1, tiny(saved, model={"d_ff": 128}))[0]
     assert "is of another model: d_ff is 64 there and 128 here; choose another name for this run" in message
 
 

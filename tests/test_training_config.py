@@ -9,16 +9,44 @@ from typing import Any
 import pytest
 from training_runs import tiny
 
-from training.config import PRESETS, Config, Layout, ModelConfig, load_preset, resolve_layout
+from training.config import PRESETS, Config, Layout, load_preset, resolve_layout
 from training.errors import ConfigError
+from training.model_config import ModelConfig
+
+ALL = {path.stem for path in PRESETS.glob("*.toml")}
+PUBLISHED = {  # parameters, as Hugging Face counts them in the models' safetensors
+    "gpt2": 124_439_808,
+    "llama_1b": 1_235_814_400,
+    "llama_8b": 8_030_261_248,
+    "llama_70b": 70_553_706_496,
+    "mixtral_8x7b": 46_702_792_704,
+    "deepseek_moe_16b": 16_375_728_128,
+}
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
-def test_every_preset_loads_and_runs_on_1_2_and_4_ranks(preset: str) -> None:
+@pytest.mark.parametrize("preset", sorted(ALL - PUBLISHED.keys()))
+def test_every_small_preset_loads_and_runs_on_1_2_and_4_ranks(preset: str) -> None:
     config = load_preset(preset)
     assert config.name == preset
     for world_size in (1, 2, 4):
         assert resolve_layout(config, world_size).dp == world_size
+
+
+@pytest.mark.parametrize("preset", sorted(PUBLISHED))
+def test_a_published_shape_has_its_published_parameters_and_a_layout(preset: str) -> None:
+    config = load_preset(preset)
+    assert config.model.n_parameters == PUBLISHED[preset]
+    n_ranks = 8 * config.layout.tp if config.model.n_experts else max(8, config.layout.tp)
+    layout = resolve_layout(config, n_ranks)
+    assert layout.dp * layout.tp == n_ranks
+
+
+def test_flops_are_those_of_the_formula_and_of_the_active_experts() -> None:
+    gpt2 = load_preset("gpt2").model
+    looked_up = gpt2.max_seq_len * gpt2.d_model
+    assert gpt2.flops_per_token(1024) == 6 * (124_439_808 - looked_up) + 12 * 12 * 768 * 1024
+    mixtral = load_preset("mixtral_8x7b").model
+    assert mixtral.n_active_parameters == 12_879_925_248  # "12.9B", arXiv:2401.04088
 
 
 def test_a_preset_fills_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -35,12 +63,14 @@ def test_a_preset_fills_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None
     [
         ("[model]\nn_layer = 3\n", "unknown key 'model.n_layer'; the nearest is 'model.n_layers'"),
         ("[modle]\nn_layers = 3\n", "unknown key 'modle'; the nearest is 'model'"),
-        ("[model]\nzzz = 3\n", "unknown key 'model.zzz'; there are model.vocab_size, model.n_layers,"),
+        ("[model]\nzzz = 3\n", "unknown key 'model.zzz'; there are model.block, model.vocab_size, model.n_layers,"),
         ("[model]\nn_layers = 'three'\n", "'model.n_layers' is a int, got 'three'"),
         ("[model]\nn_layers = 3.5\n", "'model.n_layers' is a int, got 3.5"),
         ("[model]\ntie_embeddings = 1\n", "'model.tie_embeddings' is a bool, got 1"),
         ("[train]\nprecision = 'fp8'\n", "'train.precision' is one of fp32, bf16, got 'fp8'"),
         ("[train]\nwire = 'int2'\n", "'train.wire' is one of none, bf16, fp8, int8, int4, got 'int2'"),
+        ("[data]\nmix = 3\n", r"'data.mix' is a table, got 3"),
+        ("[data.mix]\n'a.txt' = 'much'\n", "'data.mix.a.txt' is a float, got 'much'"),
         ("model = 3\n", r"'model' is a table, got 3; write \[model\]"),
         ("[model\n", "is not valid TOML"),
     ],
@@ -55,7 +85,7 @@ def test_a_wrong_preset_is_refused(tmp_path: Path, text: str, message: str) -> N
 def test_an_unknown_preset_names_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="there is no preset 'defualt'; the nearest is 'default'"):
         load_preset("defualt")
-    with pytest.raises(ConfigError, match="there is no preset 'xyz'; there are default, moe, tiny"):
+    with pytest.raises(ConfigError, match="there is no preset 'xyz'; there are deepseek_moe_16b, default,"):
         load_preset("xyz")
     with pytest.raises(ConfigError, match=r"cannot read the preset .*missing.toml: No such file"):
         load_preset("somewhere/missing.toml")
@@ -89,6 +119,33 @@ def test_layouts() -> None:
         ({"ep": 4, "model": {"n_experts": 6}}, 4, r"layout.ep \(4\) does not divide model.n_experts \(6\)"),
         ({"model": {"n_experts": 4, "top_k": 5}}, 1, "top_k is 5: choose 1 to model.n_experts, which is 4"),
         ({"model": {"n_experts": 4, "moe_every": 3}}, 1, r"moe_every \(3\) does not divide model.n_layers \(2\)"),
+        (
+            {"model": {"n_experts": 4, "n_dense_layers": 2}},
+            1,
+            r"n_dense_layers \(2\) leaves no block of 2 with experts",
+        ),
+        ({"model": {"n_experts": 4, "n_expert_groups": 3}}, 1, r"n_expert_groups \(3\) does not divide model.n_exp"),
+        (
+            {"model": {"n_experts": 4, "topk_groups": 2}},
+            1,
+            "topk_groups is 2: choose 1 to model.n_expert_groups, which",
+        ),
+        ({"model": {"n_experts": 4, "n_expert_groups": 4}}, 1, "top_k is 2, but 1 groups of 1 experts hold 1"),
+        ({"model": {"n_experts": 4, "block": "gpt2"}}, 1, "model.block 'gpt2' is dense; set model.n_experts to 0"),
+        ({"model": {"router_bias": True}}, 1, "model.router_bias need model.n_experts, which is 0"),
+        ({"model": {"head_dim": 7}}, 1, "model.head_dim is 7; rotary positions need an even one"),
+        ({"model": {"rope_scaling": "linear", "rope_factor": 0.5}}, 1, "it needs block 'llama' and a factor of at"),
+        ({"model": {"rope_scaling": "llama3", "rope_high_freq_factor": 1.0}}, 1, r"must be above .*low_freq_factor"),
+        (
+            {"model": {"block": "gpt2", "max_seq_len": 16}},
+            1,
+            "data.seq_len is 32, the position table has model.max_seq",
+        ),
+        (
+            {"tp": 2, "model": {"n_experts": 4, "n_shared_experts": 1, "d_ff_expert": 3}},
+            2,
+            r"n_shared_experts × expert",
+        ),
         ({"steps": 0}, 1, "train.steps is 0; it must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, 1, "val_fraction is 1.0; it must lie between 0 and 1"),
     ],

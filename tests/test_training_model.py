@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from spawn import run_ranks
+from torch import Tensor
 from training_runs import tiny
 
 from training.config import Config, Layout, OptimizerConfig, SampleConfig
 from training.errors import DivergenceError
 from training.generate import choose, generate
 from training.mesh import Mesh
-from training.model import GPT, rotary_angles, rotate
+from training.model import GPT
+from training.model_config import ModelConfig
+from training.moe import balance_routers
 from training.optimizer import learning_rate
 from training.parallel import gather_sequence, gather_vocab, reduce_scatter_sequence, vocab_parallel_cross_entropy
+from training.rotary import rotary_angles, rotary_frequencies, rotate
+from training.router import rebalance, route
 from training.sharding import gather_to_rank_0, initialise, specs_of
 from training.trainer import Trainer
 
@@ -27,7 +33,7 @@ MOE = {"n_experts": 4, "top_k": 2}
 
 
 def test_rotary_positions_turn_inner_products_into_functions_of_distance() -> None:
-    cos, sin = rotary_angles(16, 8, 10000.0)
+    cos, sin = rotary_angles(16, rotary_frequencies(ModelConfig(head_dim=8)))
     query, key = torch.randn(8), torch.randn(8)
     rotated_query, rotated_key = (rotate(x.expand(16, 1, 1, 8), cos, sin)[:, 0, 0] for x in (query, key))
     scores = rotated_query @ rotated_key.T
@@ -154,22 +160,150 @@ def test_clipping_uses_the_norm_over_all_axes() -> None:
         np.testing.assert_allclose(results[0][2][name], whole, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def diverging(group: Any, config: Config) -> tuple[str, bool]:
+def broken(group: Any, config: Config) -> list[tuple[str, bool]]:
+    """What a step says, and whether it left the parameters alone, when each of several things goes wrong."""
     trainer = Trainer(config, group)
     trainer.train_step()
-    before = [master.clone() for master in trainer.optimizer.masters.values()]
+    block = trainer.model.blocks[1]
+
+    def says() -> tuple[str, bool]:
+        before = [master.clone() for master in trainer.optimizer.masters.values()]
+        with pytest.raises(DivergenceError) as caught:
+            trainer.train_step()
+        after = trainer.optimizer.masters.values()
+        return str(caught.value), all(map(torch.equal, before, after))
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient * float("nan")
+
+    said = []
+    if group.rank == 1:  # a gradient of rank 1 alone
+        handle = block.attention_norm.register_forward_hook(lambda m, args, y: y.register_hook(spoil) and None)
+    said.append(says())
+    if group.rank == 1:
+        handle.remove()
+    trainer._recent_losses.extend([1.0] * 10)  # the loss is about 5.5
+    said.append(says())
+    trainer._recent_losses.clear()
+    if group.rank == 1:  # a weight of rank 1 alone
+        with torch.no_grad():
+            block.feed_forward.up.weight[3, 5] = float("inf")
+    said.append(says())
+    trainer.close()
+    return said
+
+
+@pytest.mark.parametrize("tp", [1, 2])  # with tp, what is not finite on one rank soon is on both
+def test_a_step_that_diverges_stops_every_rank_before_the_update_and_names_rank_and_layer(tp: int) -> None:
+    results = run_ranks(broken, 2, tiny(tp=tp))
+    assert results[0] == results[1]
+    (gradient, jump, weight) = (message for message, _ in results[0])
+    assert all(untouched for _, untouched in results[0])
+    assert gradient.startswith("step 2: the loss is 5.") and "the gradient norm nan" in gradient
+    assert (
+        "first nan in the gradient of blocks.1.attention_norm on rank 1;" in gradient
+        and "a lower optimizer.lr" in gradient
+    )
+    assert "the loss jumped from 1.0000 to 5." in jump and "(monitor.max_loss_jump allows 3)" in jump
+    assert re.search(r"the largest loss is rank [01]'s, 5\.\d+; the largest gradient is that of \S+ on rank [01]", jump)
+    assert re.search(r"first (nan|inf) in blocks.1.feed_forward.up on rank 1;", weight)
+
+
+def test_a_loss_that_is_no_number_after_a_wild_update_stops_the_run() -> None:
+    optimizer = OptimizerConfig(lr=1e30, warmup_steps=0)
+    for message in run_ranks(diverging, 2, dataclasses.replace(tiny(), optimizer=optimizer)):
+        assert message.startswith("step 2: ") and "nan" in message and "on rank 0; resume from" in message
+
+
+def diverging(group: Any, config: Config) -> str:
+    trainer = Trainer(config, group)
+    trainer.train_step()
     with pytest.raises(DivergenceError) as caught:
         trainer.train_step()
-    untouched = all(map(torch.equal, before, trainer.optimizer.masters.values()))
     trainer.close()
-    return str(caught.value), untouched
+    return str(caught.value)
 
 
-def test_a_loss_that_is_no_number_stops_every_rank_before_the_update() -> None:
-    optimizer = OptimizerConfig(lr=1e30, warmup_steps=0)
-    for message, untouched in run_ranks(diverging, 2, dataclasses.replace(tiny(), optimizer=optimizer)):
-        assert message.startswith("step 2: ") and "nan" in message and "a lower optimizer.lr" in message
-        assert untouched
+def test_documents_do_not_see_each_other() -> None:
+    assert run_ranks(logits_of_documents, 1)[0] == []
+
+
+def logits_of_documents(group: Any) -> list[str]:
+    """The models whose packed documents have other logits than each document alone."""
+    mesh = Mesh(group, Layout(1, 1, 1))
+    wrong = []
+    for name, changes in {"llama": {"n_kv_heads": 2}, "moe": MOE}.items():
+        model = GPT(tiny(model=changes).model, mesh)
+        initialise(model, mesh, 0)
+        tokens = torch.randint(0, 256, (15, 2), generator=torch.Generator().manual_seed(0))
+        lengths = [[4, 11], [9, 6]]  # of the documents of each sequence
+        documents = torch.stack(
+            [torch.repeat_interleave(torch.tensor([7, 3]), torch.tensor(each)) for each in lengths], 1
+        )
+        with torch.no_grad():
+            packed = model(tokens, documents)[0]
+            for sequence, (first, _) in enumerate(lengths):
+                mine = tokens[:, sequence : sequence + 1]
+                alone = torch.cat([model(mine[:first])[0], model(mine[first:])[0]])[:, 0]
+                if not torch.allclose(packed[:, sequence], alone, rtol=1e-4, atol=1e-5):
+                    wrong.append(name)
+            if torch.allclose(packed, model(tokens)[0], rtol=1e-4, atol=1e-5):
+                wrong.append(f"{name}, unmasked")
+    return wrong
+
+
+def test_routes_are_those_of_the_definition() -> None:
+    """Against loops in numpy: groups by their two best, the bias in the choice but not in the weight, the scale."""
+    config = ModelConfig(
+        n_experts=12, top_k=3, router="sigmoid", n_expert_groups=4, topk_groups=2, router_bias=True, router_scale=2.5
+    )
+    generator = torch.Generator().manual_seed(0)
+    logits, bias = torch.randn(50, 12, generator=generator), torch.randn(12, generator=generator)
+    routes = route(logits, config, bias)
+    for row, experts, weights in zip(logits.double().numpy(), routes.experts, routes.weights, strict=True):
+        scores = 1 / (1 + np.exp(-row))
+        choice = scores + bias.numpy()
+        groups = sorted(range(4), key=lambda g: -sum(sorted(choice[3 * g : 3 * g + 3])[-2:]))[:2]
+        best = sorted((e for e in range(12) if e // 3 in groups), key=lambda e: -choice[e])[:3]
+        assert experts.tolist() == best
+        np.testing.assert_allclose(weights, 2.5 * scores[best] / scores[best].sum(), rtol=1e-5)
+    softmax = route(logits, ModelConfig(n_experts=12, top_k=3), None)
+    chosen = logits.topk(3).values.softmax(-1)  # topk then softmax is softmax, topk and their sum 1
+    torch.testing.assert_close(softmax.weights, chosen)
+    plain = route(logits, ModelConfig(n_experts=12, top_k=3, norm_topk_prob=False), None)
+    torch.testing.assert_close(plain.weights, logits.softmax(-1).topk(3).values)
+
+
+def biases_after_loads(group: Any) -> list[Array]:
+    """The biases of two steps in which each rank saw other loads; by themselves the ranks would move otherwise."""
+    mesh = Mesh(group, Layout(group.size, 1, 1))
+    model = GPT(tiny(model={**MOE, "n_dense_layers": 1, "router_bias": True, "router_bias_speed": 0.5}).model, mesh)
+    initialise(model, mesh, 0)
+    experts = model.blocks[1].experts
+    biases = []
+    for loads in ([[0.0, 1.0, 5.0, 6.0], [8.0, 3.0, 1.0, 0.0]], [[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 1.0]]):
+        experts.load += torch.tensor(loads[group.rank])
+        balance_routers(model, mesh)
+        biases.append(experts.bias.detach().numpy().copy())
+    return biases
+
+
+def test_biases_move_by_the_loads_of_all_ranks() -> None:
+    for first, second in run_ranks(biases_after_loads, 2):
+        assert first.tolist() == [-0.5, 0.5, 0.0, 0.0]  # loads 8, 4, 6, 6
+        assert second.tolist() == [0.0, 0.0, 0.0, 0.0]  # loads 1, 3, 2, 2
+
+
+def test_a_bias_evens_out_the_loads_of_a_lopsided_router() -> None:
+    config = ModelConfig(n_experts=4, top_k=1, router="sigmoid", router_bias=True)
+    logits = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0.0, 0.0, -2.0])
+    bias = torch.zeros(4)
+    loads = []
+    for _ in range(200):
+        load = torch.bincount(route(logits, config, bias).experts.flatten(), minlength=4).float()
+        rebalance(bias, load, 0.01)
+        loads.append(load)
+    assert loads[0].max() > 700 and loads[-1].max() < 300
 
 
 def generated(group: Any, config: Config) -> list[list[int]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +13,20 @@ import pytest
 from spawn import run_ranks
 from training_runs import curve, tiny
 
-from training.config import Config
+from training.config import Config, LayoutConfig
 
 N_STEPS = 20
 TOLERANCE = 1e-5  # relative; measured: at most 3e-7
 MOE = {"n_experts": 4, "top_k": 2}
 # Everything at once: grouped-query attention, a head of its own, dense blocks between those with experts.
 MIXED = {"n_experts": 4, "top_k": 2, "moe_every": 2, "n_kv_heads": 2, "tie_embeddings": False}
+# DeepSeek-V3's mixture: a bias keeps the loads even, groups, shared experts, a dense block first.
+DEEPSEEK = {
+    "n_experts": 4, "top_k": 2, "n_dense_layers": 1, "n_shared_experts": 1, "router": "sigmoid", "router_bias": True,
+    "router_bias_speed": 0.05, "n_expert_groups": 2, "topk_groups": 2, "router_scale": 2.0, "d_ff_expert": 32,
+}  # fmt: skip
+GPT2 = {"block": "gpt2", "max_seq_len": 40}
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 16, "head_dim": 16}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +78,23 @@ def test_accumulation(single_process: Any) -> None:
 def test_all_axes_and_accumulation(single_process: Any) -> None:
     config = tiny(tp=2, ep=2, accumulation=2, model=MIXED)
     assert_same_curve(config, 4, single_process(MIXED), hosts=["a", "a", "b", "b"])
+
+
+@pytest.mark.parametrize(("model", "ep"), [(DEEPSEEK, 2), (GPT2, 1), (LLAMA3, 1)], ids=["deepseek", "gpt2", "llama3"])
+def test_other_models_on_two_axes(single_process: Any, model: dict[str, Any], ep: int) -> None:
+    assert_same_curve(tiny(tp=2, ep=ep, model=model), 4, single_process(model))
+
+
+def test_masked_documents(single_process: Any, tmp_path: Path) -> None:
+    """Short documents, attention inside each; tensor parallel ranks mask alike."""
+    source = argparse.__file__
+    file = tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in Path(source).read_text().splitlines()))
+    config = tiny(data={"path": str(file), "document_mask": True})
+    expected = run_ranks(curve, 1, config, N_STEPS)[0]
+    assert_same_curve(dataclasses.replace(config, layout=LayoutConfig(tp=2)), 4, expected)
+    unmasked = run_ranks(curve, 1, tiny(data={"path": str(file)}), 1)[0]
+    assert abs(unmasked[0][0] - expected[0][0]) > 1e-4  # the mask is there
 
 
 def test_bf16_follows_fp32(single_process: Any) -> None:

@@ -49,7 +49,7 @@ def test_a_run_leaves_its_files_resumes_and_samples(tmp_path: Path) -> None:
 
     second = train("run", "tiny", *out, "--train.steps", "15")
     assert second.returncode == 0, second.stderr
-    assert "resumed at step 10" in second.stdout
+    assert "resumed at step 10" in second.stdout and "train.steps was 10, is 15" in second.stdout
     records = read_metrics(run_dir / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 16))
     assert [record["step"] for record in records if "eval_loss" in record] == [10, 15]
@@ -68,7 +68,7 @@ def test_a_run_leaves_its_files_resumes_and_samples(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("run", "defualt"), "error: there is no preset 'defualt'; the nearest is 'default'"),
-        (("rum", "tiny"), "error: there is no command 'rum'; there are run and sample"),
+        (("rum", "tiny"), "error: there is no command 'rum'; the nearest is 'run'"),
         (("run", "tiny", "--data.path", "/nonexistent"), "error: there is no data at /nonexistent"),
         (("run", "tiny", "--layout.tp", "3"), "error: layout.tp (3) does not divide the ranks (1)"),
         (("run", "tiny", "--model.n-layer", "3"), "--model.n-layers"),

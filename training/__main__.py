@@ -1,41 +1,61 @@
-"""python -m training run [preset] [--model.n-layers 6 ...]: train, or resume, or show a finished run.
-python -m training sample [preset] [--sample.prompt "class " ...]: text from the run's newest checkpoint.
+"""pycomm-train COMMAND ...  (python -m training is the same)
 
-preset is a name in training/presets or a .toml file; "default" when left out. One process is one rank: start several
-with `pycomm launch --hosts 2 --ranks-per-host 2 -- python -m training run`.
+  run     [PRESET] [--model.n-layers 6 ...]   train, or resume, or show a finished run
+  eval    [PRESET] [...]                      the held-out loss of the run's newest checkpoint
+  sample  [PRESET] [--sample.prompt "def "]   text of it
+  export  [PRESET] [--export.folder DIR]      it as a Hugging Face model
+  import  DIR [PRESET] --name NAME [...]      a Hugging Face model as the start of a run
+  inspect CHECKPOINT                          what a checkpoint, or a run's newest one, holds
+  prepare DIR [PRESET] --data.tokenizer FILE  text as token shards in DIR; trains the vocabulary if FILE is not there
+
+PRESET is a name in training/presets or a .toml file; "default" when left out. One process is one rank: start several
+with `pycomm launch --hosts 2 --ranks-per-host 2 -- pycomm-train run`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+from pathlib import Path
 
-import tyro
-
-from training.config import Config, load_preset, resolve_layout
+from training.config import Config, load_preset, nearest, resolve_layout
 from training.errors import ConfigError, TrainingError
 
-COMMANDS = ("run", "sample")
+COMMANDS = ("run", "eval", "sample", "export", "import", "inspect", "prepare")
+_TAKE_A_PATH = ("import", "inspect", "prepare")
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells have it
 
 
-def parse(arguments: list[str]) -> tuple[str, Config]:
-    """The command and its configuration. Raises ConfigError; leaves the program for --help and unknown options."""
+def parse(arguments: list[str]) -> tuple[str, Path | None, Config]:
+    """The command, the path that it takes, and its configuration. Raises ConfigError; leaves the program for --help and
+    unknown options."""
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0)
     if command not in COMMANDS:
-        raise ConfigError(f"there is no command {command!r}; there are {' and '.join(COMMANDS)}")
+        raise ConfigError(f"there is no command {command!r}; {nearest(command, COMMANDS)}")
+    path = None
+    if command in _TAKE_A_PATH and "--help" not in rest:
+        if command == "inspect" and rest[:1] == ["checkpoint"]:
+            rest.pop(0)
+        if not rest or rest[0].startswith("-"):
+            raise ConfigError(f"{command} needs a path: pycomm-train {command} PATH; pycomm-train --help shows all")
+        path = Path(rest.pop(0))
     preset = rest.pop(0) if rest and not rest[0].startswith("-") else "default"
-    return command, tyro.cli(
-        Config,
-        default=load_preset(preset),
-        args=rest,
-        prog=f"python -m training {command} {preset}",
-        console_outputs=_is_rank_0(),
+    default = load_preset(preset)
+    if command == "import" and path is not None:
+        from training.hugging_face import read_config
+
+        default = dataclasses.replace(default, name=path.resolve().name, model=read_config(path))
+    import tyro  # slow to import, and a wrong command needs none of it
+
+    config = tyro.cli(
+        Config, default=default, args=rest, prog=f"pycomm-train {command} {preset}", console_outputs=_is_rank_0()
     )
+    return command, path, config
 
 
 def _is_rank_0() -> bool:
@@ -47,13 +67,7 @@ def main(arguments: list[str]) -> int:
     if "RANK" not in os.environ:  # no launcher started this process: it is a job of one rank
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     try:
-        command, config = parse(arguments)
-        resolve_layout(config, int(os.environ["WORLD_SIZE"]))  # refused before torch is loaded or a group is joined
-        import pycomm
-        from training import run
-
-        with pycomm.init() as world:
-            {"run": run.run, "sample": run.sample}[command](config, world)
+        _do(*parse(arguments))
         return 0
     except TrainingError as error:
         if _is_rank_0():
@@ -63,5 +77,31 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
 
 
+def _do(command: str, path: Path | None, config: Config) -> None:
+    if command in ("run", "eval", "sample"):
+        resolve_layout(config, int(os.environ["WORLD_SIZE"]))  # refused before torch is loaded or a group is joined
+    from training import commands
+
+    if command == "inspect" and path is not None:
+        return commands.inspect(path)
+    if command == "prepare" and path is not None:
+        return commands.prepare(config, path)
+    import pycomm
+
+    with pycomm.init() as world:
+        if command == "run":
+            from training.run import run
+
+            return run(config, world)
+        if command == "import" and path is not None:
+            return commands.import_(config, world, path)
+        return {"eval": commands.evaluate, "sample": commands.sample, "export": commands.export}[command](config, world)
+
+
+def console() -> int:
+    """The entry point of pycomm-train."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console())

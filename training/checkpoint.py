@@ -26,9 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.config import Config, ModelConfig
+from training.config import Config
 from training.errors import CheckpointError
 from training.mesh import Mesh, on_rank_0
+from training.model_config import ModelConfig
 from training.optimizer import MOMENTS, Optimizer
 from training.sharding import gather_to_rank_0, shard
 
@@ -74,10 +75,11 @@ def save(config: Config, mesh: Mesh, optimizer: Optimizer, progress: Progress) -
             whole = gather_to_rank_0(piece, spec, mesh)
             if whole is not None:
                 files[kind][name] = whole.contiguous()
-    on_rank_0(mesh.world, lambda: _write(config, files, progress))
+    on_rank_0(mesh.world, lambda: write(config, files, progress))
 
 
-def _write(config: Config, files: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+def write(config: Config, files: dict[str, dict[str, Tensor]], progress: Progress) -> None:
+    """Writes a checkpoint from whole tensors by file (PARAMETERS, each of MOMENTS) and name, on one rank."""
     folder = config.run_dir / "checkpoints"
     final = folder / f"step_{progress.step:08d}"
     if final.exists():
@@ -127,16 +129,27 @@ def _sha256(path: Path) -> str:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's state.json, after every file was compared with its size and checksum. Raises CheckpointError."""
+    state = _read_json(folder)
     try:
-        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        if state["format"] != _FORMAT:
-            raise CheckpointError(f"{folder} has checkpoint format {state['format']}, this program reads {_FORMAT}")
         for name, expected in state["files"].items():
             nbytes = (folder / name).stat().st_size
             if nbytes != expected["nbytes"]:
                 raise CheckpointError(_damaged(folder / name, f"it has {nbytes} bytes instead of {expected['nbytes']}"))
             if _sha256(folder / name) != expected["sha256"]:
                 raise CheckpointError(_damaged(folder / name, "its checksum is not the one it was written with"))
+    except OSError as error:
+        raise CheckpointError(_damaged(folder, f"{error.strerror}: {error.filename}")) from error
+    return state
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    """state.json as it was written. Raises CheckpointError where it is not, or of another format."""
+    try:
+        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+        if state["format"] != _FORMAT:
+            raise CheckpointError(f"{folder} has checkpoint format {state['format']}, this program reads {_FORMAT}")
+        for key in ("step", "position", "config", "files"):
+            state[key]
     except OSError as error:
         raise CheckpointError(_damaged(folder, f"{error.strerror}: {error.filename}")) from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -156,6 +169,43 @@ def stored_model(folder: Path, state: dict[str, Any]) -> ModelConfig:
         raise CheckpointError(f"{folder} describes a model that this program does not know: {error}") from error
 
 
+def require_same_model(config: Config, mesh: Mesh) -> None:
+    """Raises CheckpointError on every rank where the run's newest checkpoint is of another model. It reads state.json
+    alone, so that it can stand before anything is allocated."""
+
+    def check() -> None:
+        folder = latest(config.run_dir)
+        if folder is not None:
+            _refuse_another_model(folder, _read_json(folder), config)
+
+    on_rank_0(mesh.world, check)
+
+
+def _refuse_another_model(folder: Path, state: dict[str, Any], config: Config) -> None:
+    stored, wanted = dataclasses.asdict(stored_model(folder, state)), dataclasses.asdict(config.model)
+    differing = [
+        f"{key} is {stored[key]!r} there and {wanted[key]!r} here"
+        for key in sorted(wanted)
+        if stored[key] != wanted[key]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} is of another model: {'; '.join(differing)}; choose another name for this run, or that model"
+        )
+
+
+def changed_since(folder: Path, config: Config) -> list[str]:
+    """What a run's configuration says otherwise than the one a checkpoint was written with, in words."""
+    stored, now = _read_json(folder)["config"], dataclasses.asdict(config)
+    return [
+        f"{table}.{key} was {stored[table][key]!r}, is {value!r}"
+        for table, values in now.items()
+        if isinstance(values, dict) and table in stored
+        for key, value in values.items()
+        if key in stored[table] and stored[table][key] != value
+    ]
+
+
 def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer) -> Progress:
     """Fills parameters and moments from a checkpoint on all ranks, together, and says how far it was.
 
@@ -163,16 +213,7 @@ def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer) -> Prog
 
     def check() -> dict[str, int]:
         state = read_state(folder)
-        stored, wanted = state["config"]["model"], dataclasses.asdict(config.model)
-        differing = [
-            f"{key} is {stored.get(key)!r} there and {wanted.get(key)!r} here"
-            for key in sorted({*stored, *wanted})
-            if stored.get(key) != wanted.get(key)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{folder} is of another model: {'; '.join(differing)}; choose another name for this run, or that model"
-            )
+        _refuse_another_model(folder, state, config)
         return {"step": state["step"], "position": state["position"]}
 
     progress = Progress(**on_rank_0(mesh.world, check))

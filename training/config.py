@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 import typing
@@ -17,32 +18,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training.errors import ConfigError
+from training.model_config import ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The GPT. Widths are whole; a layout cuts them."""
-
-    vocab_size: int = 256  # bytes
-    n_layers: int = 4
-    d_model: int = 128
-    n_heads: int = 4
-    n_kv_heads: int = 4  # fewer than n_heads: grouped-query attention
-    d_ff: int = 384  # of one expert too
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = True
-    n_experts: int = 0  # 0: every block is dense
-    top_k: int = 2
-    moe_every: int = 1  # every n-th block is a mixture of experts, counted from the last of each n
-    aux_loss_weight: float = 0.01
-
-
-@dataclass(frozen=True)
 class DataConfig:
-    path: str = "stdlib"  # a text file, a folder of text, .bin or .npy token shards; "stdlib": Python's own source
+    path: str = "stdlib"  # text, JSONL or token shards, a file or a folder; "stdlib": Python's own source
+    mix: dict[str, float] = field(default_factory=dict)  # instead of path: several, and how often each has its turn
+    text_field: str = "text"  # of a JSONL line
+    tokenizer: str = "bytes"  # or a tokenizer.json
+    end_of_document: int = -1  # a token; -1: the tokenizer's own, and none in token shards
+    document_mask: bool = False  # attention does not cross documents
     seq_len: int = 256
     val_fraction: float = 0.05
 
@@ -93,6 +81,24 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    folder: str = ""  # "": hugging_face in the run's folder
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    tensorboard: bool = False  # also to <run>/tensorboard
+    wandb: bool = False  # also to Weights & Biases; its own WANDB_ variables say where
+    wandb_project: str = "pycomm"
+    peak_tflops: float = 0.0  # of one rank, that MFU is a share of; 0: what a matrix product reaches here
+    max_loss_jump: float = 3.0  # nats above the median of the last 20 steps at which a run stops; 0: never
+    profile_first: int = 0  # the first step that torch's profiler records, on every rank; 0: none
+    profile_steps: int = 1
+    deterministic: bool = False  # operators that may give other numbers from run to run are refused
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "default"  # of the run; a run of this name that exists is resumed
     out_dir: str = "runs"
@@ -102,6 +108,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
     def run_dir(self) -> Path:
@@ -118,7 +126,7 @@ def load_preset(preset: str) -> Config:
         path = PRESETS / f"{preset}.toml"
         if not path.is_file():
             known = sorted(file.stem for file in PRESETS.glob("*.toml"))
-            raise ConfigError(f"there is no preset {preset!r}; {_nearest(preset, known)}")
+            raise ConfigError(f"there is no preset {preset!r}; {nearest(preset, known)}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,12 +137,31 @@ def load_preset(preset: str) -> Config:
     return config
 
 
+def to_toml(config: Config) -> str:
+    """A preset of the values that are not the defaults."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for key, value in dataclasses.asdict(config).items():
+        default = dataclasses.asdict(Config())[key]
+        if not isinstance(value, dict):
+            lines.append(f"{key} = {_toml(value)}")
+        elif changed := {name: each for name, each in value.items() if each != default[name]}:
+            tables += ["", f"[{key}]", *(f"{name} = {_toml(each)}" for name, each in changed.items())]
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(each)}" for key, each in value.items()) + " }"
+    return json.dumps(value)  # TOML's strings, numbers and booleans are JSON's
+
+
 def _from_table(kind: type, table: dict[str, Any], source: str, prefix: str) -> Any:
     types = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in types:
-            raise ConfigError(f"{source}: unknown key {prefix + key!r}; {_nearest(key, list(types), prefix)}")
+            raise ConfigError(f"{source}: unknown key {prefix + key!r}; {nearest(key, list(types), prefix)}")
         values[key] = _checked_value(types[key], value, source, prefix + key)
     return kind(**values)
 
@@ -148,6 +175,11 @@ def _checked_value(expected: Any, value: Any, source: str, key: str) -> Any:
         if value not in typing.get_args(expected):
             raise ConfigError(f"{source}: {key!r} is one of {', '.join(typing.get_args(expected))}, got {value!r}")
         return value
+    if typing.get_origin(expected) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{source}: {key!r} is a table, got {value!r}; write [{key}]")
+        of_values = typing.get_args(expected)[1]
+        return {name: _checked_value(of_values, each, source, f"{key}.{name}") for name, each in value.items()}
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:
@@ -155,7 +187,8 @@ def _checked_value(expected: Any, value: Any, source: str, key: str) -> Any:
     return value
 
 
-def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Of the known names the one that was probably meant, in words, or all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"the nearest is {prefix + close[0]!r}"
@@ -184,12 +217,11 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         ("model.n_heads", model.n_heads),
         ("model.n_kv_heads", model.n_kv_heads),
         ("model.d_ff", model.d_ff),
+        ("model.n_shared_experts × expert width", model.n_shared_experts * model.expert_width),
         ("model.vocab_size", model.vocab_size),
         ("data.seq_len", data.seq_len),
     ):
         _divides("layout.tp", tp, name, width)
-    _divides("model.n_kv_heads", model.n_kv_heads, "model.n_heads", model.n_heads)
-    _divides("twice model.n_heads", 2 * model.n_heads, "model.d_model", model.d_model)
     _divides(
         f"{dp} data parallel ranks × train.accumulation",
         dp * train.accumulation,
@@ -203,9 +235,6 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     if model.n_experts:
         _divides("layout.ep", ep, "data parallel ranks", dp)
         _divides("layout.ep", ep, "model.n_experts", model.n_experts)
-        _divides("model.moe_every", model.moe_every, "model.n_layers", model.n_layers)
-        if not 1 <= model.top_k <= model.n_experts:
-            raise ConfigError(f"model.top_k is {model.top_k}: choose 1 to model.n_experts, which is {model.n_experts}")
     return Layout(dp, tp, ep)
 
 
@@ -235,6 +264,12 @@ def _check_ranges(config: Config) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    model.check()
+    if model.block == "gpt2" and data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
+            "change one of them"
+        )
     if not 0.0 < data.val_fraction < 1.0:
         raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
     if not config.name or Path(config.name).name != config.name:

@@ -36,11 +36,13 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 
 
 def sample_text(trainer: Trainer, config: SampleConfig) -> str:
-    """The prompt and what the model makes of it, as text where tokens are bytes, as numbers where they are not.
+    """The prompt and what the model makes of it, as text, or as numbers where the vocabulary is not known.
 
     An empty prompt begins with a line break. For numbers, the prompt is token ids separated by spaces."""
-    if trainer.config.model.vocab_size == 256:
-        prompt = list(config.prompt.encode() or b"\n")
-        return bytes([*prompt, *generate(trainer, prompt, config)]).decode("utf-8", errors="replace")
+    tokenizer = trainer.corpus.tokenizer
+    if trainer.config.model.vocab_size == 256 or trainer.config.data.tokenizer != "bytes":
+        (encoded,) = tokenizer.encode([("sample.prompt", (config.prompt or "\n").encode())])
+        prompt = [int(token) for token in encoded]
+        return tokenizer.decode([*prompt, *generate(trainer, prompt, config)])
     prompt = [int(word) for word in config.prompt.split() if word.isdigit()] or [0]
     return " ".join(map(str, [*prompt, *generate(trainer, prompt, config)]))

@@ -40,8 +40,10 @@ class MeteredGroup:
     A group of one rank returns at once: its collectives are the identity.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, name: str) -> None:
+        """name: of the axis."""
         self.group = group
+        self.name = name
         self.rank: int = group.rank
         self.size: int = group.size
         self.blocked_s = 0.0
@@ -116,7 +118,7 @@ class Mesh:
         dp_index, tp_index = divmod(world.rank, layout.tp)
         replica, ep_index = divmod(dp_index, layout.ep)
         self.dp_index = dp_index
-        self.world = MeteredGroup(world)
+        self.world = MeteredGroup(world, "world")
         self._own: list[Group] = []
         self.tp = self._axis("tp", layout.tp, color=dp_index)
         self.dp = self._axis("dp", layout.dp, color=tp_index)
@@ -135,7 +137,7 @@ class Mesh:
         if group is None or group.size != size:
             raise RuntimeError(f"axis {name} should have {size} ranks, the split gave {group and group.size}")
         self._own.append(group)
-        return MeteredGroup(group)
+        return MeteredGroup(group, name)
 
     def shards(self, axis: Axis) -> MeteredGroup | None:
         """The group over which a parameter of this axis is cut; None where each rank holds it whole."""

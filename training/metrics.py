@@ -1,25 +1,16 @@
-"""What a run leaves for people while it goes: a live line, metrics.jsonl, and the loss curve as a picture."""
+"""What a run leaves for people while it goes: metrics.jsonl, TensorBoard, W&B, and the loss curve as a picture."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
-import resource
+import uuid
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
-from training.trainer import StepResult
-
-_PLAIN_EVERY = 10  # steps between lines where the output is no terminal
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from training.config import Config
+from training.errors import ConfigError
 
 
 class MetricsFile:
@@ -51,41 +42,71 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-class ProgressLine:
-    """One line that lives on a terminal; elsewhere (a pipe, a file) a plain line every few steps."""
+class Sinks:
+    """Where each record goes on rank 0: metrics.jsonl always, TensorBoard and Weights & Biases where asked for."""
 
-    def __init__(self, console: Console, n_steps: int, world_size: int) -> None:
-        self._console = console
-        self._n_steps = n_steps
-        self._world_size = world_size
-        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
-        self._eval_loss: float | None = None
+    def __init__(self, config: Config, first_step: int) -> None:
+        self._file = MetricsFile(config.run_dir / "metrics.jsonl", first_step)
+        self._tensorboard = _tensorboard(config, first_step) if config.monitor.tensorboard else None
+        self._wandb = _wandb(config) if config.monitor.wandb else None
 
-    def __enter__(self) -> ProgressLine:
-        if self._live is not None:
-            self._live.start()
-        return self
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(record)
+        flat = _flat(record)
+        step = flat.pop("step")
+        if self._tensorboard is not None:
+            for key, value in flat.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
-    def evaluated(self, loss: float) -> None:
-        self._eval_loss = loss
 
-    def show(self, result: StepResult) -> None:
-        text = Text.assemble(
-            ("step ", "dim"), f"{result.step}/{self._n_steps}",
-            ("  loss ", "dim"), (f"{result.loss:.4f}", "bold"),
-            ("  eval ", "dim"), "-" if self._eval_loss is None else f"{self._eval_loss:.4f}",
-            ("  tokens/s ", "dim"), f"{result.n_tokens / result.step_s:,.0f}",
-            ("  exposed comm ", "dim"), f"{result.exposed_share(self._world_size):.0%}",
-            ("  peak memory ", "dim"), f"{peak_memory_bytes() / 2**20:.0f} MiB",
-        )  # fmt: skip
-        if self._live is not None:
-            self._live.update(text)
-        elif result.step % _PLAIN_EVERY == 0 or result.step in (1, self._n_steps):
-            self._console.print(text, soft_wrap=True)
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Nested records by their path: {"a": {"b": 1}} is {"a/b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        inner = {f"{key}/{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+        flat.update(inner)
+    return flat
+
+
+def check_sinks(config: Config) -> None:
+    """Raises ConfigError where a sink's package is not installed; it belongs before anything else."""
+    for asked, key, package in (
+        (config.monitor.tensorboard, "monitor.tensorboard", "tensorboard"),
+        (config.monitor.wandb, "monitor.wandb", "wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} needs the package {package}: pip install {package}, or leave it out")
+
+
+def _tensorboard(config: Config, first_step: int) -> Any:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first_step)
+
+
+def _wandb(config: Config) -> Any:
+    import wandb
+
+    identity = config.run_dir / "wandb_id"  # a run that is resumed goes on in its own
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex)
+    return wandb.init(
+        project=config.monitor.wandb_project,
+        name=config.name,
+        id=identity.read_text(),
+        resume="allow",
+        dir=str(config.run_dir),
+        config=dataclasses.asdict(config),
+    )
 
 
 def plot_losses(records: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""A mixture of experts: a softmax router, SwiGLU experts spread over the expert parallel ranks, and a balance loss.
+"""A mixture of experts: a router, SwiGLU experts spread over the expert parallel ranks, and two ways to balance them.
 
 Each rank routes the tokens that it holds (its part of the sequence, with tp); pycomm.moe carries them to their experts
 and back. Every tp rank holds its expert parallel rank's experts whole.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycomm.moe import ExpertParallel
-from training.config import ModelConfig
 from training.mesh import Mesh
+from training.model_config import ModelConfig
+from training.router import rebalance, route
 from training.sharding import ParamSpec, ShardedModule
 
 
@@ -21,21 +22,28 @@ class MixtureOfExperts(ShardedModule):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, std: float) -> None:
         super().__init__(mesh)
-        n, d, f = config.n_experts, config.d_model, config.d_ff
-        self.n_experts, self.top_k = n, config.top_k
+        n, d, f = config.n_experts, config.d_model, config.expert_width
+        self.config = config
         self.exchange = ExpertParallel(mesh.ep, n)
         self.router = self.new_parameter("router", ParamSpec((n, d), std))
         self.gate = self.new_parameter("gate", ParamSpec((n, f, d), std, "ep", 0))
         self.up = self.new_parameter("up", ParamSpec((n, f, d), std, "ep", 0))
         self.down = self.new_parameter("down", ParamSpec((n, d, f), std / (2 * config.n_layers) ** 0.5, "ep", 0))
+        self.bias: nn.Parameter | None = None
+        if config.router_bias:
+            self.bias = self.new_parameter("bias", ParamSpec((n,), 0.0))
+            self.bias.requires_grad_(False)
+        self.load: Tensor  # slots that this rank's tokens took of each expert, since balance_routers()
+        self.register_buffer("load", torch.zeros(n), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y [S/tp, B, D], and the balance loss: fp32 scalar, this rank's part of the sum over sequences."""
-        probabilities = F.linear(x.float(), self.router.float()).softmax(-1)  # fp32: near ties decide the route
-        weights, experts = probabilities.topk(self.top_k)
-        weights = weights / weights.sum(-1, keepdim=True)
-        balance = self._balance_loss(probabilities, experts)
-        dispatched = self.exchange.dispatch(x.flatten(0, 1), experts.flatten(0, 1), weights.flatten(0, 1))
+        routes = route(F.linear(x.float(), self.router.float()), self.config, self.bias)  # fp32: near ties decide
+        slots = F.one_hot(routes.experts, self.config.n_experts).sum((0, 2)).float()  # [B, n_experts]
+        if torch.is_grad_enabled():
+            self.load += slots.sum(0)
+        balance = self._balance_loss(routes.probabilities, slots)
+        dispatched = self.exchange.dispatch(x.flatten(0, 1), routes.experts.flatten(0, 1), routes.weights.flatten(0, 1))
         outputs = [
             F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
             for rows, gate, up, down in zip(
@@ -44,15 +52,27 @@ class MixtureOfExperts(ShardedModule):
         ]
         return self.exchange.combine(torch.cat(outputs), dispatched).view_as(x), balance
 
-    def _balance_loss(self, probabilities: Tensor, experts: Tensor) -> Tensor:
+    def _balance_loss(self, probabilities: Tensor, slots: Tensor) -> Tensor:
         """Sum over sequences of Σ_e (share of slots that e got × n_experts) × (mean probability of e).
 
         Taken within each sequence, so it depends neither on micro-batches nor on the layout.
-        Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20 (with softmax in place of sigmoid).
+        Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20.
         """
         seq_len = probabilities.shape[0] * self.mesh.tp.size
-        slots = F.one_hot(experts, self.n_experts).sum((0, 2)).float()  # [B, n_experts]
         if self.mesh.tp.size > 1:
             self.mesh.tp.all_reduce(slots)
-        share = slots * (self.n_experts / (self.top_k * seq_len))
+        share = slots * (self.config.n_experts / (self.config.top_k * seq_len))
         return (share * probabilities.sum(0)).sum() / seq_len
+
+
+def balance_routers(model: nn.Module, mesh: Mesh) -> None:
+    """Moves the router biases of a model by the loads since the last call, all ranks together; one small all_reduce."""
+    experts = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    if not any(each.bias is not None for each in experts):
+        return
+    loads = torch.stack([each.load for each in experts])
+    mesh.gradients(None).all_reduce(loads)
+    for each, load in zip(experts, loads, strict=True):
+        if each.bias is not None:
+            rebalance(each.bias, load, each.config.router_bias_speed)
+        each.load.zero_()

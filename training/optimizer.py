@@ -50,11 +50,12 @@ class Optimizer:
         self.masters: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items()}
         self._config = config
         self._buckets: list[tuple[MeteredGroup, GradientBuckets]] = []
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.to(dtype)
+        trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
+        for name in trained:
+            self._parameters[name].data = self._parameters[name].data.to(dtype)
         by_group: dict[int, tuple[MeteredGroup, list[str]]] = {}
-        for name, spec in self.specs.items():
-            group = mesh.gradients(spec.axis)
+        for name in trained:
+            group = mesh.gradients(self.specs[name].axis)
             by_group.setdefault(id(group), (group, []))[1].append(name)
         for group, names in by_group.values():
             buckets = GradientBuckets(
@@ -67,8 +68,8 @@ class Optimizer:
             self._buckets.append((group, buckets))
             for name in names:
                 self.masters[name].grad = buckets.gradient(self._parameters[name])
-        decayed = [self.masters[name] for name, spec in self.specs.items() if spec.decays]
-        others = [self.masters[name] for name, spec in self.specs.items() if not spec.decays]
+        decayed = [self.masters[name] for name in trained if self.specs[name].decays]
+        others = [self.masters[name] for name in trained if not self.specs[name].decays]
         self._adamw = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             betas=(config.beta1, config.beta2),

@@ -67,25 +67,31 @@ def reduce_scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 class ColumnLinear(ShardedModule):
-    """y = x Wᵀ with W's output features cut over tp: [..., d_in] to [..., d_out / tp]. No bias."""
+    """y = x Wᵀ + b with W's output features cut over tp: [..., d_in] to [..., d_out / tp]."""
 
-    def __init__(self, d_in: int, d_out: int, mesh: Mesh, std: float) -> None:
+    def __init__(self, d_in: int, d_out: int, mesh: Mesh, std: float, bias: bool = False) -> None:
         super().__init__(mesh)
         self.weight = self.new_parameter("weight", ParamSpec((d_out, d_in), std, "tp", 0))
+        self.bias = self.new_parameter("bias", ParamSpec((d_out,), 0.0, "tp", 0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class RowLinear(ShardedModule):
-    """y = x Wᵀ with W's input features cut over tp: [..., d_in / tp] to a partial sum [..., d_out]. No bias."""
+    """y = x Wᵀ with W's input features cut over tp: [..., d_in / tp] to a partial sum [..., d_out]. add_bias() belongs
+    after the sum, where each token is on one rank."""
 
-    def __init__(self, d_in: int, d_out: int, mesh: Mesh, std: float) -> None:
+    def __init__(self, d_in: int, d_out: int, mesh: Mesh, std: float, bias: bool = False) -> None:
         super().__init__(mesh)
         self.weight = self.new_parameter("weight", ParamSpec((d_out, d_in), std, "tp", 1))
+        self.bias = self.new_parameter("bias", ParamSpec((d_out,), 0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(ShardedModule):

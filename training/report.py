@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from training.metrics import peak_memory_bytes
+from training.machine import peak_memory_bytes
 from training.trainer import StepResult, Trainer
 
 

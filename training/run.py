@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
+from training import checkpoint
 from training.config import Config
-from training.errors import CheckpointError
 from training.generate import sample_text
-from training.metrics import MetricsFile, ProgressLine, peak_memory_bytes, plot_losses, read_metrics
+from training.live import LiveTable
+from training.machine import be_deterministic, matmul_flops, share_cores
+from training.metrics import Sinks, check_sinks, plot_losses, read_metrics
+from training.profile import StepProfiler
 from training.report import Totals, communication_paragraph, max_peak_memory, training_paragraph
 from training.trainer import StepResult, Trainer
 
@@ -33,6 +35,9 @@ def run(config: Config, world: Group) -> None:
 
     Raises KeyboardInterrupt where a signal stopped it, with its state saved.
     A run that is complete is not trained further: its report is shown again, with a fresh evaluation and sample."""
+    if config.monitor.deterministic:
+        be_deterministic()
+    check_sinks(config)
     console = Console(quiet=world.rank != 0, highlight=False)
     share_cores(world)
     with contextlib.closing(Trainer(config, world)) as trainer:
@@ -45,10 +50,13 @@ def _run(trainer: Trainer, console: Console) -> None:
     first_step = trainer.progress.step + 1
     console.print(
         f"{config.name}: {trainer.n_parameters:,} parameters, {trainer.mesh.layout}, "
-        f"{trainer.corpus.n_tokens:,} tokens of {config.data.path}; "
+        f"{trainer.corpus.n_tokens:,} tokens of {trainer.corpus.name}; "
         + (f"resumed at step {trainer.progress.step}" if resumed else "a new run"),
         soft_wrap=True,
     )
+    newest = checkpoint.latest(config.run_dir) if resumed and trainer.mesh.world.rank == 0 else None
+    for change in checkpoint.changed_since(newest, config) if newest else []:
+        console.print(f"  {change}", soft_wrap=True)
     if trainer.progress.step >= config.train.steps:
         console.print(
             f"It is complete: {config.train.steps} steps were asked for. Train further with --train.steps N.",
@@ -57,7 +65,7 @@ def _run(trainer: Trainer, console: Console) -> None:
         _finish(trainer, console, trainer.evaluate(), None)
         return
     totals = Totals()
-    metrics = MetricsFile(config.run_dir / "metrics.jsonl", first_step) if trainer.mesh.world.rank == 0 else None
+    metrics = Sinks(config, first_step) if trainer.mesh.world.rank == 0 else None
     with contextlib.closing(metrics) if metrics else contextlib.nullcontext(), _stop_on_signal(trainer):
         eval_loss = _train(trainer, console, metrics, totals)
     if eval_loss is None:
@@ -69,24 +77,27 @@ def _run(trainer: Trainer, console: Console) -> None:
     _finish(trainer, console, eval_loss, totals)
 
 
-def _train(trainer: Trainer, console: Console, metrics: MetricsFile | None, totals: Totals) -> float | None:
+def _train(trainer: Trainer, console: Console, metrics: Sinks | None, totals: Totals) -> float | None:
     """Steps until the end, saving on the way and at the end; the last held-out loss, None when asked to stop."""
-    train = trainer.config.train
-    world_size = trainer.mesh.world.size
+    train, monitor = trainer.config.train, trainer.config.monitor
+    peak_flops = _peak_flops(trainer)
+    flops_per_token = trainer.config.model.flops_per_token(trainer.config.data.seq_len)
     eval_loss = None
-    with ProgressLine(console, train.steps, world_size) as line:
+    profiler = StepProfiler(trainer.config.run_dir / "profile", monitor, trainer.mesh.world.rank)
+    with LiveTable(console, train.steps) as live, contextlib.closing(profiler):
         while trainer.progress.step < train.steps:
+            profiler.before(trainer.progress.step + 1)
             result = trainer.train_step()
+            profiler.after(result.step)
             totals.add(result)
-            record = _record(result, world_size)
+            record = _record(result, trainer.mesh.world.size, flops_per_token / peak_flops)
             done = result.step == train.steps
             if done or result.step % train.eval_every == 0:
                 eval_loss = trainer.evaluate()
                 record["eval_loss"] = eval_loss
-                line.evaluated(eval_loss)
             if metrics is not None:
                 metrics.write(record)
-            line.show(result)
+            live.show(record)
             if done or result.stopping or result.step % train.checkpoint_every == 0:
                 trainer.save()
             if result.stopping and not done:
@@ -94,14 +105,25 @@ def _train(trainer: Trainer, console: Console, metrics: MetricsFile | None, tota
     return eval_loss
 
 
-def _record(result: StepResult, world_size: int) -> dict[str, float | int]:
+def _peak_flops(trainer: Trainer) -> float:
+    """FLOP/s of all ranks together, given or measured; all ranks together."""
+    given = trainer.config.monitor.peak_tflops * 1e12
+    total = torch.tensor([given or matmul_flops(trainer.dtype)], dtype=torch.float64)
+    trainer.mesh.world.all_reduce(total)
+    return float(total)
+
+
+def _record(result: StepResult, world_size: int, peak_s_per_token: float) -> dict[str, Any]:
     record = dataclasses.asdict(result)
     del record["stopping"]
+    by_axis = record.pop("blocked_by_axis_s")
+    tokens_per_s = result.n_tokens / result.step_s
     return {
         **record,
-        "tokens_per_s": result.n_tokens / result.step_s,
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s * peak_s_per_token,
         "exposed_share": result.exposed_share(world_size),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "exposed_by_axis": {axis: blocked_s / (result.step_s * world_size) for axis, blocked_s in by_axis.items()},
     }
 
 
@@ -138,19 +160,6 @@ def _replace(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def sample(config: Config, world: Group) -> None:
-    """Prints text of the run's newest checkpoint. Raises CheckpointError where the run has none."""
-    share_cores(world)
-    with contextlib.closing(Trainer(config, world)) as trainer:
-        if not trainer.resume():
-            raise CheckpointError(
-                f"{config.run_dir} has no checkpoint; train it with: python -m training run {config.name}"
-            )
-        text = sample_text(trainer, config.sample)
-    if world.rank == 0:
-        print(text)
-
-
 @contextlib.contextmanager
 def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
     """The first SIGINT or SIGTERM asks for a stop after the step that is running; a later SIGINT interrupts at once."""
@@ -170,16 +179,3 @@ def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def share_cores(world: Group) -> None:
-    """Gives each rank its share of its machine's cores, unless OMP_NUM_THREADS says how many it has.
-
-    Ranks of one machine are those whose kernel has the same boot id: emulated hosts share cores too."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:36].ljust(36)
-    all_ids = torch.empty(world.size, 36, dtype=torch.uint8)
-    own_id = torch.frombuffer(bytearray(boot_id), dtype=torch.uint8).unsqueeze(0)
-    world.all_gather(all_ids, own_id)
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int((all_ids == own_id).all(1).sum())
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,15 +17,20 @@ from torch import Tensor
 from training import checkpoint
 from training.checkpoint import Progress
 from training.config import Config, resolve_layout
-from training.data import Corpus, open_corpus
+from training.data import Batch, Corpus, Prefetcher, open_corpus
+from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
+from training.machine import peak_memory_bytes
 from training.mesh import Mesh
 from training.model import GPT
+from training.moe import balance_routers
 from training.optimizer import Optimizer, learning_rate
 from training.sharding import initialise
 
 if TYPE_CHECKING:
     from pycomm.group import Group
+
+_LOSSES = 20  # of the last steps, whose median a jump is told by
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,13 @@ class StepResult:
     step_s: float  # of this rank
     n_tokens: int
     blocked_s: float  # in which a rank did nothing but wait for communication
+    blocked_by_axis_s: dict[str, float]  # the same, of each of the mesh's groups
     busy_s: float  # in which an engine had communication to do
     bytes_inside_hosts: int
     bytes_between_hosts: int
+    peak_memory_bytes: int  # of the rank that had most
+    slowest_rank: int  # whose own work took longest: the others waited for it
+    slowest_excess_s: float  # by how much longer than the median rank's
     stopping: bool  # whether some rank was asked to stop
 
     def exposed_share(self, world_size: int) -> float:
@@ -53,6 +64,7 @@ class Trainer:
     def __init__(self, config: Config, world: Group) -> None:
         self.config = config
         self.mesh = Mesh(world, resolve_layout(config, world.size))
+        checkpoint.require_same_model(config, self.mesh)
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(config.train.global_batch, config.train.eval_sequences)
         self._check_same_corpus()
@@ -70,6 +82,8 @@ class Trainer:
             train.error_feedback,
         )
         self.progress = Progress()
+        self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch)
+        self._recent_losses: deque[float] = deque(maxlen=_LOSSES)
         self.stop_requested = False  # a signal handler sets it; all ranks learn of it in the same step
 
     def _check_same_corpus(self) -> None:
@@ -80,14 +94,14 @@ class Trainer:
         differing = (fingerprints != fingerprints[0]).nonzero().flatten().tolist()
         if differing:
             raise DataError(
-                f"rank {differing[0]} reads other data at {self.config.data.path!r} than rank 0; give every host the "
+                f"rank {differing[0]} reads other data at {self.corpus.name!r} than rank 0; give every host the "
                 "same files (for 'stdlib': the same Python version)"
             )
 
     @property
     def n_parameters(self) -> int:
         """Of the whole model."""
-        return sum(math.prod(spec.shape) for spec in self.optimizer.specs.values())
+        return self.config.model.n_parameters
 
     @property
     def activation_nbytes(self) -> int:
@@ -102,44 +116,34 @@ class Trainer:
     def train_step(self) -> StepResult:
         """Forward and backward of this rank's part of the global batch, reduction, clipping, update.
 
-        Raises DivergenceError on every rank when loss or gradient norm is not finite; nothing was updated then."""
+        Raises DivergenceError on every rank when loss or gradient norm is not finite, or the loss jumped; nothing was
+        updated then."""
         train, before = self.config.train, self._counters()
         started = time.perf_counter()
         n_tokens = train.global_batch * self.config.data.seq_len
-        loss_sum = torch.zeros(())
-        micro_batches = self._micro_batches()
-        for index, windows in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with nullcontext() if last else self.optimizer.no_sync():
-                cross_entropy, balance = self.model.loss(*self.corpus.batch(windows))
-                objective = cross_entropy / n_tokens
-                if self.config.model.n_experts:
-                    objective = objective + balance * (self.config.model.aux_loss_weight / train.global_batch)
-                objective.backward()
-            loss_sum += cross_entropy.detach()
-        self.optimizer.wait()
-
-        figures = torch.tensor(
-            [
-                float(loss_sum) / (n_tokens * self.mesh.tp.size),  # every tp rank has the whole loss
-                self.optimizer.norm_squared_share(),
-                float(self.stop_requested),
-                *(now - then for now, then in zip(self._counters(), before, strict=True)),
-            ],
-            dtype=torch.float64,
-        )
-        self.mesh.world.all_reduce(figures)
-        loss, norm_squared, stopping, blocked_s, busy_s, inside, between = figures.tolist()
+        batches = self._batches.at(self.progress.position)
+        loss_sum = self._forward_backward(batches, n_tokens)
+        worked_s = time.perf_counter() - started
+        passed = [now - then for now, then in zip(self._counters(), before, strict=True)]
+        own = [
+            loss_sum / (n_tokens * self.mesh.tp.size),  # every tp rank has the whole loss
+            self.optimizer.norm_squared_share(),
+            float(self.stop_requested),
+            worked_s - sum(passed[3:]),
+            float(peak_memory_bytes()),
+            *passed,
+        ]
+        ranks = torch.empty(self.mesh.world.size, len(own), dtype=torch.float64)
+        self.mesh.world.all_gather(ranks, torch.tensor([own], dtype=torch.float64))
+        loss, norm_squared, stopping, _, _, busy_s, inside, between, *blocked_s = ranks.sum(0).tolist()
         step = self.progress.step + 1
         grad_norm = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergenceError(
-                f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; resume from the last checkpoint with "
-                "a lower optimizer.lr or longer warmup_steps"
-            )
+        self._stop_if_diverging(step, loss, grad_norm, ranks[:, 0], lambda: self._forward_backward(batches, n_tokens))
         lr = learning_rate(self.progress.step, train.steps, self.config.optimizer)
         self.optimizer.step(lr, grad_norm)
+        balance_routers(self.model, self.mesh)
         self.progress = Progress(step, self.progress.position + train.global_batch)
+        self._recent_losses.append(loss)
         return StepResult(
             step=step,
             loss=loss,
@@ -147,30 +151,71 @@ class Trainer:
             lr=lr,
             step_s=time.perf_counter() - started,
             n_tokens=n_tokens,
-            blocked_s=blocked_s,
+            blocked_s=sum(blocked_s),
+            blocked_by_axis_s=dict(zip((group.name for group in self.mesh.groups), blocked_s, strict=True)),
             busy_s=busy_s,
             bytes_inside_hosts=round(inside),
             bytes_between_hosts=round(between),
+            peak_memory_bytes=int(ranks[:, 4].max()),
+            slowest_rank=int(ranks[:, 3].argmax()),
+            slowest_excess_s=float(ranks[:, 3].max() - ranks[:, 3].median()),
             stopping=stopping > 0,
         )
 
-    def _micro_batches(self) -> list[list[int]]:
-        """This rank's windows of the next global batch, one list for each micro-batch."""
+    def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> float:
+        """Forward, backward and reduction of this rank's micro-batches; their cross-entropy, summed over tokens."""
+        loss_sum = torch.zeros(())
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.optimizer.no_sync():
+                cross_entropy, balance = self.model.loss(*batch)
+                objective = cross_entropy / n_tokens
+                if self.config.model.n_experts:
+                    weight = self.config.model.aux_loss_weight / self.config.train.global_batch
+                    objective = objective + balance * weight
+                objective.backward()
+            loss_sum += cross_entropy.detach()
+        self.optimizer.wait()
+        return float(loss_sum)
+
+    def _stop_if_diverging(
+        self, step: int, loss: float, grad_norm: float, shares: Tensor, again: Callable[[], object]
+    ) -> None:
+        """Raises DivergenceError on every rank for a loss or norm that is not finite, or a loss that jumped, and says
+        where it came from. shares: of the loss, by rank."""
+        allowed = self.config.monitor.max_loss_jump
+        usual = statistics.median(self._recent_losses) if len(self._recent_losses) >= _LOSSES // 2 else math.inf
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            where = first_not_finite(self.mesh.world, self.model, again)
+            what = f"the loss is {loss}, the gradient norm {grad_norm}"
+        elif allowed > 0 and loss > usual + allowed:
+            gradients = {
+                name: master.grad for name, master in self.optimizer.masters.items() if master.grad is not None
+            }
+            losses = (shares * self.mesh.world.size).tolist()
+            where = largest_loss_and_gradient(self.mesh.world, losses, gradients)
+            what = f"the loss jumped from {usual:.4f} to {loss:.4f} (monitor.max_loss_jump allows {allowed:g})"
+        else:
+            return
+        raise DivergenceError(
+            f"step {step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or longer "
+            "warmup_steps"
+        )
+
+    def _micro_batches(self, position: int) -> list[list[int]]:
+        """This rank's windows of the global batch that begins at a position, one list for each micro-batch."""
         train, dp, size = self.config.train, self.mesh.layout.dp, self._micro_batch_size
         firsts = [(index * dp + self.mesh.dp_index) * size for index in range(train.accumulation)]
-        return [
-            [self.corpus.train_window(self.progress.position + first + i, train.seed) for i in range(size)]
-            for first in firsts
-        ]
+        return [[self.corpus.train_window(position + first + i, train.seed) for i in range(size)] for first in firsts]
 
-    def _counters(self) -> tuple[float, float, int, int]:
-        """Seconds blocked, seconds busy, bytes sent inside hosts and between them, of this rank until now."""
+    def _counters(self) -> tuple[float, ...]:
+        """Seconds busy, bytes sent inside hosts and between them, and seconds blocked in each group, until now."""
         stats = [group.group.stats() for group in self.mesh.groups]
         return (
-            self.mesh.blocked_s(),
             sum(each.busy_s for each in stats),
-            sum(each.bytes_inside_hosts for each in stats),
-            sum(each.bytes_between_hosts for each in stats),
+            float(sum(each.bytes_inside_hosts for each in stats)),
+            float(sum(each.bytes_between_hosts for each in stats)),
+            *(group.blocked_s for group in self.mesh.groups),
         )
 
     @torch.no_grad()
@@ -208,5 +253,6 @@ class Trainer:
 
     def close(self) -> None:
         """Releases what the trainer made; the world stays its owner's."""
+        self._batches.close()
         self.optimizer.close()
         self.mesh.close()

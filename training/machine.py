@@ -1,0 +1,51 @@
+"""What a rank may use of its machine, what it used, and what the machine can do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pycomm.group import Group
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def share_cores(world: Group) -> None:
+    """Gives each rank its share of its machine's cores, unless OMP_NUM_THREADS says how many it has.
+
+    Ranks of one machine are those whose kernel has the same boot id: emulated hosts share cores too."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:36].ljust(36)
+    all_ids = torch.empty(world.size, 36, dtype=torch.uint8)
+    own_id = torch.frombuffer(bytearray(boot_id), dtype=torch.uint8).unsqueeze(0)
+    world.all_gather(all_ids, own_id)
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int((all_ids == own_id).all(1).sum())
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def be_deterministic() -> None:
+    """The same numbers from run to run on the same machines: operators that cannot promise it raise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def matmul_flops(dtype: torch.dtype, n: int = 768, n_tries: int = 5) -> float:
+    """FLOP/s that this rank reaches in a matrix product [n, n] × [n, n], the best of n_tries: what MFU is a share of
+    where no peak is given. All ranks at once see what sharing the machine leaves them."""
+    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    best_s = float("inf")
+    for _ in range(n_tries):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best_s = min(best_s, time.perf_counter() - started)
+    return 2 * n**3 / best_s

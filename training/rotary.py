@@ -1,0 +1,41 @@
+"""Rotary positions: which frequencies the pairs of a head turn with, and the turning. Source: arXiv:2104.09864."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from training.model_config import ModelConfig
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """fp32 [head_dim / 2], radians a position.
+
+    rope_scaling "linear" divides all by rope_factor (arXiv:2306.15595). "llama3" divides those that turn fewer than
+    rope_low_freq_factor times in rope_original_len, leaves those above rope_high_freq_factor turns, and goes linearly
+    from one to the other between (Llama 3.1, arXiv:2407.21783)."""
+    width = config.head_width
+    frequencies = config.rope_base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    if config.rope_scaling == "linear":
+        return frequencies / config.rope_factor
+    if config.rope_scaling == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = config.rope_original_len * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return frequencies * (kept + (1 - kept) / config.rope_factor)
+    return frequencies
+
+
+def rotary_angles(seq_len: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each fp32 [S, 1, 1, head_dim / 2], of positions 0 to S - 1."""
+    positions = torch.arange(seq_len, dtype=torch.float32, device=frequencies.device)
+    angles = torch.outer(positions, frequencies)[:, None, None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + head_dim/2]) of x [S, B, H, head_dim] by each position's angles, in fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -33,12 +33,14 @@ from overlap_plot import plot
 from torch import Tensor, nn
 
 import pycomm
+from pycomm.discover import survey
 from pycomm.measure import measure_links, measured_topology
 from pycomm.moe import ExpertParallel
 from pycomm.overlap import (
     ExpertStream,
     GradientBuckets,
     MatmulPlan,
+    Scorecard,
     all_gather_matmul,
     matmul_reduce_scatter,
     measure,
@@ -144,10 +146,12 @@ def batch_of(group: Any, sleeps: bool) -> Tensor:
     if sleeps:
         return torch.full((1, WIDTH), 1.0 + group.rank)
     rows, model = 1024, Layers(False)
-    x = torch.full((rows, WIDTH), 1.0 + group.rank)
-    took = torch.tensor([statistics.median(backward_s(model, x, lambda: None) for _ in range(5))])
-    group.all_reduce(took, "max")
-    rows = round(rows * LAYER_S * N_LAYERS / float(took) / 64) * 64
+    for _ in range(3):  # products of other sizes run at other rates
+        x = torch.full((rows, WIDTH), 1.0 + group.rank)
+        group.all_reduce(torch.zeros(1))
+        took = torch.tensor([statistics.median([backward_s(model, x, lambda: None) for _ in range(7)][2:])])
+        group.all_reduce(took, "max")
+        rows = round(rows * LAYER_S * N_LAYERS / float(took) / 64) * 64
     return torch.full((rows, WIDTH), 1.0 + group.rank)
 
 
@@ -290,25 +294,34 @@ def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
         for backward in (False, True):
             cards = {}
             for n_chunks in CHUNKS:
-                finish = (lambda y: y.sum().backward()) if backward else (lambda y: None)
                 torch.testing.assert_close(streamed(n_chunks), unsplit(), rtol=1e-4, atol=1e-5)
+                kinds = {
+                    "compute": lambda: experts(rows, kept.expert_counts),
+                    "communicate": communicate,
+                    "serial": unsplit,
+                    "together": lambda n=n_chunks: streamed(n),
+                }
                 with torch.set_grad_enabled(backward):
-                    card = measure(
-                        group,
-                        compute=lambda: finish(experts(rows, kept.expert_counts)),
-                        communicate=lambda: finish(communicate()),
-                        serial=lambda: finish(unsplit()),
-                        together=lambda n=n_chunks: finish(streamed(n)),
-                        n_rounds=5,
-                    )
-                cards[str(n_chunks)] = vars(card) | {"overlap": card.overlap, "over_limit": card.over_limit}
+                    runs = {name: finished(make, backward) for name, make in kinds.items()}
+                    cards[str(n_chunks)] = card_entry(measure(group, **runs))
             found["with backward" if backward else "forward"] = cards
         return found
 
 
+def finished(make: Callable[[], Tensor], backward: bool) -> Callable[[], object]:
+    return (lambda: make().sum().backward()) if backward else make
+
+
+def card_entry(card: Scorecard) -> dict[str, Any]:
+    return vars(card) | {"overlap": card.overlap, "over_limit": card.over_limit}
+
+
 def as_measured(group: Any) -> Any:
     """The group's topology with its links as they are; on every rank the same."""
-    return measured_topology(group.topology, measure_links(group))
+    found = survey(group)
+    return measured_topology(
+        found.topology, measure_links(group, found.topology, [machine.boot_id for machine in found.machines])
+    )
 
 
 # Sequence parallel products.
@@ -319,35 +332,34 @@ ROWS, D_IN, D_OUT = 1024, 512, 1024
 def matmul(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
-        found: dict[str, Any] = {}
-        part, weight = torch.randn(ROWS // n_ranks, D_IN), torch.randn(D_OUT, D_IN)
-        whole = torch.randn(ROWS, D_IN)
-        narrow = torch.randn(D_IN // 2, D_IN)
-        for name, x, w, make, product in (
-            ("all_gather_matmul", part, weight, plan_all_gather_matmul, all_gather_matmul),
-            ("matmul_reduce_scatter", whole, narrow, plan_matmul_reduce_scatter, matmul_reduce_scatter),
-        ):
-            planned = make(x, w, group)
-            gathered = torch.empty(ROWS, D_IN)
-            scattered = torch.empty(ROWS // n_ranks, w.shape[0])
-            gathers = name == "all_gather_matmul"
-            rows = whole if not gathers else gathered
-            partial = torch.empty(ROWS, w.shape[0])
-            entries = {}
-            for label, plan in {"planned": planned} | {str(n): MatmulPlan(n, "given") for n in (1, 2, 4, 8)}.items():
-                card = measure(
-                    group,
-                    compute=lambda rows=rows, w=w: rows @ w.T,
-                    communicate=lambda gathers=gathers: (
-                        group.all_gather(gathered, part) if gathers else group.reduce_scatter(scattered, partial)
-                    ),
-                    serial=lambda p=product, x=x, w=w: p(x, w, group, MatmulPlan(0, "unsplit")),
-                    together=lambda p=product, x=x, w=w, plan=plan: p(x, w, group, plan),
-                    n_rounds=5,
-                )
-                entries[label] = vars(card) | {"overlap": card.overlap, "over_limit": card.over_limit}
-            found[name] = {"plan": {"n_pieces": planned.n_pieces, "why": planned.why}, "cards": entries}
-        return found
+        return {name: product(group, name) for name in ("all_gather_matmul", "matmul_reduce_scatter")}
+
+
+def product(group: Any, name: str) -> dict[str, Any]:
+    """One of the products as planned, and in some numbers of pieces."""
+    gathers = name == "all_gather_matmul"
+    whole = torch.randn(ROWS, D_IN)
+    x = whole[: ROWS // group.size].clone() if gathers else whole
+    weight = torch.randn(D_OUT if gathers else D_IN // 2, D_IN)
+    run, make = (
+        (all_gather_matmul, plan_all_gather_matmul) if gathers else (matmul_reduce_scatter, plan_matmul_reduce_scatter)
+    )
+    planned = make(x, weight, group)
+    gathered, partial = torch.empty(ROWS, D_IN), torch.empty(ROWS, len(weight))
+    scattered = torch.empty(ROWS // group.size, len(weight))
+    exact = run(x, weight, group, MatmulPlan(0, "unsplit"))
+    cards = {}
+    for label, plan in {"planned": planned} | {str(n): MatmulPlan(n, "given") for n in (1, 2, 4, 8)}.items():
+        torch.testing.assert_close(run(x, weight, group, plan), exact, rtol=1e-4, atol=1e-3)
+        card = measure(
+            group,
+            compute=lambda: whole @ weight.T,
+            communicate=lambda: group.all_gather(gathered, x) if gathers else group.reduce_scatter(scattered, partial),
+            serial=lambda: run(x, weight, group, MatmulPlan(0, "unsplit")),
+            together=lambda plan=plan: run(x, weight, group, plan),
+        )
+        cards[label] = card_entry(card)
+    return {"plan": {"n_pieces": planned.n_pieces, "why": planned.why}, "cards": cards}
 
 
 # Record and page.
@@ -420,6 +432,7 @@ def main() -> int:
     if (why := why_unavailable()) is not None:
         print(f"overlap.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
     path = RESULTS / "overlap.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     for name in options.sections or SECTIONS:

@@ -50,7 +50,7 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches a step
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: bf16 parameters and activations, fp32 masters and gradients
-    bucket_kib: int = 1024  # gradients reduced together
+    bucket_kib: int = 0  # gradients reduced together, at most; 0: as the links ask for (docs/overlap.md)
     wire: Literal["none", "bf16", "fp8", "int8", "int4"] = "none"  # how gradients cross hosts (docs/wire.md)
     error_feedback: bool = True  # with a wire: what it loses is added to the next step's gradients
     eval_every: int = 50
@@ -256,7 +256,6 @@ def _check_ranges(config: Config) -> None:
         ("train.steps", train.steps),
         ("train.global_batch", train.global_batch),
         ("train.accumulation", train.accumulation),
-        ("train.bucket_kib", train.bucket_kib),
         ("train.eval_every", train.eval_every),
         ("train.eval_sequences", train.eval_sequences),
         ("train.checkpoint_every", train.checkpoint_every),
@@ -270,6 +269,8 @@ def _check_ranges(config: Config) -> None:
             f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
             "change one of them"
         )
+    if train.bucket_kib < 0:
+        raise ConfigError(f"train.bucket_kib is {train.bucket_kib}; give KiB, or 0 for what the links ask for")
     if not 0.0 < data.val_fraction < 1.0:
         raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
     if not config.name or Path(config.name).name != config.name:

@@ -28,6 +28,7 @@ from training.config import Layout
 from training.errors import BY_NAME, ConfigError, TrainingError
 
 if TYPE_CHECKING:
+    from pycomm.explain import Explanation
     from pycomm.group import Group, Work
 
 Axis = Literal["tp", "ep"] | None
@@ -69,13 +70,15 @@ class MeteredGroup:
             result = self.group.all_reduce(x, op, async_op=async_op, wire=wire, wire_residual=wire_residual)
         return MeteredWork(result, self) if async_op else result
 
-    def all_gather(self, output: Tensor, input: Tensor) -> None:
+    def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False) -> Any:
         with self._blocking():
-            self.group.all_gather(output, input)
+            result = self.group.all_gather(output, input, async_op=async_op)
+        return MeteredWork(result, self) if async_op else result
 
-    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum") -> None:
+    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
         with self._blocking():
-            self.group.reduce_scatter(output, input, op)
+            result = self.group.reduce_scatter(output, input, op, async_op=async_op)
+        return MeteredWork(result, self) if async_op else result
 
     def all_to_all(
         self,
@@ -86,6 +89,9 @@ class MeteredGroup:
     ) -> None:
         with self._blocking():
             self.group.all_to_all(output, input, output_counts, input_counts)
+
+    def explanation(self, op: str, nbytes: int) -> Explanation:
+        return self.group.explanation(op, nbytes)
 
     def gather(self, output: Tensor | None, input: Tensor, root: int) -> None:
         with self._blocking():

@@ -39,7 +39,7 @@ class Optimizer:
         mesh: Mesh,
         config: OptimizerConfig,
         dtype: torch.dtype,
-        bucket_nbytes: int,
+        bucket_nbytes: int | None,
         wire: str | None = None,
         error_feedback: bool = True,
     ) -> None:

@@ -77,7 +77,7 @@ class Trainer:
             self.mesh,
             config.optimizer,
             self.dtype,
-            train.bucket_kib * 1024,
+            train.bucket_kib * 1024 or None,
             None if train.wire == "none" else train.wire,
             train.error_feedback,
         )

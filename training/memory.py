@@ -1,7 +1,7 @@
-"""What a rank will need, before anything is allocated: parameters, gradients, optimizer state and activations at the peak.
+"""What a rank will need at its peak, before anything is allocated: parameters, gradients, optimizer state, activations.
 
-Activations are counted by tensor, as the layers save them; what allocators lose and the libraries' own code is not. Where
-a figure depends on the data (rows of an expert) the mean is taken."""
+Activations are counted by tensor, as the layers save them; what allocators lose and the libraries' own code is not.
+Where a figure depends on the data (rows of an expert) the mean is taken."""
 
 from __future__ import annotations
 
@@ -77,11 +77,12 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
 def _held(spec: ParamSpec, layout: Layout, zero_ranks: int) -> tuple[float, int]:
     """Numbers of a parameter that a rank has as the axes cut it, and the ranks that ZeRO cuts those over."""
     data = layout.dp * layout.cp
-    cut, ranks = {
-        None: (1, data * layout.tp),
-        "tp": (layout.tp, data),
-        "ep": (layout.ep, data // layout.ep * layout.tp),
-    }[spec.axis if spec.axis != "tied" else "tp"]
+    if spec.axis == "ep":
+        cut, ranks = layout.ep, data // layout.ep * layout.tp
+    elif spec.axis is None:
+        cut, ranks = 1, data * layout.tp
+    else:
+        cut, ranks = layout.tp, data
     return math.prod(spec.shape) / cut, zero_ranks or ranks
 
 

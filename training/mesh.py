@@ -1,8 +1,8 @@
 """The ranks of a run as a mesh of axes, each a pycomm group, and the time their callers spend waiting.
 
-Tensor parallel ranks are neighbours (they talk in every layer, so they should share a host), then context parallel ones,
-then data parallel ones, with the expert parallel ranks as neighbours among them; pipeline stages are farthest apart, for
-they talk least:
+Tensor parallel ranks are neighbours (they talk in every layer, so they should share a host), then context parallel
+ones, then data parallel ones, with the expert parallel ranks as neighbours among them; pipeline stages are farthest
+apart, for they talk least:
 
     rank = ((stage * dp + dp_index) * cp + cp_index) * tp + tp_index           dp_index = replica * ep + ep_index
 

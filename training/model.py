@@ -209,8 +209,8 @@ class GPT(nn.Module):
         return x if self.positions is None else self.positions(x)
 
     def run_blocks(self, chunk: int, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x through the layers of a chunk, and the balance loss: fp32 scalar, this rank's part of the sum over sequences
-        and these layers."""
+        """x through the layers of a chunk, and the balance loss: fp32 scalar, this rank's part of the sum over
+        sequences and these layers."""
         balance = torch.zeros(())
         for index in self.chunks[chunk]:
             x, of_block = again(self.blocks[str(index)], x, documents, enabled=self.parallel.recompute == "full")

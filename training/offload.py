@@ -1,7 +1,7 @@
 """Memory in a mapped file: optimizer state and saved activations that the kernel may write out when memory is short.
 
-The file is unlinked as soon as it is open, so nothing stays behind, whatever ends the process. Pages go to the disk when
-the kernel wants their memory and come back when they are touched, reading ahead; sequential use is said to it."""
+The file is unlinked as soon as it is open, so nothing stays behind, whatever ends the process. Pages go to the disk
+when the kernel wants their memory and come back when they are touched, reading ahead; sequential use is said to it."""
 
 from __future__ import annotations
 

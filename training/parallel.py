@@ -123,8 +123,8 @@ def _local_ids(ids: Tensor, n_local: int, group: MeteredGroup) -> tuple[Tensor, 
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """Forward makes the logits of a chunk of tokens, their loss and, since the loss is a sum, their gradient at once; no
-    other logits exist at the time. Two small all_reduces a chunk over tp: [N] for the maximum, [2, N] for the sums.
+    """Forward makes the logits of a chunk of tokens, their loss and, since the loss is a sum, their gradient at once;
+    no other logits exist then. Two small all_reduces a chunk over tp: [N] for the maximum, [2, N] for the sums.
 
     Source: the chunked form of Liger Kernel, arXiv:2410.10989; over vocabulary shards Megatron-LM, arXiv:1909.08053."""
 

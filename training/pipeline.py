@@ -1,8 +1,8 @@
-"""Runs a pipeline schedule on this rank: forward, backward and weight gradients of micro-batches through its chunks, and
-what goes between stages. Without a pipeline it is the same with one stage: forward, backward, the next micro-batch.
+"""Runs a pipeline schedule on this rank: forward, backward and weight gradients of micro-batches through its chunks,
+and what goes between stages. Without a pipeline it is the same with one stage: forward, backward, the next micro-batch.
 
 Sends never wait; a receive is posted a few actions ahead of its use, so that it arrives beside computation. A message's
-tag names the stage that it goes to, its micro-batch and its direction, so messages of different micro-batches never mix.
+tag names the stage that it goes to, its micro-batch and its direction, so messages of micro-batches never mix.
 """
 
 from __future__ import annotations

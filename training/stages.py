@@ -1,7 +1,7 @@
 """Where each layer of a pipeline runs: virtual stages in order, and the rank of each.
 
-A rank holds n_chunks virtual stages ("chunks"). They go around the ranks, or, with the V placement, down and up again, so
-that the first and the last one share a rank (zero-bubble V, arXiv:2405.15362):
+A rank holds n_chunks virtual stages ("chunks"). They go around the ranks, or, with the V placement, down and up again,
+so that the first and the last one share a rank (zero-bubble V, arXiv:2405.15362):
 
     around, 2 ranks, 2 chunks    rank 0: stages 0, 2      V    rank 0: stages 0, 3
                                  rank 1: stages 1, 3           rank 1: stages 1, 2
@@ -76,8 +76,8 @@ def assign_layers(n_layers: int, placement: Placement, given: Sequence[int] = ()
     n = placement.n_stages
     if n > n_layers:
         raise ConfigError(
-            f"layout.pp × chunks is {n} stages, the model has {n_layers} layers (model.n_layers); each stage needs one: "
-            "lower layout.pp or layout.chunks, or add layers"
+            f"layout.pp × chunks is {n} stages, the model has {n_layers} layers (model.n_layers); each stage needs "
+            "one: lower layout.pp or layout.chunks, or add layers"
         )
     counts = list(given)
     if not counts:

@@ -5,8 +5,8 @@
     2      .. and gradients           parameters                      a reduce_scatter a micro-batch, block by block
     3      .. and parameters          a block while it computes       the same; blocks are gathered one ahead
 
-The unit is the parameters of one block with the same gradient group and decay, one after another in a flat tensor padded
-to a multiple of the ranks. Embedding, last norm and head are kept whole in every stage. Hybrid sharding cuts over
+The unit is the parameters of one block with the same gradient group and decay, one after another in a flat tensor
+padded to a multiple of the ranks. Embedding, last norm and head are kept whole in every stage. Hybrid sharding cuts over
 n < all ranks (those of a host, neighbours in the group) and adds gradients up over the others.
 
 A gathered block lies in storage that is emptied when it is not needed, so views of it (parameters, what autograd saved)

@@ -313,7 +313,7 @@ def _check_context(config: Config) -> None:
     if config.data.seq_len % pieces:
         raise ConfigError(
             f"data.seq_len ({config.data.seq_len}) is no multiple of 2 × layout.cp × layout.tp ({pieces}): each "
-            "context parallel rank has an early and a late part of the sequence, cut over its tp ranks; change one of them"
+            "context parallel rank has an early and a late part of the sequence, cut over its tp ranks; change one"
         )
     if layout.context == "ulysses":
         for name, heads in (("model.n_heads", model.n_heads), ("model.n_kv_heads", model.n_kv_heads)):

@@ -147,6 +147,9 @@ class MeteredWork:
         with self._group._blocking():
             self._work.wait(timeout_s)
 
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
 
 class Mesh:
     """This rank's place in a layout, and its group along each axis. Every rank of the world constructs it together."""

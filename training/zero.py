@@ -6,7 +6,8 @@
     3      .. and parameters          a block while it computes       the same; blocks are gathered one ahead
 
 The unit is the parameters of one block with the same gradient group and decay, one after another in a flat tensor
-padded to a multiple of the ranks. Embedding, last norm and head are kept whole in every stage. Hybrid sharding cuts over
+padded to a multiple of the ranks. Embedding, last norm and head are kept whole in every stage, and a table that two
+pipeline stages share is reduced once a step, so that neither waits for the other's backward. Hybrid sharding cuts over
 n < all ranks (those of a host, neighbours in the group) and adds gradients up over the others.
 
 A gathered block lies in storage that is emptied when it is not needed, so views of it (parameters, what autograd saved)
@@ -42,6 +43,7 @@ class _Unit:
     flat: Tensor  # of the model's dtype; the parameters are views of it
     master: Tensor  # fp32 [len(flat) / n], this rank's part; its .grad is the summed gradient
     shard: Tensor  # of the model's dtype: master, or what it rounds to
+    eager: bool  # whether each backward's gradients are reduced at once
     freed: bool = False
     gather: Any = None  # the Work under way
     gradient: Tensor | None = None  # fp32, like flat, while micro-batches or a backward fill it
@@ -69,7 +71,6 @@ class Sharded:
         allocate: Allocate,
     ) -> None:
         """n_ranks: that a flat is cut over, 0 for all of the gradient's group."""
-        self._stage = stage
         self._units: list[_Unit] = []
         self._of: dict[nn.Parameter, tuple[_Unit, int]] = {}
         for group, names in by_gradient_group(parameters, specs, mesh):
@@ -82,7 +83,8 @@ class Sharded:
                 together.setdefault((block, specs[name].decays), []).append(name)
             for (block, decays), members in together.items():
                 owned = [parameters[name] for name in members]
-                self._units.append(_cut(block, decays, members, owned, shards, copies, dtype, allocate))
+                eager = stage > 1 and not (mesh.ties and group is mesh.tied)
+                self._units.append(_cut(block, decays, members, owned, shards, copies, dtype, allocate, eager))
         self._hooks: list[Any] = []
         for unit in self._units:
             for parameter, offset in zip(unit.parameters, unit.offsets, strict=True):
@@ -138,7 +140,7 @@ class Sharded:
         unit.gradient[offset : offset + parameter.numel()] += parameter.grad.flatten()
         parameter.grad = None
         unit.written.add(offset)
-        if self._stage > 1 and len(unit.written) == len(unit.offsets):
+        if unit.eager and len(unit.written) == len(unit.offsets):
             self._reduce(unit)
             if unit.block in self._blocks:
                 _free(unit)  # who read it has given its gradient
@@ -172,16 +174,15 @@ class Sharded:
 
     def backward_done(self) -> None:
         """After a backward and its weight gradients: what it did not fill wholly is reduced too; blocks are freed."""
-        if self._stage > 1:
-            for unit in self._units:
-                if unit.written:
-                    self._reduce(unit)
+        for unit in self._units:
+            if unit.eager and unit.written:
+                self._reduce(unit)
         for block in self._blocks:
             self.free(block)
 
     def wait(self) -> None:
         for unit in self._units:
-            if self._stage == 1:
+            if not unit.eager:
                 if unit.gradient is None:
                     unit.gradient = torch.zeros(unit.flat.shape, dtype=torch.float32, device=unit.flat.device)
                 self._reduce(unit)
@@ -204,7 +205,9 @@ class Sharded:
             yield unit.master.grad, unit.copies.size
 
     def publish(self) -> None:
-        """Gives every rank the updated parameters where it keeps them whole, and gradients of 0."""
+        """Gives every rank the updated parameters where it keeps them whole."""
+        for block in self._blocks:
+            self.free(block)  # what was gathered ahead of an evaluation's last block, say
         works = []
         for unit in self._units:
             if unit.shard is not unit.master:
@@ -309,6 +312,7 @@ def _cut(
     copies: MeteredGroup,
     dtype: torch.dtype,
     allocate: Allocate,
+    eager: bool,
 ) -> _Unit:
     numel = sum(parameter.numel() for parameter in parameters)
     whole = torch.zeros(numel + -numel % group.size, device=parameters[0].device)
@@ -324,7 +328,7 @@ def _cut(
     for parameter, offset in zip(parameters, offsets, strict=True):
         parameter.data = flat[offset : offset + parameter.numel()].view(parameter.shape)
     shard = master if dtype == torch.float32 else master.to(dtype)
-    return _Unit(block, group, copies, names, parameters, offsets, decays, flat, master, shard)
+    return _Unit(block, group, copies, names, parameters, offsets, decays, flat, master, shard, eager)
 
 
 def _parts(unit: _Unit) -> Iterator[tuple[str, slice, slice]]:

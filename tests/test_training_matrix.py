@@ -13,10 +13,13 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    out_dir = str(tmp_path_factory.mktemp("runs"))
-    by_rank = run_ranks(run_all, 8, CASES, out_dir, timeout_s=280)
-    return {name: outcome for found in by_rank for name, outcome in found.items()}
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Outcome], list[float]]]:
+    return run_ranks(run_all, 8, CASES, str(tmp_path_factory.mktemp("runs")), timeout_s=280)
+
+
+@pytest.fixture(scope="module")
+def outcomes(by_rank: list[tuple[dict[str, Outcome], list[float]]]) -> dict[str, Outcome]:
+    return {name: outcome for found, _ in by_rank for name, outcome in found.items()}
 
 
 def difference(a: Any, b: Any) -> float:
@@ -41,3 +44,10 @@ def test_a_layout_trains_as_one_process(outcomes: dict[str, Outcome], case: Case
         assert got.losses == same.losses
         for name, weight in same.weights.items():
             assert np.array_equal(got.weights[name], weight), name
+
+
+@pytest.mark.timeout(300)
+def test_any_layout_resumes_from_any_other(by_rank: Any, outcomes: dict[str, Outcome]) -> None:
+    expected = outcomes["moe on 1: dp"].losses
+    for _, losses in by_rank:
+        np.testing.assert_allclose(losses, expected[: len(losses)], rtol=TOLERANCE, atol=0)

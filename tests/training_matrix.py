@@ -145,8 +145,32 @@ def run_case(group: Any, case: Case, out_dir: str) -> Outcome:
     )
 
 
-def run_all(world: Any, cases: list[Case], out_dir: str) -> dict[str, Outcome]:
-    """The outcomes of the cases whose first rank is this one. Cases of fewer ranks run beside each other."""
+# One run whose checkpoints go from each of these layouts to the next.
+CHAIN = [
+    Case(8, pipe(2, "zbv", tp=2, ep=2), ACC, "moe"),
+    Case(8, {"cp": 2, "zero": 3, "zero_ranks": 2}, model="moe"),
+    Case(8, pipe(4, "1f1b", zero=1, stage_layers="1,2,1,1"), ACC, "moe"),
+    Case(8, {"tp": 2, "cp": 2, "context": "ulysses", "ep": 2}, {"offload_optimizer": True}, "moe"),
+    Case(8, pipe(2, "interleaved", chunks=2, zero=2, cp=2), ACC, "moe"),
+    Case(8, {"zero": 3}, {"recompute": "full"}, "moe"),
+]
+
+
+def run_chain(world: Any, out_dir: str) -> list[float]:
+    """The losses of three steps in each layout of CHAIN, each resumed from what the one before it saved."""
+    losses: list[float] = []
+    for case in CHAIN:
+        trainer = Trainer(dataclasses.replace(config_of(case, out_dir), name="chain"), world)
+        assert trainer.resume() == bool(losses)
+        losses += [trainer.train_step().loss for _ in range(3)]
+        trainer.save()
+        trainer.close()
+    return losses
+
+
+def run_all(world: Any, cases: list[Case], out_dir: str) -> tuple[dict[str, Outcome], list[float]]:
+    """The outcomes of the cases whose first rank is this one, and run_chain()'s losses. Cases of fewer ranks run beside
+    each other."""
     torch.set_num_threads(1)
     found = {}
     for n_ranks in sorted({case.n_ranks for case in cases}):
@@ -162,4 +186,4 @@ def run_all(world: Any, cases: list[Case], out_dir: str) -> dict[str, Outcome]:
                 found[case.name] = outcome
         if group is not world:
             group.close()
-    return found
+    return found, run_chain(world, out_dir)

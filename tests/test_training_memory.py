@@ -48,10 +48,10 @@ def measured(trainer: Trainer) -> tuple[int, int, int]:
     masters = list(trainer.optimizer._of(PARAMETERS).values())
     optimizer = nbytes([*masters, *(state[x][m] for x in masters for m in MOMENTS)], seen)
     saved: list[Tensor] = []
-    index, block = next(iter(trainer.model.blocks.items()))
+
     rows = trainer.config.data.seq_len // trainer.mesh.sequence.size
     x = torch.zeros(rows, trainer._micro_batch_size, trainer.config.model.d_model, dtype=trainer.dtype)
-    kept = {p.untyped_storage()._cdata for p in block.parameters()}
+    kept = {p.untyped_storage()._cdata for p in trainer.model.parameters()}
 
     def pack(each: Tensor) -> Tensor:
         saved.append(each)

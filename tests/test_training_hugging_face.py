@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def test_logits_are_those_of_transformers_in_both_directions(exported: Any) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
     from transformers import AutoModelForCausalLM
 
     folder, ours = exported

@@ -20,6 +20,7 @@ from training.generate import choose, generate
 from training.mesh import Mesh
 from training.model import GPT
 from training.model_config import ModelConfig
+from training.moe import balance_routers
 from training.optimizer import learning_rate
 from training.parallel import fused_cross_entropy, gather_sequence, gather_vocab, reduce_scatter_sequence
 from training.rotary import rotary_angles, rotary_frequencies, rotate
@@ -204,8 +205,9 @@ def broken(group: Any, config: Config) -> list[tuple[str, bool]]:
     return said
 
 
-def test_a_step_that_diverges_stops_every_rank_before_the_update_and_names_rank_and_layer() -> None:
-    results = run_ranks(broken, 2, tiny())
+@pytest.mark.parametrize("tp", [1, 2])  # with tp, what is not finite on one rank soon is on both
+def test_a_step_that_diverges_stops_every_rank_before_the_update_and_names_rank_and_layer(tp: int) -> None:
+    results = run_ranks(broken, 2, tiny(tp=tp))
     assert results[0] == results[1]
     (gradient, jump, weight) = (message for message, _ in results[0])
     assert all(untouched for _, untouched in results[0])
@@ -282,6 +284,26 @@ def test_routes_are_those_of_the_definition() -> None:
     torch.testing.assert_close(softmax.weights, chosen)
     plain = route(logits, ModelConfig(n_experts=12, top_k=3, norm_topk_prob=False), None)
     torch.testing.assert_close(plain.weights, logits.softmax(-1).topk(3).values)
+
+
+def biases_after_loads(group: Any) -> list[Array]:
+    """The biases of two steps in which each rank saw other loads; by themselves the ranks would move otherwise."""
+    mesh = Mesh(group, Layout(group.size, 1, 1))
+    model = GPT(tiny(model={**MOE, "n_dense_layers": 1, "router_bias": True, "router_bias_speed": 0.5}).model, mesh)
+    initialise(model, mesh, 0)
+    experts = model.blocks[1].experts
+    biases = []
+    for loads in ([[0.0, 1.0, 5.0, 6.0], [8.0, 3.0, 1.0, 0.0]], [[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 1.0]]):
+        experts.load += torch.tensor(loads[group.rank])
+        balance_routers(model, mesh)
+        biases.append(experts.bias.detach().numpy().copy())
+    return biases
+
+
+def test_biases_move_by_the_loads_of_all_ranks() -> None:
+    for first, second in run_ranks(biases_after_loads, 2):
+        assert first.tolist() == [-0.5, 0.5, 0.0, 0.0]  # loads 8, 4, 6, 6
+        assert second.tolist() == [0.0, 0.0, 0.0, 0.0]  # loads 1, 3, 2, 2
 
 
 def test_a_bias_evens_out_the_loads_of_a_lopsided_router() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,13 @@ def _tensorboard(config: Config, first_step: int) -> Any:
 def _wandb(config: Config) -> Any:
     import wandb
 
+    identity = config.run_dir / "wandb_id"  # a run that is resumed goes on in its own
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex)
     return wandb.init(
         project=config.monitor.wandb_project,
         name=config.name,
-        id=config.name,  # a run that is resumed goes on in its own
+        id=identity.read_text(),
         resume="allow",
         dir=str(config.run_dir),
         config=dataclasses.asdict(config),

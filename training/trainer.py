@@ -98,7 +98,7 @@ class Trainer:
         differing = (fingerprints != fingerprints[0]).nonzero().flatten().tolist()
         if differing:
             raise DataError(
-                f"rank {differing[0]} reads other data at {self.config.data.path!r} than rank 0; give every host the "
+                f"rank {differing[0]} reads other data at {self.corpus.name!r} than rank 0; give every host the "
                 "same files (for 'stdlib': the same Python version)"
             )
 

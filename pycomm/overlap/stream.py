@@ -6,8 +6,9 @@
     y = stream.output                                        # as ep.combine(my_experts(...), ep.dispatch(...)), [T, H]
 
 Of the exchange it needs dispatch() and combine() on some of the tokens, nothing else. They run on a thread of their own
-in an order that is the same on every rank: D0 D1 C0 D2 C1 .. in forward, and in backward all combines and then all
-dispatches, each as soon as its gradient is there. A token is whole in one chunk, so its sum is that of an unsplit run.
+in an order that is the same on every rank: all dispatches and then each chunk's combine, so that the link waits for no
+product before it has sent all it can; in backward all combines, and then all dispatches. A token is whole in one chunk,
+so its sum is that of an unsplit run.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Chunk:
     index: int
     rows: Tensor
     expert_counts: Any
+    dispatched: Any  # what dispatch() gave, rows without their gradient
     output: Tensor | None = None
 
 
@@ -109,16 +111,14 @@ class ExpertStream:
         held: list[Tensor] = []
         thread = ThreadPoolExecutor(1, thread_name_prefix="pycomm-stream")
         try:
-            dispatches = [thread.submit(self._dispatch, record.parts[0], builds)]
+            dispatches = [thread.submit(self._dispatch, part, builds) for part in record.parts]
             combines: list[Future[None]] = []
             for index, part in enumerate(record.parts):
-                if index + 1 < n:
-                    dispatches.append(thread.submit(self._dispatch, record.parts[index + 1], builds))
                 dispatches[index].result()
                 rows = part.rows
                 if grads and rows.requires_grad:
                     rows = _Rows.apply(record, index, tickets[index])  # type: ignore[no-untyped-call]
-                chunk = Chunk(index, rows, part.dispatched.expert_counts)
+                chunk = Chunk(index, rows, part.dispatched.expert_counts, part.dispatched)
                 yield chunk
                 out = self._checked(chunk)
                 if builds and out.requires_grad:

@@ -251,7 +251,7 @@ def gradient_entry(results: list[dict[str, Any]]) -> dict[str, Any]:
 # The MoE stream.
 
 TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 1024, 512, 2048, 4, 2
-CHUNKS = ("auto", 4, 8, 16)
+CHUNKS = ("auto", 2, 4, 8, 16)
 
 
 def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pycomm.moe import ExpertParallel
 from pycomm.overlap import (
     ExpertStream,
     GradientBuckets,
+    LinkCost,
     MatmulPlan,
     ShardedModules,
     WeightGradients,
@@ -182,6 +183,11 @@ def check_matmuls(group: Any) -> None:
         group.all_reduce(plans, "max")
         assert plans[0] == -plans[1] and "unsplit" in found.why  # equal on all ranks
         product(x.repeat(3, 1), weight, group, found)
+    never = LinkCost(
+        1e9, 1e15, "of the test"
+    )  # a hop takes years, so one piece
+    found = plan_matmul_reduce_scatter(torch.ones(6, 64), torch.ones(4, 64), group, never)
+    assert found.n_pieces == 0 and "overlapping would not gain" in found.why and "of the test" in found.why
     with pytest.raises(InvalidArgument, match=r"4 rows, which 3 ranks cannot share"):
         matmul_reduce_scatter(x, weight, group)
     with pytest.raises(InvalidArgument, match=r"weight \[3, 5\]"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pycomm.errors import InvalidArgument
 from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
 from pycomm.overlap.layout import pack
+from pycomm.overlap.matmul import ring_s
 
 WIDTHS = (3, 5, 7, 2)  # odd, so that no bucket edge falls on a round number
 
@@ -94,6 +95,17 @@ def test_buckets_learn_the_order_in_step_one_and_start_in_it_during_backward() -
     assert group.log == [("start", n) for n in ready[: len(parameters)]]
     buckets.wait()
     assert group.log[len(parameters) :] == [("wait", n) for n in ready[: len(parameters)]]
+
+
+@pytest.mark.parametrize(
+    ("product_s", "hop_s", "expected"),
+    [
+        (1.0, 0.1, 12.1),  # computing takes longer: 3 * 4 products, and the last piece's way
+        (0.1, 1.0, 8.1),  # the link does: 2 * 4 pieces on their way, and a product
+    ],
+)
+def test_ring_takes_the_longer_one_and_one_piece_of_the_other(product_s: float, hop_s: float, expected: float) -> None:
+    assert ring_s(3, 4, product_s, hop_s) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

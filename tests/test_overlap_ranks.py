@@ -17,6 +17,7 @@ from pycomm.moe import ExpertParallel
 from pycomm.overlap import (
     ExpertStream,
     GradientBuckets,
+    LinkCost,
     MatmulPlan,
     ShardedModules,
     WeightGradients,
@@ -182,6 +183,9 @@ def check_matmuls(group: Any) -> None:
         group.all_reduce(plans, "max")
         assert plans[0] == -plans[1] and "unsplit" in found.why  # equal on all ranks
         product(x.repeat(3, 1), weight, group, found)
+    never = LinkCost(1e9, 1e15, "of the test")  # a hop takes years, so one piece
+    found = plan_matmul_reduce_scatter(torch.ones(6, 64), torch.ones(4, 64), group, never)
+    assert found.n_pieces == 0 and "overlapping would not gain" in found.why and "of the test" in found.why
     with pytest.raises(InvalidArgument, match=r"4 rows, which 3 ranks cannot share"):
         matmul_reduce_scatter(x, weight, group)
     with pytest.raises(InvalidArgument, match=r"weight \[3, 5\]"):
@@ -206,7 +210,9 @@ def check_stream(group: Any) -> None:
             experts = [seeded(e + 100 * group.rank, hidden, hidden).requires_grad_() for e in range(2)]
 
             def run(rows: Tensor, counts: Any, experts: list[Tensor] = experts) -> Tensor:
-                return torch.cat([torch.tanh(r @ w) for r, w in zip(rows.split(list(counts)), experts, strict=True)])
+                return torch.cat(
+                    [torch.tanh(r @ w) for r, w in zip(rows.split([int(n) for n in counts]), experts, strict=True)]
+                )
 
             if streamed:
                 stream = ExpertStream(ep, x, topk, weights, n_chunks=n_chunks)

@@ -276,13 +276,9 @@ class GradientBuckets:
         if self._group.size == 1:
             self._why = "one rank has nobody to reduce with"
             return max(1, total), max(1, total)
-        if isinstance(self._link, LinkCost):
-            link = self._link
-        elif self._link == "predicted":
-            found = cost.predicted(self._group, self._collective, total)
-            link = LinkCost(found.latency_s + START_S, found.bytes_per_s, found.source)
-        else:
-            link = cost.measured(self._group, self._collective, total, lambda x: self._reduce(x, None).wait())
+        link = cost.found(self._group, self._link, self._collective, total, lambda x: self._reduce(x, None).wait())
+        if self._link == "predicted":
+            link = LinkCost(link.latency_s + START_S, link.bytes_per_s, link.source)
         most, last = link.efficient_nbytes(LOSS), link.efficient_nbytes(LAST_LOSS)
         self._why = f"{format_nbytes(most)} lose {LOSS:.0%} of the link to latency: n bytes take {link}"
         return most, last

@@ -101,6 +101,16 @@ def spare_cores(group: Any) -> int | None:
     return int(cores)
 
 
+def found(
+    group: Any, link: str | LinkCost, collective: str, nbytes: int, run: Callable[[torch.Tensor], Any]
+) -> LinkCost:
+    """The cost by `link`: "predicted", "measured" (see there for run), or itself where it is one."""
+    require_source(link)
+    if isinstance(link, LinkCost):
+        return link
+    return predicted(group, collective, nbytes) if link == "predicted" else measured(group, collective, nbytes, run)
+
+
 def require_source(link: str | LinkCost) -> None:
     if not isinstance(link, LinkCost) and link not in ("predicted", "measured"):
         raise InvalidArgument(f"link is {link!r}; give 'predicted', 'measured' or a LinkCost")

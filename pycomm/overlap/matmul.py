@@ -27,10 +27,12 @@ from torch import Tensor
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
 from pycomm.overlap import cost
+from pycomm.overlap.cost import LinkCost
 from pycomm.overlap.ring import gathered, reduced
 
 MAX_PIECES: Final = 8
 PIECE_LOSS: Final = 0.1  # of the link, to latency
+START_S: Final = 2e-5  # of the computing thread, to send and receive one more piece
 MARGIN: Final = 0.95  # of the unsplit time that the split one must be predicted to stay below
 
 
@@ -92,7 +94,9 @@ def _require_product(x: Tensor, weight: Tensor, group: RingGroup, gathers: bool)
 # The plan.
 
 
-def plan_all_gather_matmul(x: Tensor, weight: Tensor, group: RingGroup, link: str = "predicted") -> MatmulPlan:
+def plan_all_gather_matmul(
+    x: Tensor, weight: Tensor, group: RingGroup, link: str | LinkCost = "predicted"
+) -> MatmulPlan:
     """Whether all_gather_matmul of these shapes gains by overlapping, and with how many pieces. All ranks together, and
     they get the same plan: products are timed here, the link is as `link` says (GradientBuckets). Keep the plan for
     all calls of these shapes."""
@@ -100,13 +104,17 @@ def plan_all_gather_matmul(x: Tensor, weight: Tensor, group: RingGroup, link: st
     return _plan(group, "all_gather", rows, weight.detach(), rows.nbytes, link)
 
 
-def plan_matmul_reduce_scatter(x: Tensor, weight: Tensor, group: RingGroup, link: str = "predicted") -> MatmulPlan:
+def plan_matmul_reduce_scatter(
+    x: Tensor, weight: Tensor, group: RingGroup, link: str | LinkCost = "predicted"
+) -> MatmulPlan:
     """As plan_all_gather_matmul(), for matmul_reduce_scatter."""
     nbytes = x.numel() // x.shape[-1] * weight.shape[0] * x.itemsize
     return _plan(group, "reduce_scatter", torch.zeros_like(x.detach()), weight.detach(), nbytes, link)
 
 
-def _plan(group: RingGroup, collective: str, rows: Tensor, weight: Tensor, nbytes: int, link: str) -> MatmulPlan:
+def _plan(
+    group: RingGroup, collective: str, rows: Tensor, weight: Tensor, nbytes: int, link: str | LinkCost
+) -> MatmulPlan:
     cost.require_source(link)
     n = group.size
     if n == 1:
@@ -114,22 +122,17 @@ def _plan(group: RingGroup, collective: str, rows: Tensor, weight: Tensor, nbyte
     spare = cost.spare_cores(group)
     if spare is not None and spare < 1:
         return MatmulPlan(0, "runs unsplit: all ranks share one host whose cores compute, and copying needs one too")
-    if link == "predicted":
-        found = cost.predicted(group, collective, nbytes)
-    else:
-        found = cost.measured(group, collective, nbytes, lambda each: _run(group, collective, each))
+    found = cost.found(group, link, collective, nbytes, lambda each: _run(group, collective, each))
     # Of a ring each rank sends n-1 parts, as of the collective, whose n-1 latencies are in found.latency_s.
-    hop_s = found.latency_s / (n - 1) + 2e-5
-    part_s = nbytes / n / found.bytes_per_s * n / (n - 1)
-    wanted = int(part_s * PIECE_LOSS / hop_s)
-    n_pieces = max(1, min(MAX_PIECES, wanted, rows.shape[0] // n))
+    hop_s = found.latency_s / (n - 1) + START_S
+    part_s = nbytes / (n - 1) / found.bytes_per_s
+    n_pieces = max(1, min(MAX_PIECES, int(part_s * PIECE_LOSS / hop_s), rows.shape[0] // n))
     piece = rows[: max(1, rows.shape[0] // n // n_pieces)]
     times = torch.tensor([_time(lambda: F.linear(rows, weight)), _time(lambda: F.linear(piece, weight))])
     group.all_reduce(times, "max")
     whole_s, piece_s = times.tolist()
     unsplit_s = found.seconds(nbytes) + whole_s
-    compute_s, comm_s = n * n_pieces * piece_s, (n - 1) * (part_s + n_pieces * hop_s)
-    split_s = max(compute_s, comm_s) + min(piece_s, compute_s) + comm_s / ((n - 1) * n_pieces)
+    split_s = ring_s(n, n_pieces, piece_s, part_s / n_pieces + hop_s)
     facts = (
         f"{collective} of {format_nbytes(nbytes)} {format_s(found.seconds(nbytes))}, product {format_s(whole_s)} "
         f"({format_s(n * n_pieces * piece_s)} in {n * n_pieces} pieces): unsplit {format_s(unsplit_s)}, "
@@ -138,6 +141,11 @@ def _plan(group: RingGroup, collective: str, rows: Tensor, weight: Tensor, nbyte
     if split_s > MARGIN * unsplit_s:
         return MatmulPlan(0, f"runs unsplit, since overlapping would not gain: {facts}")
     return MatmulPlan(n_pieces, f"overlaps in {n_pieces} piece(s) a part: {facts}")
+
+
+def ring_s(n_ranks: int, n_pieces: int, product_s: float, hop_s: float) -> float:
+    """A ring of n_ranks parts in n_pieces each: all products and the last piece's way, or all ways and one product."""
+    return max(n_ranks * n_pieces * product_s + hop_s, (n_ranks - 1) * n_pieces * hop_s + product_s)
 
 
 def _run(group: RingGroup, collective: str, x: Tensor) -> None:

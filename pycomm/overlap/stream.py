@@ -6,13 +6,15 @@
     y = stream.output                                        # as ep.combine(my_experts(...), ep.dispatch(...)), [T, H]
 
 Of the exchange it needs dispatch() and combine() on some of the tokens, nothing else. They run on a thread of their own
-in an order that is the same on every rank: D0 D1 C0 D2 C1 .. in forward, and in backward all combines and then all
-dispatches, each as soon as its gradient is there. A token is whole in one chunk, so its sum is that of an unsplit run.
+in an order that is the same on every rank: all dispatches and then each chunk's combine, so that the link waits for no
+product before it has sent all it can; in backward all combines, and then all dispatches. A token is whole in one chunk,
+so its sum is that of an unsplit run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -23,13 +25,14 @@ from torch import Tensor
 from pycomm.errors import InvalidArgument
 from pycomm.overlap import cost
 
-MAX_CHUNKS: Final = 16
+MAX_CHUNKS: Final = 4  # more gain less than products of fewer rows lose (benchmarks/overlap.py, stream)
 CHUNK_LOSS: Final = 0.05  # of the link, to latency
 CALLS: Final = 2  # collectives of a chunk's dispatch: sizes, then rows
 
 
 class Exchange(Protocol):
-    """What the stream needs: pycomm.moe.ExpertParallel. dispatch() gives something with rows and expert_counts."""
+    """What the stream needs: pycomm.moe.ExpertParallel. dispatch() gives a dataclass with rows and
+    expert_counts, whose other tensors combine() may use."""
 
     @property
     def group(self) -> Any: ...
@@ -45,6 +48,7 @@ class Chunk:
     index: int
     rows: Tensor
     expert_counts: Any
+    dispatched: Any  # what dispatch() gave, rows without their gradient
     output: Tensor | None = None
 
 
@@ -55,8 +59,10 @@ class _Part:
     x: Tensor
     topk_idx: Tensor
     weights: Tensor
-    dispatched: Any = None
+    dispatched: Any = None  # without its graph
     rows: Any = None
+    kept: list[Tensor] = dataclasses.field(default_factory=list)  # what else of dispatch() combine() may use
+    leaves: list[Tensor] = dataclasses.field(default_factory=list)  # the same without its graph
     out: Any = None
     y: Any = None
 
@@ -109,16 +115,14 @@ class ExpertStream:
         held: list[Tensor] = []
         thread = ThreadPoolExecutor(1, thread_name_prefix="pycomm-stream")
         try:
-            dispatches = [thread.submit(self._dispatch, record.parts[0], builds)]
+            dispatches = [thread.submit(self._dispatch, part, builds) for part in record.parts]
             combines: list[Future[None]] = []
             for index, part in enumerate(record.parts):
-                if index + 1 < n:
-                    dispatches.append(thread.submit(self._dispatch, record.parts[index + 1], builds))
                 dispatches[index].result()
                 rows = part.rows
                 if grads and rows.requires_grad:
                     rows = _Rows.apply(record, index, tickets[index])  # type: ignore[no-untyped-call]
-                chunk = Chunk(index, rows, part.dispatched.expert_counts)
+                chunk = Chunk(index, rows, part.dispatched.expert_counts, part.dispatched)
                 yield chunk
                 out = self._checked(chunk)
                 if builds and out.requires_grad:
@@ -149,8 +153,9 @@ class ExpertStream:
 
     def _dispatch(self, part: _Part, builds: bool) -> None:
         with torch.set_grad_enabled(builds):
-            part.dispatched = self._ep.dispatch(part.x, part.topk_idx, part.weights)
-            part.rows = part.dispatched.rows
+            dispatched = self._ep.dispatch(part.x, part.topk_idx, part.weights)
+            part.rows = dispatched.rows
+            part.dispatched, part.kept, part.leaves = _without_graph(dispatched)
 
     def _combine(self, part: _Part, builds: bool) -> None:
         with torch.set_grad_enabled(builds):
@@ -203,9 +208,9 @@ class _Record:
     def __init__(self, order: Tensor, parts: list[_Part]) -> None:
         self.order, self.parts = order, parts
         self._thread: ThreadPoolExecutor | None = None
-        self.combines: dict[int, Future[Any]] = {}
+        self.combines: dict[int, Future[Any]] = {}  # gradients of a chunk's output, then of its part.leaves
         self._dispatches: dict[int, Future[Any]] = {}
-        self._of_rows: dict[int, Tensor] = {}
+        self._of_rows: dict[int, Tensor | None] = {}
         self._next = -1  # dispatches go from the last chunk to the first, whichever gradient comes first
 
     def start_combines(self, grad: Tensor) -> None:
@@ -214,54 +219,66 @@ class _Record:
         self._next = len(self.parts) - 1
         for index in reversed(range(len(self.parts))):
             part = self.parts[index]
-            leaves = [part.out, part.weights]
-            self.combines[index] = self._submit(part.y, leaves, grads[index], True)
+            self.combines[index] = self._thread.submit(_gradients, [part.y], [part.out, *part.leaves], [grads[index]])
 
     def bring(self, index: int, grad: Tensor | None) -> None:
-        part = self.parts[index]
-        self._of_rows[index] = torch.zeros_like(part.rows) if grad is None else grad
+        """The gradient of a chunk's rows; None where no expert's output depended on them."""
+        assert self._thread is not None
+        self._of_rows[index] = grad
         while self._next in self._of_rows:
-            part = self.parts[self._next]
-            leaves = [part.x, part.weights]
-            self._dispatches[self._next] = self._submit(part.rows, leaves, self._of_rows.pop(self._next), False)
+            self._dispatches[self._next] = self._thread.submit(self._to_tokens, self._next)
             self._next -= 1
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+    def _to_tokens(self, index: int) -> tuple[Tensor | None, ...]:
+        part, grad = self.parts[index], self._of_rows.pop(index)
+        grads = [torch.zeros_like(part.rows) if grad is None else grad, *self.combines[index].result()[1:]]
+        return _gradients([part.rows, *part.kept], [part.x, part.weights], grads)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
         """The gradients of x and the weights."""
-        if self.parts[0].rows.requires_grad:
-            for index in reversed(range(self._next + 1)):
-                if index not in self._of_rows:  # no expert's output depended on them
-                    self.bring(index, None)
-        of_x, of_weights = [], []
-        for index, part in enumerate(self.parts):
-            from_rows = self._dispatches[index].result() if index in self._dispatches else (None, None)
-            of_x.append(_sum(part.x, from_rows[0]))
-            of_weights.append(_sum(part.weights, from_rows[1], self.combines[index].result()[1]))
+        for index in reversed(range(self._next + 1)):
+            if index not in self._of_rows:
+                self.bring(index, None)
+        found = [self._dispatches[index].result() for index in range(len(self.parts))]
         assert self._thread is not None
         self._thread.shutdown()
+        of_x = [_or_zeros(part.x, grads[0]) for part, grads in zip(self.parts, found, strict=True)]
+        of_weights = [_or_zeros(part.weights, grads[1]) for part, grads in zip(self.parts, found, strict=True)]
         return self._in_order(of_x), self._in_order(of_weights)
 
     def _in_order(self, parts: list[Tensor]) -> Tensor:
         found = torch.cat(parts)
         return torch.empty_like(found).index_copy_(0, self.order, found)
 
-    def _submit(self, output: Tensor, leaves: list[Tensor], grad: Tensor, again: bool) -> Future[Any]:
-        assert self._thread is not None
-        return self._thread.submit(_gradients, output, leaves, grad, again)
+
+def _gradients(
+    outputs: list[Tensor], inputs: list[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Of the outputs with regard to each input, None for those that need none."""
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad and grad is not None]
+    wanted = [each for each in inputs if each.requires_grad]
+    if not pairs or not wanted:
+        return (None,) * len(inputs)
+    known, theirs = [out for out, _ in pairs], [grad for _, grad in pairs]
+    found = iter(torch.autograd.grad(known, wanted, theirs, allow_unused=True))
+    return tuple(next(found) if each.requires_grad else None for each in inputs)
 
 
-def _gradients(output: Tensor, leaves: list[Tensor], grad: Tensor, again: bool) -> tuple[Tensor | None, ...]:
-    """Of output with regard to each leaf, None where it needs none; again: its graph is used once more."""
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    if not output.requires_grad or not wanted:
-        return (None,) * len(leaves)
-    found = iter(torch.autograd.grad(output, wanted, grad, retain_graph=again, allow_unused=True))
-    return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
+def _without_graph(dispatched: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """(a copy of dispatched whose tensors are leaves, those that stood in it beside rows, the leaves instead)."""
+    values = {field.name: getattr(dispatched, field.name) for field in dataclasses.fields(dispatched)}
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name != "rows" and isinstance(value, Tensor) and value.requires_grad
+    }
+    leaves = {name: value.detach().requires_grad_() for name, value in kept.items()}
+    copy = dataclasses.replace(dispatched, rows=dispatched.rows.detach(), **leaves)
+    return copy, list(kept.values()), list(leaves.values())
 
 
-def _sum(like: Tensor, *grads: Tensor | None) -> Tensor:
-    known = [grad for grad in grads if grad is not None]
-    return sum(known[1:], known[0]) if known else torch.zeros_like(like)
+def _or_zeros(like: Tensor, grad: Tensor | None) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
 
 
 def _ticket(like: Tensor) -> Tensor:

@@ -181,6 +181,7 @@ class Sharded:
             self.free(block)
 
     def wait(self) -> None:
+        self.backward_done()
         for unit in self._units:
             if not unit.eager:
                 if unit.gradient is None:

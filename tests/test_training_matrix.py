@@ -38,7 +38,10 @@ def test_a_layout_trains_as_one_process(outcomes: dict[str, Outcome], case: Case
     np.testing.assert_allclose(got.held_out, expected.held_out, rtol=TOLERANCE, atol=0)
     assert got.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
-        assert difference(got.weights[name], weight) <= TOLERANCE, name
+        if name.endswith("key.bias"):  # its gradient is 0 but for rounding: softmax does not see it
+            assert np.abs(got.weights[name]).max() < 1e-3, name
+        else:
+            assert difference(got.weights[name], weight) <= TOLERANCE, name
     if case.exact:
         same = outcomes[case.exact if "on" in case.exact else f"{case.exact} on 1: dp"]
         assert got.losses == same.losses

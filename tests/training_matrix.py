@@ -106,7 +106,7 @@ CASES = [
     Case(8, pipe(2, "interleaved", chunks=2, tp=2, ep=2, zero=2), ACC, "moe"),
     Case(8, pipe(2, "zb_h1", tp=2, cp=2), {"accumulation": 4, "recompute": "full"}, "moe"),
     Case(8, pipe(2, "zbv", cp=2, ep=2, zero=3), {"accumulation": 4, "recompute": "full"}, "moe"),
-    Case(8, pipe(2, "1f1b", tp=2, cp=2, zero=1), {"accumulation": 8, "offload_optimizer": True}, "untied"),
+    Case(8, pipe(2, "1f1b", tp=2, cp=2, zero=1), {"accumulation": 4, "offload_optimizer": True}, "untied"),
 ]
 CASES += [Case(1, {}, {}, model) for model in MODELS]  # what the others are compared with
 

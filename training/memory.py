@@ -121,7 +121,7 @@ def _block(config: Config, layout: Layout, index: int, recompute: str | None = N
 def _saved(config: Config, layout: Layout, index: int, recompute: str, tokens: int, narrow: float) -> Iterator[float]:
     """Numbers saved by each part of a block."""
     model = config.model
-    yield 2 * narrow  # the norms' inputs
+    yield 2 * narrow * (2 if config.train.precision == "bf16" else 1)  # the norms' inputs, in fp32
     yield 2 * tokens * model.d_model  # gathered, of attention and feed-forward
     query, key = model.n_heads * model.head_width / layout.tp, model.n_kv_heads * model.head_width / layout.tp
     yield tokens * (query + 2 * key)

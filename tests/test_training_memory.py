@@ -46,7 +46,8 @@ def measured(trainer: Trainer) -> tuple[int, int, int]:
     parameters = nbytes(trainer.model.parameters(), seen)
     state = trainer.optimizer._adamw.state
     masters = list(trainer.optimizer._of(PARAMETERS).values())
-    optimizer = nbytes([*masters, *(state[x][m] for x in masters for m in MOMENTS)], seen)
+    rounded = [unit.shard for unit in getattr(trainer.optimizer._state, "_units", [])]
+    optimizer = nbytes([*masters, *rounded, *(state[x][m] for x in masters for m in MOMENTS)], seen)
     saved: list[Tensor] = []
 
     rows = trainer.config.data.seq_len // trainer.mesh.sequence.size

@@ -65,7 +65,7 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
         separate = itemsize == 2 or zero > 0
         resident = 0.0 if train.offload_optimizer else 1.0
         optimizer += resident * 4 * numel / copies * (3 if separate else 2)
-        optimizer += itemsize * numel / copies if zero == 3 and itemsize == 2 else 0
+        optimizer += itemsize * numel / copies if zero and itemsize == 2 else 0  # what a master rounds to
     block_numel = max((numel for block, numel in largest.items() if block), default=0.0)
     if zero == 3:
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives

@@ -274,14 +274,14 @@ def test_emulated_hosts_and_two_more_workloads(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "3 ranks on 2 host(s) (host0: 2, host1: 1)" in done.stdout and "# links between hosts" in done.stdout
     assert "mpi not available: the job has several hosts" in done.stdout
-    assert "hidden" in done.stdout and "# latency, us, of 24 KiB between each two ranks" in done.stdout
+    assert "E_overlap" in done.stdout and "# latency, us, of 24 KiB between each two ranks" in done.stdout
     found = json.loads(path.read_text())
     assert len(found["link_bytes_per_s"]) == 2 and min(found["link_bytes_per_s"]) > 0
     assert {row["collective"] for row in found["rows"]} == {
         "moe_dispatch", "moe_combine", "overlap_all_reduce", "latency", "broadcast",
     }  # fmt: skip
     assert [row["pair"] for row in found["rows"] if row["collective"] == "latency"] == [[0, 1], [0, 2], [1, 2]]
-    assert set(found["rows"][2]["hidden"]) == {"pycomm", "gloo"}
+    assert set(found["rows"][2]["scorecards"]) == {"pycomm", "gloo"}
     assert found["rows"][-1]["algorithm"] and found["rows"][-1]["bytes_between_hosts"] > 0
 
 

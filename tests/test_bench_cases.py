@@ -31,6 +31,7 @@ from pycomm.bench.options import parser, work
 from pycomm.bench.report import Table, matrix
 from pycomm.bench.roofline import link_bytes, link_limit_s, memory_limit_s
 from pycomm.errors import InvalidArgument, PycommError
+from pycomm.overlap import Scorecard
 from pycomm.topology import Topology
 
 pytestmark = pytest.mark.timeout(60)
@@ -373,19 +374,19 @@ def test_footer_counts_wrong_elements_and_names_them() -> None:
     assert Table([]).footer([]) == ["# nothing was measured"]
 
 
-def test_hidden_is_the_share_of_the_collective_that_disappears() -> None:
-    timings = {
-        name: Timing(1, us, us, us, us, 0) for name, us in (("alone", 40.0), ("compute", 100.0), ("together", 110.0))
-    }
+def test_a_scorecard_says_what_overlapping_gains() -> None:
+    measured = (("alone", 40.0), ("compute", 100.0), ("serial", 150.0), ("together", 110.0))
+    timings = {name: Timing(1, us, us, us, us, 0) for name, us in measured}
     overlap = Row(Case("overlap_all_reduce", "float32", 4000, 4), {"pycomm": timings})
-    assert overlap.hidden("pycomm") == 0.75 and overlap.hidden("gloo") is None
+    card = overlap.scorecard("pycomm")
+    assert card is not None and overlap.scorecard("gloo") is None
+    assert card.overlap == pytest.approx(0.8) and card.exposed_s == pytest.approx(10e-6)
+    assert card.over_limit == pytest.approx(1.1)
+    assert Scorecard(2.0, 1.0, 2.0, 2.0).overlap is None and Scorecard(1.0, 3.0, 4.0, 4.0).overlap == 0
     found = columns(Table(["gloo"]), overlap)
-    assert (found["alone"], found["compute"], found["together"], found["hidden"]) == (
-        ["40.00"],
-        ["100.0"],
-        ["110.0"],
-        ["75"],
-    )
+    cells = [found[name] for name in ("compute", "comm", "serial", "together", "exposed", "E_overlap")]
+    assert cells == [["100.0"], ["40.00"], ["150.0"], ["110.0"], ["10.00"], ["80"]]
+    assert found["T/max"][0] == "1.10"
 
 
 def test_matrix_is_symmetric() -> None:

@@ -5,25 +5,34 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from spawn import run_ranks
 from torch import Tensor, nn
 
 from pycomm.errors import InvalidArgument
-from pycomm.overlap import GradientBuckets
+from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
+from pycomm.overlap.layout import pack
+from pycomm.overlap.matmul import ring_s
 
 WIDTHS = (3, 5, 7, 2)  # odd, so that no bucket edge falls on a round number
+
+
+LINK = LinkCost(1e-3, 1e6, "of the test")  # 20 kB lose 5 % to latency, 1 kB half
 
 
 class RecordingGroup:
     """A group of two equal ranks in one process: a sum doubles. Keeps the order of starts and waits."""
 
-    size = 2
+    rank, size = 0, 2
 
     def __init__(self) -> None:
         self.log: list[tuple[str, int]] = []
+
+    def all_gather(self, output: Tensor, input: Tensor) -> None:
+        output.copy_(input.expand_as(output))
+
+    def broadcast(self, x: Tensor, root: int = 0) -> None:
+        assert root == 0
 
     def all_reduce(self, x: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
         assert op == "sum" and async_op
@@ -54,31 +63,112 @@ def plain_gradients(seeds: list[int]) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("bucket_nbytes", [1, 60, 1 << 20])
-def test_buckets_hold_the_summed_gradients(bucket_nbytes: int) -> None:
+@pytest.mark.parametrize("bucket_nbytes", [1, 60, 1 << 20, None])
+def test_buckets_hold_the_summed_gradients(bucket_nbytes: int | None) -> None:
     model, group = network(), RecordingGroup()
-    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=bucket_nbytes)
+    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=bucket_nbytes, link=LINK)
+    held = [buckets.gradient(parameter) for parameter in model.parameters()]
+    for seed in (1, 2):
+        model(inputs(seed)).square().sum().backward()
+        buckets.wait()
+        for parameter, gradient, expected in zip(model.parameters(), held, plain_gradients([seed]), strict=True):
+            assert parameter.grad is None
+            assert buckets.gradient(parameter) is gradient  # also after it moved into its bucket
+            assert torch.equal(gradient, expected * 2)
+    memory = {flat.untyped_storage().data_ptr() for flat in buckets.flats}
+    assert {gradient.untyped_storage().data_ptr() for gradient in held} == memory
+
+
+def test_buckets_learn_the_order_in_step_one_and_start_in_it_during_backward() -> None:
+    model, group = network(), RecordingGroup()
+    parameters = list(model.parameters())
+    ready: list[int] = []
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: ready.append(p.numel()))
+    buckets = GradientBuckets(parameters[2:] + parameters[:2], group, bucket_nbytes=1)  # one parameter each
+    model(inputs(1)).square().sum().backward()
+    assert not group.log
+    buckets.wait()
+    assert group.log == [(what, n) for what in ("start", "wait") for n in ready]
+    group.log.clear()
+    model(inputs(1)).square().sum().backward()
+    assert group.log == [("start", n) for n in ready[: len(parameters)]]
+    buckets.wait()
+    assert group.log[len(parameters) :] == [("wait", n) for n in ready[: len(parameters)]]
+
+
+@pytest.mark.parametrize(
+    ("product_s", "hop_s", "expected"),
+    [
+        (1.0, 0.1, 12.1),  # computing takes longer: 3 * 4 products, and the last piece's way
+        (0.1, 1.0, 8.1),  # the link does: 2 * 4 pieces on their way, and a product
+    ],
+)
+def test_ring_takes_the_longer_one_and_one_piece_of_the_other(product_s: float, hop_s: float, expected: float) -> None:
+    assert ring_s(3, 4, product_s, hop_s) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "most", "last", "expected"),
+    [
+        ([], 10, 5, []),
+        ([7], 10, 5, [1]),
+        ([4, 4, 4, 4, 2, 2], 10, 5, [2, 2, 2]),
+        ([20, 1, 1, 1], 10, 1, [1, 2, 1]),  # larger than a bucket: alone
+        ([1] * 10, 3, 0, [3, 3, 3, 1]),
+        ([1, 1, 1], 100, 100, [3]),
+    ],
+)
+def test_pack(nbytes: list[int], most: int, last: int, expected: list[int]) -> None:
+    assert pack(nbytes, most, last) == expected
+
+
+def test_sizes_follow_from_the_link() -> None:
+    weights = [nn.Parameter(torch.zeros(1000)) for _ in range(20)]  # 4 kB each
+    group = RecordingGroup()
+    buckets = GradientBuckets(weights, group, link=LINK)
+    sum((w * w).sum() for w in weights).backward()
+    buckets.wait()
+    assert [n for what, n in group.log if what == "start"] == [5000, 5000, 5000, 4000, 1000]
+    assert "19.53 KiB lose 5% of the link to latency" in buckets.explain() and "of the test" in buckets.explain()
+    slow = LinkCost(1e-3, 1e5, "slow")
+    assert slow.efficient_nbytes(0.05) == 2000 and slow.seconds(1e5) == pytest.approx(1.001)
+
+
+def test_torchs_optimizers_take_the_sums_with_set_grad() -> None:
+    model, plain = network(), network()
+    buckets = GradientBuckets(model.parameters(), RecordingGroup(), bucket_nbytes=60, set_grad=True)
+    ours, theirs = (torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9) for m in (model, plain))
+    for step in range(3):
+        for set_to_none in (True, False):
+            ours.zero_grad(set_to_none=set_to_none)
+            theirs.zero_grad()
+            model(inputs(step)).square().mean().backward()
+            buckets.wait()
+            (2 * plain(inputs(step)).square().mean()).backward()
+            ours.step()
+            theirs.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_hook_compresses_what_is_sent() -> None:
+    def coarse(bucket: Bucket, group: Any) -> Landed:
+        coded = bucket.flat.bfloat16()
+        return Landed(group.all_reduce(coded, async_op=True), lambda: bucket.flat.copy_(coded))
+
+    model, group = network(), RecordingGroup()
+    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=60, hook=coarse)
     model(inputs(1)).square().sum().backward()
     buckets.wait()
     for parameter, expected in zip(model.parameters(), plain_gradients([1]), strict=True):
-        assert parameter.grad is None
-        assert torch.equal(buckets.gradient(parameter), expected * 2)
-
-
-def test_buckets_start_during_backward_in_reverse_order_and_are_waited_for_after() -> None:
-    model, group = network(), RecordingGroup()
-    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=1)  # one parameter each
-    sizes = [p.numel() for p in reversed(list(model.parameters()))]
-    model(inputs(1)).square().sum().backward()
-    assert group.log == [("start", n) for n in sizes]
-    buckets.wait()
-    assert group.log[len(sizes) :] == [("wait", n) for n in sizes]
+        assert torch.equal(buckets.gradient(parameter), (expected.bfloat16() * 2).float())
 
 
 def test_no_sync_adds_up_and_only_the_last_micro_batch_reduces() -> None:
     model, group = network(), RecordingGroup()
     buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=60)
-    for _ in range(2):  # the second step must not see the first one's gradients
+    for _ in range(3):  # a step must not see the gradients of the one before
         group.log.clear()
         with buckets.no_sync():
             model(inputs(1)).square().sum().backward()
@@ -92,7 +182,7 @@ def test_no_sync_adds_up_and_only_the_last_micro_batch_reduces() -> None:
 
 def test_bf16_gradients_add_up_in_fp32() -> None:
     weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    buckets = GradientBuckets([weight], RecordingGroup())
+    buckets = GradientBuckets([weight], RecordingGroup(), link=LINK)
     for micro_batch_gradient in (256.0, 1.0):  # bf16 has 8 bits of mantissa: there 256 + 1 is 256
         with buckets.no_sync():
             (weight * micro_batch_gradient).sum().backward()
@@ -103,21 +193,29 @@ def test_bf16_gradients_add_up_in_fp32() -> None:
 def test_a_parameter_that_backward_does_not_reach_has_gradient_zero() -> None:
     model, unused = network(), nn.Parameter(torch.ones(4))
     group = RecordingGroup()
-    parameters = [*model.parameters(), unused]  # last, so its bucket would be the first to start
-    buckets = GradientBuckets(parameters, group, bucket_nbytes=1)
-    buckets.gradient(unused).fill_(7.0)  # left over from an earlier step
-    model(inputs(1)).square().sum().backward()
-    assert not group.log  # every rank starts in the same order, so nothing overtakes the missing one
+    buckets = GradientBuckets([*model.parameters(), unused], group, bucket_nbytes=1)
+    for _ in range(2):
+        group.log.clear()
+        buckets.gradient(unused).fill_(7.0)  # left over from an earlier step
+        model(inputs(1)).square().sum().backward()
+        started = len(group.log)
+        buckets.wait()
+        assert torch.equal(buckets.gradient(unused), torch.zeros(4))
+        for parameter, expected in zip(model.parameters(), plain_gradients([1]), strict=True):
+            assert torch.equal(buckets.gradient(parameter), expected * 2)
+    assert started == len(WIDTHS) * 2 - 2  # it holds up nobody: what step one did not reach comes last
+    # One that step one reached and this one does not holds up those behind it: every rank starts in one order.
+    group.log.clear()
+    model[0](inputs(1)).square().sum().backward()
+    assert not group.log
     buckets.wait()
-    assert torch.equal(buckets.gradient(unused), torch.zeros(4))
-    for parameter, expected in zip(model.parameters(), plain_gradients([1]), strict=True):
-        assert torch.equal(buckets.gradient(parameter), expected * 2)
+    assert torch.equal(buckets.gradient(model[2].weight), torch.zeros_like(model[2].weight))
 
 
 def test_a_second_synchronising_backward_before_wait_is_refused() -> None:
     model = network()
-    buckets = GradientBuckets(model.parameters(), RecordingGroup())
-    model(inputs(1)).square().sum().backward()
+    buckets = GradientBuckets(model.parameters(), RecordingGroup(), link=LINK)
+    model(inputs(1)).square().sum().backward()  # also in step one, which reduces nothing by itself
     with pytest.raises(RuntimeError, match=r"call wait\(\) after each synchronising backward"):
         model(inputs(2)).square().sum().backward()
     buckets.close()
@@ -129,6 +227,26 @@ def test_parameters_that_cannot_have_gradients_are_refused() -> None:
         GradientBuckets([weight, weight], RecordingGroup())
     with pytest.raises(InvalidArgument, match=r"parameter 0 .* requires a gradient"):
         GradientBuckets([torch.ones(2)], RecordingGroup())
+    table = nn.Embedding(4, 2, sparse=True)
+    GradientBuckets(table.parameters(), RecordingGroup())
+    with pytest.raises(InvalidArgument, match=r"parameter 0 \[4, 2\] has a sparse gradient"):
+        table(torch.tensor([1])).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bucket_nbytes": 0}, "bucket_nbytes is 0; give at least 1"),
+        ({"link": "guessed"}, "link is 'guessed'"),
+        ({"collective": "all_gather"}, "collective is 'all_gather'"),
+        ({"collective": "reduce_scatter", "wire": "int8"}, "error feedback needs all_reduce"),
+        ({"hook": print, "wire": "int8", "error_feedback": False}, "give no wire"),
+        ({"set_grad": True, "dtype": torch.bfloat16}, "set_grad needs all_reduce and buckets of the parameters' type"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        GradientBuckets([nn.Parameter(torch.ones(2))], RecordingGroup(), **options)
 
 
 def test_close_takes_the_hooks_off() -> None:
@@ -136,24 +254,3 @@ def test_close_takes_the_hooks_off() -> None:
     GradientBuckets(model.parameters(), RecordingGroup()).close()
     model(inputs(1)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def reduce_over_ranks(group: Any, bucket_nbytes: int) -> list[Any]:
-    model = network()
-    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=bucket_nbytes)
-    for step in range(3):
-        with buckets.no_sync():
-            model(inputs(100 * step + group.rank)).square().sum().backward()
-        model(inputs(100 * step + 50 + group.rank)).square().sum().backward()
-        buckets.wait()
-    return [buckets.gradient(parameter).numpy() for parameter in model.parameters()]
-
-
-def test_ranks_get_the_sum_over_ranks_and_micro_batches() -> None:
-    n_ranks = 3
-    expected = plain_gradients([200 + rank for rank in range(n_ranks)] + [250 + rank for rank in range(n_ranks)])
-    results = run_ranks(reduce_over_ranks, n_ranks, 60)
-    for rank_result in results:
-        for ours, rank_0s, exact in zip(rank_result, results[0], expected, strict=True):
-            assert np.array_equal(ours, rank_0s)
-            np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)

@@ -22,10 +22,10 @@ from training.model import GPT
 from training.model_config import ModelConfig
 from training.moe import balance_routers
 from training.optimizer import learning_rate
-from training.parallel import gather_sequence, gather_vocab, reduce_scatter_sequence, vocab_parallel_cross_entropy
+from training.parallel import fused_cross_entropy, gather_sequence, gather_vocab, reduce_scatter_sequence
 from training.rotary import rotary_angles, rotary_frequencies, rotate
 from training.router import rebalance, route
-from training.sharding import gather_to_rank_0, initialise, specs_of
+from training.sharding import gather_to_leader, initialise, specs_of
 from training.trainer import Trainer
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,7 +33,7 @@ MOE = {"n_experts": 4, "top_k": 2}
 
 
 def test_rotary_positions_turn_inner_products_into_functions_of_distance() -> None:
-    cos, sin = rotary_angles(16, rotary_frequencies(ModelConfig(head_dim=8)))
+    cos, sin = rotary_angles(torch.arange(16), rotary_frequencies(ModelConfig(head_dim=8)))
     query, key = torch.randn(8), torch.randn(8)
     rotated_query, rotated_key = (rotate(x.expand(16, 1, 1, 8), cos, sin)[:, 0, 0] for x in (query, key))
     scores = rotated_query @ rotated_key.T
@@ -43,29 +43,41 @@ def test_rotary_positions_turn_inner_products_into_functions_of_distance() -> No
     torch.testing.assert_close(rotated_query.norm(dim=-1), query.norm().expand(16))
 
 
-def cross_entropy_of_vocab_parts(group: Any) -> tuple[Array, Array, Array]:
+def cross_entropy_of_vocab_parts(group: Any, chunk: int) -> tuple[float, Array, Array, Array]:
     mesh = Mesh(group, Layout(dp=1, tp=group.size, ep=1))
-    generator = torch.Generator().manual_seed(0)
-    whole, targets = torch.randn(7, 12, generator=generator) * 30, torch.arange(7) % 12
-    logits = whole.chunk(group.size, -1)[group.rank].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(logits, targets, mesh)
-    (loss * torch.arange(7.0)).sum().backward()
-    assert logits.grad is not None
-    return loss.detach().numpy(), logits.grad.numpy(), gather_vocab(logits.detach(), mesh).numpy()
+    x, whole_table, targets = cross_entropy_input()
+    table = whole_table.chunk(group.size)[group.rank].clone().requires_grad_()
+    x.requires_grad_()
+    loss = fused_cross_entropy(x, table, targets, mesh, chunk)
+    (loss * 3).backward()
+    assert x.grad is not None and table.grad is not None
+    whole_logits = gather_vocab((x @ table.T).detach(), mesh)
+    return float(loss.detach()), x.grad.numpy(), table.grad.numpy(), whole_logits.numpy()
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_vocab_parallel_cross_entropy_equals_torchs(tp: int) -> None:
+def cross_entropy_input() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    whole, targets = (torch.randn(7, 12, generator=generator) * 30).requires_grad_(), torch.arange(7) % 12
-    expected = F.cross_entropy(whole, targets, reduction="none")
-    (expected * torch.arange(7.0)).sum().backward()
-    results = run_ranks(cross_entropy_of_vocab_parts, tp)
-    assert whole.grad is not None
-    for loss, _, gathered in results:
-        np.testing.assert_allclose(loss, expected.detach(), rtol=1e-5, atol=1e-5)
-        assert np.array_equal(gathered, whole.detach())
-    np.testing.assert_allclose(np.concatenate([grad for _, grad, _ in results], -1), whole.grad, rtol=1e-5, atol=1e-5)
+    x, table = torch.randn(7, 5, generator=generator) * 10, torch.randn(12, 5, generator=generator)
+    return x, table, torch.arange(7) * 5 % 12
+
+
+@pytest.mark.parametrize(("tp", "chunk"), [(1, 3), (2, 3), (2, 100)])
+def test_fused_cross_entropy_equals_torchs(tp: int, chunk: int) -> None:
+    x, table, targets = cross_entropy_input()
+    x.requires_grad_()
+    table.requires_grad_()
+    logits = x @ table.T
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    (expected * 3).backward()
+    assert x.grad is not None and table.grad is not None
+    results = run_ranks(cross_entropy_of_vocab_parts, tp, chunk)
+    for loss, _, _, gathered in results:
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        np.testing.assert_allclose(gathered, logits.detach(), rtol=1e-5, atol=1e-5)
+    of_x = sum(grad for _, grad, _, _ in results)  # a partial sum on each rank, as after gather_sequence
+    np.testing.assert_allclose(of_x, x.grad, rtol=1e-4, atol=1e-5)
+    of_table = np.concatenate([grad for _, _, grad, _ in results])
+    np.testing.assert_allclose(of_table, table.grad, rtol=1e-4, atol=1e-5)
 
 
 def sequence_operators(group: Any) -> list[Array]:
@@ -97,7 +109,7 @@ def whole_parameters(group: Any, config: Config, layout: Layout) -> dict[str, Ar
     model = GPT(config.model, mesh)
     initialise(model, mesh, config.train.seed)
     gathered = {
-        name: gather_to_rank_0(parameter.detach(), specs_of(model)[name], mesh)
+        name: gather_to_leader(parameter.detach(), specs_of(model)[name], mesh)
         for name, parameter in model.named_parameters()
     }
     return {name: whole.numpy() for name, whole in gathered.items() if whole is not None}
@@ -136,7 +148,7 @@ def clipped_update(group: Any, config: Config) -> tuple[float, float, dict[str, 
     share = torch.tensor([trainer.optimizer.norm_squared_share()])
     group.all_reduce(share)
     gathered = {
-        name: gather_to_rank_0(trainer.optimizer.masters[name], spec, trainer.mesh)
+        name: gather_to_leader(trainer.optimizer.masters[name], spec, trainer.mesh)
         for name, spec in trainer.optimizer.specs.items()
     }
     trainer.close()
@@ -164,7 +176,7 @@ def broken(group: Any, config: Config) -> list[tuple[str, bool]]:
     """What a step says, and whether it left the parameters alone, when each of several things goes wrong."""
     trainer = Trainer(config, group)
     trainer.train_step()
-    block = trainer.model.blocks[1]
+    block = trainer.model.blocks["1"]
 
     def says() -> tuple[str, bool]:
         before = [master.clone() for master in trainer.optimizer.masters.values()]
@@ -279,7 +291,7 @@ def biases_after_loads(group: Any) -> list[Array]:
     mesh = Mesh(group, Layout(group.size, 1, 1))
     model = GPT(tiny(model={**MOE, "n_dense_layers": 1, "router_bias": True, "router_bias_speed": 0.5}).model, mesh)
     initialise(model, mesh, 0)
-    experts = model.blocks[1].experts
+    experts = model.blocks["1"].experts
     biases = []
     for loads in ([[0.0, 1.0, 5.0, 6.0], [8.0, 3.0, 1.0, 0.0]], [[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 1.0, 1.0]]):
         experts.load += torch.tensor(loads[group.rank])

@@ -18,6 +18,7 @@ def tiny(
     *,
     tp: int = 1,
     ep: int = 1,
+    layout: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     **train: Any,
@@ -28,7 +29,7 @@ def tiny(
     return dataclasses.replace(
         config,
         out_dir=str(out_dir),
-        layout=LayoutConfig(tp=tp, ep=ep),
+        layout=LayoutConfig(**{"tp": tp, "ep": ep, **(layout or {})}),
         model=dataclasses.replace(config.model, **(model or {})),
         data=dataclasses.replace(config.data, **data),
         train=dataclasses.replace(config.train, **train),

@@ -26,14 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.config import Config
+from training.config import Config, stages_of
 from training.errors import CheckpointError
-from training.mesh import Mesh, on_rank_0
+from training.mesh import SLOW_S, Mesh, on_rank_0
+from training.model import specs_of_whole
 from training.model_config import ModelConfig
-from training.optimizer import MOMENTS, Optimizer
-from training.sharding import gather_to_rank_0, shard
+from training.optimizer import MOMENTS, PARAMETERS, Optimizer
+from training.sharding import gather_to_leader, shard
 
-PARAMETERS = "parameters"
 _FORMAT = 1
 _STATE = "state.json"
 
@@ -68,14 +68,28 @@ def _complete(run_dir: Path) -> list[Path]:
 
 def save(config: Config, mesh: Mesh, optimizer: Optimizer, progress: Progress) -> None:
     """Writes a checkpoint of all ranks, together; older ones beyond keep_checkpoints go. Raises CheckpointError."""
-    files: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETERS, *MOMENTS)}
-    for name, spec in optimizer.specs.items():
-        pieces = {PARAMETERS: optimizer.masters[name], **optimizer.moments(name, progress.step)}
-        for kind, piece in pieces.items():
-            whole = gather_to_rank_0(piece, spec, mesh)
-            if whole is not None:
-                files[kind][name] = whole.contiguous()
+    files = {kind: whole_tensors(kind, config, mesh, optimizer) for kind in (PARAMETERS, *MOMENTS)}
     on_rank_0(mesh.world, lambda: write(config, files, progress))
+
+
+def whole_tensors(kind: str, config: Config, mesh: Mesh, optimizer: Optimizer) -> dict[str, Tensor]:
+    """PARAMETERS, or one of MOMENTS, of the whole model by name on rank 0, {} elsewhere. All ranks together."""
+    found: dict[str, Tensor] = {}
+    own = {}
+    for name, piece in optimizer.pieces(kind):
+        whole = gather_to_leader(piece, optimizer.specs[name], mesh)
+        if whole is not None:
+            own[name] = whole.clone(memory_format=torch.contiguous_format)  # of its own memory, not a view
+    stages = stages_of(config)
+    for tag, (name, spec) in enumerate(specs_of_whole(config.model, mesh).items()):
+        owner = mesh.leader(stages.ranks_of(name)[0])
+        if mesh.world.rank == 0:
+            found[name] = own[name] if owner == 0 else torch.empty(spec.shape)
+            if owner:
+                mesh.world.recv(found[name], owner, tag).wait(SLOW_S)
+        elif mesh.world.rank == owner:
+            mesh.world.send(own[name], 0, tag).wait(SLOW_S)
+    return found
 
 
 def write(config: Config, files: dict[str, dict[str, Tensor]], progress: Progress) -> None:
@@ -219,10 +233,11 @@ def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer) -> Prog
     progress = Progress(**on_rank_0(mesh.world, check))
     for kind in (PARAMETERS, *MOMENTS):
         file = safe_open(folder / f"{kind}.safetensors", "pt") if mesh.world.rank == 0 else None
-        for name, spec in optimizer.specs.items():
-            whole = file.get_tensor(name) if file is not None else torch.empty(spec.shape)
+        for name, whole_spec in specs_of_whole(config.model, mesh).items():
+            whole = file.get_tensor(name) if file is not None else torch.empty(whole_spec.shape)
             mesh.world.broadcast(whole, 0)
-            target = optimizer.masters[name] if kind == PARAMETERS else optimizer.moments(name, progress.step)[kind]
-            target.copy_(shard(whole, spec, mesh))
+            if name in optimizer.specs:
+                optimizer.put(kind, name, shard(whole, optimizer.specs[name], mesh))
+    optimizer.set_steps(progress.step)
     optimizer.publish()
     return progress

@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from training import checkpoint
-from training.checkpoint import PARAMETERS, Progress
+from training.checkpoint import Progress
 from training.config import Config, LayoutConfig, resolve_layout, to_toml
 from training.data import open_tokenizer, train_bpe, write_token_shard
 from training.data.streams import read_documents
@@ -28,7 +28,7 @@ from training.hugging_face import export_model, import_model
 from training.machine import share_cores
 from training.mesh import Mesh
 from training.model import GPT
-from training.optimizer import MOMENTS
+from training.optimizer import MOMENTS, PARAMETERS
 from training.sharding import specs_of
 from training.trainer import Trainer
 

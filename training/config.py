@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from training import schedules
 from training.errors import ConfigError
 from training.model_config import ModelConfig
+from training.stages import Placement, Stages, assign_layers
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -37,10 +39,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Data parallel ranks are what is left: world_size / tp."""
+    """Data parallel ranks are what is left: world_size / (tp × cp × pp). docs/trainer.md says what each axis does."""
 
     tp: int = 1
+    cp: int = 1  # context parallel: each rank has 1 / cp of every sequence
+    context: Literal["ring", "ulysses"] = "ring"  # keys and values go around, or heads and sequence change places
+    pp: int = 1  # pipeline parallel
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"] = "1f1b"  # training/schedules.py
+    chunks: int = 1  # interleaved: stages a rank has; zbv has 2
+    stage_layers: str = ""  # "3,4,4,3": layers of each stage, in order; "": evenly
     ep: int = 1  # expert parallel ranks, taken from the data parallel ones; 0: as many as divide both
+    zero: int = 0  # 1: optimizer state cut over data parallel ranks; 2: and gradients; 3: and parameters
+    zero_ranks: int = 0  # over how many ranks, the rest hold copies (hybrid); 0: all
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,17 @@ class TrainConfig:
     accumulation: int = 1  # micro-batches a step
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: bf16 parameters and activations, fp32 masters and gradients
-    bucket_kib: int = 1024  # gradients reduced together
+    bucket_kib: int = 0  # gradients reduced together, at most; 0: as the links ask for (docs/overlap.md)
     wire: Literal["none", "bf16", "fp8", "int8", "int4"] = "none"  # how gradients cross hosts (docs/wire.md)
     error_feedback: bool = True  # with a wire: what it loses is added to the next step's gradients
     eval_every: int = 50
     eval_sequences: int = 64
+    recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
+    offload_optimizer: bool = False  # masters and moments in a mapped file
+    offload_activations: bool = False  # what backward needs in a mapped file
+    offload_dir: str = ""  # "": offload in the run's folder
+    loss_chunk: int = 1024  # tokens whose logits exist at a time
+    memory_gib: float = 0.0  # of a rank; a run that is predicted to need more is refused; 0: not checked
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
 
@@ -114,6 +130,10 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return Path(self.out_dir) / self.name
+
+    @property
+    def offload_dir(self) -> Path:
+        return Path(self.train.offload_dir) if self.train.offload_dir else self.run_dir / "offload"
 
 
 def load_preset(preset: str) -> Config:
@@ -197,14 +217,22 @@ def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks of each axis: dp * tp is the world size, and ep divides dp."""
+    """Ranks of each axis: pp * dp * cp * tp is the world size, and ep divides dp."""
 
     dp: int
     tp: int
     ep: int
+    cp: int = 1
+    pp: int = 1
 
     def __str__(self) -> str:
-        return f"dp {self.dp} × tp {self.tp}" + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
+        axes = [f"dp {self.dp}", f"tp {self.tp}"]
+        axes += [f"{name} {n}" for name, n in (("cp", self.cp), ("pp", self.pp)) if n > 1]
+        return " × ".join(axes) + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
+
+    @property
+    def n_ranks(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
 
 
 def resolve_layout(config: Config, world_size: int) -> Layout:
@@ -212,7 +240,10 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     model, data, layout, train = config.model, config.data, config.layout, config.train
     _check_ranges(config)
     _divides("layout.tp", layout.tp, "the ranks", world_size)
-    dp, tp = world_size // layout.tp, layout.tp
+    _divides("layout.cp", layout.cp, "the ranks / layout.tp", world_size // layout.tp)
+    _divides("layout.pp", layout.pp, "the ranks / (layout.tp × layout.cp)", world_size // (layout.tp * layout.cp))
+    tp, cp = layout.tp, layout.cp
+    dp = world_size // (tp * cp * layout.pp)
     for name, width in (
         ("model.n_heads", model.n_heads),
         ("model.n_kv_heads", model.n_kv_heads),
@@ -222,6 +253,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         ("data.seq_len", data.seq_len),
     ):
         _divides("layout.tp", tp, name, width)
+    _check_context(config)
     _divides(
         f"{dp} data parallel ranks × train.accumulation",
         dp * train.accumulation,
@@ -235,7 +267,57 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     if model.n_experts:
         _divides("layout.ep", ep, "data parallel ranks", dp)
         _divides("layout.ep", ep, "model.n_experts", model.n_experts)
-    return Layout(dp, tp, ep)
+    stages_of(config)
+    schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
+    _check_zero(config, dp * cp, ep, tp)
+    return Layout(dp, tp, ep, cp, layout.pp)
+
+
+def _check_zero(config: Config, data_ranks: int, ep: int, tp: int) -> None:
+    layout = config.layout
+    if not 0 <= layout.zero <= 3:
+        raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
+    if layout.zero == 0:
+        if layout.zero_ranks:
+            raise ConfigError(f"layout.zero_ranks is {layout.zero_ranks} but layout.zero is 0; set layout.zero to 1..3")
+        return
+    if config.train.wire != "none":
+        raise ConfigError(f"train.wire {config.train.wire!r} needs layout.zero 0: sharded gradients cross whole")
+    if layout.zero_ranks:
+        _divides("layout.zero_ranks", layout.zero_ranks, "data × context parallel ranks", data_ranks)
+        if config.model.n_experts:
+            _divides("layout.zero_ranks", layout.zero_ranks, "ranks that hold the same experts", data_ranks // ep * tp)
+
+
+def stages_of(config: Config) -> Stages:
+    """Which layers each pipeline stage has. Raises ConfigError for what cannot be."""
+    layout = config.layout
+    try:
+        given = [int(each) for each in layout.stage_layers.split(",")] if layout.stage_layers else []
+    except ValueError:
+        raise ConfigError(
+            f"layout.stage_layers is {layout.stage_layers!r}; give numbers of layers, like '3,4,4,3'"
+        ) from None
+    if layout.pp < 1 or layout.chunks < 1:
+        raise ConfigError(f"layout.pp is {layout.pp}, layout.chunks {layout.chunks}; each must be at least 1")
+    zbv = layout.schedule == "zbv" and layout.pp > 1
+    placement = Placement(layout.pp, 2 if zbv else layout.chunks, zbv)
+    return assign_layers(config.model.n_layers, placement, given)
+
+
+def _check_context(config: Config) -> None:
+    model, layout = config.model, config.layout
+    if layout.cp == 1:
+        return
+    pieces = 2 * layout.cp * layout.tp
+    if config.data.seq_len % pieces:
+        raise ConfigError(
+            f"data.seq_len ({config.data.seq_len}) is no multiple of 2 × layout.cp × layout.tp ({pieces}): each "
+            "context parallel rank has an early and a late part of the sequence, cut over its tp ranks; change one"
+        )
+    if layout.context == "ulysses":
+        for name, heads in (("model.n_heads", model.n_heads), ("model.n_kv_heads", model.n_kv_heads)):
+            _divides("layout.tp × layout.cp", layout.tp * layout.cp, name, heads)
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -256,7 +338,7 @@ def _check_ranges(config: Config) -> None:
         ("train.steps", train.steps),
         ("train.global_batch", train.global_batch),
         ("train.accumulation", train.accumulation),
-        ("train.bucket_kib", train.bucket_kib),
+        ("train.loss_chunk", train.loss_chunk),
         ("train.eval_every", train.eval_every),
         ("train.eval_sequences", train.eval_sequences),
         ("train.checkpoint_every", train.checkpoint_every),
@@ -270,6 +352,8 @@ def _check_ranges(config: Config) -> None:
             f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
             "change one of them"
         )
+    if train.bucket_kib < 0:
+        raise ConfigError(f"train.bucket_kib is {train.bucket_kib}; give KiB, or 0 for what the links ask for")
     if not 0.0 < data.val_fraction < 1.0:
         raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
     if not config.name or Path(config.name).name != config.name:

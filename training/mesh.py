@@ -1,16 +1,18 @@
 """The ranks of a run as a mesh of axes, each a pycomm group, and the time their callers spend waiting.
 
-Tensor parallel ranks are neighbours (they talk in every layer, so they should share a host), expert parallel ranks are
-neighbours among the data parallel ones:
+Tensor parallel ranks are neighbours (they talk in every layer, so they should share a host), then context parallel
+ones, then data parallel ones, with the expert parallel ranks as neighbours among them; pipeline stages are farthest
+apart, for they talk least:
 
-    rank = (replica * ep + ep_index) * tp + tp_index           dp_index = replica * ep + ep_index
+    rank = ((stage * dp + dp_index) * cp + cp_index) * tp + tp_index           dp_index = replica * ep + ep_index
 
 Each parameter belongs to an axis. Its gradient is summed over the ranks that hold the same values but saw other tokens:
 
-    axis   cut over           gradient summed over
-    None   nothing            world: sequence parallelism shows each tp rank another part of the sequence
-    "tp"   tensor parallel    dp
-    "ep"   expert parallel    expert_replicas: all ranks of equal ep_index
+    axis     cut over           gradient summed over
+    None     nothing            stage: sequence parallelism shows each tp rank another part of the sequence
+    "tp"     tensor parallel    data: dp × cp
+    "ep"     expert parallel    expert_replicas: all ranks of the stage with equal ep_index
+    "tied"   tensor parallel    tied: dp × cp of the first and of the last stage, which both hold the embedding's table
 """
 
 from __future__ import annotations
@@ -19,19 +21,42 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.config import Layout
 from training.errors import BY_NAME, ConfigError, TrainingError
+from training.stages import Placement
 
 if TYPE_CHECKING:
+    from pycomm.explain import Explanation
     from pycomm.group import Group, Work
+    from pycomm.overlap import WeightGradients
 
-Axis = Literal["tp", "ep"] | None
+Axis = Literal["tp", "ep", "tied"] | None
 SLOW_S = 600.0  # a deadline for waits on another rank's disk or on what only rank 0 does
+
+
+# Names of groups; "zero" is what ZeRO cuts or copies over where that is no axis, "alone" a group of one rank.
+AXES = ("world", "tp", "cp", "dp", "ep", "pp", "sequence", "stage", "expert_replicas", "tied", "zero", "alone")
+
+
+class _Place(NamedTuple):
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    replica: int
+    ep: int
+
+    @staticmethod
+    def of(rank: int, layout: Layout) -> _Place:
+        outer, tp = divmod(rank, layout.tp)
+        outer, cp = divmod(outer, layout.cp)
+        pp, dp = divmod(outer, layout.dp)
+        return _Place(pp, dp, cp, tp, *divmod(dp, layout.ep))
 
 
 class MeteredGroup:
@@ -69,13 +94,15 @@ class MeteredGroup:
             result = self.group.all_reduce(x, op, async_op=async_op, wire=wire, wire_residual=wire_residual)
         return MeteredWork(result, self) if async_op else result
 
-    def all_gather(self, output: Tensor, input: Tensor) -> None:
+    def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False) -> Any:
         with self._blocking():
-            self.group.all_gather(output, input)
+            result = self.group.all_gather(output, input, async_op=async_op)
+        return MeteredWork(result, self) if async_op else result
 
-    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum") -> None:
+    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
         with self._blocking():
-            self.group.reduce_scatter(output, input, op)
+            result = self.group.reduce_scatter(output, input, op, async_op=async_op)
+        return MeteredWork(result, self) if async_op else result
 
     def all_to_all(
         self,
@@ -86,6 +113,19 @@ class MeteredGroup:
     ) -> None:
         with self._blocking():
             self.group.all_to_all(output, input, output_counts, input_counts)
+
+    def explanation(self, op: str, nbytes: int) -> Explanation:
+        return self.group.explanation(op, nbytes)
+
+    def send(self, x: Tensor, dst: int, tag: int) -> Any:
+        """Begins to send; the Work."""
+        with self._blocking():
+            return MeteredWork(self.group.send(x, dst, tag, async_op=True), self)
+
+    def recv(self, x: Tensor, src: int, tag: int) -> Any:
+        """Begins to receive; the Work."""
+        with self._blocking():
+            return MeteredWork(self.group.recv(x, src, tag, async_op=True), self)
 
     def gather(self, output: Tensor | None, input: Tensor, root: int) -> None:
         with self._blocking():
@@ -107,58 +147,109 @@ class MeteredWork:
         with self._group._blocking():
             self._work.wait(timeout_s)
 
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
 
 class Mesh:
     """This rank's place in a layout, and its group along each axis. Every rank of the world constructs it together."""
 
-    def __init__(self, world: Group, layout: Layout) -> None:
-        if layout.dp * layout.tp != world.size:
-            raise ConfigError(f"the layout {layout} has {layout.dp * layout.tp} ranks, the group has {world.size}")
+    def __init__(self, world: Group, layout: Layout, placement: Placement | None = None) -> None:
+        """placement: of the pipeline's stages; None: one stage a rank."""
+        if layout.n_ranks != world.size:
+            raise ConfigError(f"the layout {layout} has {layout.n_ranks} ranks, the group has {world.size}")
         self.layout = layout
-        dp_index, tp_index = divmod(world.rank, layout.tp)
-        replica, ep_index = divmod(dp_index, layout.ep)
-        self.dp_index = dp_index
+        self.placement = placement or Placement(layout.pp)
+        self.weight_gradients: WeightGradients | None = None  # of the forward or backward that runs, where put off
         self.world = MeteredGroup(world, "world")
         self._own: list[Group] = []
-        self.tp = self._axis("tp", layout.tp, color=dp_index)
-        self.dp = self._axis("dp", layout.dp, color=tp_index)
-        self.ep = self._axis("ep", layout.ep, color=replica * layout.tp + tp_index)
-        self.expert_replicas = self._axis("expert_replicas", world.size // layout.ep, color=ep_index)
-        self._with_rank_0: dict[Axis, bool] = {
-            None: world.rank == 0,
-            "tp": dp_index == 0,
-            "ep": replica == tp_index == 0,
+        self._parts: list[MeteredGroup] = []
+        self._by_partition: dict[tuple[Any, ...], MeteredGroup] = {(0,) * world.size: self.world}
+        places = [_Place.of(rank, layout) for rank in range(world.size)]
+        here = places[world.rank]
+        self.dp_index, self.pp_index = here.dp, here.pp
+        self.tp = self._axis("tp", [(at.pp, at.dp, at.cp) for at in places])
+        self.cp = self._axis("cp", [(at.pp, at.dp, at.tp) for at in places])
+        self.data = self._axis("dp", [(at.pp, at.tp) for at in places])  # data and context parallel ranks
+        self.ep = self._axis("ep", [(at.pp, at.replica, at.cp, at.tp) for at in places])
+        self.pp = self._axis("pp", [(at.dp, at.cp, at.tp) for at in places])
+        self.sequence = self._axis("sequence", [(at.pp, at.dp) for at in places])  # the ranks of the same sequences
+        self.stage = self._axis("stage", [at.pp for at in places])
+        self.expert_replicas = self._axis("expert_replicas", [(at.pp, at.ep) for at in places])
+        last = self.placement.last_rank
+        self.ties = last != 0  # whether the embedding's table is on two stages
+        ends = (0, last)
+        self.tied = self._axis("tied", [(-1, rank) if at.pp not in ends else at.tp for rank, at in enumerate(places)])
+        self._with_leader: dict[Axis, bool] = {
+            None: here.dp == here.cp == here.tp == 0,
+            "tp": here.dp == here.cp == 0,
+            "tied": here.dp == here.cp == 0,
+            "ep": here.replica == here.cp == here.tp == 0,
         }
 
-    def _axis(self, name: str, size: int, color: int) -> MeteredGroup:
-        if size == self.world.size:
-            return self.world
-        group = self.world.group.split(color)
-        if group is None or group.size != size:
-            raise RuntimeError(f"axis {name} should have {size} ranks, the split gave {group and group.size}")
+    def _axis(self, name: str, colors: Sequence[Any]) -> MeteredGroup:
+        """The group of this rank among those of equal colors, by rank; the same group for equal partitions."""
+        distinct = list(dict.fromkeys(colors))
+        partition = tuple(distinct.index(color) for color in colors)
+        if partition not in self._by_partition:
+            group = self.world.group.split(partition[self.world.rank])
+            assert group is not None
+            self._own.append(group)
+            self._by_partition[partition] = MeteredGroup(group, name if group.size > 1 else "alone")
+        return self._by_partition[partition]
+
+    def subgroup(self, name: str, parent: MeteredGroup, color: int) -> MeteredGroup:
+        """A part of a group: the ranks of parent with equal color. All ranks of parent together."""
+        if parent.size == 1:
+            return parent
+        group = parent.group.split(color)
+        assert group is not None
         self._own.append(group)
-        return MeteredGroup(group, name)
+        made = MeteredGroup(group, name if group.size > 1 else "alone")
+        self._parts.append(made)
+        return made
 
     def shards(self, axis: Axis) -> MeteredGroup | None:
         """The group over which a parameter of this axis is cut; None where each rank holds it whole."""
-        return {None: None, "tp": self.tp, "ep": self.ep}[axis]
+        return {None: None, "tp": self.tp, "tied": self.tp, "ep": self.ep}[axis]
 
     def gradients(self, axis: Axis) -> MeteredGroup:
         """The group that holds the same values of a parameter of this axis, and sums its gradient."""
-        return {None: self.world, "tp": self.dp, "ep": self.expert_replicas}[axis]
+        return {None: self.stage, "tp": self.data, "tied": self.tied, "ep": self.expert_replicas}[axis]
 
-    def with_rank_0(self, axis: Axis) -> bool:
-        """Whether this rank's shards(axis) hold rank 0 of the world (as their rank 0)."""
-        return self._with_rank_0[axis]
+    def with_leader(self, axis: Axis) -> bool:
+        """Whether this rank's shards(axis) hold the first rank of its stage (as their rank 0)."""
+        return self._with_leader[axis]
+
+    def leader(self, pp_index: int) -> int:
+        """The first rank of a pipeline rank's ranks, in the world."""
+        return pp_index * self.stage.size
+
+    @property
+    def on_last_stage(self) -> bool:
+        """Whether this rank has the head and the loss."""
+        return self.pp_index == self.placement.last_rank
+
+    @contextmanager
+    def putting_off(self, later: WeightGradients) -> Iterator[None]:
+        """Within it, layers put their weight gradients off into later."""
+        self.weight_gradients = later
+        try:
+            yield
+        finally:
+            self.weight_gradients = None
 
     @property
     def groups(self) -> list[MeteredGroup]:
-        """Each distinct group once."""
-        distinct = {id(group): group for group in (self.world, self.tp, self.dp, self.ep, self.expert_replicas)}
-        return list(distinct.values())
+        """Each distinct group of this rank once."""
+        return [*self._by_partition.values(), *self._parts]
 
-    def blocked_s(self) -> float:
-        return sum(group.blocked_s for group in self.groups)
+    def blocked_by_axis_s(self) -> dict[str, float]:
+        """Seconds blocked until now, by the name of the axis; the same names on every rank."""
+        found = dict.fromkeys(AXES, 0.0)
+        for group in self.groups:
+            found[group.name] += group.blocked_s
+        return found
 
     def close(self) -> None:
         """Closes the axes; the world stays its owner's."""

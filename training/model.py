@@ -1,30 +1,37 @@
 """The GPT: pre-norm blocks of attention and feed-forward, Llama's (rotary positions, RMSNorm, SwiGLU; dense or a
 mixture of experts) or GPT-2's (learned positions, LayerNorm, GELU, biases).
 
-Activations are [S/tp, B, D] between layers (see parallel.py). The head is the embedding's table or one of its own, cut
-over the vocabulary, so whole logits exist on no rank while training.
+Activations are [S/cp/tp, B, D] between layers (see parallel.py and context.py; "S" below is S/cp). The head is the
+embedding's table or one of its own, cut over the vocabulary, and the loss goes through the tokens in chunks: whole
+logits exist on no rank while training.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.mesh import Mesh
+from training.context import attend, own_part, positions
+from training.mesh import Axis, Mesh
 from training.model_config import ModelConfig
 from training.moe import MixtureOfExperts
 from training.parallel import (
     ColumnLinear,
     RowLinear,
     VocabParallelEmbedding,
+    fused_cross_entropy,
     gather_sequence,
     gather_vocab,
     reduce_scatter_sequence,
-    vocab_parallel_cross_entropy,
 )
+from training.recompute import again
 from training.rotary import rotary_angles, rotary_frequencies, rotate
-from training.sharding import ParamSpec, ShardedModule
+from training.sharding import ParamSpec, ShardedModule, specs_of
+from training.stages import Placement, Stages, assign_layers
 
 STD = 0.02  # of the normal init, GPT-2's
 
@@ -67,23 +74,30 @@ class Positions(ShardedModule):
         self.weight = self.new_parameter("weight", ParamSpec((config.max_seq_len, config.d_model), STD))
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.mesh.tp.rank * x.shape[0]
-        return x + self.weight[first : first + x.shape[0]].unsqueeze(1)
+        mesh = self.mesh
+        at = positions(x.shape[0] * mesh.sequence.size, mesh.cp.size, mesh.cp.rank)
+        return x + self.weight[at.chunk(mesh.tp.size)[mesh.tp.rank]].unsqueeze(1)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """bool [B, 1, S, S] from the document of each token, int64 [S, B]: true where a query sees a key, which is of its
-    own document and not after it."""
-    of_batch = documents.T
-    same = of_batch.unsqueeze(-1) == of_batch.unsqueeze(-2)
-    return same.tril().unsqueeze(1)
+@dataclass(frozen=True)
+class Parallel:
+    """How a model is cut and what it keeps, beside what the mesh says. stages None: every layer on this rank."""
+
+    stages: Stages | None = None
+    context: Literal["ring", "ulysses"] = "ring"
+    recompute: Literal["none", "selective", "full"] = "none"
+    loss_chunk: int = 1024
+
+
+WHOLE = Parallel()
 
 
 class Attention(nn.Module):
     """Causal attention whose heads are cut over tp: [S/tp, B, D] to [S/tp, B, D]."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, parallel: Parallel) -> None:
         super().__init__()
+        self.parallel = parallel
         self.mesh = mesh
         self.head_dim = config.head_width
         self.frequencies: Tensor | None
@@ -96,19 +110,24 @@ class Attention(nn.Module):
         self.value = ColumnLinear(config.d_model, kv_width, mesh, STD, bias)
         self.out = RowLinear(width, config.d_model, mesh, STD / (2 * config.n_layers) ** 0.5, bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: of document_mask(), None where each sequence is one document."""
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """documents: int64 [S, B], whole; None where each sequence is one document."""
         x = gather_sequence(x, self.mesh)
         query = self.query(x).unflatten(-1, (-1, self.head_dim))
         key = self.key(x).unflatten(-1, (-1, self.head_dim))
         value = self.value(x).unflatten(-1, (-1, self.head_dim))
+        selective = self.parallel.recompute == "selective"
+        y = again(self._core, query, key, value, documents, enabled=selective)
+        return self.out.add_bias(reduce_scatter_sequence(self.out(y.flatten(-2)), self.mesh))
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
+        """[S/cp, B, H, head_dim] of this rank's heads: rotation and attention."""
         if self.frequencies is not None:
-            cos, sin = rotary_angles(x.shape[0], self.frequencies)
+            cp = self.mesh.cp
+            at = positions(query.shape[0] * cp.size, cp.size, cp.rank)
+            cos, sin = rotary_angles(at, self.frequencies)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))  # [B, H, S, head_dim]
-        grouped = key.shape[1] != query.shape[1]
-        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.out.add_bias(reduce_scatter_sequence(self.out(y.permute(2, 0, 1, 3).flatten(-2)), self.mesh))
+        return attend(query, key, value, self.mesh, self.parallel.context, documents)
 
 
 class FeedForward(nn.Module):
@@ -132,10 +151,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then + feed-forward(norm(x)); returns the balance loss of its experts beside it."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, index: int) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, index: int, parallel: Parallel) -> None:
         super().__init__()
         self.attention_norm = _norm(config, mesh)
-        self.attention = Attention(config, mesh)
+        self.attention = Attention(config, mesh, parallel)
         self.feed_forward_norm = _norm(config, mesh)
         self.experts: MixtureOfExperts | None = None
         self.feed_forward: FeedForward | None = None  # beside experts: those that every token visits
@@ -146,8 +165,8 @@ class Block(nn.Module):
         else:
             self.feed_forward = FeedForward(config, mesh, config.d_ff)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        x = x + self.attention(self.attention_norm(x), mask)
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = x + self.attention(self.attention_norm(x), documents)
         normed = self.feed_forward_norm(x)
         if self.feed_forward is not None:
             x = x + self.feed_forward(normed)
@@ -158,37 +177,80 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    """The layers of this rank's stages, under the names that they have in the whole model."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, parallel: Parallel = WHOLE) -> None:
         super().__init__()
         self.config = config
         self.mesh = mesh
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, mesh, STD)
-        self.positions = Positions(config, mesh) if config.block == "gpt2" else None
-        self.blocks = nn.ModuleList(Block(config, mesh, index) for index in range(config.n_layers))
-        self.norm = _norm(config, mesh)
-        self.head = None if config.tie_embeddings else ColumnLinear(config.d_model, config.vocab_size, mesh, STD)
+        self.parallel = parallel
+        stages = parallel.stages or assign_layers(config.n_layers, Placement(1))
+        placement = stages.placement
+        held = [placement.stage(mesh.pp_index if parallel.stages else 0, c) for c in range(placement.n_chunks)]
+        self.chunks = [stages.layers(stage) for stage in held]
+        self.first, self.last = 0 in held, placement.n_stages - 1 in held
+        tied = config.tie_embeddings
+        self.embedding: VocabParallelEmbedding | None = None
+        if self.first or (self.last and tied):
+            axis: Axis = "tied" if tied and parallel.stages and mesh.ties else "tp"
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.d_model, mesh, STD, axis)
+        self.positions = Positions(config, mesh) if config.block == "gpt2" and self.first else None
+        self.blocks = nn.ModuleDict(
+            {str(index): Block(config, mesh, index, parallel) for layers in self.chunks for index in layers}
+        )
+        self.norm = _norm(config, mesh) if self.last else None
+        separate = self.last and not tied
+        self.head = ColumnLinear(config.d_model, config.vocab_size, mesh, STD) if separate else None
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [S, B, V/tp] of tokens int64 [S, B], and the balance loss: fp32 scalar, this rank's part of the sum
-        over sequences and layers. documents int64 [S, B]: attention stays within tokens of equal ones."""
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[S/cp/tp, B, D] of this context parallel rank's tokens int64 [S/cp, B]; on the first stage."""
+        assert self.embedding is not None
         x = self.embedding(tokens)
-        if self.positions is not None:
-            x = self.positions(x)
-        mask = None if documents is None else document_mask(documents)
+        return x if self.positions is None else self.positions(x)
+
+    def run_blocks(self, chunk: int, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x through the layers of a chunk, and the balance loss: fp32 scalar, this rank's part of the sum over
+        sequences and these layers."""
         balance = torch.zeros(())
-        for block in self.blocks:
-            x, of_block = block(x, mask)
+        for index in self.chunks[chunk]:
+            x, of_block = again(self.blocks[str(index)], x, documents, enabled=self.parallel.recompute == "full")
             if of_block is not None:
                 balance = balance + of_block
-        x = gather_sequence(self.norm(x), self.mesh)
-        table = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(x, table), balance
+        return x, balance
+
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy summed over this context parallel rank's tokens, fp32 scalar equal on every tp rank, from
+        the last layer's output and targets int64 [S/cp, B]; on the last stage."""
+        x, table = self._normed(x)
+        return fused_cross_entropy(x.flatten(0, 1), table, targets.flatten(), self.mesh, self.parallel.loss_chunk)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[S/cp, B, V/tp] from the last layer's output; on the last stage."""
+        return F.linear(*self._normed(x))
+
+    def _normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.norm is not None
+        holder = self.embedding if self.head is None else self.head
+        assert holder is not None
+        return gather_sequence(self.norm(x), self.mesh), holder.weight
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Without a pipeline: logits [S/cp, B, V/tp] of whole tokens int64 [S, B], and the balance loss. documents
+        int64 [S, B]: attention stays within tokens of equal ones."""
+        x, balance = self.run_blocks(0, self.embed(own_part(tokens, self.mesh)), documents)
+        return self.logits(x), balance
 
     def loss(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The cross-entropy summed over tokens, fp32 scalar equal on every tp rank, and forward()'s balance loss."""
-        logits, balance = self(tokens, documents)
-        return vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.mesh).sum(), balance
+        """Without a pipeline: cross_entropy() and the balance loss of whole tokens and targets int64 [S, B]."""
+        x, balance = self.run_blocks(0, self.embed(own_part(tokens, self.mesh)), documents)
+        return self.cross_entropy(x, own_part(targets, self.mesh)), balance
 
     def whole_logits(self, logits: Tensor) -> Tensor:
         """This rank's columns of the logits at one place [B, V/tp] to the whole, fp32 [B, V]. Not differentiable."""
         return gather_vocab(logits.detach().float(), self.mesh)
+
+
+def specs_of_whole(config: ModelConfig, mesh: Mesh) -> dict[str, ParamSpec]:
+    """The spec of every parameter of the whole model, whatever this rank has of it. Nothing is allocated."""
+    with torch.device("meta"):
+        return specs_of(GPT(config, mesh))

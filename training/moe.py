@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pycomm.moe import ExpertParallel
 from training.mesh import Mesh
 from training.model_config import ModelConfig
+from training.recompute import in_backward
 from training.router import rebalance, route
 from training.sharding import ParamSpec, ShardedModule
 
@@ -40,7 +41,7 @@ class MixtureOfExperts(ShardedModule):
         """y [S/tp, B, D], and the balance loss: fp32 scalar, this rank's part of the sum over sequences."""
         routes = route(F.linear(x.float(), self.router.float()), self.config, self.bias)  # fp32: near ties decide
         slots = F.one_hot(routes.experts, self.config.n_experts).sum((0, 2)).float()  # [B, n_experts]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not in_backward():
             self.load += slots.sum(0)
         balance = self._balance_loss(routes.probabilities, slots)
         dispatched = self.exchange.dispatch(x.flatten(0, 1), routes.experts.flatten(0, 1), routes.weights.flatten(0, 1))
@@ -58,9 +59,10 @@ class MixtureOfExperts(ShardedModule):
         Taken within each sequence, so it depends neither on micro-batches nor on the layout.
         Source: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20.
         """
-        seq_len = probabilities.shape[0] * self.mesh.tp.size
-        if self.mesh.tp.size > 1:
-            self.mesh.tp.all_reduce(slots)
+        ranks = self.mesh.sequence  # which have the other parts of these sequences
+        seq_len = probabilities.shape[0] * ranks.size
+        if ranks.size > 1:
+            ranks.all_reduce(slots)
         share = slots * (self.config.n_experts / (self.config.top_k * seq_len))
         return (share * probabilities.sum(0)).sum() / seq_len
 

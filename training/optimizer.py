@@ -1,23 +1,22 @@
-"""AdamW over fp32 master parameters whose gradients arrive in buckets, reduced while backward runs.
-
-A master is the parameter itself in fp32, and a separate fp32 copy when the model computes in bf16. Either way its .grad
-is, for good, a view of a gradient bucket: nothing is copied between reduction and update.
-"""
+"""AdamW over fp32 masters, which lie whole on each rank (replicated.py) or cut over ranks (zero.py)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from pycomm.overlap import GradientBuckets
-from training.config import OptimizerConfig
+from training.config import Config, OptimizerConfig
 from training.mesh import Mesh, MeteredGroup
+from training.offload import in_file, in_memory
+from training.replicated import Replicated
 from training.sharding import ParamSpec, specs_of
+from training.zero import Sharded
 
+PARAMETERS = "parameters"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -31,77 +30,77 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
 
 
 class Optimizer:
-    """Owns the masters, their moments and the gradient buckets of a model. Made after the model was initialised."""
+    """AdamW over what this rank keeps of a model. Made after the model was initialised."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mesh: Mesh,
-        config: OptimizerConfig,
-        dtype: torch.dtype,
-        bucket_nbytes: int,
-        wire: str | None = None,
-        error_feedback: bool = True,
-    ) -> None:
-        """dtype: what the model computes in; its parameters are converted here, the masters stay fp32. bucket_nbytes,
-        wire, error_feedback: of pycomm.overlap.GradientBuckets."""
-        self._parameters = dict(model.named_parameters())
+    def __init__(self, model: nn.Module, mesh: Mesh, config: Config, dtype: torch.dtype) -> None:
+        """dtype: what the model computes in; its parameters are converted here, the masters stay fp32."""
+        train, layout = config.train, config.layout
+        parameters = dict(model.named_parameters())
         self.specs: dict[str, ParamSpec] = specs_of(model)
-        self.masters: dict[str, Tensor] = {name: p.detach() for name, p in self._parameters.items()}
-        self._config = config
-        self._buckets: list[tuple[MeteredGroup, GradientBuckets]] = []
-        trained = [name for name, parameter in self._parameters.items() if parameter.requires_grad]
-        for name in trained:
-            self._parameters[name].data = self._parameters[name].data.to(dtype)
-        by_group: dict[int, tuple[MeteredGroup, list[str]]] = {}
-        for name in trained:
-            group = mesh.gradients(self.specs[name].axis)
-            by_group.setdefault(id(group), (group, []))[1].append(name)
-        for group, names in by_group.values():
-            buckets = GradientBuckets(
-                [self._parameters[n] for n in names],
-                group,
-                bucket_nbytes=bucket_nbytes,
-                wire=wire,
-                error_feedback=error_feedback,
+        self._config = config.optimizer
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
+        allocate = in_file(config.offload_dir) if train.offload_optimizer else in_memory
+        self._state: Replicated | Sharded
+        if layout.zero:
+            self._state = Sharded(model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, allocate)
+        else:
+            wire = None if train.wire == "none" else train.wire
+            bucket_nbytes = train.bucket_kib * 1024 or None
+            self._state = Replicated(
+                trained, self.specs, mesh, dtype, bucket_nbytes, wire, train.error_feedback, allocate
             )
-            self._buckets.append((group, buckets))
-            for name in names:
-                self.masters[name].grad = buckets.gradient(self._parameters[name])
-        decayed = [self.masters[name] for name in trained if self.specs[name].decays]
-        others = [self.masters[name] for name in trained if not self.specs[name].decays]
+        updated = list(self._state.updated())
         self._adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
+            [
+                {"params": [x for x, decays in updated if decays], "weight_decay": self._config.weight_decay},
+                {"params": [x for x, decays in updated if not decays], "weight_decay": 0.0},
+            ],
+            betas=(self._config.beta1, self._config.beta2),
+            eps=self._config.eps,
             fused=True,
         )
+        for master, _ in updated:
+            state = self._adamw.state[master]
+            state["step"] = torch.tensor(0.0)
+            state.update({moment: allocate(master.shape) for moment in MOMENTS})
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """What this rank keeps of each parameter in fp32: all of its piece, or with ZeRO a part of it, 1-D."""
+        return {**self._state.masters, **self.untrained}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The summed gradient of masters, after wait()."""
+        return self._state.gradients()
+
+    def syncing(self, last: bool) -> AbstractContextManager[None]:
+        """Around a backward: its gradients add up; with last, the step's last ones, they are reduced as they come."""
+        return self._state.syncing(last)
+
+    def no_sync(self) -> AbstractContextManager[None]:
         """Within it, backward adds gradients up without reducing them."""
-        with ExitStack() as stack:
-            for _, buckets in self._buckets:
-                stack.enter_context(buckets.no_sync())
-            yield
+        return self._state.syncing(False)
+
+    def backward_done(self) -> None:
+        """To be called after each backward and its weight gradients."""
+        self._state.backward_done()
 
     def wait(self) -> None:
         """Returns when every gradient is summed over its group."""
-        for _, buckets in self._buckets:
-            buckets.wait()
+        self._state.wait()
 
-    def bucket_sizes(self) -> list[tuple[MeteredGroup, int]]:
-        """Each bucket's group and bytes."""
-        return [(group, flat.nbytes) for group, buckets in self._buckets for flat in buckets.flats]
+    def exchanged(self) -> list[tuple[MeteredGroup, str, int]]:
+        """(group, collective, bytes) of each exchange of gradients in a step."""
+        return self._state.exchanged()
 
     def norm_squared_share(self) -> float:
         """This rank's share of the squared norm of the whole model's gradient: summed over the world, it is that.
 
-        Every rank of a bucket's group holds the same sums, so each takes 1/size of them."""
+        Ranks that hold the same sums take an equal part of them each."""
         return sum(
-            float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2 / group.size
-            for group, buckets in self._buckets
-            for flat in buckets.flats
+            float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2 / copies
+            for flat, copies in self._state.sums()
         )
 
     @torch.no_grad()
@@ -109,31 +108,46 @@ class Optimizer:
         """One update, after scaling the gradients so that their norm, grad_norm, becomes at most clip_norm."""
         clip = self._config.clip_norm
         if clip > 0 and grad_norm > clip:
-            for _, buckets in self._buckets:
-                for flat in buckets.flats:
-                    flat.mul_(clip / grad_norm)
+            for flat, _ in self._state.sums():
+                flat.mul_(clip / grad_norm)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
         self.publish()
 
+    def begin(self) -> None:
+        """To be called before a step's first backward."""
+        if isinstance(self._state, Sharded):
+            self._state.clear()
+
     @torch.no_grad()
     def publish(self) -> None:
-        """Rounds the masters into the model's parameters, where these are others."""
-        for name, parameter in self._parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[name])
+        """Gives the model the masters' values."""
+        self._state.publish()
 
-    def moments(self, name: str, n_steps: int) -> dict[str, Tensor]:
-        """The running means of a parameter by MOMENTS' names, made if there are none, as after n_steps updates."""
-        master = self.masters[name]
-        state = self._adamw.state[master]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state.update({moment: torch.zeros_like(master) for moment in MOMENTS})
-        state["step"].fill_(n_steps)
-        return {moment: state[moment] for moment in MOMENTS}
+    def pieces(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
+        MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
+        yield from self._state.pieces(self._of(kind))
+        for name, parameter in self.untrained.items():
+            yield name, parameter if kind == PARAMETERS else torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def put(self, kind: str, name: str, piece: Tensor) -> None:
+        """The reverse of pieces(), for one parameter; publish() when all are put."""
+        if name in self.untrained:
+            if kind == PARAMETERS:
+                self.untrained[name].copy_(piece)
+        else:
+            self._state.put(name, piece, self._of(kind))
+
+    def set_steps(self, n_steps: int) -> None:
+        """The moments are those after so many updates."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(n_steps)
+
+    def _of(self, kind: str) -> dict[Tensor, Tensor]:
+        return {x: x if kind == PARAMETERS else self._adamw.state[x][kind] for x, _ in self._state.updated()}
 
     def close(self) -> None:
-        for _, buckets in self._buckets:
-            buckets.close()
+        self._state.close()

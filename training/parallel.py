@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Axis, Mesh, MeteredGroup
 from training.sharding import ParamSpec, ShardedModule
 
 
@@ -66,6 +66,13 @@ def reduce_scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     return x if mesh.tp.size == 1 else _ReduceScatterSequence.apply(x, mesh.tp)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh) -> Tensor:
+    """F.linear, whose weight gradient is put off where the pipeline's schedule wants it (mesh.weight_gradients)."""
+    if mesh.weight_gradients is None:
+        return F.linear(x, weight, bias)
+    return mesh.weight_gradients.linear(x, weight, bias)
+
+
 class ColumnLinear(ShardedModule):
     """y = x Wᵀ + b with W's output features cut over tp: [..., d_in] to [..., d_out / tp]."""
 
@@ -75,7 +82,7 @@ class ColumnLinear(ShardedModule):
         self.bias = self.new_parameter("bias", ParamSpec((d_out,), 0.0, "tp", 0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.mesh)
 
 
 class RowLinear(ShardedModule):
@@ -88,7 +95,7 @@ class RowLinear(ShardedModule):
         self.bias = self.new_parameter("bias", ParamSpec((d_out,), 0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight, None, self.mesh)
 
     def add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
@@ -97,9 +104,10 @@ class RowLinear(ShardedModule):
 class VocabParallelEmbedding(ShardedModule):
     """A table [V, D] cut over its rows: tokens [S, B] to [S/tp, B, D]. Each rank looks up the tokens that it holds."""
 
-    def __init__(self, vocab_size: int, d_model: int, mesh: Mesh, std: float) -> None:
+    def __init__(self, vocab_size: int, d_model: int, mesh: Mesh, std: float, axis: Axis = "tp") -> None:
+        """axis: "tied" where the first and the last pipeline stage have the table."""
         super().__init__(mesh)
-        self.weight = self.new_parameter("weight", ParamSpec((vocab_size, d_model), std, "tp", 0))
+        self.weight = self.new_parameter("weight", ParamSpec((vocab_size, d_model), std, axis, 0))
 
     def forward(self, tokens: Tensor) -> Tensor:
         local, mine = _local_ids(tokens, self.weight.shape[0], self.mesh.tp)
@@ -114,37 +122,62 @@ def _local_ids(ids: Tensor, n_local: int, group: MeteredGroup) -> tuple[Tensor, 
     return local.where(mine, 0), mine
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Two small all_reduces, [N] for the maximum and [2, N] for the sums; the logits themselves never move."""
+class _FusedCrossEntropy(torch.autograd.Function):
+    """Forward makes the logits of a chunk of tokens, their loss and, since the loss is a sum, their gradient at once;
+    no other logits exist then. Two small all_reduces a chunk over tp: [N] for the maximum, [2, N] for the sums.
+
+    Source: the chunked form of Liger Kernel, arXiv:2410.10989; over vocabulary shards Megatron-LM, arXiv:1909.08053."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: MeteredGroup) -> Tensor:
-        ctx.dtype = logits.dtype
-        logits = logits.float()
-        peak = logits.amax(-1)
-        if group.size > 1:
-            group.all_reduce(peak, "max")
-        shifted = logits - peak.unsqueeze(-1)
-        local, mine = _local_ids(targets, logits.shape[-1], group)
-        target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0.0)
-        exponentials = shifted.exp_()
-        sums = torch.stack([exponentials.sum(-1), target])
-        if group.size > 1:
-            group.all_reduce(sums)
-        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, mine)
-        return sums[0].log() - sums[1]
+    def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor, group: MeteredGroup, chunk: int) -> Tensor:
+        needed = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if needed[0] else None
+        grad_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device) if needed[1] else None
+        total = torch.zeros((), device=x.device)
+        for first in range(0, len(x), chunk):
+            rows = x[first : first + chunk]
+            logits = F.linear(rows, table).float()
+            peak = logits.amax(-1)
+            if group.size > 1:
+                group.all_reduce(peak, "max")
+            logits -= peak.unsqueeze(-1)
+            local, mine = _local_ids(targets[first : first + chunk], logits.shape[-1], group)
+            target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0.0)
+            exponentials = logits.exp_()
+            sums = torch.stack([exponentials.sum(-1), target])
+            if group.size > 1:
+                group.all_reduce(sums)
+            total += (sums[0].log() - sums[1]).sum()
+            if grad_x is None and grad_table is None:
+                continue
+            grad = exponentials.div_(sums[0].unsqueeze(-1))
+            grad.scatter_add_(-1, local.unsqueeze(-1), mine.float().neg().unsqueeze(-1))
+            grad = grad.to(x.dtype)
+            if grad_x is not None:
+                grad_x[first : first + chunk] = grad @ table
+            if grad_table is not None:
+                grad_table += (grad.mT @ rows).float()
+        ctx.save_for_backward(grad_x, grad_table)
+        ctx.table_dtype = table.dtype
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        softmax, local, mine = ctx.saved_tensors
-        grad_logits = softmax * grad.unsqueeze(-1)
-        grad_logits.scatter_add_(-1, local.unsqueeze(-1), (grad * mine).neg().unsqueeze(-1))
-        return grad_logits.to(ctx.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_x, grad_table = ctx.saved_tensors
+        return (
+            None if grad_x is None else grad_x * grad.to(grad_x.dtype),
+            None if grad_table is None else (grad_table * grad).to(ctx.table_dtype),
+            None,
+            None,
+            None,
+        )
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, mesh: Mesh) -> Tensor:
-    """Cross-entropy of each token, fp32 [N], from this rank's columns of the logits [N, V/tp] and whole ids [N]."""
-    return _VocabParallelCrossEntropy.apply(logits, targets, mesh.tp)
+def fused_cross_entropy(x: Tensor, table: Tensor, targets: Tensor, mesh: Mesh, chunk: int) -> Tensor:
+    """The cross-entropy summed over tokens, fp32 scalar equal on every tp rank: of the logits x tableᵀ, from x [N, D],
+    this rank's rows of the table [V/tp, D] and whole ids [N]. At most chunk × V/tp logits exist at a time."""
+    loss: Tensor = _FusedCrossEntropy.apply(x, table, targets, mesh.tp, chunk)
+    return loss
 
 
 def gather_vocab(logits: Tensor, mesh: Mesh) -> Tensor:

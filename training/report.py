@@ -76,10 +76,10 @@ def communication_paragraph(trainer: Trainer, totals: Totals) -> str:
 def _schedules(trainer: Trainer) -> list[str]:
     """Which schedule carried the gradients, and the activations where tensor parallelism cuts them, and why."""
     chosen = []
-    buckets = [(group, nbytes) for group, nbytes in trainer.optimizer.bucket_sizes() if group.size > 1]
+    buckets = [each for each in trainer.optimizer.exchanged() if each[0].size > 1]
     if buckets:
-        group, nbytes = max(buckets, key=lambda bucket: bucket[1])
-        chosen.append((f"Gradients: {len(buckets)} buckets a step, the largest of", group, "all_reduce", nbytes))
+        group, op, nbytes = max(buckets, key=lambda bucket: bucket[2])
+        chosen.append((f"Gradients: {len(buckets)} buckets a step, the largest of", group, op, nbytes))
     tp = trainer.mesh.tp
     if tp.size > 1:
         nbytes = trainer.activation_nbytes

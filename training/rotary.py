@@ -28,10 +28,9 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return frequencies
 
 
-def rotary_angles(seq_len: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each fp32 [S, 1, 1, head_dim / 2], of positions 0 to S - 1."""
-    positions = torch.arange(seq_len, dtype=torch.float32, device=frequencies.device)
-    angles = torch.outer(positions, frequencies)[:, None, None, :]
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, each fp32 [S, 1, 1, head_dim / 2], of positions int64 [S]."""
+    angles = torch.outer(positions.to(frequencies), frequencies)[:, None, None, :]
     return angles.cos(), angles.sin()
 
 

@@ -81,9 +81,10 @@ def shard(whole: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor:
     return whole.narrow(spec.dim, group.rank * length, length)
 
 
-def gather_to_rank_0(piece: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor | None:
-    """The whole parameter on rank 0 of the world, None elsewhere. Only the ranks that share pieces with rank 0 talk."""
-    if not mesh.with_rank_0(spec.axis):
+def gather_to_leader(piece: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor | None:
+    """The whole parameter on the first rank of its pipeline stage (rank 0 of the world without a pipeline), None
+    elsewhere. Only the ranks that share pieces with that rank talk."""
+    if not mesh.with_leader(spec.axis):
         return None
     group = mesh.shards(spec.axis)
     if group is None or group.size == 1:

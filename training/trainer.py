@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from training import checkpoint
+from training import checkpoint, schedules
 from training.checkpoint import Progress
-from training.config import Config, resolve_layout
+from training.config import Config, resolve_layout, stages_of
+from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
 from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
 from training.machine import peak_memory_bytes
-from training.mesh import Mesh
-from training.model import GPT
+from training.memory import require_fit
+from training.mesh import AXES, Mesh
+from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
+from training.offload import ActivationFile
 from training.optimizer import Optimizer, learning_rate
+from training.pipeline import Pipeline, Saving, Scales
 from training.sharding import initialise
 
 if TYPE_CHECKING:
@@ -63,24 +67,24 @@ class Trainer:
 
     def __init__(self, config: Config, world: Group) -> None:
         self.config = config
-        self.mesh = Mesh(world, resolve_layout(config, world.size))
+        train, layout = config.train, config.layout
+        stages = stages_of(config)
+        self.mesh = Mesh(world, resolve_layout(config, world.size), stages.placement)
         checkpoint.require_same_model(config, self.mesh)
+        self.memory = require_fit(config, self.mesh.layout, specs_of_whole(config.model, self.mesh))
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
-        self.corpus.require(config.train.global_batch, config.train.eval_sequences)
+        self.corpus.require(train.global_batch, train.eval_sequences)
         self._check_same_corpus()
-        self.model = GPT(config.model, self.mesh)
-        initialise(self.model, self.mesh, config.train.seed)
-        self.dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        train = config.train
-        self.optimizer = Optimizer(
-            self.model,
-            self.mesh,
-            config.optimizer,
-            self.dtype,
-            train.bucket_kib * 1024,
-            None if train.wire == "none" else train.wire,
-            train.error_feedback,
-        )
+        parallel = Parallel(stages, layout.context, train.recompute, train.loss_chunk)
+        self.model = GPT(config.model, self.mesh, parallel)
+        initialise(self.model, self.mesh, train.seed)
+        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype)
+        saving: Saving = nullcontext
+        if train.offload_activations:
+            saving = ActivationFile(config.offload_dir, self.model.parameters()).saving
+        schedule = schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
+        self.pipeline = Pipeline(self.model, self.mesh, schedule, self.dtype, saving)
         self.progress = Progress()
         self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch)
         self._recent_losses: deque[float] = deque(maxlen=_LOSSES)
@@ -152,7 +156,7 @@ class Trainer:
             step_s=time.perf_counter() - started,
             n_tokens=n_tokens,
             blocked_s=sum(blocked_s),
-            blocked_by_axis_s=dict(zip((group.name for group in self.mesh.groups), blocked_s, strict=True)),
+            blocked_by_axis_s={name: s for name, s in zip(AXES, blocked_s, strict=True) if s > 0},
             busy_s=busy_s,
             bytes_inside_hosts=round(inside),
             bytes_between_hosts=round(between),
@@ -164,19 +168,12 @@ class Trainer:
 
     def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> float:
         """Forward, backward and reduction of this rank's micro-batches; their cross-entropy, summed over tokens."""
-        loss_sum = torch.zeros(())
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.optimizer.no_sync():
-                cross_entropy, balance = self.model.loss(*batch)
-                objective = cross_entropy / n_tokens
-                if self.config.model.n_experts:
-                    weight = self.config.model.aux_loss_weight / self.config.train.global_batch
-                    objective = objective + balance * weight
-                objective.backward()
-            loss_sum += cross_entropy.detach()
+        weight = self.config.model.aux_loss_weight if self.config.model.n_experts else 0.0
+        scales = Scales(1 / n_tokens, weight / self.config.train.global_batch)
+        self.optimizer.begin()
+        loss_sum = self.pipeline.step(batches, scales, self.optimizer)
         self.optimizer.wait()
-        return float(loss_sum)
+        return loss_sum
 
     def _stop_if_diverging(
         self, step: int, loss: float, grad_norm: float, shares: Tensor, again: Callable[[], object]
@@ -189,11 +186,8 @@ class Trainer:
             where = first_not_finite(self.mesh.world, self.model, again)
             what = f"the loss is {loss}, the gradient norm {grad_norm}"
         elif allowed > 0 and loss > usual + allowed:
-            gradients = {
-                name: master.grad for name, master in self.optimizer.masters.items() if master.grad is not None
-            }
             losses = (shares * self.mesh.world.size).tolist()
-            where = largest_loss_and_gradient(self.mesh.world, losses, gradients)
+            where = largest_loss_and_gradient(self.mesh.world, losses, self.optimizer.gradients())
             what = f"the loss jumped from {usual:.4f} to {loss:.4f} (monitor.max_loss_jump allows {allowed:g})"
         else:
             return
@@ -215,7 +209,7 @@ class Trainer:
             sum(each.busy_s for each in stats),
             float(sum(each.bytes_inside_hosts for each in stats)),
             float(sum(each.bytes_between_hosts for each in stats)),
-            *(group.blocked_s for group in self.mesh.groups),
+            *self.mesh.blocked_by_axis_s().values(),
         )
 
     @torch.no_grad()
@@ -228,17 +222,31 @@ class Trainer:
         ]
         total = torch.zeros(1, dtype=torch.float64)
         for first in range(0, len(mine), size):
-            total += self.model.loss(*self.corpus.batch(mine[first : first + size]))[0]
+            batch = self.corpus.batch(mine[first : first + size])
+            output = self.pipeline.forward(batch)
+            if output is not None:
+                total += self.model.cross_entropy(output, own_part(batch.targets, self.mesh))
         self.mesh.world.all_reduce(total)
         return float(total) / (self.mesh.tp.size * train.eval_sequences * self.config.data.seq_len)
 
     def next_token_logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank."""
         context = list(tokens)[-self.config.data.seq_len :]
-        padded = context + [0] * (-len(context) % self.mesh.tp.size)  # sequence parallelism needs a multiple of tp
-        with torch.no_grad():
-            logits, _ = self.model(torch.tensor(padded).unsqueeze(-1))
-        return self.model.whole_logits(logits[len(context) - 1])[0]
+        mesh = self.mesh
+        pieces = mesh.tp.size * (1 if mesh.cp.size == 1 else 2 * mesh.cp.size)  # that the sequence is cut into
+        padded = torch.tensor(context + [0] * (-len(context) % pieces)).unsqueeze(-1)
+        logits = torch.zeros(self.config.model.vocab_size)
+        output = self.pipeline.forward(Batch(padded, padded, None))
+        if output is not None:
+            with torch.no_grad():
+                own = self.model.logits(output)
+            row = (positions(len(padded), mesh.cp.size, mesh.cp.rank) == len(context) - 1).nonzero()
+            if len(row):
+                whole = self.model.whole_logits(own[int(row)])[0]
+                if mesh.dp_index == mesh.tp.rank == 0:  # one rank of the world gives it to all
+                    logits = whole.contiguous()
+        mesh.world.all_reduce(logits)
+        return logits
 
     def save(self) -> None:
         checkpoint.save(self.config, self.mesh, self.optimizer, self.progress)

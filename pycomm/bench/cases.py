@@ -117,14 +117,14 @@ PAIRS: Final[dict[str, Collective]] = {
 MOE: Final[dict[str, Collective]] = {
     name: Collective(_others, lambda n: 2 * n, placements=(OUT_OF_PLACE,)) for name in ("moe_dispatch", "moe_combine")
 }
-ALONE, COMPUTE, TOGETHER = "alone", "compute", "together"
+ALONE, COMPUTE, SERIAL, TOGETHER = "alone", "compute", "serial", "together"
 OVERLAP: Final[dict[str, Collective]] = {
     f"overlap_{name}": Collective(
         COLLECTIVES[name].busbw,
         COLLECTIVES[name].touched,
         COLLECTIVES[name].splits,
         COLLECTIVES[name].reduces,
-        placements=(ALONE, COMPUTE, TOGETHER),
+        placements=(ALONE, COMPUTE, SERIAL, TOGETHER),
         native=ALONE,
     )
     for name in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")

@@ -12,11 +12,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pycomm.bench.cases import ALONE, COMPUTE, TOGETHER, Case
+from pycomm.bench.cases import ALONE, COMPUTE, SERIAL, TOGETHER, Case
 from pycomm.bench.libraries import Copies, Library
 from pycomm.bench.roofline import MEMORY_FROM, link_limit_s, memory_limit_s
 from pycomm.bench.trials import Memory, Trial, Unavailable, timed
 from pycomm.group import Group
+from pycomm.overlap.scorecard import Scorecard
 
 N_ROUNDS: Final = 5
 BLOCK_S: Final = 0.03  # what a block's timed calls may take, unless three take longer
@@ -68,14 +69,12 @@ class Row:
         theirs, ours = self.native(library), self.native()
         return theirs.p50_us / ours.p50_us if theirs is not None and ours is not None else None
 
-    def hidden(self, library: str) -> float | None:
-        """The share of the collective's time that computation beside it makes disappear; below 0 where both take
-        longer together than one after the other."""
+    def scorecard(self, library: str) -> Scorecard | None:
+        """What the library gains by overlapping, from medians; None for what is no overlap case."""
         found = self.timings.get(library, {})
-        if not {ALONE, COMPUTE, TOGETHER} <= found.keys():
+        if not {COMPUTE, ALONE, SERIAL, TOGETHER} <= found.keys():
             return None
-        alone, compute, together = (found[name].p50_us for name in (ALONE, COMPUTE, TOGETHER))
-        return (alone + compute - together) / alone
+        return Scorecard(*(found[name].p50_us / 1e6 for name in (COMPUTE, ALONE, SERIAL, TOGETHER)))
 
     @property
     def wrong(self) -> int:

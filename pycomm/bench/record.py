@@ -60,7 +60,11 @@ def row_record(row: Row) -> dict[str, Any]:
         "bytes_between_hosts": row.bytes_between,
         "roofline_us": row.limit_us,
         "refused": row.refused,
-        "hidden": {name: h for name in row.timings if (h := row.hidden(name)) is not None},
+        "scorecards": {
+            name: asdict(card) | {"exposed_s": card.exposed_s, "overlap": card.overlap, "over_limit": card.over_limit}
+            for name in row.timings
+            if (card := row.scorecard(name)) is not None
+        },
         "timings": {
             library: {
                 placement: asdict(timing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from pycomm.bench.cases import ALONE, COMPUTE, IN_PLACE, OUT_OF_PLACE, OVERLAP, TOGETHER, Case
+from pycomm.bench.cases import IN_PLACE, OUT_OF_PLACE, OVERLAP, Case
 from pycomm.bench.measure import Row, Timing
 from pycomm.explain import format_nbytes
 
@@ -24,10 +24,12 @@ class Table:
         if case.moe is not None:
             name += f", {case.moe.experts} experts, top {case.moe.top_k}, hidden {case.moe.hidden}"
         if case.collective in OVERLAP:
-            columns = [(14, "alone"), (11, "compute"), (11, "together"), (8, "hidden")]
-            units = [(14, "(us)"), (11, "(us)"), (11, "(us)"), (8, "(%)")]
-            columns += [(12, name) for name in self._baselines]
-            units += [(12, "(hidden, %)")] * len(self._baselines)
+            columns = [(14, "compute"), *((11, name) for name in ("comm", "serial", "together", "exposed"))]
+            units = [(14, "(us)"), *[(11, "(us)")] * 4, (10, "(%)"), (8, "")]
+            columns += [(10, "E_overlap"), (8, "T/max")]
+            for name in self._baselines:
+                columns += [(12, name), (8, "T/max")]
+                units += [(12, "(E, %)"), (8, "")]
             return ["#", name, _head() + _cells(columns), _head(units=True) + _cells(units)]
         timing = [(9, "time"), (8, "algbw"), (8, "busbw"), (7, "#wrong")]
         timing_units = [(9, "(us)"), (8, "(GB/s)"), (8, "(GB/s)"), (7, "")]
@@ -67,11 +69,15 @@ class Table:
         return start + _cells(both + more)
 
     def _overlap_cells(self, row: Row) -> list[tuple[int, str]]:
-        timings = row.timings["pycomm"]
-        cells = [(w, _us(timings[name].p50_us)) for w, name in ((14, ALONE), (11, COMPUTE), (11, TOGETHER))]
-        for width, name in ((8, "pycomm"), *((12, name) for name in self._baselines)):
-            hidden = row.hidden(name)
-            cells.append((width, _NO if hidden is None else f"{100 * hidden:.0f}"))
+        card = row.scorecard("pycomm")
+        assert card is not None
+        times = (card.compute_s, card.comm_s, card.serial_s, card.together_s, card.exposed_s)
+        cells = [(14 if at == 0 else 11, _us(seconds * 1e6)) for at, seconds in enumerate(times)]
+        for width, name in ((10, "pycomm"), *((12, name) for name in self._baselines)):
+            card = row.scorecard(name)
+            share = None if card is None else card.overlap
+            cells.append((width, _NO if share is None else f"{100 * share:.0f}"))
+            cells.append((8, _NO if card is None else f"{card.over_limit:.2f}"))
         return cells
 
     def footer(self, rows: Sequence[Row]) -> list[str]:
@@ -126,7 +132,9 @@ LEGEND = (
     "# p50, p95, p99, % roof and ratios are those of the call's native form: in place for all_reduce, reduce and",
     "# broadcast (which out of place are timed with a copy), else out of place. % roof: the least time that memory",
     "# and links allow, by their rates in this run, over p50. inside, between: bytes that one call sends on links",
-    "# inside and between hosts, all ranks together. /gloo 3.00x: gloo's median is 3 times pycomm's.",
+    "# inside and between hosts, all ranks together. overlap: T_compute, T_comm, T_serial, T, T - T_compute, FLUX's",
+    "# E_overlap = 1 - (T - T_compute) / (T_serial - T_compute), and T / max(T_compute, T_comm).",
+    "# /gloo 3.00x: gloo's median is 3 times pycomm's.",
 )
 
 

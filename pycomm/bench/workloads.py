@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pycomm.bench.buffers import Array
-from pycomm.bench.cases import ALONE, COMPUTE, IN_PLACE, OUT_OF_PLACE, WINDOW, Case
+from pycomm.bench.cases import ALONE, COMPUTE, IN_PLACE, OUT_OF_PLACE, SERIAL, WINDOW, Case
 from pycomm.bench.trials import Call, LocalTrial, Memory, Nanoseconds, TimedAlone, Trial, timed
 from pycomm.moe import AllToAllGroup, Dispatched, ExpertParallel
 
@@ -43,7 +43,8 @@ def local_trial(library: Calls, case: Case, placement: str, memory: Memory) -> T
 
 
 def _overlap_trial(library: Calls, case: Case, placement: str, memory: Memory) -> Trial:
-    """The collective alone, as much computation alone, or both at once: started, computed beside, waited for."""
+    """The collective alone, as much computation alone, one after the other, or both at once: started, computed beside,
+    waited for."""
     where = IN_PLACE if case.collective == "overlap_all_reduce" else OUT_OF_PLACE
     buffers = memory.buffers(where)
     x, y = as_tensor(buffers.input, case), as_tensor(buffers.output, case)
@@ -53,6 +54,13 @@ def _overlap_trial(library: Calls, case: Case, placement: str, memory: Memory) -
     compute = memory.once(library.name, COMPUTE, lambda: _computation(float(np.median(timed(alone, 7)[2:]))))
     if placement == COMPUTE:
         return TimedAlone(compute)
+    if placement == SERIAL:
+
+        def one_after_the_other() -> None:
+            compute()
+            alone()
+
+        return LocalTrial(buffers, one_after_the_other)
     start = library.call(case, x, y, where, async_op=True)
 
     def together() -> None:

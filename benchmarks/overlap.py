@@ -1,0 +1,450 @@
+"""What overlapping communication with computation leaves exposed: python benchmarks/overlap.py [SECTION ..]
+
+Two emulated hosts of one rank each (network namespaces, netns.py), 200 Mbit/s between them. Needs root. Sections:
+
+    sleeping   gradients of 32 layers, 8 MiB, whose backward sleeps 12 ms each, beside DDP over Gloo
+    computing  the same with matrix products of about 12 ms on one core in the place of the sleep
+    stream     MoE: dispatch -> experts -> combine in chunks, forward alone and with backward
+    matmul     all_gather_matmul and matmul_reduce_scatter, forward, as planned and in 1 to 8 pieces
+
+T is the slowest rank's, the median over rounds in which all contenders take turns. T/max is T over the longer one of
+computing alone (nothing split, nothing sent) and communicating alone (in one piece). Results are verified before they
+are timed. A run replaces its own sections in results/overlap.json, and the tables in docs/overlap.md."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import RESULTS, environment, markdown_table, run_ranks, write_figures, write_json
+from netns import emulated_hosts, why_unavailable
+from overlap_plot import plot
+from torch import Tensor, nn
+
+import pycomm
+from pycomm.discover import survey
+from pycomm.measure import measure_links, measured_topology
+from pycomm.moe import ExpertParallel
+from pycomm.overlap import (
+    ExpertStream,
+    GradientBuckets,
+    MatmulPlan,
+    Scorecard,
+    all_gather_matmul,
+    matmul_reduce_scatter,
+    measure,
+)
+from pycomm.overlap.matmul import plan_all_gather_matmul, plan_matmul_reduce_scatter
+
+RATE = "200mbit"
+N_LAYERS, LAYER_S, WIDTH = 32, 0.012, 256  # a layer has WIDTH^2 weights in fp32: 8 MiB in all
+GLOO_BUCKETS_MB = (0.25, 0.5, 1, 2, 4, 25)  # 25: DDP's default
+N_ROUNDS = 7
+PAGE = Path(__file__).parents[1] / "docs" / "overlap.md"
+SERIAL_BUCKETS = "buckets after backward"
+
+
+# Gradients.
+
+
+class _Sleeps(torch.autograd.Function):
+    """x + 0 * weight, in effect; its backward sleeps and then gives the weight a gradient of x's mean everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, trace: list[tuple[float, float]]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.value, ctx.trace = float(x.mean()), trace
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        begin = time.perf_counter()
+        time.sleep(LAYER_S)
+        ctx.trace.append((begin, time.perf_counter()))
+        return grad, torch.full_like(ctx.saved_tensors[0], ctx.value), None
+
+
+class _Marks(torch.autograd.Function):
+    """Notes when backward passes here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, marks: list[float]) -> Tensor:
+        ctx.marks = marks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.marks.append(time.perf_counter())
+        return grad, None
+
+
+class Layers(nn.Module):
+    """N_LAYERS weights; the spans of each layer's backward are in `trace`."""
+
+    def __init__(self, sleeps: bool) -> None:
+        super().__init__()
+        self.sleeps = sleeps
+        self.trace: list[tuple[float, float]] = []
+        self.marks: list[float] = []
+        self.weights = nn.ParameterList(nn.Parameter(torch.eye(WIDTH)) for _ in range(N_LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.trace.clear()
+        self.marks.clear()
+        x = x.detach().requires_grad_()
+        for weight in self.weights:
+            x = _Sleeps.apply(x, weight, self.trace) if self.sleeps else _Marks.apply(x, self.marks) @ weight
+        return x if self.sleeps else _Marks.apply(x, self.marks)
+
+    def spans(self) -> list[tuple[float, float]]:
+        return list(self.trace) if self.sleeps else list(itertools.pairwise(self.marks))
+
+
+class TracedGroup:
+    """A group that notes when the collectives of the buckets began and how long they took."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank, self.size = group.rank, group.size
+        self.begun: list[tuple[float, int, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+    def all_reduce(self, x: Tensor, op: str = "sum", **options: Any) -> Any:
+        work = self._group.all_reduce(x, op, **options)
+        if options.get("async_op"):
+            self.begun.append((time.perf_counter(), x.nbytes, work))
+        return work
+
+    def spans(self) -> list[tuple[float, float, int]]:
+        return [(begin, begin + work.duration_s, nbytes) for begin, nbytes, work in self.begun]
+
+
+def backward_s(module: nn.Module, x: Tensor, after: Callable[[], object]) -> float:
+    """Of backward and of what is waited for after it."""
+    y = module(x).sum()
+    begin = time.perf_counter()
+    y.backward()
+    after()
+    return time.perf_counter() - begin
+
+
+def batch_of(group: Any, sleeps: bool) -> Tensor:
+    """Rows for which a layer's backward takes about LAYER_S on the slowest rank."""
+    if sleeps:
+        return torch.full((1, WIDTH), 1.0 + group.rank)
+    rows, model = 1024, Layers(False)
+    for _ in range(3):  # products of other sizes run at other rates
+        x = torch.full((rows, WIDTH), 1.0 + group.rank)
+        group.all_reduce(torch.zeros(1))
+        took = torch.tensor([statistics.median([backward_s(model, x, lambda: None) for _ in range(7)][2:])])
+        group.all_reduce(took, "max")
+        rows = round(rows * LAYER_S * N_LAYERS / float(took) / 64) * 64
+    return torch.full((rows, WIDTH), 1.0 + group.rank)
+
+
+def gradients(store: Any, rank: int, n_ranks: int, sleeps: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "nic0"
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=n_ranks, timeout=timedelta(seconds=60)
+    )
+    with pycomm.init(dist.PrefixStore("pycomm", store), rank, n_ranks, timeout_s=60) as group:
+        x = batch_of(group, sleeps)
+        traced = TracedGroup(group)
+        alone, ours = Layers(sleeps), Layers(sleeps)
+        buckets = GradientBuckets(ours.parameters(), traced, link="measured", op="avg", set_grad=True)
+        whole = torch.zeros(sum(p.numel() for p in ours.parameters()))
+        peers = {}
+        for megabytes in GLOO_BUCKETS_MB:
+            model = Layers(sleeps)
+            peers[f"DDP over Gloo, {megabytes:g} MB"] = nn.parallel.DistributedDataParallel(
+                model, bucket_cap_mb=megabytes, gradient_as_bucket_view=True
+            )
+
+        def timed(call: Callable[[], object]) -> float:
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+
+        def pycomm_step() -> float:
+            traced.begun.clear()
+            return backward_s(ours, x, buckets.wait)
+
+        def serial_step() -> float:
+            with buckets.no_sync():
+                took = backward_s(ours, x, lambda: None)
+            return took + timed(buckets.wait)
+
+        runs: dict[str, Callable[[], float]] = {
+            "compute": lambda: backward_s(alone, x, lambda: None),
+            "pycomm all_reduce": lambda: timed(lambda: group.all_reduce(whole)),
+            "Gloo all_reduce": lambda: timed(lambda: dist.all_reduce(whole)),
+            SERIAL_BUCKETS: serial_step,
+            "pycomm buckets": pycomm_step,
+            **{name: lambda ddp=ddp: backward_s(ddp, x, lambda: None) for name, ddp in peers.items()},
+        }
+        modules = {"pycomm buckets": ours} | {name: ddp.module for name, ddp in peers.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        trace: dict[str, Any] = {}
+        for turn in range(N_ROUNDS + 2):  # two that do not count: buckets are laid out, DDP builds its own anew
+            for name, run in runs.items():
+                if (module := modules.get(name)) is not None:
+                    for parameter in module.parameters():
+                        parameter.grad = None
+                group.all_reduce(torch.zeros(1))
+                took = torch.tensor([run()], dtype=torch.float64)
+                if module is not None and turn == 1:
+                    verify(module, x, group)
+                group.all_reduce(took, "max")
+                if turn > 1:
+                    times[name].append(float(took))
+                if name == "pycomm buckets":
+                    trace = {"compute": ours.spans(), "buckets": traced.spans()}
+        explained = buckets.explain()
+    dist.destroy_process_group()
+    zero = min(begin for begin, *_ in trace["compute"])
+    spans = {what: [[*(round(t - zero, 6) for t in span[:2]), *span[2:]] for span in trace[what]] for what in trace}
+    return {"times_s": times, "trace": spans, "rows": len(x), "explained": explained}
+
+
+def verify(module: nn.Module, x: Tensor, group: Any) -> None:
+    """Weights are identities and ranks' inputs constants, so every gradient is the mean over ranks of one number."""
+    mine = torch.tensor([x.shape[0] * float(x[0, 0]) if x.shape[0] > 1 else float(x[0, 0])])
+    group.all_reduce(mine, "avg")
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, mine.expand_as(parameter), rtol=1e-4, atol=0)
+
+
+def gradient_entry(results: list[dict[str, Any]]) -> dict[str, Any]:
+    found = results[0]
+    medians = {name: statistics.median(times) for name, times in found["times_s"].items()}
+    comm = min(medians["pycomm all_reduce"], medians["Gloo all_reduce"])
+    longer = max(medians["compute"], comm)
+    return {
+        "medians_s": {name: round(t, 5) for name, t in medians.items()},
+        "spread_s": {name: [round(min(t), 5), round(max(t), 5)] for name, t in found["times_s"].items()},
+        "over_limit": {
+            name: round(t / longer, 4)
+            for name, t in medians.items()
+            if name.startswith(("pycomm buckets", "DDP", SERIAL_BUCKETS))
+        },
+        "rows": found["rows"],
+        "explained": found["explained"],
+        "trace": found["trace"],
+    }
+
+
+# The MoE stream.
+
+TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 1024, 512, 2048, 4, 2
+CHUNKS = ("auto", 2, 4, 8, 16)
+
+
+def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
+        random = torch.Generator().manual_seed(rank)
+        ep = ExpertParallel(group, EXPERTS)
+        x = torch.randn(TOKENS, HIDDEN, generator=random, requires_grad=True)
+        topk = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)[:, :TOP_K]
+        weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, requires_grad=True)
+        up, down = (
+            torch.randn(EXPERTS // n_ranks, *shape, generator=random).mul_(0.02).requires_grad_()
+            for shape in ((HIDDEN, FFN), (FFN, HIDDEN))
+        )
+
+        def experts(rows: Tensor, counts: Any) -> Tensor:
+            pieces = zip(rows.split(list(counts)), up, down, strict=True)
+            return torch.cat([torch.relu(each @ a) @ b for each, a, b in pieces])
+
+        def unsplit() -> Tensor:
+            dispatched = ep.dispatch(x, topk, weights)
+            return ep.combine(experts(dispatched.rows, dispatched.expert_counts), dispatched)
+
+        found: dict[str, Any] = {}
+
+        def streamed(n_chunks: int | str) -> Tensor:
+            run = ExpertStream(ep, x, topk, weights, n_chunks=n_chunks)
+            for chunk in run:
+                chunk.output = experts(chunk.rows, chunk.expert_counts)
+            found["auto"] = f"{run.n_chunks} chunks: {run.why}" if n_chunks == "auto" else found.get("auto")
+            return run.output
+
+        kept = ep.dispatch(x, topk, weights)
+        rows = kept.rows.detach().requires_grad_()
+
+        def communicate() -> Tensor:
+            dispatched = ep.dispatch(x, topk, weights)
+            return ep.combine(dispatched.rows, dispatched)
+
+        for backward in (False, True):
+            cards = {}
+            for n_chunks in CHUNKS:
+                torch.testing.assert_close(streamed(n_chunks), unsplit(), rtol=1e-4, atol=1e-5)
+                kinds = {
+                    "compute": lambda: experts(rows, kept.expert_counts),
+                    "communicate": communicate,
+                    "serial": unsplit,
+                    "together": lambda n=n_chunks: streamed(n),
+                }
+                with torch.set_grad_enabled(backward):
+                    runs = {name: finished(make, backward) for name, make in kinds.items()}
+                    cards[str(n_chunks)] = card_entry(measure(group, **runs))
+            found["with backward" if backward else "forward"] = cards
+        return found
+
+
+def finished(make: Callable[[], Tensor], backward: bool) -> Callable[[], object]:
+    return (lambda: make().sum().backward()) if backward else make
+
+
+def card_entry(card: Scorecard) -> dict[str, Any]:
+    return vars(card) | {"overlap": card.overlap, "over_limit": card.over_limit}
+
+
+def as_measured(group: Any) -> Any:
+    """The group's topology with its links as they are; on every rank the same."""
+    found = survey(group)
+    return measured_topology(
+        found.topology, measure_links(group, found.topology, [machine.boot_id for machine in found.machines])
+    )
+
+
+# Sequence parallel products.
+
+ROWS, D_IN, D_OUT = 1024, 512, 1024
+
+
+def matmul(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
+        return {name: product(group, name) for name in ("all_gather_matmul", "matmul_reduce_scatter")}
+
+
+def product(group: Any, name: str) -> dict[str, Any]:
+    """One of the products as planned, and in some numbers of pieces."""
+    gathers = name == "all_gather_matmul"
+    whole = torch.randn(ROWS, D_IN)
+    x = whole[: ROWS // group.size].clone() if gathers else whole
+    weight = torch.randn(D_OUT if gathers else D_IN // 2, D_IN)
+    run, make = (
+        (all_gather_matmul, plan_all_gather_matmul) if gathers else (matmul_reduce_scatter, plan_matmul_reduce_scatter)
+    )
+    planned = make(x, weight, group)
+    gathered, partial = torch.empty(ROWS, D_IN), torch.empty(ROWS, len(weight))
+    scattered = torch.empty(ROWS // group.size, len(weight))
+    exact = run(x, weight, group, MatmulPlan(0, "unsplit"))
+    cards = {}
+    plans = {"planned": planned} | {str(n): MatmulPlan(n, "given") for n in (1, 2, 4, 8)}
+    for label, plan in plans.items():
+        torch.testing.assert_close(run(x, weight, group, plan), exact, rtol=1e-4, atol=1e-3)
+        card = measure(
+            group,
+            compute=lambda: whole @ weight.T,
+            communicate=lambda: group.all_gather(gathered, x) if gathers else group.reduce_scatter(scattered, partial),
+            serial=lambda: run(x, weight, group, MatmulPlan(0, "unsplit")),
+            together=lambda plan=plan: run(x, weight, group, plan),
+        )
+        cards[label] = card_entry(card)
+    return {"plan": {"n_pieces": planned.n_pieces, "why": planned.why}, "cards": cards}
+
+
+# Record and page.
+
+SECTIONS = ("sleeping", "computing", "stream", "matmul")
+
+
+def section(name: str) -> dict[str, Any]:
+    bodies: dict[str, tuple[Any, ...]] = {
+        "sleeping": (gradients, 2, True),
+        "computing": (gradients, 2, False),
+        "stream": (stream, 2),
+        "matmul": (matmul, 2),
+    }
+    with emulated_hosts() as network:
+        network.shape(RATE)
+        results = run_ranks(*bodies[name], hosts=["a", "b"], network=network, timeout_s=220)
+    return gradient_entry(results) if name in ("sleeping", "computing") else results[0]
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    parts = []
+    for name in ("sleeping", "computing"):
+        if name in record:
+            entry = record[name]["result"]
+            about = {"sleeping": "compute emulated by sleeping", "computing": "matrix products, two cores"}[name]
+            rows = [
+                [who, f"{1e3 * t:.0f}", f"{entry['over_limit'][who]:.3f}" if who in entry["over_limit"] else ""]
+                for who, t in entry["medians_s"].items()
+            ]
+            parts.append(f"Gradients, {about}; {entry['explained']}.\n")
+            parts.append(markdown_table(["median", "ms", "T/max"], rows) + "\n")
+    if "stream" in record:
+        found = record["stream"]["result"]
+        rows = [
+            card_cells(f"{what}, {n} chunks", card)
+            for what in ("forward", "with backward")
+            for n, card in found[what].items()
+        ]
+        parts.append(f"MoE stream; auto: {found['auto']}.\n")
+        parts.append(markdown_table(CARD_HEAD, rows) + "\n")
+    if "matmul" in record:
+        found = record["matmul"]["result"]
+        rows = [card_cells(f"{what}, {n}", card) for what in found for n, card in found[what]["cards"].items()]
+        parts.append(
+            "Sequence parallel products, pieces of a part. "
+            + " ".join(f"{what} {found[what]['plan']['why']}." for what in found)
+            + "\n"
+        )
+        parts.append(markdown_table(CARD_HEAD, rows) + "\n")
+    return parts
+
+
+CARD_HEAD = ("ms", "compute", "communication", "serial", "overlapped", "E_overlap", "T/max")
+
+
+def card_cells(name: str, card: dict[str, Any]) -> list[str]:
+    times = [f"{1e3 * card[key]:.0f}" for key in ("compute_s", "comm_s", "serial_s", "together_s")]
+    share = "" if card["overlap"] is None else f"{card['overlap']:.2f}"
+    return [name, *times, share, f"{card['over_limit']:.3f}"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    if (why := why_unavailable()) is not None:
+        print(f"overlap.py cannot emulate hosts here: {why}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
+    path = RESULTS / "overlap.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.sections or SECTIONS:
+        record[name] = {"environment": environment(), "result": section(name)}
+        print("\n".join(tables({name: record[name]})), flush=True)
+        if not options.dry:
+            write_json("overlap", {key: record[key] for key in SECTIONS if key in record})
+            write_figures(PAGE, tables(record))
+            plot(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Weight gradients put off: backward computes what the layer below waits for, and the rest fills its waits.
+
+    later = WeightGradients()
+    y = later.linear(x, weight)              # as F.linear; its backward gives x its gradient at once
+    loss(y).backward()                       # the weight's gradient is not computed yet
+    later.fill(work)                         # .. but now, while an exchange is under way
+    later.flush()                            # all that are left, before the optimizer's step
+
+Source: Qi et al., Zero Bubble Pipeline Parallelism, arXiv:2401.10241 (the split of backward into B and W)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pycomm.errors import InvalidArgument
+
+
+class Pending(Protocol):
+    """A Work."""
+
+    def is_completed(self) -> bool: ...
+    def wait(self) -> Any: ...
+
+
+class WeightGradients:
+    """A queue of weight gradients, first in first out. Not thread safe."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F.linear of x [..., d_in] with weight [d_out, d_in] and bias [d_out], whose gradients are put off. Both must
+        be leaves."""
+        for name, leaf in (("weight", weight), ("bias", bias)):
+            if leaf is not None and not leaf.is_leaf:
+                raise InvalidArgument(f"the {name} is not a leaf: its gradient would have to go on at once")
+        if x.shape[-1] != weight.shape[-1]:
+            raise InvalidArgument(
+                f"x is {list(x.shape)}, the weight {list(weight.shape)}: the last sizes must be equal"
+            )
+        if not torch.is_grad_enabled():
+            return F.linear(x, weight, bias)
+        result: Tensor = _Linear.apply(x, weight.detach(), None if bias is None else bias.detach(), self, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+
+    def put(self, leaf: Tensor, compute: Callable[[], Tensor]) -> None:
+        """Puts off compute(), the gradient of a leaf."""
+        self._queue.append((leaf, compute))
+
+    def run_one(self) -> bool:
+        """Computes the oldest and adds it to its leaf's .grad, with the leaf's hooks (GradientBuckets', say) as in
+        backward; False where there is none."""
+        if not self._queue:
+            return False
+        leaf, compute = self._queue.popleft()
+        torch.autograd.backward((leaf,), (compute(),))
+        return True
+
+    def fill(self, work: Pending) -> None:
+        """Waits for work, computing what was put off meanwhile: one gradient after another until it is completed."""
+        while self._queue and not work.is_completed():
+            self.run_one()
+        work.wait()
+
+    def flush(self) -> None:
+        """Computes all that is left."""
+        while self.run_one():
+            pass
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients, leaf: Tensor, bias_leaf: Any
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.later, ctx.leaf, ctx.bias_leaf = later, leaf, bias_leaf
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        if ctx.leaf.requires_grad:
+            ctx.later.put(ctx.leaf, lambda: rows.T @ x.detach().flatten(0, -2))
+        if ctx.bias_leaf is not None and ctx.bias_leaf.requires_grad:
+            ctx.later.put(ctx.bias_leaf, lambda: rows.sum(0))
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None

@@ -1,0 +1,334 @@
+"""Overlapped operations over real ranks, each against the same computed whole: one set of processes checks them all."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spawn import run_ranks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pycomm.errors import InvalidArgument
+from pycomm.moe import ExpertParallel
+from pycomm.overlap import (
+    ExpertStream,
+    GradientBuckets,
+    LinkCost,
+    MatmulPlan,
+    ShardedModules,
+    WeightGradients,
+    all_gather_matmul,
+    matmul_reduce_scatter,
+    measure,
+)
+from pycomm.overlap.matmul import plan_all_gather_matmul, plan_matmul_reduce_scatter
+
+HOSTS = ["a", "a", "b"]
+WIDTHS = (6, 11, 7, 5)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(WIDTHS)))
+
+
+def batch(step: int, rank: int) -> Tensor:
+    return torch.randn(4, WIDTHS[0], generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def seeded(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def exact_gradients(step: int, size: int, model: nn.Module) -> list[Tensor]:
+    loss = sum(model(batch(step, rank)).square().sum() for rank in range(size))
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def check_buckets(group: Any) -> None:
+    for collective, link in (("all_reduce", "predicted"), ("all_reduce", "measured"), ("reduce_scatter", "predicted")):
+        for bucket_nbytes in (None, 100):
+            model = network()
+            parameters = list(model.parameters())
+            buckets = GradientBuckets(parameters, group, bucket_nbytes=bucket_nbytes, link=link, collective=collective)
+            for step in range(3):
+                with buckets.no_sync():
+                    model(batch(2 * step, group.rank)).square().sum().backward()
+                model(batch(2 * step + 1, group.rank)).square().sum().backward()
+                buckets.wait()
+                pairs = zip(*(exact_gradients(2 * step + at, group.size, model) for at in (0, 1)), strict=True)
+                exact = dict(zip(parameters, (a + b for a, b in pairs), strict=True))
+                seen = 0
+                for parameter, begin, values in buckets.owned():
+                    expected = exact[parameter].flatten()[begin : begin + len(values)]
+                    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+                    seen += len(values)
+                total = torch.tensor([seen])
+                group.all_reduce(total)
+                whole = sum(p.numel() for p in parameters)
+                assert int(total) == (whole if collective == "reduce_scatter" else whole * group.size)
+            if collective == "all_reduce":  # on every rank the same bits
+                mine = torch.cat([buckets.gradient(p).flatten() for p in parameters])
+                firsts = mine.clone()
+                group.broadcast(firsts, 0)
+                assert torch.equal(mine, firsts)
+            assert ("100 B each" if bucket_nbytes else f"{collective}, {link}") in buckets.explain()
+
+
+def check_buckets_that_differ(group: Any) -> None:
+    shapes: list[tuple[list[int], str]] = [
+        ([3] if group.rank == 1 else [3, 2], r"rank 1 has other parameters \(1, not 2\)"),
+        ([3, 1] if group.rank == 2 else [3, 2], r"rank 2 has other elements \(4, not 5\)"),
+        ([2, 3] if group.rank else [3, 2], r"rank 1 has other shapes"),
+    ]
+    for sizes, message in shapes:
+        weights = [nn.Parameter(torch.ones(n)) for n in sizes]
+        buckets = GradientBuckets(weights, group)
+        sum(w.sum() for w in weights).backward()
+        with pytest.raises(InvalidArgument, match=message):
+            buckets.wait()
+    weights = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(InvalidArgument, match="rank 1 has other settings than rank 0"):
+        GradientBuckets(weights, group, bucket_nbytes=8 if group.rank == 0 else 16).wait()
+    x = torch.ones(1)
+    group.all_reduce(x)  # nothing was sent: the group is sound
+    assert float(x) == group.size
+
+
+def check_sharded_modules(group: Any) -> None:
+    for depth in (0, 1, 2):
+        model, whole = network(), network()
+        sharded = ShardedModules(list(model), group, depth=depth)
+        assert sum(s.numel() for s in sharded.shards()) < sum(p.numel() for p in whole.parameters()) / 2
+        ours, exact = (
+            torch.optim.AdamW(parameters, lr=0.05) for parameters in (sharded.shards(), list(whole.parameters()))
+        )
+        for step in range(3):
+            for micro in range(2):
+                h = batch(2 * step + micro, group.rank)
+                for block in model:  # once with activations recomputed in backward
+                    h = checkpoint(block, h, use_reentrant=False) if step == 1 else block(h)
+                assert all(p.untyped_storage().nbytes() == 0 for p in model.parameters())  # freed after forward
+                h.square().sum().backward()
+                sharded.wait()
+                assert all(p.untyped_storage().nbytes() == 0 and p.grad is None for p in model.parameters())
+                for parameter, gradient in zip(
+                    whole.parameters(), exact_gradients(2 * step + micro, group.size, whole), strict=True
+                ):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            for optimizer in (ours, exact):
+                optimizer.step()
+                optimizer.zero_grad()
+        with sharded.whole():
+            for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        model[0](batch(0, group.rank)).sum().backward()  # the others are not reached: their gradient is 0
+        sharded.wait()
+        grads = [shard.grad for shard in sharded.shards()]
+        assert all(grad is not None for grad in grads) and not grads[2].any()
+        sharded.close()
+        torch.testing.assert_close(model(batch(9, 0)), whole(batch(9, 0)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InvalidArgument, match="module 1 has no parameters"):
+        ShardedModules([nn.Linear(2, 2), nn.Tanh()], group)
+    with pytest.raises(InvalidArgument, match="rank 1 has other elements"):
+        ShardedModules([nn.Linear(2, 2 + (group.rank == 1))], group)
+
+
+def check_matmuls(group: Any) -> None:
+    n, rank = group.size, group.rank
+    for n_rows, dtype, n_pieces in itertools.product((0, 1, 5), (torch.float64, torch.bfloat16), (0, 1, 3)):
+        plan = MatmulPlan(n_pieces, "of the test")
+        tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.3}
+        weight = seeded(1, 4, 6, dtype=dtype).requires_grad_()
+        parts = [seeded(10 + r, n_rows, 2, 6, dtype=dtype) for r in range(n)]
+        x = parts[rank].clone().requires_grad_()
+        y = all_gather_matmul(x, weight, group, plan)
+        whole = torch.cat(parts).requires_grad_()
+        other = weight.detach().clone().requires_grad_()
+        expected = F.linear(whole, other)
+        torch.testing.assert_close(y, expected, **tolerance)
+        grads = [seeded(20 + r, *y.shape, dtype=dtype) for r in range(n)]
+        y.backward(grads[rank])
+        torch.autograd.backward([expected], [sum(grads)])
+        torch.testing.assert_close(x.grad, whole.grad[rank * n_rows : (rank + 1) * n_rows], **tolerance)
+        own = grads[rank].flatten(0, 1).T @ whole.detach().flatten(0, 1)
+        torch.testing.assert_close(weight.grad, own, **tolerance)
+
+        wholes = [seeded(30 + r, n_rows * n, 2, 6, dtype=dtype) for r in range(n)]
+        weights = [seeded(40 + r, 4, 6, dtype=dtype) for r in range(n)]
+        x, weight = wholes[rank].clone().requires_grad_(), weights[rank].clone().requires_grad_()
+        z = matmul_reduce_scatter(x, weight, group, plan)
+        total = sum(F.linear(a, w) for a, w in zip(wholes, weights, strict=True))
+        torch.testing.assert_close(z, total[rank * n_rows : (rank + 1) * n_rows], **tolerance)
+        if n_pieces and dtype == torch.float64 and n_rows:  # added up in the ring's order, whatever the timing
+            rows = slice(rank * n_rows, (rank + 1) * n_rows)
+            replay = [F.linear(wholes[r % n], weights[r % n])[rows] for r in range(rank + 1, rank + 1 + n)]
+            torch.testing.assert_close(z, sum(replay[1:], replay[0]), rtol=1e-14, atol=1e-14)
+        grads = [seeded(50 + r, *z.shape, dtype=dtype) for r in range(n)]
+        z.backward(grads[rank])
+        everyone = torch.cat(grads)
+        torch.testing.assert_close(x.grad, everyone @ weights[rank], **tolerance)
+        torch.testing.assert_close(weight.grad, everyone.flatten(0, 1).T @ wholes[rank].flatten(0, 1), **tolerance)
+    x, weight = torch.ones(4, 6), torch.ones(3, 6)
+    for make, product in (
+        (plan_all_gather_matmul, all_gather_matmul),
+        (plan_matmul_reduce_scatter, matmul_reduce_scatter),
+    ):
+        found = make(x.repeat(3, 1), weight, group)
+        plans = torch.tensor([found.n_pieces, -found.n_pieces])
+        group.all_reduce(plans, "max")
+        assert plans[0] == -plans[1] and "unsplit" in found.why  # equal on all ranks
+        product(x.repeat(3, 1), weight, group, found)
+    never = LinkCost(1e9, 1e15, "of the test")  # a hop takes years, so one piece
+    found = plan_matmul_reduce_scatter(torch.ones(6, 64), torch.ones(4, 64), group, never)
+    assert found.n_pieces == 0 and "overlapping would not gain" in found.why and "of the test" in found.why
+    with pytest.raises(InvalidArgument, match=r"4 rows, which 3 ranks cannot share"):
+        matmul_reduce_scatter(x, weight, group)
+    with pytest.raises(InvalidArgument, match=r"weight \[3, 5\]"):
+        all_gather_matmul(x, torch.ones(3, 5), group)
+    with pytest.raises(InvalidArgument, match="give one type"):
+        all_gather_matmul(x, weight.double(), group)
+
+
+def check_stream(group: Any) -> None:
+    n_experts, hidden, top_k = 6, 4, 2
+    ep = ExpertParallel(group, n_experts)
+    for n_chunks, n_tokens in ((1, 5), (3, 8), (4, 2), (2, 0), ("auto", 8)):
+        tokens = n_tokens + 2 * (group.rank == 1 and n_tokens > 0)
+        random = torch.Generator().manual_seed(group.rank)
+        topk = torch.rand(tokens, n_experts, generator=random).argsort(1)[:, :top_k]
+        if n_tokens == 2:
+            topk = torch.arange(top_k).repeat(tokens, 1)  # all to rank 0
+        found = []
+        for streamed in (True, False):
+            x = seeded(group.rank, tokens, hidden).requires_grad_()
+            weights = seeded(9 + group.rank, tokens, top_k).requires_grad_()
+            experts = [seeded(e + 100 * group.rank, hidden, hidden).requires_grad_() for e in range(2)]
+
+            def run(rows: Tensor, counts: Any, experts: list[Tensor] = experts) -> Tensor:
+                return torch.cat(
+                    [torch.tanh(r @ w) for r, w in zip(rows.split([int(n) for n in counts]), experts, strict=True)]
+                )
+
+            if streamed:
+                stream = ExpertStream(ep, x, topk, weights, n_chunks=n_chunks)
+                for chunk in stream:
+                    chunk.output = run(chunk.rows, chunk.expert_counts)
+                y = stream.output
+            else:
+                dispatched = ep.dispatch(x, topk, weights)
+                y = ep.combine(run(dispatched.rows, dispatched.expert_counts), dispatched)
+            (y * seeded(77 + group.rank, tokens, hidden)).sum().backward()
+            found.append([y.detach(), x.grad, weights.grad, *(e.grad for e in experts)])
+        for ours, plain in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        stream = ExpertStream(ep, x, topk, weights, n_chunks=2)
+        for chunk in stream:
+            chunk.output = run(chunk.rows, chunk.expert_counts)
+        torch.testing.assert_close(stream.output, found[1][0], rtol=1e-9, atol=1e-9)
+    # Experts whose result does not depend on their rows: no gradient comes for them, on this rank alone.
+    x = seeded(group.rank, 6, hidden).requires_grad_()
+    topk = torch.tensor([[0, 5]]).repeat(6, 1)
+    stream = ExpertStream(ep, x, topk, torch.ones(6, 2, dtype=x.dtype), n_chunks=2)
+    scale = torch.ones(1, dtype=x.dtype, requires_grad=True)
+    for chunk in stream:
+        chunk.output = chunk.rows * scale if group.rank == 0 else torch.zeros_like(chunk.rows) + 0 * scale
+    stream.output.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
+    with pytest.raises(InvalidArgument, match="n_chunks is 0"):
+        ExpertStream(ep, x, topk, torch.ones(6, 2), n_chunks=0)
+    with pytest.raises(InvalidArgument, match=r"topk_weights \[6, 1\]"):
+        ExpertStream(ep, x, topk, torch.ones(6, 1))
+
+
+def check_delayed_gradients(group: Any) -> None:
+    plain, later = network(), WeightGradients()
+    model = network()
+    buckets = GradientBuckets(model.parameters(), group, bucket_nbytes=100)
+    for step in range(2):
+        x = batch(step, group.rank).requires_grad_()
+        h = x
+        for block in model:
+            h = torch.tanh(later.linear(h, block[0].weight, block[0].bias))
+        h.square().sum().backward()
+        assert len(later) == 6 and all(p.grad is None for p in model.parameters())
+        own = batch(step, group.rank).requires_grad_()
+        torch.testing.assert_close(x.grad, torch.autograd.grad(plain(own).square().sum(), own)[0])
+        later.fill(group.all_reduce(torch.ones(1 << 16), async_op=True))
+        later.flush()
+        assert len(later) == 0
+        buckets.wait()
+        for p, exact in zip(model.parameters(), exact_gradients(step, group.size, plain), strict=True):
+            torch.testing.assert_close(buckets.gradient(p), exact, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InvalidArgument, match="not a leaf"):
+        later.linear(x, model[0][0].weight * 2)
+    with pytest.raises(InvalidArgument, match="last sizes"):
+        later.linear(x, model[1][0].weight)
+
+
+def check_scorecard(group: Any) -> None:
+    ran: list[str] = []
+    card = measure(group, n_rounds=2, **{name: lambda name=name: ran.append(name) for name in RUNS})
+    assert ran == [*RUNS] * 3
+    assert card.compute_s > 0 and str(card)
+    figures = torch.tensor([card.compute_s, card.together_s], dtype=torch.float64)
+    firsts = figures.clone()
+    group.broadcast(firsts, 0)
+    assert torch.equal(figures, firsts)
+
+
+RUNS = ("compute", "communicate", "serial", "together")
+
+
+CHECKS = (
+    check_buckets,
+    check_buckets_that_differ,
+    check_sharded_modules,
+    check_matmuls,
+    check_stream,
+    check_delayed_gradients,
+    check_scorecard,
+)
+
+
+def every_check(group: Any) -> None:
+    torch.set_num_threads(1)
+    for check in CHECKS:
+        check(group)
+
+
+def test_overlapped_equals_whole_on_ranks_of_two_hosts() -> None:
+    run_ranks(every_check, len(HOSTS), hosts=HOSTS, timeout_s=100)
+
+
+def test_overlapped_equals_whole_on_one_rank() -> None:
+    run_ranks(alone, 1)
+
+
+def alone(group: Any) -> None:
+    model = network()
+    buckets = GradientBuckets(model.parameters(), group)
+    sharded_model = network()
+    sharded = ShardedModules(list(sharded_model), group)
+    for step in range(2):
+        model(batch(step, 0)).square().sum().backward()
+        buckets.wait()
+        sharded_model(batch(step, 0)).square().sum().backward()
+        sharded.wait()
+        exact = exact_gradients(step, 1, model)
+        for p, expected in zip(model.parameters(), exact, strict=True):
+            torch.testing.assert_close(buckets.gradient(p), expected)
+        flat = torch.cat([shard.grad for shard in sharded.shards()])
+        torch.testing.assert_close(flat, torch.cat([e.flatten() for e in exact]))
+        for shard in sharded.shards():
+            shard.grad = None
+    weight = torch.ones(3, 6)
+    x = seeded(1, 4, 6, dtype=torch.float32)
+    torch.testing.assert_close(all_gather_matmul(x, weight, group), F.linear(x, weight))
+    torch.testing.assert_close(matmul_reduce_scatter(x, weight, group), F.linear(x, weight))
+    assert plan_all_gather_matmul(x, weight, group).n_pieces == 0

@@ -1,0 +1,92 @@
+"""Pipeline schedules: complete, ordered, without deadlock, and with the bubbles that theory gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from training.config import Config
+from training.errors import ConfigError
+from training.schedules import Action, Schedule, check, plan
+from training.stages import Placement, assign_layers
+
+ALL = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb_h1", 1), ("zbv", 1)]
+
+
+@pytest.mark.parametrize(("name", "chunks"), ALL)
+def test_every_size_is_complete_ordered_and_ends(name: Any, chunks: int) -> None:
+    for n_ranks in (1, 2, 3, 4, 7, 8):
+        for groups in (1, 2, 3, 5):
+            n = groups * n_ranks if name == "interleaved" else groups
+            schedule = plan(name, n_ranks, n, chunks)  # checks itself
+            held = check(schedule).peak
+            most = {"gpipe": n, "1f1b": min(n, n_ranks), "zb_h1": n_ranks, "zbv": 2 * n_ranks}.get(name)
+            if most is not None:
+                assert max(held) <= max(most, 1), (n_ranks, n)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 4, 8])
+def test_bubbles_are_those_of_theory(n_ranks: int) -> None:
+    def idle(name: Any, chunks: int = 1) -> float:
+        """In units of a whole rank's forward of a micro-batch, with F = B = W."""
+        schedule = plan(name, n_ranks, 4 * n_ranks, chunks)
+        return max(check(schedule).idle) / schedule.placement.n_chunks
+
+    assert idle("gpipe") == idle("1f1b") == 3 * (n_ranks - 1)
+    assert idle("interleaved", 2) == 3 * (n_ranks - 1) / 2
+    assert idle("interleaved", 3) == pytest.approx(n_ranks - 1)
+    assert n_ranks - 1 <= idle("zb_h1") <= n_ranks + 1
+    assert idle("zbv") <= (n_ranks - 1) / 2 + 0.5
+
+
+def changed(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
+    lists = list(schedule.actions)
+    lists[rank] = tuple(actions)
+    return dataclasses.replace(schedule, actions=tuple(lists))
+
+
+def test_the_checker_refuses_what_is_wrong() -> None:
+    good = plan("zb_h1", 2, 3)
+    first = list(good.actions[0])
+    forward, *_ = first
+    with pytest.raises(ValueError, match="rank 0: missing, twice or foreign: F of micro-batch 0 in chunk 0"):
+        check(changed(good, 0, first[1:]))
+    with pytest.raises(ValueError, match="rank 0: missing, twice or foreign"):
+        check(changed(good, 0, [forward, *first]))
+    with pytest.raises(ValueError, match="rank 0: missing, twice or foreign: F of micro-batch 0 in chunk 1"):
+        check(changed(good, 0, [*first, Action("F", 1, 0)]))
+    backward, weights = Action("B", 0, 0), Action("W", 0, 0)
+    swapped = {backward: weights, weights: backward}
+    with pytest.raises(ValueError, match="a deadlock: rank 0 at W of micro-batch 0 in chunk 0"):
+        check(changed(good, 0, [swapped.get(each, each) for each in first]))
+    late = [each for each in first if each != weights]
+    with pytest.raises(ValueError, match="gradients do not come in the order of micro-batches"):
+        check(changed(good, 0, [*late, weights]))
+    one = plan("1f1b", 2, 2)
+    forwards, backwards = [Action("F", 0, 0), Action("F", 0, 1)], [Action("B", 0, 0), Action("B", 0, 1)]
+    eager = changed(one, 0, [forwards[0], backwards[0], forwards[1], backwards[1]])
+    with pytest.raises(ValueError, match="a deadlock: rank 0 at B of micro-batch 0 in chunk 0, rank 1 at F of micro-b"):
+        check(changed(eager, 1, [*forwards, *backwards]))
+
+
+def test_layers_are_spread_and_named_stages_kept() -> None:
+    assert assign_layers(7, Placement(3)).bounds == (0, 2, 5, 7)
+    assert assign_layers(5, Placement(2), [4, 1]).bounds == (0, 4, 5)
+    v = assign_layers(5, Placement(2, 2, v_shape=True))
+    assert [v.placement.stage(0, chunk) for chunk in (0, 1)] == [0, 3]
+    assert v.ranks_of("blocks.4.attention.out.weight") == v.ranks_of("norm.weight") == (0,)
+    assert v.ranks_of("embedding.weight") == (0,)
+    around = assign_layers(5, Placement(2))
+    assert around.ranks_of("embedding.weight") == (0, 1)
+    assert around.ranks_of("head.weight") == (1,)
+    with pytest.raises(ConfigError, match="4 stages, the model has 3 layers"):
+        assign_layers(3, Placement(4))
+
+
+def test_the_default_layout_has_no_pipeline() -> None:
+    layout = Config().layout
+    assert plan(layout.schedule, layout.pp, 2).actions == (
+        (Action("F", 0, 0), Action("B", 0, 0), Action("F", 0, 1), Action("B", 0, 1)),
+    )

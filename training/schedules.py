@@ -1,0 +1,212 @@
+"""Pipeline schedules as data: for each rank the actions that it runs, in order, and a checker that proves them.
+
+    F  forward of a micro-batch through one of the rank's chunks
+    B  its backward; where weight gradients are split off (zero-bubble), only the gradient of the input
+    W  the weight gradients of that backward
+
+What goes between stages follows from the actions: F needs the activations of the stage before it, B the gradient of the
+stage after it. check() runs the lists as the ranks would, with sends that never wait, and refuses what cannot finish.
+
+    schedule       idle units of a rank, with F = B = W = 1 and m micro-batches on p ranks      split
+    gpipe, 1f1b    3 (p - 1)                                                                    no (B takes 2)
+    interleaved    3 (p - 1) / chunks                                                           no
+    zb_h1          p - 1 to p + 1 (tests/test_training_schedules.py)                            yes
+    zbv            (p - 1) / 2                                                                  yes
+
+Sources: GPipe arXiv:1811.06965; 1F1B arXiv:1806.03377; interleaved arXiv:2104.04473; ZB-H1 arXiv:2401.10241; ZBV
+arXiv:2405.15362. Pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from training.errors import ConfigError
+from training.stages import Placement
+
+Name = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"]
+SPLIT: tuple[Name, ...] = ("zb_h1", "zbv")
+
+
+class Action(NamedTuple):
+    kind: Literal["F", "B", "W"]
+    chunk: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """actions[rank]: what a pipeline rank runs. split: whether backward is B and W, or B does both."""
+
+    placement: Placement
+    n_micro_batches: int
+    split: bool
+    actions: tuple[tuple[Action, ...], ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What check() found with given costs. peak[rank]: chunks' micro-batches whose activations it holds at most."""
+
+    makespan: float
+    idle: tuple[float, ...]
+    peak: tuple[int, ...]
+
+
+def plan(name: Name, n_ranks: int, n_micro_batches: int, n_chunks: int = 1) -> Schedule:
+    """A schedule by name. Raises ConfigError where the name and the numbers do not go together."""
+    n_chunks = 2 if name == "zbv" and n_ranks > 1 else n_chunks
+    placement = Placement(n_ranks, n_chunks, name == "zbv" and n_ranks > 1)
+    if n_chunks > 1 and name not in ("interleaved", "zbv"):
+        raise ConfigError(
+            f"layout.chunks is {n_chunks}, but the schedule {name!r} has one chunk a rank; set layout.schedule to "
+            "'interleaved', or chunks to 1"
+        )
+    if name == "interleaved" and n_micro_batches % n_ranks:
+        raise ConfigError(
+            f"the schedule 'interleaved' runs micro-batches in groups of layout.pp ({n_ranks}), which does not divide "
+            f"train.accumulation ({n_micro_batches}); change one of them, or take '1f1b'"
+        )
+    if name == "gpipe":
+        lists = [_all(n_micro_batches, "F") + _all(n_micro_batches, "B") for _ in range(n_ranks)]
+    elif name in ("1f1b", "interleaved"):
+        lists = [_one_forward_one_backward(rank, placement, n_micro_batches) for rank in range(n_ranks)]
+    else:
+        lists = _zero_bubble(placement, n_micro_batches)
+    schedule = Schedule(placement, n_micro_batches, name in SPLIT, tuple(tuple(each) for each in lists))
+    check(schedule)
+    return schedule
+
+
+def _all(n_micro_batches: int, kind: Literal["F", "B"]) -> list[Action]:
+    return [Action(kind, 0, micro_batch) for micro_batch in range(n_micro_batches)]
+
+
+def _one_forward_one_backward(rank: int, placement: Placement, n_micro_batches: int) -> list[Action]:
+    """1F1B, and with several chunks its interleaved form: micro-batches go through the chunks in groups of n_ranks."""
+    p, v = placement.n_ranks, placement.n_chunks
+    total = n_micro_batches * v
+    warm_up = p - 1 - rank if v == 1 else 2 * (p - 1 - rank) + (v - 1) * p
+    warm_up = min(total, warm_up)
+
+    def at(kind: Literal["F", "B"], index: int) -> Action:
+        group, within = divmod(index, p * v)
+        chunk, micro_batch = divmod(within, p)
+        return Action(kind, chunk if kind == "F" else v - 1 - chunk, group * p + micro_batch)
+
+    if v == 1:  # groups of one
+        forwards, backwards = _all(n_micro_batches, "F"), _all(n_micro_batches, "B")
+    else:
+        forwards = [at("F", index) for index in range(total)]
+        backwards = [at("B", index) for index in range(total)]
+    actions = forwards[:warm_up]
+    for forward, backward in zip(forwards[warm_up:], backwards, strict=False):
+        actions += [forward, backward]
+    return actions + backwards[total - warm_up :]
+
+
+def _zero_bubble(placement: Placement, n_micro_batches: int) -> list[list[Action]]:
+    """Ranks run unit by unit, each taking the first of B, F, W that is ready; F only while fewer micro-batches' chunks
+    are held than 1F1B's first rank holds: n_ranks * n_chunks. Later chunks go first, so that backward begins early."""
+    p, v, last = placement.n_ranks, placement.n_chunks, placement.n_stages - 1
+    done: dict[tuple[str, int, int], int] = {}  # (kind, stage, micro-batch) -> the unit after which it is done
+    lists: list[list[Action]] = [[] for _ in range(p)]
+    following = [{(kind, chunk): 0 for kind in "FBW" for chunk in range(v)} for _ in range(p)]
+    most = p * v
+
+    def ready(rank: int, kind: Literal["F", "B", "W"], chunk: int, unit: int) -> bool:
+        micro_batch, stage = following[rank][kind, chunk], placement.stage(rank, chunk)
+        if micro_batch == n_micro_batches:
+            return False
+        if kind == "F":
+            held = [following[rank]["F", c] - following[rank]["W", c] for c in range(v)]
+            reserved = sum(1 for c in range(chunk + 1, v) if held[c] == 0)  # a place for each later chunk
+            if sum(held) + reserved >= most:
+                return False
+            needed = None if stage == 0 else ("F", stage - 1, micro_batch)
+        elif kind == "B":
+            needed = ("F", stage, micro_batch) if stage == last else ("B", stage + 1, micro_batch)
+            if following[rank]["F", chunk] <= micro_batch:
+                return False
+        else:
+            needed = ("B", stage, micro_batch)
+        return needed is None or done.get(needed, unit + 1) <= unit
+
+    unit = 0
+    n_actions = 3 * v * n_micro_batches
+    while any(len(actions) < n_actions for actions in lists):
+        chosen: list[tuple[int, Literal["F", "B", "W"], int]] = []
+        for rank in range(p):
+            order: list[tuple[Literal["F", "B", "W"], int]] = [("B", c) for c in range(v)]
+            order += [("F", c) for c in reversed(range(v))] + [("W", c) for c in reversed(range(v))]
+            found = next((each for each in order if ready(rank, each[0], each[1], unit)), None)
+            if found is not None:
+                chosen.append((rank, *found))
+        if not chosen and all(end <= unit for end in done.values()):
+            raise RuntimeError(f"no rank of {placement} can go on at unit {unit}")
+        for rank, kind, chunk in chosen:
+            micro_batch = following[rank][kind, chunk]
+            lists[rank].append(Action(kind, chunk, micro_batch))
+            following[rank][kind, chunk] += 1
+            done[kind, placement.stage(rank, chunk), micro_batch] = unit + 1
+        unit += 1
+    return lists
+
+
+def check(schedule: Schedule, f: float = 1.0, b: float = 1.0, w: float = 1.0) -> Timing:
+    """Runs a schedule with the time of each action (B takes b + w where it is not split).
+
+    Raises ValueError where an action is missing, stands twice or on a rank that has no such chunk, where B comes before
+    its F or W before its B, where gradients of a chunk are not added in the order of micro-batches, and where ranks
+    wait for each other for ever."""
+    placement, n = schedule.placement, schedule.n_micro_batches
+    kinds = "FBW" if schedule.split else "FB"
+    expected = {(kind, c, m) for kind in kinds for c in range(placement.n_chunks) for m in range(n)}
+    for rank, actions in enumerate(schedule.actions):
+        if len(actions) != len(expected) or set(actions) != expected:
+            wrong = sorted(set(actions) ^ expected) or sorted(a for a in set(actions) if actions.count(a) > 1)
+            raise ValueError(f"rank {rank}: missing, twice or foreign: {', '.join(map(_text, wrong))}")
+        for chunk in range(placement.n_chunks):
+            last_kind = [a.micro_batch for a in actions if a.kind == kinds[-1] and a.chunk == chunk]
+            if last_kind != sorted(last_kind):
+                raise ValueError(f"rank {rank}: chunk {chunk}'s gradients do not come in the order of micro-batches")
+    cost = {"F": f, "B": b if schedule.split else b + w, "W": w}
+    end: dict[tuple[str, int, int], float] = {}
+    clock, at = [0.0] * placement.n_ranks, [0] * placement.n_ranks
+    busy, held, peak = [0.0] * placement.n_ranks, [0] * placement.n_ranks, [0] * placement.n_ranks
+    while True:
+        moved = False
+        for rank, actions in enumerate(schedule.actions):
+            while at[rank] < len(actions):
+                action = actions[at[rank]]
+                needs = _needs(action, placement.stage(rank, action.chunk), placement.n_stages)
+                if any(need not in end for need in needs):
+                    break
+                clock[rank] = max([clock[rank], *(end[need] for need in needs)]) + cost[action.kind]
+                end[action.kind, placement.stage(rank, action.chunk), action.micro_batch] = clock[rank]
+                busy[rank] += cost[action.kind]
+                held[rank] += (action.kind == "F") - (action.kind == kinds[-1])
+                peak[rank] = max(peak[rank], held[rank])
+                at[rank] += 1
+                moved = True
+        waiting = [rank for rank, actions in enumerate(schedule.actions) if at[rank] < len(actions)]
+        if not waiting:
+            makespan = max(clock)
+            return Timing(makespan, tuple(makespan - each for each in busy), tuple(peak))
+        if not moved:
+            stuck = ", ".join(f"rank {rank} at {_text(schedule.actions[rank][at[rank]])}" for rank in waiting)
+            raise ValueError(f"a deadlock: {stuck}")
+
+
+def _needs(action: Action, stage: int, n_stages: int) -> list[tuple[str, int, int]]:
+    micro_batch = action.micro_batch
+    if action.kind == "F":
+        return [("F", stage - 1, micro_batch)] if stage else []
+    if action.kind == "B":
+        after = [("B", stage + 1, micro_batch)] if stage < n_stages - 1 else []
+        return [("F", stage, micro_batch), *after]
+    return [("B", stage, micro_batch)]
+
+
+def _text(action: tuple[str, int, int]) -> str:
+    return f"{action[0]} of micro-batch {action[2]} in chunk {action[1]}"

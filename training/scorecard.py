@@ -1,0 +1,51 @@
+"""What overlapping gains in a training step: pycomm.overlap's scorecard of one micro-batch of random tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pycomm.overlap import Scorecard, measure
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+
+def scorecard(trainer: Trainer, n_rounds: int = 3) -> Scorecard:
+    """Forward and backward of a micro-batch, the reduction of its gradients, one after the other, and overlapped.
+
+    All ranks together. What tensor and expert parallelism exchange inside the layers counts as computation: it cannot
+    be taken out. The model and the optimizer's state stay as they are, but for the residuals of a wire: call it before
+    the first step or after the last."""
+    config, optimizer = trainer.config, trainer.optimizer
+    n_sequences = config.train.global_batch // (trainer.mesh.layout.dp * config.train.accumulation)
+    random = torch.Generator().manual_seed(config.train.seed)
+    shape = (config.data.seq_len, n_sequences)
+    tokens, targets = (torch.randint(config.model.vocab_size, shape, generator=random) for _ in range(2))
+
+    def backward() -> None:
+        cross_entropy, balance = trainer.model.loss(tokens, targets)
+        (cross_entropy / tokens.numel() + balance).backward()
+
+    def compute() -> None:
+        with optimizer.no_sync():
+            backward()
+
+    def serial() -> None:
+        compute()
+        optimizer.wait()
+
+    def together() -> None:
+        backward()
+        optimizer.wait()
+
+    together()  # the first step lays the buckets out
+    return measure(
+        trainer.mesh.world,
+        compute=compute,
+        communicate=optimizer.wait,
+        serial=serial,
+        together=together,
+        n_rounds=n_rounds,
+    )

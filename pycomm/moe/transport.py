@@ -128,27 +128,20 @@ def _of_chunk(stage: str, plan: ExchangePlan, chunk: int) -> str:
 
 
 class SharedMemory:
-    """Memory of this rank that the ranks of its host read in place. Two sets take turns: whoever is in an operation has
-    seen all others enter it (addresses), hence leave the one before, so the set of the last but one is free."""
+    """Memory of this rank that the ranks of its host read in place. An operation ends with a barrier: nobody reads any
+    more, so the memory may be written again, or given back with the exchange."""
 
     def __init__(self, group: Group, host: Group, members: Sequence[int]) -> None:
         self._group, self._host = group, host
         self._endpoint_ranks = [group._ranks[rank] for rank in members]
-        self._sets: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._turn = 0
-
-    def begin(self) -> None:
-        self._turn ^= 1
+        self._tensors: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         nbytes = shape[0] * shape[1] * dtype.itemsize
-        current = self._sets[self._turn].get(name)
-        if current is None or current.numel() < nbytes:
-            self._sets[self._turn].pop(name, None)
-            del current
-            current = self._group.empty(max(nbytes + nbytes // 8, 4096), dtype=torch.uint8)
-            self._sets[self._turn][name] = current
-        return current[:nbytes].view(dtype).view(shape)
+        if name not in self._tensors or self._tensors[name].numel() < nbytes:
+            self._tensors.pop(name, None)  # given back before more is taken
+            self._tensors[name] = self._group.empty(max(nbytes + nbytes // 8, 4096), dtype=torch.uint8)
+        return self._tensors[name][:nbytes].view(dtype).view(shape)
 
     def addresses(self, *mine: Tensor) -> Tensor:
         """Every rank's addresses, int64 [ranks of the host, tensors]; returns once all have entered."""
@@ -180,7 +173,6 @@ class ThroughHosts(Transport):
     def expand(self, stage: str, plan: ExchangePlan, rows: Tensor) -> Tensor:
         assert plan.on_host is not None
         host, leg, width, dtype, shared = plan.on_host, plan.leg, rows.shape[1], rows.dtype, self._shared
-        shared.begin()
         own = shared.take("own", (len(rows), width), dtype)
         held = shared.take("held", (host.arrived[self._me], width), dtype)
         works = []
@@ -207,6 +199,8 @@ class ThroughHosts(Transport):
                 with self._waits.stage(_of_chunk(f"{stage}, rows inside the host", plan, number - 1)):
                     shared.barrier()
             copy_rows(out, sources, expansion.source, expansion.rows, expansion.to)
+        with self._waits.stage(f"{stage}, end inside the host"):
+            shared.barrier()
         return out
 
     def reduce(
@@ -220,7 +214,6 @@ class ThroughHosts(Transport):
     ) -> Tensor:
         assert plan.on_host is not None
         host, leg, width, shared = plan.on_host, plan.leg, rows.shape[1], self._shared
-        shared.begin()
         partial = shared.take("partial", (host.partials[self._me], width), torch.float32)
         with self._waits.stage(f"{stage}, partial sums inside the host"):
             addresses = shared.addresses(partial).tolist()
@@ -251,6 +244,8 @@ class ThroughHosts(Transport):
             )
         add_up(0)
         own = _sums(host.own, sources, travels_as)
+        with self._waits.stage(f"{stage}, end inside the host"):
+            shared.barrier()
         for chunk, work in enumerate(works):
             with self._waits.stage(_of_chunk(f"{stage}, sums between hosts", plan, chunk)):
                 work.wait()

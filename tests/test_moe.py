@@ -21,7 +21,14 @@ from spawn import run_ranks
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument, PycommError
-from pycomm.moe import ExpertParallel, Placement, StaticExpertParallel
+from pycomm.moe import (
+    ExpertParallel,
+    MegatronDispatcher,
+    Placement,
+    StaticExpertParallel,
+    TorchtitanDispatcher,
+    all_to_all_single,
+)
 
 HOSTS = ["a", "b", "a", "a"]
 RANKS_OF_HOSTS = [[0, 2, 3], [1]]
@@ -358,6 +365,70 @@ def _weighted(case: Case, one: Batch) -> Tensor:
     for e in range(case.num_experts):
         y = y + one.x * factors(case, e) * (one.weights * (one.idx == e)).sum(-1, keepdim=True)
     return y
+
+
+# Adapters: code written for other dispatchers.
+
+
+@check
+def torchtitans_dispatcher(group: Any) -> None:
+    case = Case((4, 2, 0, 5), 8, 3, 6, seed=21)
+    one = batch(case, group.rank)
+    for before in (False, True):
+        x, scores = one.x.clone().requires_grad_(), one.weights.clone().requires_grad_()
+        dispatcher = TorchtitanDispatcher(ExpertParallel(group, 8, align=4), score_before_experts=before)
+        rows, counts, metadata = dispatcher.dispatch(x, scores, one.idx)
+        assert int(counts.sum()) == len(rows) and not (counts % 4).any()
+        mine = Placement.even(8, 4).experts[group.rank]
+        parts = zip(rows.split(counts.tolist()), mine, strict=True)
+        routed = torch.cat([part * factors(case, e) for part, e in parts])
+        out = dispatcher.combine(routed, metadata, x, lambda x: 3 * x)
+        out.backward(one.grad)
+        expected = dense(case, group.rank)
+        shared = [3 * one.x.double().numpy(), 3 * one.grad.double().numpy(), 0]
+        assert x.grad is not None and scores.grad is not None
+        for ours, one_of, add in zip((out.detach(), x.grad, scores.grad), expected, shared, strict=True):
+            assert same_bits(ours.double().numpy(), one_of + add)
+
+
+@check
+def megatrons_stages(group: Any) -> None:
+    case = Case((4, 2, 6, 8), 8, 3, 6, seed=22)
+    one = batch(case, group.rank)
+    hidden = one.x.view(2, -1, 6).clone().requires_grad_()
+    routing_map = torch.zeros(len(one.x), 8, dtype=torch.bool).scatter_(1, one.idx, True)
+    probs = torch.zeros(len(one.x), 8).scatter_(1, one.idx, one.weights).requires_grad_()
+    dispatcher = MegatronDispatcher(ExpertParallel(group, 8))
+    states, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    sent = dispatcher.token_dispatch(states, weights)
+    rows, tokens_per_expert, permuted_probs = dispatcher.dispatch_postprocess(*sent)
+    mine = Placement.even(8, 4).experts[group.rank]
+    parts = zip(rows.split(tokens_per_expert.tolist()), mine, strict=True)
+    out = torch.cat([part * factors(case, e) for part, e in parts]) * permuted_probs.unsqueeze(1)
+    y = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(out)))
+    assert y.shape == hidden.shape
+    y.backward(one.grad.view_as(y))
+    assert hidden.grad is not None and probs.grad is not None
+    expected = dense(case, group.rank)
+    for ours, dense_one in zip((y.detach(), hidden.grad), expected, strict=False):
+        assert same_bits(ours.flatten(0, 1).double().numpy(), dense_one)
+    assert same_bits(probs.grad.gather(1, one.idx).double().numpy(), expected[2])
+    routing_map[0, one.idx[0, 0]] = False
+    with pytest.raises(InvalidArgument, match="token 0 has 2 experts, token 1 has 3"):
+        dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+
+
+@check
+def existing_code_with_all_to_all_single(group: Any) -> None:
+    sends = [(group.rank + peer) % 3 for peer in range(4)]
+    receives = [(peer + group.rank) % 3 for peer in range(4)]
+    rows = torch.full((sum(sends), 2), float(group.rank), requires_grad=True)
+    out = all_to_all_single(rows, receives, sends, group)
+    assert out[:, 0].tolist() == [float(peer) for peer in range(4) for _ in range(receives[peer])]
+    (out * (group.rank + 1)).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad[:, 0].tolist() == [peer + 1.0 for peer in range(4) for _ in range(sends[peer])]
+    refuses(group, "give a part for each rank", lambda: all_to_all_single(rows, [1, 2], None, group))
 
 
 # Bad input.

@@ -10,21 +10,23 @@ ranks. E=256 experts, top 8, hidden 2048, bfloat16, 256 tokens a rank, routed un
 All take turns; a time is that of the slowest rank, after a barrier, and of the turns the median; a dispatch begins with
 topk_idx, so that it includes its layout exchange, and ends with rows in expert order. The rows of all are compared
 first, bit for bit. "wire" is the payload's time at the link's rate: with Ethernet, IP and TCP headers (1448 of 1514
-bytes are payload) and without. Writes results/moe.json."""
+bytes are payload) and without. Writes results/moe.json and the tables of docs/moe.md."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, markdown_table, run_ranks, write_json
+from common import RESULTS, environment, markdown_table, run_ranks, write_figures, write_json
 from netns import emulated_hosts, why_unavailable
 from torch import Tensor
 
@@ -34,6 +36,7 @@ PAYLOAD_SHARE = 1448 / 1514
 HOSTS = ("a",) * 4 + ("b",) * 4
 N_TURNS = {"hosts": 9, "one_host": 25}
 LAYOUT_TOLERANCE = 0.02
+PAGE = Path(__file__).parents[1] / "docs/moe.md"
 
 Move = Callable[[Tensor, Tensor, list[int], list[int]], Any]
 
@@ -221,16 +224,25 @@ def on_one_host(n: int) -> dict[str, Any]:
     return {**found, "figures": figures, "reached": reached, "explain": ranks[0]["explain"]}
 
 
-def show(name: str, section: dict[str, Any]) -> None:
+def table(name: str, section: dict[str, Any]) -> str:
     rows = [
         [contender, *(f"{section[part][contender]['median_ms']:.2f}" for part in ("dispatch", "combine", "both"))]
         for contender in section["dispatch"]
     ]
-    print(f"\n{name}\n{markdown_table(['median ms', 'dispatch', 'combine', 'both'], rows)}")
-    for figure, value in section["figures"].items():
-        print(f"{figure}: {value}")
-    for what, reached in section["reached"].items():
-        print(f"{'reached' if reached else 'MISSED'}: {what}")
+    lines = [markdown_table([f"{name}, median ms", "dispatch", "combine", "both"], rows), ""]
+    lines += [f"* {figure}: {value}" for figure, value in section["figures"].items()]
+    lines += [
+        f"* {'reached' if reached else '**not reached**'}: {what}" for what, reached in section["reached"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def about(record: dict[str, Any]) -> str:
+    first = next(iter(record.values()))["environment"]
+    return (
+        f"E={EXPERTS}, K={TOP_K}, H={HIDDEN}, bf16, {TOKENS} tokens a rank; all ranks share {first['cores']} cores; "
+        "`python benchmarks/moe.py`, whose head says what is compared.\n"
+    )
 
 
 def main() -> int:
@@ -244,22 +256,19 @@ def main() -> int:
     if "hosts" in sections and (why := why_unavailable()) is not None:
         print(f"moe.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
-    import json
-
-    from common import RESULTS
-
     path = RESULTS / "moe.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    about = environment()
+    where = environment()
     if "hosts" in sections:
-        record["2 hosts x 4 ranks, 200 Mbit/s"] = {"environment": about, **on_hosts()}
+        record["2 hosts x 4 ranks, 200 Mbit/s"] = {"environment": where, **on_hosts()}
     if "one_host" in sections:
         for n in (2, 4):
-            record[f"1 host x {n} ranks"] = {"environment": about, **on_one_host(n)}
-    for name, section in record.items():
-        show(name, section)
+            record[f"1 host x {n} ranks"] = {"environment": where, **on_one_host(n)}
+    parts = [about(record), *(table(name, section) for name, section in record.items())]
+    print("\n".join(parts))
     if not options.dry:
-        print(f"\nwritten: {write_json('moe', record)}")
+        write_figures(PAGE, parts)
+        print(f"written: {write_json('moe', record)}, {PAGE}")
     return 0
 
 

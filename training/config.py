@@ -53,6 +53,8 @@ class LayoutConfig:
 
     tp: int = 1
     ep: int = 1  # expert parallel ranks, taken from the data parallel ones; 0: as many as divide both
+    moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"  # copies of a token: one an expert, a rank, a host
+    moe_chunks: int = 0  # pieces of a micro-batch's exchange; 0: by the link's rate (docs/moe.md)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ class Layout:
     dp: int
     tp: int
     ep: int
+    moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"
+    moe_chunks: int = 0
 
     def __str__(self) -> str:
         return f"dp {self.dp} × tp {self.tp}" + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
@@ -206,7 +210,9 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         _divides("model.moe_every", model.moe_every, "model.n_layers", model.n_layers)
         if not 1 <= model.top_k <= model.n_experts:
             raise ConfigError(f"model.top_k is {model.top_k}: choose 1 to model.n_experts, which is {model.n_experts}")
-    return Layout(dp, tp, ep)
+    if layout.moe_chunks < 0:
+        raise ConfigError(f"layout.moe_chunks is {layout.moe_chunks}; give 1 or more, or 0 for the library's choice")
+    return Layout(dp, tp, ep, layout.moe_dedup, layout.moe_chunks)
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

@@ -29,6 +29,7 @@ from training.errors import BY_NAME, ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from pycomm.group import Group, Work
+    from pycomm.moe import ExpertParallel
 
 Axis = Literal["tp", "ep"] | None
 SLOW_S = 600.0  # a deadline for waits on another rank's disk or on what only rank 0 does
@@ -122,6 +123,7 @@ class Mesh:
         self.dp = self._axis("dp", layout.dp, color=tp_index)
         self.ep = self._axis("ep", layout.ep, color=replica * layout.tp + tp_index)
         self.expert_replicas = self._axis("expert_replicas", world.size // layout.ep, color=ep_index)
+        self.exchanges: dict[tuple[int, int, int], ExpertParallel] = {}  # of moe.py: one for all layers that are alike
         self._with_rank_0: dict[Axis, bool] = {
             None: world.rank == 0,
             "tp": dp_index == 0,
@@ -156,10 +158,13 @@ class Mesh:
         return list(distinct.values())
 
     def blocked_s(self) -> float:
-        return sum(group.blocked_s for group in self.groups)
+        exchanges = sum(exchange.waits.blocked_s for exchange in self.exchanges.values())
+        return exchanges + sum(group.blocked_s for group in self.groups)
 
     def close(self) -> None:
-        """Closes the axes; the world stays its owner's."""
+        """Closes the exchanges and the axes; the world stays its owner's."""
+        for exchange in self.exchanges.values():
+            exchange.close()
         for group in self._own:
             group.close()
 

@@ -9,6 +9,9 @@
 #include "cpu/coding.h"
 #include "cpu/reduce.h"
 
+// A product is rounded before it is added, on every machine (rows.h).
+#pragma GCC optimize("fp-contract=off")
+
 namespace pycomm::cpu {
 namespace {
 
@@ -31,9 +34,37 @@ void require_inside(const char* what, const std::vector<Rows>& sources, const in
   }
 }
 
-// In a function of its own, so that the compiler cannot fuse it with the addition that follows.
-[[gnu::noinline]] void multiply(float* out, const float* in, float factor, size_t n) {
-  for (size_t k = 0; k < n; ++k) out[k] = in[k] * factor;
+inline float widen(float x) { return x; }
+inline float widen(uint16_t bf16) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bf16) << 16);
+}
+
+// sum += row * factor, widened, multiplied and added in one pass: a third of the time of three.
+template <class T>
+[[gnu::always_inline]] inline void add_product_loop(float* sum, const T* row, float factor,
+                                                    size_t n) {
+  for (size_t k = 0; k < n; ++k) {
+    const float product = widen(row[k]) * factor;
+    sum[k] += product;
+  }
+}
+
+#if defined(__x86_64__)
+[[gnu::target("avx2")]] void add_product_avx2(float* sum, const float* row, float f, size_t n) {
+  add_product_loop(sum, row, f, n);
+}
+[[gnu::target("avx2")]] void add_product_avx2(float* sum, const uint16_t* row, float f, size_t n) {
+  add_product_loop(sum, row, f, n);
+}
+#endif
+
+template <class T>
+void add_product(float* sum, const T* row, float factor, size_t n) {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
+  if (has_avx2) return add_product_avx2(sum, row, factor, n);
+#endif
+  add_product_loop(sum, row, factor, n);
 }
 
 }  // namespace
@@ -77,16 +108,15 @@ void combine_rows(void* out, DType out_dtype, const std::vector<Rows>& sources, 
       for (int64_t j = offsets[i]; j < offsets[i + 1]; ++j) {
         const std::byte* row = sources[static_cast<size_t>(source[j])].data +
                                (static_cast<size_t>(rows[j]) * width + begin) * in_size;
-        const auto* values = reinterpret_cast<const float*>(row);
-        if (dtype != DType::float32) {
+        const float factor = weights != nullptr ? weights[j] : 1.0f;
+        if (dtype == DType::float32) {
+          add_product(sum.data(), reinterpret_cast<const float*>(row), factor, count);
+        } else if (dtype == DType::bfloat16) {
+          add_product(sum.data(), reinterpret_cast<const uint16_t*>(row), factor, count);
+        } else {
           to_float32(term.data(), row, count, dtype);
-          values = term.data();
+          add_product(sum.data(), term.data(), factor, count);
         }
-        if (weights != nullptr) {
-          multiply(term.data(), values, weights[j], count);
-          values = term.data();
-        }
-        reduce(sum.data(), sum.data(), values, count, DType::float32, ReduceOp::sum);
       }
       std::byte* place =
           static_cast<std::byte*>(out) + (static_cast<size_t>(i) * width + begin) * out_size;

@@ -26,7 +26,9 @@ class Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, ep: ExpertParallel, plan: ExchangePlan
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.ep, ctx.plan, ctx.weights_shape = ep, plan, weights.shape
-        return ep.expand("dispatch", plan, x), ep.move_weights("dispatch", plan, weights), x.new_empty(0)
+        arriving = ep.start_weights("dispatch", plan, weights)  # beside the rows
+        rows = ep.expand("dispatch", plan, x)
+        return rows, arriving(), x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:

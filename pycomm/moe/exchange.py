@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -136,6 +137,7 @@ class ExpertParallel:
             dedup != "host" or host_group is not None,
             "dedup='host' needs a pycomm.Group, whose ranks share memory inside a host",
         )
+        self._host_group = host_group
         direct = Direct(self.waits)
         self._transports: dict[Dedup, Transport] = {"rank": direct}
         if layout != "rank":
@@ -252,6 +254,11 @@ class ExpertParallel:
             drop=self.drop,
         )
 
+    def close(self) -> None:
+        """Closes the group of this host's ranks; the group that was given stays its owner's."""
+        if self._host_group is not None:
+            self._host_group.close()
+
     # Choice.
 
     def choice(self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2) -> Choice:
@@ -364,12 +371,23 @@ class ExpertParallel:
         travels_as = torch.bfloat16 if self.wire and rows.dtype.itemsize > 2 else rows.dtype
         return self._transports[plan.mode].reduce(stage, plan, rows, weights, home_weights, travels_as)
 
-    def move_weights(self, stage: str, plan: ExchangePlan, weights: Tensor) -> Tensor:
-        """[n_slots]: the weights [T, K] of this rank's experts' slots."""
-        leg = plan.scalars
+    def start_weights(self, stage: str, plan: ExchangePlan, weights: Tensor) -> Callable[[], Tensor]:
+        """Begins to move the weights [T, K] to the ranks of their experts; what it returns waits and gives [n_slots],
+        those of this rank's experts."""
+        leg, group, name = plan.scalars, self.group, f"{stage}, weights"
         slots = weights.new_empty(plan.n_slots)
-        self.waits.all_to_all(f"{stage}, weights", slots, weights.flatten()[leg.index], leg.receives[0], leg.sends[0])
-        return slots
+        sent = weights.flatten()[leg.index]
+        if not isinstance(group, Group) or group.size == 1 or self._geometry.n_hosts == 1:
+            self.waits.all_to_all(name, slots, sent, leg.receives[0], leg.sends[0])
+            return lambda: slots
+        work = self.waits.start_all_to_all(group, name, slots, sent, leg.receives[0], leg.sends[0])
+
+        def arrived() -> Tensor:
+            with self.waits.stage(name):
+                work.wait()
+            return slots
+
+        return arrived
 
     def return_weights(self, stage: str, plan: ExchangePlan, slots: Tensor) -> Tensor:
         """[T*K]: the other way, 0 for slots that went nowhere."""

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument
@@ -21,6 +23,7 @@ from pycomm.moe.placement import Geometry, Places
 from pycomm.moe.rows import Terms
 
 Layout = Literal["expert", "rank", "token"]
+Ints = NDArray[Any]  # of int64, or truth values; numpy, since an operation of some thousand takes half of torch's time
 Counts = tuple[tuple[int, ...], ...]  # [chunk][peer]
 
 
@@ -135,25 +138,28 @@ class _Planner:
         self.n_tokens, self.top_k = n_tokens, everyone.shape[1]
         bounds = _bounds(list(n_tokens))
         self.begin, self.end = bounds[self.me], bounds[self.me + 1]
-        counts = torch.tensor(n_tokens)
-        self.source = torch.arange(self.world).repeat_interleave(counts)
-        self.token = torch.arange(len(everyone)) - torch.tensor(bounds[:-1])[self.source]
-        self.chunk = self.token * request.n_chunks // counts.clamp(min=1)[self.source]
+        counts = np.array(n_tokens)
+        self.source = np.repeat(np.arange(self.world), counts)
+        self.token = np.arange(len(everyone)) - np.array(bounds[:-1])[self.source]
+        self.chunk = self.token * request.n_chunks // np.maximum(counts, 1)[self.source]
         self.idx = everyone[self.begin : self.end]
-        self.place, column = self.places.route(everyone, self.source + self.token)
-        self.column = column
+        place, column = self.places.route(everyone, torch.from_numpy(self.source + self.token))
+        self.place, self.column = place.numpy(), column.numpy()
+        self.rank_of, self.host_of, self.local_of = (
+            table.numpy() for table in (self.places.rank, self.places.host, self.places.local)
+        )
         self.lost = int((self.place == self.places.n).sum())
         if request.max_tokens is not None:
             self._keep_to_capacity(request.max_tokens)
 
     def _keep_to_capacity(self, max_tokens: int) -> None:
-        flat = self.place.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.places.n + 1)
-        position = torch.empty_like(flat)
-        position[order] = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[flat[order]]
+        flat = self.place.reshape(-1)
+        order = flat.argsort(kind="stable")
+        counts = np.bincount(flat, minlength=self.places.n + 1)
+        position = np.empty_like(flat)
+        position[order] = np.arange(len(flat)) - (counts.cumsum() - counts)[flat[order]]
         over = (position >= max_tokens) & (flat < self.places.n)
-        if not bool(over.any()):
+        if not over.any():
             return
         if not self.request.drop:
             first = int(flat[over].min())
@@ -163,9 +169,10 @@ class _Planner:
                 f"raise it to {int(counts[:-1].max())}, or pass drop=True to leave them out and count them"
             )
         self.lost += int(over.sum())
-        self.place = torch.where(over.view_as(self.place), self.places.n, self.place)
-        self.place, again = self.place.sort(dim=-1, stable=True)
-        self.column = self.column.gather(1, again)
+        self.place = np.where(over.reshape(self.place.shape), self.places.n, self.place)
+        again = self.place.argsort(-1, kind="stable")
+        self.place = np.take_along_axis(self.place, again, -1)
+        self.column = np.take_along_axis(self.column, again, -1)
 
     def plan(self) -> ExchangePlan:
         request = self.request
@@ -173,8 +180,7 @@ class _Planner:
         self._lay_out()
         self._find_home()
         scalars = self._scalars()
-        none: Tensor = torch.empty(0, dtype=torch.int64)
-        slots_leave, on_host = none, None
+        slots_leave, on_host = np.empty(0, np.int64), None
         partials: tuple[Terms, ...] = ()
         if request.mode == "host":
             leg, expansions, partials, home, on_host = self._through_hosts()
@@ -194,22 +200,22 @@ class _Planner:
             layout=request.layout,
             n_chunks=request.n_chunks,
             topk_idx=self.idx,
-            expert_counts=self.expert_counts,
-            expert_offsets=self.expert_offsets,
-            sizes=tuple(self.expert_offsets.diff().tolist()),
+            expert_counts=_tensor(self.expert_counts),
+            expert_offsets=_tensor(self.expert_offsets),
+            sizes=tuple(np.diff(self.expert_offsets).tolist()),
             dropped=self.lost,
             n_slots=len(self.slot_global),
             n_out=len(self.slot_of_out),
-            slot_of_out=self.slot_of_out,
-            slot_expert=self.slot_local,
-            slot_row=self.slot_row,
-            slot_of_row=self._slots_of_rows(),
+            slot_of_out=_tensor(self.slot_of_out),
+            slot_expert=_tensor(self.slot_local),
+            slot_row=_tensor(self.slot_row),
+            slot_of_row=_tensor(self._slots_of_rows()),
             scalars=scalars,
-            home_weights=self.home_weight,
+            home_weights=_tensor(self.home_weight),
             leg=leg,
             expansions=expansions,
             partials=partials,
-            slots_leave=slots_leave,
+            slots_leave=_tensor(slots_leave),
             home=home,
             one_host=self.geometry.n_hosts == 1 and len(self.host_token) == self.end - self.begin,
             on_host=on_host,
@@ -218,53 +224,53 @@ class _Planner:
     # What this rank's experts take.
 
     def _find_slots(self) -> None:
-        here = self.places.rank[self.place] == self.me
-        self.slot_global, k = here.nonzero(as_tuple=True)
-        self.slot_local = self.places.local[self.place[self.slot_global, k]]
+        here = self.rank_of[self.place] == self.me
+        self.slot_global, k = here.nonzero()
+        self.slot_local = self.local_of[self.place[self.slot_global, k]]
         first = _starts_run(self.slot_global)
-        self.slot_row = first.cumsum(0) - 1
+        self.slot_row = first.cumsum() - 1
         self.row_global = self.slot_global[first]
-        self.row_bounds = torch.cat([first.nonzero().flatten(), torch.tensor([len(first)])])
+        self.row_bounds = np.append(first.nonzero()[0], len(first))
 
     def _lay_out(self) -> None:
         request, n = self.request, len(self.slot_global)
-        self.expert_counts = torch.bincount(self.slot_local, minlength=request.n_local)
+        self.expert_counts = np.bincount(self.slot_local, minlength=request.n_local)
         padded = -(-self.expert_counts // request.align) * request.align
-        self.expert_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), padded.cumsum(0)])
+        self.expert_offsets = np.append(0, padded.cumsum())
         if request.layout == "rank":
             self.slot_of_out, self.out_of_slot = self.row_bounds[:-1], self.slot_row
         elif request.layout == "token":
-            self.slot_of_out = self.out_of_slot = torch.arange(n)
+            self.slot_of_out = self.out_of_slot = np.arange(n)
         else:
-            order = self.slot_local.argsort(stable=True)
-            within = torch.arange(n) - (self.expert_counts.cumsum(0) - self.expert_counts)[self.slot_local[order]]
-            self.out_of_slot = torch.empty(n, dtype=torch.int64)
+            order = self.slot_local.argsort(kind="stable")
+            within = np.arange(n) - (self.expert_counts.cumsum() - self.expert_counts)[self.slot_local[order]]
+            self.out_of_slot = np.empty(n, np.int64)
             self.out_of_slot[order] = self.expert_offsets[self.slot_local[order]] + within
-            self.slot_of_out = torch.full((int(self.expert_offsets[-1]),), -1)
-            self.slot_of_out[self.out_of_slot] = torch.arange(n)
+            self.slot_of_out = np.full(self.expert_offsets[-1], -1)
+            self.slot_of_out[self.out_of_slot] = np.arange(n)
 
-    def _slots_of_rows(self) -> Tensor:
-        table = torch.full((len(self.row_global), self.top_k), -1)
-        table[self.slot_row, torch.arange(len(self.slot_row)) - self.row_bounds[self.slot_row]] = torch.arange(
+    def _slots_of_rows(self) -> Ints:
+        table = np.full((len(self.row_global), self.top_k), -1)
+        table[self.slot_row, np.arange(len(self.slot_row)) - self.row_bounds[self.slot_row]] = np.arange(
             len(self.slot_row)
         )
         return table
 
-    def _partial_sums(self, rows: Tensor) -> Terms:
+    def _partial_sums(self, rows: Ints) -> Terms:
         """Sums over output rows, one for each of these rows of this rank."""
         if self.request.layout == "rank":  # the caller made them
-            return Terms(torch.zeros_like(rows), rows, torch.arange(len(rows) + 1), 1)
-        lengths = self.row_bounds.diff()[rows]
+            return _terms(np.zeros_like(rows), rows, np.ones_like(rows), 1)
+        lengths = np.diff(self.row_bounds)[rows]
         slots = _ranges(self.row_bounds[rows], lengths)
-        return _terms(torch.zeros_like(slots), self.out_of_slot[slots], lengths, self.top_k)
+        return _terms(np.zeros_like(slots), self.out_of_slot[slots], lengths, self.top_k)
 
     # What this rank's tokens need.
 
     def _find_home(self) -> None:
         place = self.place[self.begin : self.end]
-        self.home_token, k = (place < self.places.n).nonzero(as_tuple=True)
+        self.home_token, k = (place < self.places.n).nonzero()
         at = place[self.home_token, k]
-        self.home_rank, self.home_host = self.places.rank[at], self.places.host[at]
+        self.home_rank, self.home_host = self.rank_of[at], self.host_of[at]
         self.home_weight = self.home_token * self.top_k + self.column[self.begin : self.end][self.home_token, k]
         first = _starts_run(self.home_token, self.home_rank)
         self.rank_token, self.rank_rank = self.home_token[first], self.home_rank[first]
@@ -273,90 +279,89 @@ class _Planner:
         first = _starts_run(self.rank_token, rank_host)
         self.host_token, self.host_host = self.rank_token[first], rank_host[first]
         self.ranks_a_host = _run_lengths(first)
-        self.hosts_a_token = torch.bincount(self.host_token, minlength=self.end - self.begin)
+        self.hosts_a_token = np.bincount(self.host_token, minlength=self.end - self.begin)
 
-    def _home_levels(self, sent_rows: Tensor | None, sent_slots: Tensor | None) -> tuple[Terms, ...]:
+    def _home_levels(self, sent_rows: Ints | None, sent_slots: Ints | None) -> tuple[Terms, ...]:
         """Sums over what came back, where this rank's rows or slots stand at these positions: slots to ranks' sums, to
         hosts' sums, to tokens."""
         levels = []
         if sent_slots is not None:
-            levels.append(_terms(torch.zeros_like(sent_slots), sent_slots, self.slots_a_rank, self.top_k))
-        rows = torch.arange(len(self.rank_token)) if sent_rows is None else sent_rows
-        levels.append(_terms(torch.zeros_like(rows), rows, self.ranks_a_host, self.top_k))
-        hosts = torch.arange(len(self.host_token))
-        levels.append(_terms(torch.zeros_like(hosts), hosts, self.hosts_a_token, self.top_k))
+            levels.append(_terms(np.zeros_like(sent_slots), sent_slots, self.slots_a_rank, self.top_k))
+        rows = np.arange(len(self.rank_token)) if sent_rows is None else sent_rows
+        levels.append(_terms(np.zeros_like(rows), rows, self.ranks_a_host, self.top_k))
+        hosts = np.arange(len(self.host_token))
+        levels.append(_terms(np.zeros_like(hosts), hosts, self.hosts_a_token, self.top_k))
         return tuple(levels)
 
     def _scalars(self) -> Leg:
-        order = self.home_rank.argsort(stable=True)
-        sends = torch.bincount(self.home_rank, minlength=self.world)
-        receives = torch.bincount(self.source[self.slot_global], minlength=self.world)
-        return Leg(self.home_weight[order], (tuple(sends.tolist()),), (tuple(receives.tolist()),))
+        order = self.home_rank.argsort(kind="stable")
+        sends = np.bincount(self.home_rank, minlength=self.world)
+        receives = np.bincount(self.source[self.slot_global], minlength=self.world)
+        return Leg(_tensor(self.home_weight[order]), (tuple(sends.tolist()),), (tuple(receives.tolist()),))
 
     # Straight from rank to rank.
 
-    def _direct(self, token: Tensor, rank: Tensor, arriving: Tensor) -> tuple[Leg, Tensor, Tensor]:
+    def _direct(self, token: Ints, rank: Ints, arriving: Ints) -> tuple[Leg, Ints, Ints]:
         """The leg of items that this rank sends (their token here, their rank) and gets (their number among all
         tokens); the position of each that it gets, and of each that it sends."""
         n_chunks = self.request.n_chunks
         index, sends, sent = _by_chunk(self.chunk[self.begin :][token], rank, token, n_chunks, self.world)
         _, receives, arrival = _by_chunk(self.chunk[arriving], self.source[arriving], arriving, n_chunks, self.world)
-        return Leg(index, sends, receives), arrival, sent
+        return Leg(_tensor(index), sends, receives), arrival, sent
 
-    def _expand_arrivals(self, arrival: Tensor, item_global: Tensor, rows: bool) -> tuple[Expansion, ...]:
+    def _expand_arrivals(self, arrival: Ints, item_global: Ints, rows: bool) -> tuple[Expansion, ...]:
         item = self._item_of_out(rows)
-        position = torch.where(item < 0, -1, arrival[item.clamp(min=0)] if len(arrival) else -1)
-        chunk = torch.where(item < 0, 0, self.chunk[item_global[item.clamp(min=0)]] if len(arrival) else 0)
-        return _by_chunk_of_output(chunk, torch.zeros_like(item), position, self.request.n_chunks)
+        position = np.where(item < 0, -1, arrival[item.clip(0)] if len(arrival) else -1)
+        chunk = np.where(item < 0, 0, self.chunk[item_global[item.clip(0)]] if len(arrival) else 0)
+        return _by_chunk_of_output(chunk, np.zeros_like(item), position, self.request.n_chunks)
 
-    def _item_of_out(self, rows: bool) -> Tensor:
+    def _item_of_out(self, rows: bool) -> Ints:
         if not rows or len(self.slot_row) == 0:
             return self.slot_of_out
-        return torch.where(self.slot_of_out < 0, -1, self.slot_row[self.slot_of_out.clamp(min=0)])
+        return np.where(self.slot_of_out < 0, -1, self.slot_row[self.slot_of_out.clip(0)])
 
     # Once to each host, and inside it over shared memory.
 
     def _through_hosts(self) -> tuple[Leg, tuple[Expansion, ...], tuple[Terms, ...], tuple[Terms, ...], OnHost]:
         geometry, n_chunks = self.geometry, self.request.n_chunks
-        mine, host_index = geometry.host, torch.tensor(geometry.host_index)
+        mine, host_index = geometry.host, np.array(geometry.host_index)
         members = geometry.members[mine]
         me = geometry.local_index[self.me]
-        gateways = torch.tensor([geometry.gateway(rank, mine) for rank in range(self.world)])
-        local_index = torch.tensor(geometry.local_index)
+        gateways = np.array([geometry.gateway(rank, mine) for rank in range(self.world)])
+        local_index = np.array(geometry.local_index)
 
         # All tokens that this host's experts need, those of its own ranks first, then chunk by chunk.
-        needs = self.places.rank[self.place].unsqueeze(-1) == torch.tensor(members)  # [tokens, K, ranks of the host]
-        needs = needs.any(1)
-        seen = needs.any(1).nonzero().flatten()
+        needs = (self.rank_of[self.place][:, :, None] == np.array(members)).any(1)  # [tokens, ranks of the host]
+        seen = needs.any(1).nonzero()[0]
         foreign = host_index[self.source[seen]] != mine
-        stage = torch.where(foreign, 1 + self.chunk[seen], 0)
-        order = stage.argsort(stable=True)
+        stage = np.where(foreign, 1 + self.chunk[seen], 0)
+        order = stage.argsort(kind="stable")
         seen, stage, foreign = seen[order], stage[order], foreign[order]
         needs = needs[seen]
         position = needs.cumsum(0) - 1  # of each token among the partial sums of each rank
-        via = local_index[torch.where(foreign, gateways[self.source[seen]], self.source[seen])]
-        held = torch.nn.functional.one_hot(via, len(members)).bool() & foreign.unsqueeze(1)
-        held_position = (held.cumsum(0) - 1).gather(1, via.unsqueeze(1)).squeeze(1)
+        via = local_index[np.where(foreign, gateways[self.source[seen]], self.source[seen])]
+        held = (via[:, None] == np.arange(len(members))) & foreign[:, None]
+        held_position = (held.cumsum(0) - 1)[np.arange(len(via)), via]
 
         # Dispatch: source q is what rank q of the host staged of its own, source L + q what it holds as a gateway.
-        source = torch.where(foreign, len(members) + via, via)
-        row = torch.where(foreign, held_position, self.token[seen])
-        number = torch.full((len(self.source),), -1)
-        number[seen] = torch.arange(len(seen))
+        source = np.where(foreign, len(members) + via, via)
+        row = np.where(foreign, held_position, self.token[seen])
+        number = np.full(len(self.source), -1)
+        number[seen] = np.arange(len(seen))
         item = self._item_of_out(rows=True)
-        at = number[self.row_global[item.clamp(min=0)]] if len(self.row_global) else torch.full_like(item, -1)
+        at = number[self.row_global[item.clip(0)]] if len(self.row_global) else np.full_like(item, -1)
         pad = item < 0
-        safe = at.clamp(min=0)
+        safe = at.clip(0)
         expansions = _by_chunk_of_output(
-            torch.where(pad, 0, stage[safe]) if len(seen) else torch.zeros_like(item),
-            torch.where(pad, 0, source[safe]) if len(seen) else torch.zeros_like(item),
-            torch.where(pad, -1, row[safe]) if len(seen) else torch.full_like(item, -1),
+            np.where(pad, 0, stage[safe]) if len(seen) else np.zeros_like(item),
+            np.where(pad, 0, source[safe]) if len(seen) else np.zeros_like(item),
+            np.where(pad, -1, row[safe]) if len(seen) else np.full_like(item, -1),
             n_chunks + 1,
         )
 
         # This rank's tokens to the gateways of other hosts.
         away = self.host_host != mine
-        to = torch.tensor([geometry.gateway(self.me, host) for host in range(geometry.n_hosts)])
+        to = np.array([geometry.gateway(self.me, host) for host in range(geometry.n_hosts)])
         token = self.host_token[away]
         index, sends, sent = _by_chunk(
             self.chunk[self.begin :][token], to[self.host_host[away]], token, n_chunks, self.world
@@ -367,23 +372,23 @@ class _Planner:
         )
 
         # Combine.
-        row_of = torch.full((len(self.source),), -1)
-        row_of[self.row_global] = torch.arange(len(self.row_global))
+        row_of = np.full(len(self.source), -1)
+        row_of[self.row_global] = np.arange(len(self.row_global))
         partials = tuple(
             self._partial_sums(row_of[seen[(stage == number) & needs[:, me]]]) for number in range(n_chunks + 1)
         )
 
-        def over_ranks(chosen: Tensor) -> Terms:
-            token, rank = needs[chosen].nonzero(as_tuple=True)
+        def over_ranks(chosen: Ints) -> Terms:
+            token, rank = needs[chosen].nonzero()
             rows = position[chosen][token, rank]
             return _terms(rank, rows, needs[chosen].sum(1), self.top_k)
 
         gateway = tuple(over_ranks(mine_to_hold & (stage == 1 + number)) for number in range(n_chunks))
         own = over_ranks(self.source[seen] == self.me)
-        hosts_row = torch.empty(len(self.host_host), dtype=torch.int64)
-        hosts_row[~away] = torch.arange(int((~away).sum()))
+        hosts_row = np.empty(len(self.host_host), np.int64)
+        hosts_row[~away] = np.arange(int((~away).sum()))
         hosts_row[away] = sent
-        home = (_terms(away.long(), hosts_row, self.hosts_a_token, self.top_k),)
+        home = (_terms(away.astype(np.int64), hosts_row, self.hosts_a_token, self.top_k),)
         on_host = OnHost(
             staged=tuple(self.n_tokens[rank] for rank in members),
             arrived=tuple(held.sum(0).tolist()),
@@ -391,7 +396,7 @@ class _Planner:
             gateway=gateway,
             own=own,
         )
-        return Leg(index, sends, receives), expansions, partials, home, on_host
+        return Leg(_tensor(index), sends, receives), expansions, partials, home, on_host
 
 
 def _bounds(lengths: list[int]) -> tuple[int, ...]:
@@ -401,44 +406,48 @@ def _bounds(lengths: list[int]) -> tuple[int, ...]:
     return tuple(bounds)
 
 
-def _starts_run(*keys: Tensor) -> Tensor:
+def _starts_run(*keys: Ints) -> Ints:
     """Where any of the keys differs from the one before it."""
-    starts = torch.zeros(len(keys[0]), dtype=torch.bool)
+    starts = np.zeros(len(keys[0]), bool)
     starts[:1] = True
     for key in keys:
         starts[1:] |= key[1:] != key[:-1]
     return starts
 
 
-def _run_lengths(starts: Tensor) -> Tensor:
-    return torch.cat([starts.nonzero().flatten(), torch.tensor([len(starts)])]).diff()
+def _run_lengths(starts: Ints) -> Ints:
+    return np.diff(np.append(starts.nonzero()[0], len(starts)))
 
 
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+def _ranges(starts: Ints, lengths: Ints) -> Ints:
     """starts[0], starts[0] + 1, .. lengths[0] of them, then those of starts[1], .."""
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(ends[-1]) if len(ends) else 0) - (ends - lengths).repeat_interleave(lengths)
-    return starts.repeat_interleave(lengths) + within
+    ends = lengths.cumsum()
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    indices: Ints = np.repeat(starts, lengths) + within
+    return indices
 
 
-def _terms(source: Tensor, rows: Tensor, lengths: Tensor, most: int) -> Terms:
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return Terms(source.contiguous(), rows.contiguous(), offsets, most)
+def _terms(source: Ints, rows: Ints, lengths: Ints, most: int) -> Terms:
+    return Terms(_tensor(source), _tensor(rows), _tensor(np.append(0, lengths.cumsum())), most)
 
 
-def _by_chunk(chunk: Tensor, peer: Tensor, index: Tensor, n_chunks: int, n_peers: int) -> tuple[Tensor, Counts, Tensor]:
+def _by_chunk(chunk: Ints, peer: Ints, index: Ints, n_chunks: int, n_peers: int) -> tuple[Ints, Counts, Ints]:
     """index in order of (chunk, peer), the counts of each, and the position that each item then has."""
     key = chunk * n_peers + peer
-    order = key.argsort(stable=True)
-    counts = torch.bincount(key, minlength=n_chunks * n_peers).view(n_chunks, n_peers)
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order))
+    order = key.argsort(kind="stable")
+    counts = np.bincount(key, minlength=n_chunks * n_peers).reshape(n_chunks, n_peers)
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
     return index[order], tuple(tuple(row) for row in counts.tolist()), position
 
 
-def _by_chunk_of_output(chunk: Tensor, source: Tensor, rows: Tensor, n_chunks: int) -> tuple[Expansion, ...]:
+def _by_chunk_of_output(chunk: Ints, source: Ints, rows: Ints, n_chunks: int) -> tuple[Expansion, ...]:
     expansions = []
     for number in range(n_chunks):
-        to = (chunk == number).nonzero().flatten()
-        expansions.append(Expansion(to, source[to].contiguous(), rows[to].contiguous()))
+        to = (chunk == number).nonzero()[0]
+        expansions.append(Expansion(_tensor(to), _tensor(source[to]), _tensor(rows[to])))
     return tuple(expansions)
+
+
+def _tensor(values: Ints) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.int64))

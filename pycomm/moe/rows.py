@@ -91,8 +91,9 @@ def encode_fp8(x: Tensor) -> Tensor:
     found = blocks.abs().amax(-1, keepdim=True)
     finite = found.isfinite()
     largest = found.clamp(min=_SMALLEST)
-    to_code = torch.where(finite, _LARGEST / largest, 0.0)
-    scale = torch.where(finite, largest / _LARGEST, torch.nan)
+    most = torch.full_like(largest, _LARGEST)  # a number would be divided as its reciprocal's product
+    to_code = torch.where(finite, most / largest, 0.0)
+    scale = torch.where(finite, largest / most, torch.nan)
     codes = torch.where(finite, blocks * to_code, 0.0).to(torch.float8_e4m3fn).view(torch.uint8)
     coded[:, : codes[0].numel() if n else 0] = codes.flatten(1)
     coded[:, codes.shape[1] * BLOCK :] = scale.squeeze(-1).contiguous().view(torch.uint8).view(n, -1)

@@ -215,22 +215,24 @@ class ThroughHosts(Transport):
         assert plan.on_host is not None
         host, leg, width, shared = plan.on_host, plan.leg, rows.shape[1], self._shared
         partial = shared.take("partial", (host.partials[self._me], width), torch.float32)
-        with self._waits.stage(f"{stage}, partial sums inside the host"):
-            addresses = shared.addresses(partial).tolist()
-        sources = [
-            shared.view(member, addresses[member][0], (host.partials[member], width), torch.float32)
-            for member in range(self._host.size)
-        ]
+        sources: list[Tensor] = []
         local = plan.partials[0].n
         begins = [0, local]
         for terms in plan.partials[1:]:
             begins.append(begins[-1] + terms.n)
 
         def add_up(number: int) -> None:
+            """Returns once the sums of this chunk stand on all ranks of the host, in sources."""
             terms = plan.partials[number]
-            combine_rows(partial[begins[number] : begins[number + 1]], [rows], terms, _weights_of(terms, weights))
+            sums = partial[begins[number] : begins[number + 1]]
+            combine_rows(sums, [rows], terms, _weights_of(terms, weights))
             with self._waits.stage(f"{stage}, partial sums inside the host"):
-                shared.barrier()
+                if sources:
+                    shared.barrier()
+                    return
+                addresses = shared.addresses(partial).tolist()
+            for member, numbers in enumerate(host.partials):
+                sources.append(shared.view(member, addresses[member][0], (numbers, width), torch.float32))
 
         returned = rows.new_empty((leg.send_bounds[-1], width), dtype=travels_as)
         works = []

@@ -88,9 +88,8 @@ class MoeTrial:
     def __init__(self, group: RowsGroup, case: Case) -> None:
         assert case.moe is not None
         self._case, self._moe, self._rank, self._size = case, case.moe, group.rank, group.size
-        self._experts = ExpertParallel(
-            group, self._moe.experts, dedup="none", chunks=1
-        )  # the same rows for every library
+        # Without deduplication every library moves the same rows.
+        self._experts = ExpertParallel(group, self._moe.experts, dedup="none", chunks=1)
         self._x, self._topk = self._batch(self._rank)
         halves = torch.full((self._moe.top_k,), 0.5).cumprod(0)
         halves[-1:] = halves[-2:-1] if self._moe.top_k > 1 else 1.0

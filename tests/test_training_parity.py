@@ -71,6 +71,19 @@ def test_expert_parallel(single_process: Any) -> None:
     assert_same_curve(tiny(ep=4, model=MOE), 4, single_process(MOE))
 
 
+def curves_of_every_exchange(group: Any) -> list[Any]:
+    """Of the same run with tokens sent once an expert, once a rank, once a host, and the latter in pieces."""
+    config = tiny(ep=4, model=MOE)
+    ways = [("none", 1), ("rank", 1), ("host", 1), ("host", 3)]
+    layouts = [dataclasses.replace(config.layout, moe_dedup=dedup, moe_chunks=chunks) for dedup, chunks in ways]
+    return [curve(group, dataclasses.replace(config, layout=layout), 6) for layout in layouts]
+
+
+def test_every_exchange_gives_the_same_curve_bit_for_bit() -> None:
+    results = run_ranks(curves_of_every_exchange, 4, hosts=["a", "a", "b", "b"])
+    assert all(found == results[0][0] for result in results for found in result)
+
+
 def test_accumulation(single_process: Any) -> None:
     assert_same_curve(tiny(accumulation=4), 1, single_process({}))
 

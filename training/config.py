@@ -51,6 +51,8 @@ class LayoutConfig:
     ep: int = 1  # expert parallel ranks, taken from the data parallel ones; 0: as many as divide both
     zero: int = 0  # 1: optimizer state cut over data parallel ranks; 2: and gradients; 3: and parameters
     zero_ranks: int = 0  # over how many ranks, the rest hold copies (hybrid); 0: all
+    moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"  # copies of a token: one an expert, a rank, a host
+    moe_chunks: int = 0  # pieces of a micro-batch's exchange; 0: by the link's rate (docs/moe.md)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,8 @@ class Layout:
     ep: int
     cp: int = 1
     pp: int = 1
+    moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"
+    moe_chunks: int = 0
 
     def __str__(self) -> str:
         axes = [f"dp {self.dp}", f"tp {self.tp}"]
@@ -270,7 +274,9 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     stages_of(config)
     schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
     _check_zero(config, dp * cp, ep, tp)
-    return Layout(dp, tp, ep, cp, layout.pp)
+    if layout.moe_chunks < 0:
+        raise ConfigError(f"layout.moe_chunks is {layout.moe_chunks}; give 1 or more, or 0 for the library's choice")
+    return Layout(dp, tp, ep, cp, layout.pp, layout.moe_dedup, layout.moe_chunks)
 
 
 def _check_zero(config: Config, data_ranks: int, ep: int, tp: int) -> None:

@@ -33,6 +33,7 @@ from training.stages import Placement
 if TYPE_CHECKING:
     from pycomm.explain import Explanation
     from pycomm.group import Group, Work
+    from pycomm.moe import ExpertParallel
     from pycomm.overlap import WeightGradients
 
 Axis = Literal["tp", "ep", "tied"] | None
@@ -163,6 +164,7 @@ class Mesh:
         self.weight_gradients: WeightGradients | None = None  # of the forward or backward that runs, where put off
         self.world = MeteredGroup(world, "world")
         self._own: list[Group] = []
+        self.exchanges: dict[tuple[int, int, int], ExpertParallel] = {}  # of moe.py: one for all layers that are alike
         self._parts: list[MeteredGroup] = []
         self._by_partition: dict[tuple[Any, ...], MeteredGroup] = {(0,) * world.size: self.world}
         places = [_Place.of(rank, layout) for rank in range(world.size)]
@@ -249,10 +251,13 @@ class Mesh:
         found = dict.fromkeys(AXES, 0.0)
         for group in self.groups:
             found[group.name] += group.blocked_s
+        found[self.ep.name] += sum(exchange.waits.blocked_s for exchange in self.exchanges.values())
         return found
 
     def close(self) -> None:
-        """Closes the axes; the world stays its owner's."""
+        """Closes the exchanges and the axes; the world stays its owner's."""
+        for exchange in self.exchanges.values():
+            exchange.close()
         for group in self._own:
             group.close()
 

@@ -25,7 +25,12 @@ class MixtureOfExperts(ShardedModule):
         super().__init__(mesh)
         n, d, f = config.n_experts, config.d_model, config.expert_width
         self.config = config
-        self.exchange = ExpertParallel(mesh.ep, n)
+        if (n, d, config.top_k) not in mesh.exchanges:
+            layout = mesh.layout
+            mesh.exchanges[n, d, config.top_k] = ExpertParallel(
+                mesh.ep.group, n, d, config.top_k, dedup=layout.moe_dedup, chunks=layout.moe_chunks or "auto"
+            )
+        self.exchange = mesh.exchanges[n, d, config.top_k]
         self.router = self.new_parameter("router", ParamSpec((n, d), std))
         self.gate = self.new_parameter("gate", ParamSpec((n, f, d), std, "ep", 0))
         self.up = self.new_parameter("up", ParamSpec((n, f, d), std, "ep", 0))
@@ -48,7 +53,7 @@ class MixtureOfExperts(ShardedModule):
         outputs = [
             F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
             for rows, gate, up, down in zip(
-                dispatched.rows.split(dispatched.expert_counts), self.gate, self.up, self.down, strict=True
+                dispatched.rows.split(dispatched.sizes), self.gate, self.up, self.down, strict=True
             )
         ]
         return self.exchange.combine(torch.cat(outputs), dispatched).view_as(x), balance

@@ -15,6 +15,7 @@
 #include "torch/blocking.h"
 #include "torch/py_group.h"
 #include "torch/python.h"
+#include "torch/rows.h"
 #include "torch/tensors.h"
 #ifdef PYCOMM_WITH_CUDA
 #include "cuda/cuda.h"
@@ -172,6 +173,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return result;
       },
       py::arg("values"), py::arg("wire"), "What a rank that is sent these values reads.");
+
+  def_rows(m);
 
   py::class_<PyGroup> group(m, "Group");
   group

@@ -152,9 +152,12 @@ class TorchDistributed:
         output_counts: Sequence[int] | None = None,
         input_counts: Sequence[int] | None = None,
     ) -> None:
-        """As pycomm.moe.AllToAllGroup asks for."""
+        """This and all_gather() as pycomm.moe.RowsGroup asks for."""
         out_counts, in_counts = (None if each is None else list(each) for each in (output_counts, input_counts))
         dist.all_to_all_single(output, input, out_counts, in_counts, self._group)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> None:
+        dist.all_gather_into_tensor(output, input, self._group)
 
     def close(self) -> None: ...
 

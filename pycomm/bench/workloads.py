@@ -10,7 +10,7 @@ import torch
 from pycomm.bench.buffers import Array
 from pycomm.bench.cases import ALONE, COMPUTE, IN_PLACE, OUT_OF_PLACE, SERIAL, WINDOW, Case
 from pycomm.bench.trials import Call, LocalTrial, Memory, Nanoseconds, TimedAlone, Trial, timed
-from pycomm.moe import AllToAllGroup, Dispatched, ExpertParallel
+from pycomm.moe import Dispatched, ExpertParallel, RowsGroup
 
 _MATRIX = 64  # of the computation: its product takes some microseconds
 
@@ -21,7 +21,7 @@ class Calls(Protocol):
     name: str
 
     @property
-    def rows_group(self) -> AllToAllGroup: ...
+    def rows_group(self) -> RowsGroup: ...
 
     def call(self, case: Case, x: torch.Tensor, y: torch.Tensor, placement: str, async_op: bool = False) -> Call: ...
 
@@ -93,10 +93,11 @@ class MoeTrial:
     The oracle draws every rank's tokens and experts again. Weights are powers of two that add up to 1 and expert e
     multiplies by e % 4 + 1, so that the sums are exact in every floating type."""
 
-    def __init__(self, group: AllToAllGroup, case: Case) -> None:
+    def __init__(self, group: RowsGroup, case: Case) -> None:
         assert case.moe is not None
         self._case, self._moe, self._rank, self._size = case, case.moe, group.rank, group.size
-        self._experts = ExpertParallel(group, self._moe.experts)
+        # Without deduplication every library moves the same rows.
+        self._experts = ExpertParallel(group, self._moe.experts, dedup="none", chunks=1)
         self._x, self._topk = self._batch(self._rank)
         halves = torch.full((self._moe.top_k,), 0.5).cumprod(0)
         halves[-1:] = halves[-2:-1] if self._moe.top_k > 1 else 1.0
@@ -144,7 +145,7 @@ class MoeTrial:
 
     def _run_experts(self, dispatched: Dispatched) -> torch.Tensor:
         factors = torch.tensor([expert % 4 + 1 for expert in self._local_experts()])
-        counts = torch.tensor(dispatched.expert_counts)
+        counts = dispatched.expert_counts
         return dispatched.rows * factors.repeat_interleave(counts).unsqueeze(1).to(dispatched.rows.dtype)
 
     def _rows_expected(self) -> torch.Tensor:

@@ -1,0 +1,113 @@
+"""Rows by index, and their form on the wire: in C++ on CPU memory (csrc/cpu/rows.h), elsewhere in torch, same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pycomm import _C
+
+_SUMMED: Final = (torch.float32, torch.bfloat16, torch.float16)  # by the C++ kernels
+BLOCK: Final = 128  # values of one fp8 scale
+_SMALLEST: Final = 2.0**-100  # csrc/core/block_format.h: a block's maximum counts as at least this
+_LARGEST: Final = 448.0  # of e4m3
+
+
+def _native(*tensors: Tensor) -> bool:
+    """Not where torch traces or fakes its tensors: those have no memory."""
+    return all(type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tensor, to: Tensor | None = None) -> Tensor:
+    """out[to[i]] (without `to`: out[i]) becomes sources[source[i]][rows[i]], or zeros where rows[i] is -1; 2-D."""
+    if _native(out, *sources):
+        _C.copy_rows(out, sources, source, rows, to)
+        return out
+    if to is None:
+        to = torch.arange(len(rows), device=rows.device)
+    for number, each in enumerate(sources):
+        chosen = (source == number) & (rows >= 0)
+        out[to[chosen]] = each[rows[chosen]]
+    out[to[rows < 0]] = 0
+    return out
+
+
+@dataclass(frozen=True)
+class Terms:
+    """n sums: sum i is of terms offsets[i] .. offsets[i + 1] - 1, and term j is row rows[j] of source source[j].
+    All int64; most: the terms of the longest sum."""
+
+    source: Tensor
+    rows: Tensor
+    offsets: Tensor
+    most: int
+
+    @property
+    def n(self) -> int:
+        return len(self.offsets) - 1
+
+
+def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: Tensor | None = None) -> Tensor:
+    """out[i] = the sum of weights[j] × term j over sum i's terms in order: from 0, in fp32, the product rounded before
+    it is added, the sum rounded once to out's dtype. weights: float32, one a term; without them all are 1."""
+    if _native(out, *sources) and out.dtype in _SUMMED and all(each.dtype in _SUMMED for each in sources):
+        _C.combine_rows(out, sources, terms.source, terms.rows, terms.offsets, weights)
+        return out
+    total = torch.zeros(out.shape, device=out.device)
+    begin, count = terms.offsets[:-1], terms.offsets.diff()
+    stacked = torch.cat(list(sources))
+    start = torch.tensor([0, *(len(each) for each in sources)], device=out.device).cumsum(0)
+    place = start[terms.source] + terms.rows
+    for number in range(terms.most):
+        has = count > number
+        term = begin + torch.where(has, number, 0)
+        term = term.clamp(max=max(0, len(place) - 1))
+        value = stacked[place[term]].float()
+        if weights is not None:
+            value = value * weights[term].unsqueeze(1)
+        total = total + torch.where(has.unsqueeze(1), value, 0.0)
+    return out.copy_(total.to(out.dtype))
+
+
+def coded_width(width: int) -> int:
+    """Bytes of a row of so many values in fp8: the codes, 128 a block, then a float32 scale for each block."""
+    n_blocks = -(-width // BLOCK)
+    return n_blocks * (BLOCK + 4)
+
+
+def encode_fp8(x: Tensor) -> Tensor:
+    """x [n, H] as e4m3 codes with a scale per 128 values (csrc/core/block_format.h), uint8 [n, coded_width(H)]."""
+    n, width = x.shape
+    coded = torch.empty(n, coded_width(width), dtype=torch.uint8, device=x.device)
+    if _native(x) and x.dtype in _SUMMED:
+        _C.encode_rows(coded, x, "fp8")
+        return coded
+    blocks = F.pad(x.float(), (0, -width % BLOCK)).view(n, -1, BLOCK)
+    found = blocks.abs().amax(-1, keepdim=True)
+    finite = found.isfinite()
+    largest = found.clamp(min=_SMALLEST)
+    most = torch.full_like(largest, _LARGEST)  # a number would be divided as its reciprocal's product
+    to_code = torch.where(finite, most / largest, 0.0)
+    scale = torch.where(finite, largest / most, torch.nan)
+    codes = torch.where(finite, blocks * to_code, 0.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    coded[:, : codes[0].numel() if n else 0] = codes.flatten(1)
+    coded[:, codes.shape[1] * BLOCK :] = scale.squeeze(-1).contiguous().view(torch.uint8).view(n, -1)
+    return coded
+
+
+def decode_fp8(coded: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """What encode_fp8() was given, within |x|/16 or 1/458,752 of its block's largest value; [n, width] of dtype."""
+    n = len(coded)
+    if _native(coded) and dtype in _SUMMED:
+        out = torch.empty(n, width, dtype=dtype)
+        _C.decode_rows(out, coded, "fp8")
+        return out
+    n_blocks = -(-width // BLOCK)
+    codes = coded[:, : n_blocks * BLOCK].contiguous().view(torch.float8_e4m3fn).float().view(n, n_blocks, BLOCK)
+    scale = coded[:, n_blocks * BLOCK :].contiguous().view(torch.float32).view(n, n_blocks, 1)
+    return (codes * scale).view(n, -1)[:, :width].to(dtype)

@@ -1,0 +1,92 @@
+"""The collectives of an exchange: every wait is timed, and its error names this rank and the stage that it was in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pycomm.errors import InvalidArgument, PycommError
+from pycomm.group import Group
+
+
+class RowsGroup(Protocol):
+    """What an exchange needs of a group: pycomm.Group, or anything that wraps one. Deduplication by host, chunks and
+    overlap need a pycomm.Group itself."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_counts: Sequence[int] | None = None,
+        input_counts: Sequence[int] | None = None,
+    ) -> Any: ...
+    def all_gather(self, output: Tensor, input: Tensor) -> Any: ...
+
+
+class Waits:
+    """group's collectives for one exchange. blocked_s: seconds that callers have waited in them."""
+
+    def __init__(self, group: RowsGroup) -> None:
+        self.group = group
+        self.blocked_s = 0.0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        except InvalidArgument:
+            raise
+        except PycommError as error:
+            raise type(error)(f"moe: rank {self.group.rank} of {self.group.size}, {name}: {error}") from error
+        finally:
+            self.blocked_s += time.perf_counter() - started
+
+    def all_to_all(
+        self, name: str, output: Tensor, rows: Tensor, receives: Sequence[int], sends: Sequence[int]
+    ) -> None:
+        if self.group.size == 1:
+            output.copy_(rows)
+            return
+        with self.stage(name):
+            self.group.all_to_all(output, rows, receives, sends)
+
+    def start_all_to_all(
+        self, group: Group, name: str, output: Tensor, rows: Tensor, receives: Sequence[int], sends: Sequence[int]
+    ) -> Any:
+        """Begun, to be waited for within stage(). Straight from rank to rank, since rows were gathered already."""
+        with self.stage(name):
+            return group.all_to_all(output, rows, receives, sends, async_op=True, algorithm="pairwise")
+
+    def all_gather(self, name: str, mine: Tensor) -> Tensor:
+        """[ranks, *mine.shape]"""
+        gathered = mine.new_empty((self.group.size, *mine.shape))
+        if self.group.size == 1:
+            return gathered.copy_(mine.unsqueeze(0))
+        with self.stage(name):
+            self.group.all_gather(gathered, mine)
+        return gathered
+
+    def agree(self, name: str, problem: str | None, facts: Sequence[int], device: torch.device) -> Tensor:
+        """Every rank's facts, int64 [ranks, facts] on the CPU. Where any rank has a problem, all raise InvalidArgument
+        with the problems of all, by rank."""
+        text = (problem or "").encode()
+        everyone = self.all_gather(name, torch.tensor([len(text), *facts], dtype=torch.int64, device=device)).cpu()
+        longest = int(everyone[:, 0].max())
+        if longest == 0:
+            return everyone[:, 1:]
+        padded = torch.frombuffer(bytearray(text.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+        texts = self.all_gather(f"{name}, its errors", padded).cpu().numpy()
+        said = [(rank, bytes(each).rstrip(b"\0").decode()) for rank, each in enumerate(texts)]
+        if self.group.size == 1:
+            raise InvalidArgument(said[0][1])
+        raise InvalidArgument("; ".join(f"rank {rank}: {each}" for rank, each in said if each))

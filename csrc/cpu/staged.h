@@ -8,9 +8,10 @@
 //   take    copy what is mine out of the others' slots
 // An all_reduce is Rabenseifner's reduce-scatter and all-gather (ICCS 2004), fused by the block.
 //
-// Two copies by user code beat the one of process_vm_readv, which pays for each page, and a stage
-// larger than a core's own cache beats a small one, whose lines go back and forth between two such
-// caches (docs/performance.md has the figures).
+// Between cores that share a cache two copies by user code beat the one of process_vm_readv, which
+// pays for each page; between others they do not, which ways.h finds out. A stage larger than a
+// core's own cache beats a small one, whose lines go back and forth between two such caches
+// (docs/performance.md has the figures).
 //
 // Each rank counts the blocks of its steps, over all collectives: given, reduced, taken. A step
 // waits for counts of others, a slot is written again when all have taken what was in it. A rank

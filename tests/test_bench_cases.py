@@ -383,6 +383,7 @@ def test_a_scorecard_says_what_overlapping_gains() -> None:
     assert card.overlap == pytest.approx(0.8) and card.exposed_s == pytest.approx(10e-6)
     assert card.over_limit == pytest.approx(1.1)
     assert Scorecard(2.0, 1.0, 2.0, 2.0).overlap is None and Scorecard(1.0, 3.0, 4.0, 4.0).overlap == 0
+    assert Table(["gloo"]).heading(overlap.case)[1] == "# overlap_all_reduce"
     found = columns(Table(["gloo"]), overlap)
     cells = [found[name] for name in ("compute", "comm", "serial", "together", "exposed", "E_overlap")]
     assert cells == [["100.0"], ["40.00"], ["150.0"], ["110.0"], ["10.00"], ["80"]]

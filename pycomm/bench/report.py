@@ -27,8 +27,8 @@ class Table:
             columns = [(14, "compute"), *((11, name) for name in ("comm", "serial", "together", "exposed"))]
             units = [(14, "(us)"), *[(11, "(us)")] * 4, (10, "(%)"), (8, "")]
             columns += [(10, "E_overlap"), (8, "T/max")]
-            for name in self._baselines:
-                columns += [(12, name), (8, "T/max")]
+            for library in self._baselines:
+                columns += [(12, library), (8, "T/max")]
                 units += [(12, "(E, %)"), (8, "")]
             return ["#", name, _head() + _cells(columns), _head(units=True) + _cells(units)]
         timing = [(9, "time"), (8, "algbw"), (8, "busbw"), (7, "#wrong")]

@@ -28,7 +28,7 @@ BUILT := $(STAMPS)/built-torch-$(TORCH_VERSION)-cuda$(PYCOMM_CUDA)
 INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 # Folders too: their times change when a file is added or removed.
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
-CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
+CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/* tests/cc/fake_nccl/*))
 
 .PHONY: run test torch-suite benchmark lint format tsan asan models stress build clean
 .DELETE_ON_ERROR:

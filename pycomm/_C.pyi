@@ -176,6 +176,9 @@ class Backend(C10dBackend):
         self,
         group: Group,
         endpoint: Endpoint,
+        store: Store,
+        nccl_wheel: str,
+        hosts: list[str],
         split: Callable[[Store, list[int], str], Group],
         merge: Callable[[Store, int, int, str, float], Backend],
     ) -> None: ...

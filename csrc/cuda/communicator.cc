@@ -6,6 +6,7 @@ namespace pycomm::cuda {
 namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(100);
+constexpr auto kRevoke = std::chrono::seconds(5);  // no rank waits for another in it
 constexpr const char* kGone = "the communicator was aborted";
 
 }  // namespace
@@ -140,12 +141,14 @@ void Communicator::revoke() {
   {
     const std::lock_guard lock(mutex_);
     if (comm_ == nullptr || revoked_) return;
-    if (api_->comm_revoke != nullptr) {
-      revoked_ = true;
-      if (result(api_->comm_revoke(comm_, 0), "revoke").ok()) return;
-    }
+    revoked_ = api_->comm_revoke != nullptr && result(api_->comm_revoke(comm_, 0), "revoke").ok();
   }
-  abort();
+  if (!revoked_) return abort();
+  try {
+    settle("revoke", Clock::now() + kRevoke);  // until nothing on the device uses the memory
+  } catch (const Error&) {
+    abort();
+  }
 }
 
 void Communicator::abort() {

@@ -58,7 +58,7 @@ class Communicator {
   const std::string who_;
   std::mutex mutex_;  // held for one call of NCCL at a time
   NcclComm* comm_;    // nullptr once freed
-  bool revoked_ = false;
+  std::atomic<bool> revoked_{false};
   std::vector<std::shared_ptr<std::atomic<NcclComm*>>> children_;  // what NCCL may still write
 };
 

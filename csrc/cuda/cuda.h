@@ -48,7 +48,7 @@ Status pack(void* bucket, std::span<const Tensor> tensors, float scale, DType dt
 Status unpack(const void* bucket, std::span<const Tensor> tensors, float scale, DType dtype,
               void* stream);
 
-struct Device {
+struct DeviceInfo {
   std::string name;
   int major, minor;  // compute capability
   int n_multiprocessors;
@@ -60,7 +60,7 @@ struct Device {
 struct Info {
   int runtime_version = 0;  // the CUDA runtime inside the module: 13000 is 13.0
   int driver_version = 0;   // the newest CUDA that the driver serves
-  std::vector<Device> devices;
+  std::vector<DeviceInfo> devices;
   std::string device_problem;
   std::string nccl_path;
   int nccl_version = 0;  // 21805 is 2.18.5

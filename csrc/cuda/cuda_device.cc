@@ -97,7 +97,8 @@ class CudaDevice final : public Device {
     require(cudaStreamIsCapturing(as_stream(stream), &status), "cudaStreamIsCapturing");
     return status != cudaStreamCaptureStatusNone;
   }
-  void tolerate_captures() override {
+  void adopt_thread() override {
+    (void)cudaSetDevice(index_);
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     (void)cudaThreadExchangeStreamCaptureMode(&mode);
   }

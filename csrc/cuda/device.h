@@ -33,8 +33,9 @@ class Device {
   virtual bool passed(Event event) = 0;
   virtual double elapsed_s(Event from, Event to) = 0;  // REQUIRES: both have passed
   virtual bool capturing(Stream stream) = 0;  // into a graph: nothing on it can be asked for
-  // On the calling thread, until its end: what it asks does not disturb another thread's capture.
-  virtual void tolerate_captures() {}
+  // For a thread of the engine's own: makes the device current, and lets what it asks not disturb
+  // another thread's capture.
+  virtual void adopt_thread() {}
 
   virtual void* allocate(size_t nbytes) = 0;
   virtual void release(void* memory) = 0;

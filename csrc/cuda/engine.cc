@@ -49,7 +49,7 @@ class CudaWork final : public Work {
     }
     if (engine_->device_.is_host_memory() && stream == nullptr) return wait(kForever);
     if (operation_->on_own_stream) engine_->device_.wait(stream, operation_->end);
-    engine_->watch_->let_go(operation_);
+    if (stream != engine_->stream_) engine_->watch_->let_go(operation_);
   }
   bool done() const override { return operation_->done; }
   Status status() const override { return engine_->watch_->status(*operation_); }

@@ -135,7 +135,7 @@ void Watch::close(std::chrono::milliseconds patience) {
 }
 
 void Watch::loop() {
-  device_->tolerate_captures();
+  device_->adopt_thread();
   std::unique_lock lock(mutex_);
   while (!closing_) {
     if (!sweep(lock)) {

@@ -228,7 +228,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
       .def(py::init([](const PyGroup& group, const std::shared_ptr<cpu::Endpoint>& endpoint,
-                       const py::object& split, const py::object& merge) {
+                       const c10::intrusive_ptr<c10d::Store>& store, std::string nccl_wheel,
+                       std::vector<std::string> hosts, const py::object& split,
+                       const py::object& merge) {
              const auto callable = [](const std::shared_ptr<void>& keep) -> py::object& {
                return *static_cast<py::object*>(keep.get());
              };
@@ -245,9 +247,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                return callable(keep)(store, rank, size, name, timeout_s)
                    .template cast<c10::intrusive_ptr<PycommBackend>>();
              };
-             return c10::make_intrusive<PycommBackend>(group.group(), endpoint, std::move(makers));
+             return c10::make_intrusive<PycommBackend>(
+                 group.group(), endpoint,
+                 DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts)},
+                 std::move(makers));
            }),
-           py::arg("group"), py::arg("endpoint"), py::arg("split"), py::arg("merge"))
+           py::arg("group"), py::arg("endpoint"), py::arg("store"), py::arg("nccl_wheel"),
+           py::arg("hosts"), py::arg("split"), py::arg("merge"))
       .def_property_readonly("endpoint", &PycommBackend::endpoint)
       .def(
           "all_reduce_wire",

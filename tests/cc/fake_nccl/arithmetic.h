@@ -33,6 +33,7 @@ inline uint16_t narrow(double value, int exponent_bits) {
   const auto infinity = static_cast<uint16_t>(((1 << exponent_bits) - 1) << mantissa_bits);
   const double magnitude = std::fabs(value);
   if (std::isnan(value)) return infinity | 1;
+  if (magnitude == 0) return sign;
   int exponent = 0;
   std::frexp(magnitude, &exponent);
   exponent = std::max(exponent - 1, 1 - bias);

@@ -551,7 +551,9 @@ int ncclCommShrink(ncclComm* parent, int* excluded, int n_excluded, ncclComm** r
 int ncclCommRevoke(ncclComm* comm, int flags) {
   if (flags != 0) return kInvalidArgument;
   comm->revoked = true;
-  return kSuccess;
+  const std::lock_guard lock(comm->pending_mutex);
+  comm->pending = [comm] { return comm->running == 0; };
+  return kInProgress;
 }
 // The engine does not call these; that they are there is a feature.
 int ncclCommRegister() { return kSuccess; }

@@ -179,6 +179,8 @@ class Backend(C10dBackend):
         store: Store,
         nccl_wheel: str,
         hosts: list[str],
+        device_planner: Any,
+        hierarchical_nbytes: int | None,
         split: Callable[[Store, list[int], str], Group],
         merge: Callable[[Store, int, int, str, float], Backend],
     ) -> None: ...

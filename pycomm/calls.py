@@ -2,7 +2,7 @@
 
 A CallSchedule's calls are collectives over some of the ranks, on some of the chunks. expand() writes each as the
 transfers it promises, so check() proves a CallSchedule, and simulate() and the CPU engine run it, like any other;
-project_calls() gives a rank the calls themselves."""
+project.project_calls() gives a rank the calls themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from pycomm.errors import ScheduleError
-from pycomm.schedule import Schedule, Transfers, in_parallel, transfers
+from pycomm.schedule import TRANSFER, Schedule, Transfers, in_parallel, transfers
 from pycomm.topology import Topology
 
 TILES: Final = 4  # that many are under way at once: while one crosses hosts, the next is reduced inside them
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass(frozen=True)
 class CallSchedule:
-    """Calls by round. Those of one round touch different chunks, or other ranks; each reads what earlier rounds left."""
+    """Calls by round. Those of one round touch different chunks, or other ranks; each reads what earlier ones left."""
 
     collective: str
     algorithm: str
@@ -71,20 +71,17 @@ def runs(chunks: tuple[int, ...], n: int) -> list[tuple[int, ...]]:
 
 def _transfers(collective: str, part: tuple[int, ...], chunks: tuple[int, ...]) -> Transfers:
     """What one call promises. Sums take n-1 rounds, since only one transfer may write a value in a round."""
-    rounds, src, dst, chunk, reduce = [], [], [], [], []
     n = len(part)
     owned = [chunks] + [()] * (n - 1) if collective == "all_reduce" else runs(chunks, n)
+    rows = []  # round, src, dst, chunk, reduce
     for at, run in enumerate(owned):
-        for one in run:
-            for other in range(1, n):
-                rank = part[(at + other) % n]
-                if collective != "all_gather":
-                    rounds.append(other - 1), src.append(rank), dst.append(part[at])
-                    chunk.append(one), reduce.append(True)
-                if collective != "reduce_scatter":
-                    rounds.append(n - 1), src.append(part[at]), dst.append(rank)
-                    chunk.append(one), reduce.append(False)
-    return transfers(rounds, src, dst, chunk, reduce) if rounds else np.empty(0, transfers(0, 0, 1, 0).dtype)
+        for chunk in run:
+            others = [part[(at + distance) % n] for distance in range(1, n)]
+            if collective != "all_gather":
+                rows += [(turn, other, part[at], chunk, True) for turn, other in enumerate(others)]
+            if collective != "reduce_scatter":
+                rows += [(n - 1, part[at], other, chunk, False) for other in others]
+    return transfers(*zip(*rows, strict=True)) if rows else np.empty(0, TRANSFER)
 
 
 # ---- planners -------------------------------------------------------------------------------------------------------

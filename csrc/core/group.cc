@@ -241,7 +241,8 @@ Launch Group::bind(const Call& call) {
     case Collective::broadcast:
       launch.input_nbytes = launch.output_nbytes = nbytes;
       if (launch.program)
-        launch.layout = Layout::cut(call.numel, element, launch.program->n_chunks);
+        launch.layout = (launch.program->calls.empty() ? Layout::cut : Layout::cut_alike)(
+            call.numel, element, launch.program->n_chunks);
       break;
     case Collective::barrier:
       if (!launch.program) break;

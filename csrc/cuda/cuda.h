@@ -19,6 +19,7 @@
 #include "core/block_format.h"
 #include "core/dtype.h"
 #include "core/status.h"
+#include "cuda/peer_protocol.h"
 
 namespace pycomm::cuda {
 
@@ -47,6 +48,13 @@ struct Tensor {
 Status pack(void* bucket, std::span<const Tensor> tensors, float scale, DType dtype, void* stream);
 Status unpack(const void* bucket, std::span<const Tensor> tensors, float scale, DType dtype,
               void* stream);
+
+// One launch of peer_protocol.h's all_reduce for float32, float16 and bfloat16, computed in fp32
+// and rounded once; args.n_blocks is set here, alike on ranks that give one numel. Buffers: of
+// peer_buffer_nbytes(capacity), zeroed, 256-byte aligned, mapped by all ranks.
+// Errors: invalid_argument also where the ranks that share this device would not all fit on it.
+Status peer_all_reduce(PeerArguments args, DType dtype, bool two_shot, int n_ranks_on_device,
+                       void* stream);
 
 struct DeviceInfo {
   std::string name;

@@ -1,6 +1,7 @@
 #include "cuda/engine.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "cuda/reduction.h"
 
@@ -26,6 +27,11 @@ const std::byte* input_of(const Launch& launch) {
 std::byte* output_of(const Launch& launch) { return static_cast<std::byte*>(launch.output); }
 
 bool even(const Launch& launch) { return !launch.fingerprint.has_counts; }
+
+bool is_floating(DType dtype) {
+  return dtype == DType::float16 || dtype == DType::bfloat16 || dtype == DType::float32 ||
+         dtype == DType::float64 || dtype == DType::complex64 || dtype == DType::complex128;
+}
 
 bool goes_by_pieces(const Launch& launch) {
   const Collective collective = launch.fingerprint.collective;
@@ -84,13 +90,21 @@ CudaEngine::CudaEngine(EngineOptions options)
 }
 
 std::shared_ptr<CudaEngine> CudaEngine::create(EngineOptions options) {
-  return std::shared_ptr<CudaEngine>(new CudaEngine(std::move(options)));
+  // Its last owner may be a callback on the watch's thread, which cannot wait for its own end.
+  return std::shared_ptr<CudaEngine>(new CudaEngine(std::move(options)), [](CudaEngine* engine) {
+    if (engine->watch_->is_own_thread())
+      std::thread([engine] { delete engine; }).detach();
+    else
+      delete engine;
+  });
 }
 
 CudaEngine::~CudaEngine() {
   close();
   watch_.reset();
   for (const auto& [peer, pair] : pairs_) device_.free_stream(pair.stream);
+  for (const auto& [partition, layer] : layers_) device_.free_stream(layer.stream);
+  for (void* const memory : partials_) device_.release(memory);
   if (makes_stream_) device_.free_stream(stream_);
   device_.release(scratch_);
 }
@@ -133,6 +147,9 @@ std::shared_ptr<Work> CudaEngine::start_together(std::vector<Launch> launches,
   Device::Stream callers = nullptr;
   for (Launch& launch : launches) {
     const auto one = describe(launch);
+    if (launch.program != nullptr)
+      throw Error(Code::invalid_argument,
+                  me_ + ": " + one->what + " is of several steps and starts alone");
     operation->what += (operation->what.empty() ? "" : ", ") + one->what;
     operation->deadline = std::min(operation->deadline, launch.deadline);
     callers = launch.stream;
@@ -198,7 +215,7 @@ std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
     throw Error(Code::invalid_argument,
                 me_ + ": " + std::string(name_of(print.collective)) + ": " + text);
   };
-  if (launch.program != nullptr)
+  if (launch.program != nullptr && launch.program->calls.empty())
     refuse("algorithm '" + launch.program->algorithm +
            "' is one of the CPU engine's; leave the choice to NCCL");
   if (reduces(print.collective) && !reduction_of(print.dtype, print.op)) {
@@ -208,6 +225,9 @@ std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
                 ? "; convert it, to float32 or int32 for example"
                 : "; use sum, avg, product, min or max"));
   }
+  if (launch.program != nullptr && reduces(print.collective) && print.op == ReduceOp::avg &&
+      !is_floating(print.dtype))
+    refuse("the average of integers cannot be taken in two steps; use sum, or algorithm 'native'");
   auto operation = std::make_shared<Operation>();
   Fingerprint numbered = print;
   numbered.sequence = sequence_;
@@ -234,7 +254,10 @@ void CudaEngine::submit(const std::shared_ptr<Operation>& operation, Communicato
   if (of_group && has_last_ && last_stream_ != stream && !captured) device_.wait(stream, last_);
   device_.record(operation->begin, stream);
   try {
-    communicator.run(operation->what, operation->deadline, calls);
+    if (launches.size() == 1 && launches[0].program != nullptr)
+      run_program(launches[0], operation, stream);
+    else
+      communicator.run(operation->what, operation->deadline, calls);
   } catch (const Error& error) {
     // Part of it may be on its way on some ranks: nobody knows what the next would meet.
     watch_->fail(error.status());
@@ -426,6 +449,7 @@ void CudaEngine::close() {
   const auto until = Clock::now() + kFinish;
   const std::lock_guard lock(mutex_);
   for (auto& [peer, pair] : pairs_) pair.communicator->abort();
+  for (auto& [partition, layer] : layers_) layer.communicator->abort();
   if (communicator_ == nullptr) return;
   if (sound)
     communicator_->finish(until);

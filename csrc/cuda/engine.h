@@ -41,6 +41,9 @@ struct EngineOptions {
   int rank = 0;
   std::vector<std::string> hosts;  // by rank: which host it is on
   void* stream = nullptr;          // for start(); the engine makes one where there is none
+  // From this size on, in bytes, all_reduce, reduce_scatter and all_gather with even counts run as
+  // planned (hierarchical.cc) where ranks stand on several hosts; below it NCCL does the whole.
+  uint64_t planned_nbytes = UINT64_MAX;
 };
 
 class CudaEngine final : public Engine, public std::enable_shared_from_this<CudaEngine> {
@@ -49,7 +52,7 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   static std::shared_ptr<CudaEngine> create(EngineOptions options);
   ~CudaEngine() override;
 
-  uint64_t native_nbytes(Collective, bool) const override { return UINT64_MAX; }
+  uint64_t native_nbytes(Collective collective, bool even) const override;
   bool on_device() const override { return true; }
   bool spans_hosts() const override { return spans_hosts_; }
   void run(Launch launch) override;
@@ -88,6 +91,11 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
     std::shared_ptr<Communicator> communicator;
     Device::Stream stream;
   };
+  // The communicator of this rank's part of a partition, and what stands on its stream.
+  struct Layer {
+    std::shared_ptr<Communicator> communicator;
+    Device::Stream stream;
+  };
   explicit CudaEngine(EngineOptions options);
   // setup.cc
   std::shared_ptr<Communicator> communicator(Clock::time_point deadline);
@@ -109,6 +117,14 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   NcclResult enqueue(const Launch& launch, NcclComm* comm, Device::Stream stream) const;
   NcclResult enqueue_pieces(const Launch& launch, NcclComm* comm, Device::Stream stream) const;
   void copy_own(const Launch& launch, Device::Stream stream) const;
+  // hierarchical.cc
+  Layer& layer(const Partition& partition, const std::vector<int32_t>& part,
+               Clock::time_point deadline);
+  void run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
+                   Device::Stream stream);
+  struct Places;
+  NcclResult enqueue_call(const Launch& launch, const SubCall& call, Places& places, NcclComm* comm,
+                          Device::Stream stream) const;
   std::shared_ptr<Work> start_message(const Message& message, std::shared_ptr<void> keep_alive);
   void set_communicator(std::shared_ptr<Communicator> made);
   std::string who(int rank) const;  // "rank 2 (host b)"
@@ -128,6 +144,9 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   mutable std::mutex communicators_mutex_;
   std::shared_ptr<Communicator> communicator_;
   std::map<int, Pair> pairs_;
+  std::map<Partition, Layer> layers_;
+  std::vector<void*> partials_;  // for sums on their way; the last one is in use
+  uint64_t partial_nbytes_ = 0;
   uint64_t sequence_ = 0;
   uint64_t n_messages_ = 0;
   Device::Event last_ = nullptr;  // the end of the last operation on the group's communicator

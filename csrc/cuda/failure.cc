@@ -27,6 +27,7 @@ Status CudaEngine::look() {
     const std::lock_guard lock(communicators_mutex_);
     if (communicator_) all.push_back(communicator_);
     for (const auto& [peer, pair] : pairs_) all.push_back(pair.communicator);
+    for (const auto& [partition, layer] : layers_) all.push_back(layer.communicator);
   }
   for (const auto& communicator : all)
     if (const Status status = communicator->status(); !status.ok()) return status;
@@ -97,14 +98,15 @@ void CudaEngine::end_all(const Status& why) {
     }
   }
   std::shared_ptr<Communicator> of_group;
-  std::vector<std::shared_ptr<Communicator>> of_pairs;
+  std::vector<std::shared_ptr<Communicator>> others;
   {
     const std::lock_guard lock(communicators_mutex_);
     of_group = communicator_;
-    for (const auto& [peer, pair] : pairs_) of_pairs.push_back(pair.communicator);
+    for (const auto& [peer, pair] : pairs_) others.push_back(pair.communicator);
+    for (const auto& [partition, layer] : layers_) others.push_back(layer.communicator);
   }
   if (of_group) of_group->revoke();  // a new one may be made from it
-  for (const auto& communicator : of_pairs) communicator->abort();
+  for (const auto& communicator : others) communicator->abort();
 }
 
 }  // namespace pycomm::cuda

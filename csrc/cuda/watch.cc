@@ -18,8 +18,10 @@ Watch::Watch(std::shared_ptr<Device> device, Owner owner)
 
 Watch::~Watch() {
   close(std::chrono::milliseconds(0));
-  for (const auto& operation : dropped_)
+  for (const auto& operation : dropped_) {
     free_events_.insert(free_events_.end(), {operation->begin, operation->end});
+    free_events_.insert(free_events_.end(), operation->inner.begin(), operation->inner.end());
+  }
   for (const auto event : free_events_) device_->free_event(event);
 }
 
@@ -126,7 +128,8 @@ void Watch::close(std::chrono::milliseconds patience) {
   closing_ = true;
   changed_.notify_all();
   lock.unlock();
-  if (thread_.joinable() && thread_.get_id() != std::this_thread::get_id()) thread_.join();
+  if (is_own_thread()) return;  // a callback closes; whoever destroys this waits for the end
+  if (thread_.joinable()) thread_.join();
   lock.lock();
   const Status why =
       broken_.ok() ? Status{Code::closed, "the group was closed before this was done"} : broken_;
@@ -187,6 +190,7 @@ bool Watch::sweep(std::unique_lock<std::mutex>& lock) {
       ++stats_.ops;
       stats_.busy_s += operation->duration_s;
       free_events_.insert(free_events_.end(), {operation->begin, operation->end});
+      free_events_.insert(free_events_.end(), operation->inner.begin(), operation->inner.end());
     }
     finish(operation, std::move(status));
   }

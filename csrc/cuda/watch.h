@@ -25,8 +25,9 @@ struct Operation {
   int peer = -1;  // of a message
   Clock::time_point deadline;
   Device::Event begin = nullptr, end = nullptr;
-  bool on_own_stream = false;  // the caller's stream has not been made to wait for it yet
-  Clock::time_point since;     // when it came to the watch
+  std::vector<Device::Event> inner;  // between its parts
+  bool on_own_stream = false;        // the caller's stream has not been made to wait for it yet
+  Clock::time_point since;           // when it came to the watch
   // ----
   std::atomic<bool> done{false};
   Status status;                 // under the watch's lock until done
@@ -64,7 +65,8 @@ class Watch {
   void fail(const Status& why);
   Status broken() const;
   Stats stats() const;
-  // Ends the thread. wait(): first for what is under way, for so long.
+  bool is_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
+  // Ends the thread, after what is under way or `patience`.
   void close(std::chrono::milliseconds patience);
 
  private:

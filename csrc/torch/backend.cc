@@ -28,7 +28,13 @@ PycommBackend::PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::
       makers_(std::move(makers)),
       device_options_(std::move(device_options)) {}
 
-PycommBackend::~PycommBackend() = default;
+// The device's watch may want the GIL for the last tensors it holds.
+PycommBackend::~PycommBackend() {
+  if (device_side_ == nullptr) return;
+  std::optional<pybind11::gil_scoped_release> release;
+  if (Py_IsInitialized() && PyGILState_Check()) release.emplace();
+  device_side_.reset();
+}
 
 // ---- checks ----
 

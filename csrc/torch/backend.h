@@ -136,6 +136,10 @@ class PycommBackend final : public c10d::Backend {
   const Tensors& one_per_rank(const char* op, const char* what, const TensorLists& lists) const;
   WorkPtr message(Tensors& tensors, int peer, int tag, bool is_send);
 
+  // torch asks the backend of each device type for a part of it, or a merger; one serves them all.
+  bool made_already(const std::string& name, BackendPtr* made);
+  BackendPtr remember(const std::string& name, BackendPtr made);
+
   // backend_device.cc
   std::shared_ptr<DeviceSide> device_side() const;  // nullptr before the first tensor on a device
   DeviceSide& device_side(const c10::Device& device);
@@ -151,6 +155,9 @@ class PycommBackend final : public c10d::Backend {
   mutable std::mutex device_mutex_;
   std::shared_ptr<DeviceSide> device_side_;  // under device_mutex_
   const std::shared_ptr<FutureThreads> future_threads_ = std::make_shared<FutureThreads>();
+  std::string last_made_name_;
+  bool last_made_none_ = false;
+  c10::weak_intrusive_ptr<c10d::Backend> last_made_{BackendPtr()};
   std::atomic<int64_t> n_sparse_{0};
   bool coalescing_ = false;
   BackendWork::Works coalesced_;

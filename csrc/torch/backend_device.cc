@@ -41,8 +41,8 @@ PycommBackend::WorkPtr PycommBackend::launch_on_device(std::span<Plan> plans, co
   for (Plan& plan : plans) {
     plan.call.stream = side.current_stream();
     if (async && plan.call.finish)
-      plan.call.finish = [finish = std::move(plan.call.finish), owner = device_side()] {
-        owner->on_own_stream(finish);
+      plan.call.finish = [finish = std::move(plan.call.finish), &side] {
+        side.on_own_stream(finish);  // which is there: the engine ends only after the operation
       };
   }
   if (coalescing_) {

@@ -74,15 +74,32 @@ c10::intrusive_ptr<c10d::Backend::Options> PycommBackend::getBackendOptions() {
   return options;
 }
 
+bool PycommBackend::made_already(const std::string& name, BackendPtr* made) {
+  if (name.empty() || name != last_made_name_) return false;
+  last_made_name_.clear();
+  *made = last_made_.lock();
+  return *made != nullptr || last_made_none_;  // else it is gone, and this is another of its name
+}
+
+PycommBackend::BackendPtr PycommBackend::remember(const std::string& name, BackendPtr made) {
+  last_made_name_ = name;
+  last_made_none_ = made == nullptr;
+  last_made_ = c10::weak_intrusive_ptr<c10d::Backend>(made);
+  return made;
+}
+
 PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std::vector<int>& ranks,
                                                const c10::intrusive_ptr<Options>& opts) {
+  const std::string name = opts ? "split " + opts->group_name : "";
+  if (BackendPtr made; made_already(name, &made)) return made;
   const auto side = device_side();
   if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end()) {
     if (side) (void)side->split(device_options_, ranks, nullptr);  // NCCL wants all ranks
-    return nullptr;
+    return remember(name, nullptr);
   }
   DeviceSide::Options options = device_options_;
   options.store = store;
+  options.planned_nbytes = UINT64_MAX;  // it was planned for the ranks of this one
   options.hosts.clear();
   for (const int rank : ranks)
     options.hosts.push_back(device_options_.hosts[static_cast<size_t>(rank)]);
@@ -90,15 +107,17 @@ PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std:
   if (opts) group->set_timeout(opts->timeout);
   auto made = c10::make_intrusive<PycommBackend>(group, endpoint_, std::move(options), makers_);
   if (side) made->device_side_ = side->split(made->device_options_, ranks, group.get());
-  return made;
+  return remember(name, std::move(made));
 }
 
 PycommBackend::BackendPtr PycommBackend::merge(const StorePtr& store,
                                                const c10::intrusive_ptr<Options>& opts,
                                                const int& rank, const int& size) {
+  const std::string name = opts ? "merge " + opts->group_name : "";
+  if (BackendPtr made; made_already(name, &made)) return made;
   const auto timeout = opts ? opts->timeout : group_->timeout();
-  return makers_.merge(store, rank, size, opts ? opts->group_name : "merged",
-                       std::chrono::duration<double>(timeout).count());
+  return remember(name, makers_.merge(store, rank, size, opts ? opts->group_name : "merged",
+                                      std::chrono::duration<double>(timeout).count()));
 }
 
 uint64_t PycommBackend::getSequenceNumberForGroup() {

@@ -1,5 +1,6 @@
 #include "torch/device_side.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
@@ -47,18 +48,6 @@ std::shared_ptr<Store> store_of(const DeviceSide::Options& options) {
       c10::make_intrusive<c10d::PrefixStore>("device", options.store));
 }
 
-// The engine takes every collective as it is, whatever its size.
-Planner no_planner() {
-  return {[](Collective collective, int, bool) -> std::vector<std::pair<uint64_t, std::string>> {
-            throw Error(Code::invalid_argument,
-                        std::string(name_of(collective)) + " on devices is NCCL's to plan");
-          },
-          [](Collective, const std::string& algorithm, int, bool) -> Program {
-            throw Error(Code::invalid_argument,
-                        "algorithm '" + algorithm + "' is of CPU tensors; leave it to NCCL");
-          }};
-}
-
 }  // namespace
 
 bool DeviceSide::serves(const c10::Device& device) {
@@ -86,15 +75,17 @@ std::shared_ptr<DeviceSide> DeviceSide::create(const Options& options, const c10
   engine.name = like.name();
   engine.rank = like.rank();
   engine.hosts = options.hosts;
+  engine.planned_nbytes = options.planned_nbytes;
   auto self = prepare(options, device, &engine);
   self->engine_ = cuda::CudaEngine::create(std::move(engine));
   self->group_ = std::make_shared<Group>(like.name(), like.rank(), like.size(), self->engine_,
-                                         no_planner(), like.timeout());
+                                         options.planner, like.timeout());
   return self;
 }
 
 std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std::vector<int>& ranks,
                                               Group* like) {
+  const c10::DeviceGuard guard(device_);
   const auto deadline = Clock::now() + group_->timeout();
   if (!engine_->has_communicator()) return nullptr;  // the new group meets when it is used
   const auto hash = fnv1a(ranks.data(), ranks.size() * sizeof(int));
@@ -109,7 +100,7 @@ std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std:
   auto self = prepare(options, device_, &engine);
   self->engine_ = engine_->split(color, like->rank(), ranks, std::move(engine), deadline);
   self->group_ = std::make_shared<Group>(like->name(), like->rank(), like->size(), self->engine_,
-                                         no_planner(), like->timeout());
+                                         options.planner, like->timeout());
   return self;
 }
 

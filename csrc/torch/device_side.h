@@ -28,6 +28,8 @@ class DeviceSide {
     c10::intrusive_ptr<c10d::Store> store;  // the backend's own
     std::string nccl_wheel;                 // path of torch's libnccl.so.2, or empty
     std::vector<std::string> hosts;         // by rank
+    Planner planner;                        // pycomm/planning.py's DevicePlanning
+    uint64_t planned_nbytes = UINT64_MAX;   // as cuda::EngineOptions'
   };
 
   // Whether tensors of this device are ours.

@@ -21,14 +21,17 @@ class Heap {
   const std::string& instead() const { return memory_.instead; }  // of a memfd
   size_t capacity() const { return capacity_; }
 
-  // Page-aligned; pages are reserved here, so that a host out of memory shows as an Error and not
-  // as a SIGBUS later. Contents are zero the first time, then anything. nbytes 0 takes a page too.
+  // Page-aligned, from 2 MiB on in huge pages where the kernel gives them; pages are reserved here,
+  // so that a host out of memory shows as an Error and not as a SIGBUS later. Contents are zero the
+  // first time, then anything. nbytes 0 takes a page too.
   std::byte* allocate(size_t nbytes);
   void release(std::byte* data);  // REQUIRES: from allocate()
   std::byte* base() const;        // nullptr before the first allocation
   bool holds(const void* data) const;
 
  private:
+  void use_huge_pages(size_t offset, size_t nbytes);
+
   SharedMemory memory_;
   const size_t capacity_;
   mutable std::mutex mutex_;

@@ -4,8 +4,11 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstdint>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -64,8 +67,28 @@ SharedMemory make_shared_memory(const char* name, size_t nbytes, bool whole) {
 }
 
 namespace {
+// Begins at a multiple of a huge page, in a wider range of addresses that is taken first.
 Mapping map(int flags, int fd, size_t nbytes) {
-  void* data = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+  const size_t wide = nbytes + kHugePage;
+  void* range =
+      ::mmap(nullptr, wide, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* data = MAP_FAILED;
+  if (range != MAP_FAILED) {
+    const auto begin = reinterpret_cast<uintptr_t>(range);
+    const uintptr_t at = (begin + kHugePage - 1) / kHugePage * kHugePage;
+    data = ::mmap(reinterpret_cast<void*>(at), nbytes, PROT_READ | PROT_WRITE, flags | MAP_FIXED,
+                  fd, 0);
+    const int error = errno;
+    if (data == MAP_FAILED) {
+      ::munmap(range, wide);
+    } else {
+      const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+      const uintptr_t end = (at + nbytes + page - 1) / page * page;
+      if (at > begin) ::munmap(range, at - begin);
+      if (end < begin + wide) ::munmap(reinterpret_cast<void*>(end), begin + wide - end);
+    }
+    errno = error;
+  }
   if (data == MAP_FAILED)
     throw_errno(Code::internal, "mmap of " + std::to_string(nbytes) + " bytes of memory");
   return Mapping(data, nbytes);

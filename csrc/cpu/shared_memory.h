@@ -19,6 +19,8 @@ struct SharedMemory {
 // fills up later would show as SIGBUS. Memory of a memfd counts as the process's own, once touched.
 // Errors: Error(internal) naming what was refused and what to do.
 SharedMemory make_shared_memory(const char* name, size_t nbytes, bool whole = true);
+inline constexpr size_t kHugePage = 2 << 20;
+// Mappings begin at multiples of kHugePage.
 Mapping map_shared(int fd, size_t nbytes);
 Mapping map_own(size_t nbytes);  // of this process alone, sparse
 // The largest file this process may make (ulimit -f); shared memory counts as one.

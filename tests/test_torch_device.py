@@ -142,7 +142,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
         (lambda: dist.all_reduce(torch.ones(2, dtype=torch.int32), dist.ReduceOp.BXOR), "NCCL has no bxor of int32"),
         (lambda: dist.recv(torch.ones(2)), "name the source"),
         (lambda: dist.send(torch.ones(2), (rank + 1) % n, tag=3), "have no tag"),
-        (lambda: backend.all_reduce_wire(torch.ones(2), "sum", "fp8"), "a wire is of CPU tensors"),
+        (lambda: backend.all_reduce_wire(torch.ones(2), "sum", "fp8", torch.ones(2)), "are of CPU tensors"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             wrong()
@@ -254,4 +254,24 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
     assert average.unique().tolist() == [1.5]
     with pytest.raises(InvalidArgument, match="average of integers cannot be taken in two steps"):
         dist.all_reduce(torch.ones(3, dtype=torch.int64), dist.ReduceOp.AVG, planned)
+    # With a wire: all ranks get the same bits, off by no more than a code's step of each host's sum.
+    backend = planned._get_backend(torch.device("cpu"))
+    for numel in (1, 300, 40000):
+        for wire, relative in (("int8", 0.5 / 127), ("fp8", 1 / 16)):
+            for op in ("sum", "avg"):
+                x = torch.randn(numel, generator=torch.Generator().manual_seed(numel + rank))
+                exact = x.clone()
+                dist.all_reduce(exact, group=gloo)
+                largest = x.abs().max()
+                dist.all_reduce(largest, dist.ReduceOp.MAX, gloo)
+                backend.all_reduce_wire(x, op, wire).wait()
+                exact = exact / n if op == "avg" else exact
+                steps = 2 * 2 * largest.item() * relative * (1 / n if op == "avg" else 1)
+                assert 0 <= (x - exact).abs().max().item() <= steps * 1.001
+                assert numel == 1 or not torch.equal(x, exact)
+                everyone = [torch.empty(numel) for _ in range(n)]
+                dist.all_gather(everyone, x, group=gloo)
+                assert all(torch.equal(x, other) for other in everyone)
+    with pytest.raises(InvalidArgument, match="fp8 or int8"):
+        backend.all_reduce_wire(torch.ones(2), "sum", "bf16").wait()
     assert switches.fake_nccl_n_communicators() == 3  # the group's, inside hosts, across

@@ -155,20 +155,24 @@ const Program* Group::program(Collective collective, const std::string& algorith
 Launch Group::bind(const Call& call) {
   check(call);
   if (call.wire != Wire::none) check_wire(call);
-  if (engine_->on_device() && (call.wire != Wire::none || call.must_be_finite))
+  const bool on_device = engine_->on_device();
+  if (on_device && (call.residual != nullptr || call.must_be_finite))
     throw Error(Code::invalid_argument,
                 std::string(name_of(call.collective)) + " in group '" + name_ +
-                    "': a wire is of CPU tensors; on devices values move as they are");
-  const bool coded = call.wire != Wire::none && engine_->spans_hosts();
+                    "': wire_residual and wire_nonfinite are of CPU tensors; leave them out");
+  const bool crosses_coded = call.wire != Wire::none && engine_->spans_hosts();
+  const bool coded = crosses_coded && !on_device;  // a device's engine codes by itself
   // Engines on host memory convert fp8; a device's reduces what it is given, or refuses.
-  const bool widens = reduces(call.collective) && !engine_->on_device();
+  const bool widens = reduces(call.collective) && !on_device;
   const DType dtype = coded ? DType::float32 : widens ? reduced_as(call.dtype) : call.dtype;
   const size_t element = size_of(dtype);
   const bool exchange = call.collective == Collective::all_to_all;
   const bool uneven = !call.counts.empty();
   Launch launch;
   launch.dtype = dtype;
-  if (coded) {
+  if (crosses_coded && on_device) {
+    launch.wire = call.wire;
+  } else if (coded) {
     launch.wire = call.wire;
     launch.residual = call.residual;
   } else if (call.residual != nullptr) {
@@ -202,8 +206,8 @@ Launch Group::bind(const Call& call) {
                                             std::to_string(native_limit) + " bytes" +
                                             (uneven ? " with uneven counts" : "") +
                                             " in this group; leave the algorithm to the group");
-  const bool native = (size_ > 1 || engine_->on_device()) && native_limit > 0 &&
-                      nbytes <= native_limit &&
+  const bool native = (size_ > 1 || on_device) && !(on_device && crosses_coded) &&
+                      native_limit > 0 && nbytes <= native_limit &&
                       (call.algorithm.empty() || call.algorithm == kNative);
   if (!native && call.collective != Collective::barrier) {
     // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could

@@ -38,6 +38,11 @@ Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode
 Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
                   bool accumulate, void* stream);
 
+// dst[i] = factor * the sum of value i over n_forms quantised forms of numel values each, which lie
+// stride_bytes apart: in fp32, in their order, rounded once. REQUIRES: as dequantise.
+Status dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      DType dtype, BlockCode code, float factor, void* stream);
+
 struct Tensor {
   void* data;
   size_t numel;

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "core/status.h"
+#include "cuda/cuda.h"
 #include "cuda/device.h"
 
 namespace pycomm::cuda {
@@ -13,6 +14,10 @@ void require(cudaError_t error, const char* what) {
   (void)cudaGetLastError();  // reported here; the next launch must not report it again
   throw Error(Code::internal, std::string(what) + ": " + cudaGetErrorName(error) + ": " +
                                   cudaGetErrorString(error));
+}
+
+void require(const Status& status) {
+  if (!status.ok()) throw Error(status);
 }
 
 // Makes a device current, and what was current again at its end.
@@ -114,6 +119,17 @@ class CudaDevice final : public Device {
     const Current current(index_);
     require(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDeviceToDevice, as_stream(stream)),
             "cudaMemcpyAsync");
+  }
+  void quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
+                Stream stream) override {
+    const Current current(index_);
+    require(cuda::quantise(dst, src, numel, dtype, code, stream));
+  }
+  void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      DType dtype, BlockCode code, float factor, Stream stream) override {
+    const Current current(index_);
+    require(
+        cuda::dequantise_sum(dst, src, n_forms, stride_bytes, numel, dtype, code, factor, stream));
   }
   void in_order(Stream, std::function<void()> work) override { work(); }
 

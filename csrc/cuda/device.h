@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "core/block_format.h"
 #include "core/dtype.h"
 
 namespace pycomm::cuda {
@@ -40,6 +41,12 @@ class Device {
   virtual void* allocate(size_t nbytes) = 0;
   virtual void release(void* memory) = 0;
   virtual void copy(void* dst, const void* src, size_t nbytes, Stream stream) = 0;
+  // What cuda.h's functions of these names do.
+  virtual void quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
+                        Stream stream) = 0;
+  virtual void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes,
+                              size_t numel, DType dtype, BlockCode code, float factor,
+                              Stream stream) = 0;
   // Runs `work`, which does something to the memory after what is on the stream. It enqueues that
   // itself; a device of host memory calls it in its turn.
   virtual void in_order(Stream stream, std::function<void()> work) = 0;

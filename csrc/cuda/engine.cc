@@ -215,6 +215,11 @@ std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
     throw Error(Code::invalid_argument,
                 me_ + ": " + std::string(name_of(print.collective)) + ": " + text);
   };
+  if (launch.wire != Wire::none && (print.collective != Collective::all_reduce ||
+                                    (launch.wire != Wire::fp8 && launch.wire != Wire::int8) ||
+                                    (print.op != ReduceOp::sum && print.op != ReduceOp::avg)))
+    refuse(std::string("wire '") + name_of(launch.wire) +
+           "': on devices sum and avg of all_reduce have a wire, fp8 or int8");
   if (launch.program != nullptr && launch.program->calls.empty())
     refuse("algorithm '" + launch.program->algorithm +
            "' is one of the CPU engine's; leave the choice to NCCL");

@@ -123,6 +123,12 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   void run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
                    Device::Stream stream);
   struct Places;
+  void code(const Launch& launch, const SubCall& call, const Places& places, std::byte* forms,
+            Device::Stream stream) const;
+  NcclResult exchange_forms(const Launch& launch, const SubCall& call, std::byte* forms,
+                            NcclComm* comm, Device::Stream stream) const;
+  void sum_forms(const Launch& launch, const SubCall& call, Places& places, std::byte* forms,
+                 Device::Stream stream) const;
   NcclResult enqueue_call(const Launch& launch, const SubCall& call, Places& places, NcclComm* comm,
                           Device::Stream stream) const;
   std::shared_ptr<Work> start_message(const Message& message, std::shared_ptr<void> keep_alive);

@@ -36,6 +36,68 @@ struct CudaEngine::Places {
   }
 };
 
+namespace {
+
+// What crosses hosts: in these schedules all_reduce and nothing else.
+bool is_coded(const Launch& launch, const SubCall& call) {
+  return launch.wire != Wire::none && call.collective == Collective::all_reduce &&
+         call.ranks.size() > 1;
+}
+
+uint64_t numel_of(const Launch& launch, int chunk) {
+  return launch.layout.nbytes(chunk) / size_of(launch.fingerprint.dtype);
+}
+
+uint64_t form_nbytes(const Launch& launch, int chunk) {
+  const auto nbytes = static_cast<uint64_t>(
+      quantised_nbytes(static_cast<int64_t>(numel_of(launch, chunk)), block_code(launch.wire)));
+  return (nbytes + 15) / 16 * 16;
+}
+
+}  // namespace
+
+// A coded all_reduce of a chunk: each rank codes its sum, all get all codes, and each adds what
+// they stand for, its own too, in rank order: so all ranks end with the same bits. `forms`: this
+// rank's own, then all ranks', for each chunk.
+void CudaEngine::code(const Launch& launch, const SubCall& call, const Places& places,
+                      std::byte* forms, Device::Stream stream) const {
+  for (const int chunk : call.chunks) {
+    device_.quantise(forms, places.read(chunk), numel_of(launch, chunk), launch.fingerprint.dtype,
+                     block_code(launch.wire), stream);
+    forms += form_nbytes(launch, chunk) * (call.ranks.size() + 1);
+  }
+}
+
+NcclResult CudaEngine::exchange_forms(const Launch& launch, const SubCall& call, std::byte* forms,
+                                      NcclComm* comm, Device::Stream stream) const {
+  NcclResult result = NcclResult::success;
+  for (const int chunk : call.chunks) {
+    const uint64_t nbytes = form_nbytes(launch, chunk);
+    if (nbytes > 0) {
+      const NcclResult one =
+          options_.api->all_gather(forms, forms + nbytes, nbytes, NcclDType::uint8, comm, stream);
+      if (one != NcclResult::success && one != NcclResult::in_progress) result = one;
+    }
+    forms += nbytes * (call.ranks.size() + 1);
+  }
+  return result;
+}
+
+void CudaEngine::sum_forms(const Launch& launch, const SubCall& call, Places& places,
+                           std::byte* forms, Device::Stream stream) const {
+  const auto n = static_cast<int>(call.ranks.size());
+  // The sums inside hosts are averages already.
+  const float factor = launch.op == ReduceOp::avg ? 1.0f / static_cast<float>(n) : 1.0f;
+  for (const int chunk : call.chunks) {
+    const uint64_t nbytes = form_nbytes(launch, chunk);
+    device_.dequantise_sum(places.write(chunk), forms + nbytes, n, static_cast<int64_t>(nbytes),
+                           numel_of(launch, chunk), launch.fingerprint.dtype,
+                           block_code(launch.wire), factor, stream);
+    places.written[static_cast<size_t>(chunk)] = true;
+    forms += nbytes * (call.ranks.size() + 1);
+  }
+}
+
 uint64_t CudaEngine::native_nbytes(Collective collective, bool even) const {
   const bool planned = collective == Collective::all_reduce ||
                        collective == Collective::reduce_scatter ||
@@ -68,10 +130,21 @@ void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operati
                 std::vector<bool>(static_cast<size_t>(program.n_chunks), false),
                 std::vector<uint64_t>(static_cast<size_t>(program.n_chunks), 0)};
   uint64_t needed = 0;
+  const auto take = [&](uint64_t nbytes) {
+    return std::exchange(needed, needed + (nbytes + 15) / 16 * 16);
+  };
   for (int chunk = 0; chunk < program.n_chunks; ++chunk) {
     if (places.in_result(chunk)) continue;
-    places.partial_offset[static_cast<size_t>(chunk)] = needed;
-    needed += (places.nbytes(chunk) + 15) / 16 * 16;
+    places.partial_offset[static_cast<size_t>(chunk)] = take(places.nbytes(chunk));
+  }
+  std::vector<uint64_t> forms_offset;  // by step, of those whose values are coded
+  for (const Step& step : program.steps) {
+    const SubCall& call = program.calls[static_cast<size_t>(step.call)];
+    uint64_t nbytes = 0;
+    if (is_coded(launch, call))
+      for (const int chunk : call.chunks)
+        nbytes += form_nbytes(launch, chunk) * (call.ranks.size() + 1);
+    forms_offset.push_back(take(nbytes));
   }
   if (needed > partial_nbytes_) {
     // What is under way still uses the old one, which stays.
@@ -102,11 +175,18 @@ void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operati
       const auto& [event, of] = ends[static_cast<size_t>(program.deps[step.dep_begin + d])];
       if (of != on.stream) device_.wait(on.stream, event);
     }
-    on.communicator->run(
-        operation->what + ", step " + std::to_string(i) + " of " +
-            std::to_string(program.steps.size()) + " (" + name_of(call.collective) + ")",
-        operation->deadline,
-        [&](NcclComm* comm) { return enqueue_call(launch, call, at, comm, on.stream); });
+    std::byte* const forms =
+        static_cast<std::byte*>(partials_.empty() ? nullptr : partials_.back()) + forms_offset[i];
+    const bool coded = is_coded(launch, call);
+    if (coded) code(launch, call, at, forms, on.stream);
+    on.communicator->run(operation->what + ", step " + std::to_string(i) + " of " +
+                             std::to_string(program.steps.size()) + " (" +
+                             name_of(call.collective) + ")",
+                         operation->deadline, [&](NcclComm* comm) {
+                           return coded ? exchange_forms(launch, call, forms, comm, on.stream)
+                                        : enqueue_call(launch, call, at, comm, on.stream);
+                         });
+    if (coded) sum_forms(launch, call, at, forms, on.stream);
     ends[i] = {mark(on.stream), on.stream};
   }
   for (const Device::Stream on : entered) device_.wait(stream, mark(on));

@@ -127,6 +127,93 @@ TEST(quantise_and_dequantise_give_the_hosts_bits) {
       }
 }
 
+TEST(dequantise_sum_adds_forms_in_order_and_rounds_once) {
+  for (const DType dtype : kDTypes)
+    for (const BlockCode code : {BlockCode::int8, BlockCode::e4m3})
+      for (const size_t numel : kNumels) {
+        const auto n = static_cast<int64_t>(numel);
+        const int64_t stride = (quantised_nbytes(n, code) + 15) / 16 * 16;
+        const Memory forms(static_cast<size_t>(3 * stride)), out(numel * size_of(dtype));
+        for (int form = 0; form < 3; ++form) {
+          const Memory x(values(numel, dtype, static_cast<unsigned>(10 + form)), 0);
+          require(
+              cuda::quantise(forms.data() + form * stride, x.data(), numel, dtype, code, nullptr));
+          require(cudaDeviceSynchronize());
+        }
+        require(cuda::dequantise_sum(out.data(), forms.data(), 3, stride, numel, dtype, code, 0.5f,
+                                     nullptr));
+        require(cudaDeviceSynchronize());
+        const auto bytes = forms.read();
+        std::vector<float> sums(numel);
+        for (int64_t i = 0; i < n; ++i) {
+          float sum = 0;
+          for (int form = 0; form < 3; ++form) {
+            const char* const at = bytes.data() + form * stride;
+            float to_value;
+            std::memcpy(&to_value, at + scales_offset(n, code) + i / kBlockNumel * 4, 4);
+            sum += decode(code, static_cast<uint8_t>(at[i]), to_value);
+          }
+          sums[static_cast<size_t>(i)] = sum * 0.5f;
+        }
+        std::vector<char> expected(numel * size_of(dtype));
+        if (dtype == DType::float32)
+          std::memcpy(expected.data(), sums.data(), expected.size());
+        else
+          cpu::from_float32(expected.data(), sums.data(), numel, dtype);
+        EXPECT_TRUE(out.read() == expected);
+      }
+}
+
+TEST(all_reduce_of_peers_on_one_device) {
+  for (const int n : {2, 4})
+    for (const bool two_shot : {false, true})
+      for (const int64_t numel : {1, 1001, 16384}) {
+        const int64_t capacity = (numel * 4 + 15) / 16 * 16;
+        std::vector<std::unique_ptr<Memory>> buffers, tensors;
+        std::vector<cudaStream_t> streams(static_cast<size_t>(n));
+        cuda::PeerArguments args{};
+        args.n_ranks = n;
+        args.capacity = capacity;
+        args.numel = numel;
+        args.op = ReduceOp::sum;
+        args.timeout_ns = 5'000'000'000;
+        for (int rank = 0; rank < n; ++rank) {
+          buffers.push_back(
+              std::make_unique<Memory>(static_cast<size_t>(cuda::peer_buffer_nbytes(capacity))));
+          args.buffers[rank] = buffers.back()->data();
+          require(cudaMemset(args.buffers[rank], 0,
+                             static_cast<size_t>(cuda::peer_buffer_nbytes(capacity))));
+          require(cudaStreamCreateWithFlags(&streams[static_cast<size_t>(rank)],
+                                            cudaStreamNonBlocking));
+        }
+        require(cudaDeviceSynchronize());
+        for (uint32_t epoch = 1; epoch <= 4; ++epoch) {
+          tensors.clear();
+          std::vector<char> expected;
+          for (int rank = 0; rank < n; ++rank) {
+            const auto x = values(static_cast<size_t>(numel), DType::float32,
+                                  epoch * 10 + static_cast<unsigned>(rank));
+            tensors.push_back(std::make_unique<Memory>(x, 0));
+            if (rank == 0)
+              expected = x;
+            else
+              cpu::reduce(expected.data(), expected.data(), x.data(), static_cast<size_t>(numel),
+                          DType::float32, ReduceOp::sum);
+          }
+          for (int rank = 0; rank < n; ++rank) {
+            args.rank = rank;
+            args.epoch = epoch;
+            args.input = args.output = tensors[static_cast<size_t>(rank)]->data();
+            require(cuda::peer_all_reduce(args, DType::float32, two_shot, n,
+                                          streams[static_cast<size_t>(rank)]));
+          }
+          require(cudaDeviceSynchronize());
+          for (const auto& tensor : tensors) EXPECT_TRUE(tensor->read() == expected);
+        }
+        for (const auto stream : streams) require(cudaStreamDestroy(stream));
+      }
+}
+
 TEST(pack_and_unpack_move_every_element_once) {
   for (const DType dtype : kDTypes) {
     std::vector<std::unique_ptr<Memory>> memory;

@@ -199,7 +199,8 @@ TEST(dtypes_and_operations_that_nccl_lacks_are_refused_before_anything_is_sent) 
     std::vector<float> y{5, 6};
     Call named = all_reduce(y.data(), y.size());
     named.wire = Wire::fp8;
-    EXPECT_THROWS("a wire is of CPU tensors", rank.group.run(named));
+    named.must_be_finite = true;
+    EXPECT_THROWS("wire_nonfinite are of CPU tensors", rank.group.run(named));
     EXPECT_EQ(rank.engine->sequence(), 0u);
     // Both kinds still move, and logic of bools works.
     Call moved = call_of(Collective::broadcast, DType::int16, small, small);

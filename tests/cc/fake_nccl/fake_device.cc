@@ -1,5 +1,6 @@
 // A pycomm::cuda::Device of host memory: each stream is a thread that runs what is on it in turn,
 // later by fake_device_delay(). A null stream is the host itself.
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -8,6 +9,7 @@
 
 #include "core/status.h"
 #include "cuda/device.h"
+#include "fake_nccl/arithmetic.h"
 #include "fake_nccl/fake_nccl.h"
 
 namespace {
@@ -113,12 +115,57 @@ class HostDevice final : public pycomm::cuda::Device {
   void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
     in_order(stream, [=] { std::memmove(dst, src, nbytes); });
   }
+  void quantise(void* dst, const void* src, size_t numel, pycomm::DType dtype,
+                pycomm::BlockCode code, Stream stream) override {
+    in_order(stream, [=] {
+      auto* const codes = static_cast<uint8_t*>(dst);
+      const auto n = static_cast<int64_t>(numel);
+      for (int64_t first = 0; first < n; first += pycomm::kBlockNumel) {
+        int32_t largest = 0;
+        for (int64_t i = first; i < std::min(n, first + pycomm::kBlockNumel); ++i)
+          largest = std::max(largest, pycomm::magnitude_bits(value(src, i, dtype)));
+        const auto scale = pycomm::block_scale(largest, code);
+        for (int64_t i = first; i < first + pycomm::kBlockNumel; ++i)
+          codes[i] = pycomm::encode(code, i < n ? value(src, i, dtype) : 0.0f, scale.to_code);
+        std::memcpy(codes + pycomm::scales_offset(n, code) + first / pycomm::kBlockNumel * 4,
+                    &scale.to_value, 4);
+      }
+    });
+  }
+  void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      pycomm::DType dtype, pycomm::BlockCode code, float factor,
+                      Stream stream) override {
+    in_order(stream, [=] {
+      const auto n = static_cast<int64_t>(numel);
+      for (int64_t i = 0; i < n; ++i) {
+        float sum = 0;
+        for (int form = 0; form < n_forms; ++form) {
+          const auto* const codes = static_cast<const uint8_t*>(src) + form * stride_bytes;
+          float to_value;
+          std::memcpy(&to_value,
+                      codes + pycomm::scales_offset(n, code) + i / pycomm::kBlockNumel * 4, 4);
+          sum += pycomm::decode(code, codes[i], to_value);
+        }
+        sum *= factor;
+        if (dtype == pycomm::DType::float32)
+          static_cast<float*>(dst)[i] = sum;
+        else
+          static_cast<uint16_t*>(dst)[i] =
+              fake::narrow(sum, dtype == pycomm::DType::float16 ? 5 : 8);
+      }
+    });
+  }
   void in_order(Stream stream, std::function<void()> work) override {
     if (stream == nullptr) return work();
     thread(stream)->push(std::move(work));
   }
 
  private:
+  static float value(const void* array, int64_t i, pycomm::DType dtype) {
+    if (dtype == pycomm::DType::float32) return static_cast<const float*>(array)[i];
+    return static_cast<float>(fake::widen(static_cast<const uint16_t*>(array)[i],
+                                          dtype == pycomm::DType::float16 ? 5 : 8));
+  }
   static ThreadStream* thread(Stream stream) {
     return static_cast<ThreadStream*>(static_cast<FakeStream*>(stream));
   }

@@ -3,7 +3,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <memory>
 #include <random>
+#include <stdexcept>
 
 #include "cpu/reduce.h"
 #include "cuda/cuda.h"

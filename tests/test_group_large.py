@@ -4,11 +4,14 @@ Every mix of ordinary and shared memory takes one of the two ways (csrc/cpu/larg
 
 import itertools
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
 from spawn import run_ranks
+
+import pycomm
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -153,3 +156,29 @@ def check_messages(group):
         assert group.recv(y, None, tag=numel) == source
         work.wait()
         np.testing.assert_array_equal(y, values(source, numel))
+
+
+def fill_the_ring_then_offer(group):
+    n_small, small, large = 32, (32768 - 64) // 8, 1 << 20  # with their headers, just what the ring holds
+    if group.rank == 0:
+        sends = [group.send(np.full(small, float(i)), 1, async_op=True) for i in range(n_small)]
+        x = pycomm.empty(large)
+        x.fill_(7)
+        sends.append(group.send(x, 1, async_op=True))
+        time.sleep(0.3)  # the progress thread tries again and again meanwhile
+        group.barrier()
+        for send in sends:
+            send.wait()
+        return True
+    group.barrier()
+    got, part = [], np.zeros(small)
+    for _ in range(n_small):
+        group.recv(part, 0)
+        got.append(part[0])
+    x = np.zeros(large, np.float32)
+    group.recv(x, 0)
+    return got == [float(i) for i in range(n_small)] and bool((x == 7).all())
+
+
+def test_an_offer_behind_a_full_ring_is_made_once():
+    assert run_ranks(fill_the_ring_then_offer, 2, op_timeout_s=10) == [True, True]

@@ -15,14 +15,16 @@ constexpr uint64_t kSharedBlock = 64 * 1024;  // the two ends meet within one
 constexpr uint64_t kCut = 4096;               // pieces of a reduction begin at multiples of it
 constexpr uint64_t kBudget = 2 << 20;         // bytes moved before the engine's lock is let go
 
-// Room for partial results that have no place yet; the caller's thread keeps it.
-std::byte* room() {
-  struct alignas(64) Room {
-    std::byte data[kReduceBlock];
+// Room for partial results that have no place yet, and for operands that cannot be mapped; the
+// caller's thread keeps it.
+enum Room : int { kPartial, kLeft, kRight };
+std::byte* room(Room which) {
+  struct alignas(64) Rooms {
+    std::byte data[3][kReduceBlock];
   };
-  static thread_local std::unique_ptr<Room> room;
-  if (!room) room.reset(new Room);
-  return room->data;
+  static thread_local std::unique_ptr<Rooms> rooms;
+  if (!rooms) rooms.reset(new Rooms);
+  return rooms->data[which];
 }
 
 }  // namespace
@@ -39,23 +41,24 @@ Direct::Direct(const Segment& segment, Board& board, Reach& reach, Endpoint& end
 
 bool Direct::lacks(const Launch& launch, int rank, const Offer& offer) {
   const bool at_root = rank == launch.fingerprint.root;
+  const bool input = !offer.input.in_heap, output = !offer.output.in_heap;
   switch (launch.fingerprint.collective) {
     case Collective::all_reduce:
-      return offer.input == 0 || offer.output == 0;
+      return input || output;
     case Collective::reduce:
-      return offer.input == 0 || (at_root && offer.output == 0);
+      return input || (at_root && output);
     case Collective::broadcast:
     case Collective::scatter:
-      return at_root && offer.input == 0;
+      return at_root && input;
     case Collective::gather:
-      return !at_root && offer.input == 0;
+      return !at_root && input;
     default:
-      return offer.input == 0;
+      return input;
   }
 }
 
 void Direct::begin(const Launch& launch, const std::byte* input, const std::vector<Offer>& offers,
-                   const std::vector<uint64_t>& starts) {
+                   const std::vector<uint64_t>& starts, bool everywhere) {
   const Fingerprint& print = launch.fingerprint;
   const Layout& layout = launch.layout;
   const bool even = !print.has_counts;
@@ -122,12 +125,13 @@ void Direct::begin(const Launch& launch, const std::byte* input, const std::vect
     }
     case Collective::broadcast: {
       const uint64_t nbytes = launch.input_nbytes;
+      const auto shared = [&](int i) { return everywhere || offer(i).output.in_heap; };
       if (rank_ != root) {
         wait_only_for(root);
-        copies_.push_back({root, false, offer(rank_).output != 0, 0, nbytes, out, 0});
+        copies_.push_back({root, false, shared(rank_), 0, nbytes, out, 0});
       } else {
         others_from_next([&](int i) {
-          if (offer(i).output != 0)
+          if (shared(i))
             copies_.push_back({i, true, true, 0, nbytes, const_cast<std::byte*>(input_), 0});
         });
       }
@@ -170,25 +174,30 @@ void Direct::publish_done() {
   endpoint_.ring_others(ranks_);
 }
 
-const std::byte* Direct::operand(int rank, uint64_t offset, uint64_t nbytes) const {
-  return rank == rank_ ? input_ + offset : reach_.mapped(rank, offer(rank).input + offset, nbytes);
+const std::byte* Direct::operand(int rank, uint64_t offset, uint64_t nbytes, int to) const {
+  if (rank == rank_) return input_ + offset;
+  const Place from = offer(rank).input.at(offset);
+  if (from.in_heap) return reach_.mapped(rank, from.address, nbytes);
+  std::byte* here = room(static_cast<Room>(to));
+  reach_.read(rank, from, here, nbytes, false);
+  return here;
 }
 
 void Direct::reduce_block(const Launch& launch) {
   const uint64_t nbytes = std::min(kReduceBlock, piece_nbytes_ - piece_moved_);
   const uint64_t offset = piece_offset_ + piece_moved_;
   const size_t numel = nbytes / size_of(launch.dtype);
-  std::byte* result = reduced_ != nullptr ? reduced_ + piece_moved_ : room();
-  const std::byte* left = operand(0, offset, nbytes);
+  std::byte* result = reduced_ != nullptr ? reduced_ + piece_moved_ : room(kPartial);
+  const std::byte* left = operand(0, offset, nbytes, kLeft);
   for (int i = 1; i < n_; ++i) {
     // The result may lie where this rank's own operand does: not before that is taken in.
-    std::byte* to = i >= rank_ ? result : room();
-    reduce(to, left, operand(i, offset, nbytes), numel, launch.dtype, launch.op);
+    std::byte* to = i >= rank_ ? result : room(kPartial);
+    reduce(to, left, operand(i, offset, nbytes, kRight), numel, launch.dtype, launch.op);
     left = to;
   }
   if (launch.op == ReduceOp::avg) divide(result, numel, launch.dtype, n_);
   for (const int target : targets_)
-    reach_.write(target, offer(target).output + offset, result, nbytes, false);
+    reach_.write(target, offer(target).output.at(offset), result, nbytes, false);
   piece_moved_ += nbytes;
 }
 
@@ -211,9 +220,11 @@ bool Direct::copy_block(Copy& copy) {
   std::byte* here = copy.here + begin;
   const uint64_t there = copy.offset + begin;
   if (copy.push)
-    reach_.write(copy.rank, offer(copy.rank).output + there, here, nbytes, streams_);
-  else if (const std::byte* from = operand(copy.rank, there, nbytes); from != here)
-    cpu::copy(here, from, nbytes, streams_);
+    reach_.write(copy.rank, offer(copy.rank).output.at(there), here, nbytes, streams_);
+  else if (copy.rank != rank_)
+    reach_.read(copy.rank, offer(copy.rank).input.at(there), here, nbytes, streams_);
+  else if (input_ + there != here)
+    cpu::copy(here, input_ + there, nbytes, streams_);
   copy.begin = begin + nbytes;
   return true;
 }

@@ -22,24 +22,24 @@
 
 namespace pycomm::cpu {
 
-// Where a rank's contribution and its result lie, in its own address space; 0 outside its heap.
+// Where a rank's contribution and its result lie.
 struct Offer {
-  uint64_t input = 0;
-  uint64_t output = 0;
+  Place input;
+  Place output;
 };
 
 class Direct {
  public:
   Direct(const Segment& segment, Board& board, Reach& reach, Endpoint& endpoint,
          const std::vector<int>& ranks, int rank);
-  // Whether others must work in memory of `rank` that is not in its heap: then no rank can take
-  // this way.
+  // Whether others must work in memory of `rank` that is not in its heap.
   static bool lacks(const Launch& launch, int rank, const Offer& offer);
 
   // starts: all_to_all with uneven counts: where in each rank's input this rank's piece lies.
-  // REQUIRES: all ranks have entered, and none lacks().
+  // everywhere: all ranks reach each other's ordinary memory. REQUIRES: all ranks have entered, and
+  // that or none lacks().
   void begin(const Launch& launch, const std::byte* input, const std::vector<Offer>& offers,
-             const std::vector<uint64_t>& starts);
+             const std::vector<uint64_t>& starts, bool everywhere);
   // Moves some blocks; true once the result is in launch.output and nobody works in this rank's
   // memory any more. Error(peer_lost) where a rank's memory is gone.
   bool advance(const Launch& launch, bool* moved);
@@ -57,7 +57,7 @@ class Direct {
     uint64_t begin = 0;  // the next block, where it is not shared
   };
   const Offer& offer(int rank) const { return offers_[static_cast<size_t>(rank)]; }
-  const std::byte* operand(int rank, uint64_t offset, uint64_t nbytes) const;
+  const std::byte* operand(int rank, uint64_t offset, uint64_t nbytes, int room) const;
   void reduce_block(const Launch& launch);
   bool copy_block(Copy& copy);  // false: none is left
   bool done(int rank) const;

@@ -93,6 +93,10 @@ class Endpoint {
   void leave_crowded_core();
   // Whether the process of a rank of this host has ended.
   bool ended(int rank) const;
+  // Whether process_vm_readv(2) gets at memory of `rank`. Writing takes the same permission.
+  bool reaches_memory_of(int rank) const {
+    return local(rank) && reached_[static_cast<size_t>(place(rank))];
+  }
 
   Standstill& standstill() { return standstill_; }
   TcpListener& listener() { return *listener_; }
@@ -108,16 +112,23 @@ class Endpoint {
     alignas(64) std::atomic<int> core{-1};  // where the rank waited last; written when it moves
     PeerMemoryLine memory;
     StandstillLine standstill;
-    std::atomic<uint32_t> attached{0};   // 1 once the rank has all the others'; publishes the texts
+    uint64_t landmark;  // address of the rank's own copy of the secret
+    // 1 once the rank has all the others' doorbells, 2 once it has tried to read their memory;
+    // publishes the texts.
+    std::atomic<uint32_t> attached{0};
     char memory_instead[kProblemBytes];  // of a memfd: what is used, and why; or empty
     char watch_refused[kProblemBytes];   // why it has no pidfds, or empty
+    char reach_refused[kProblemBytes];   // why it cannot read the others' memory, or empty
   };
   Endpoint() = default;
   Member describe_self(const EndpointOptions& options);
   void find_places();
   void share_host(Clock::time_point deadline);
   void exchange(Clock::time_point deadline);
-  void await_host(Clock::time_point deadline);
+  void await_host(uint32_t stage, Clock::time_point deadline);
+  static void admit_siblings();
+  void look_at_memory(Clock::time_point deadline);
+  bool finds_landmark(int rank) const;
   void collect_warnings();
   HostLine& host_line(int rank) const;
   Sleeper& sleeper(int rank) const { return host_line(rank).sleeper; }
@@ -143,6 +154,7 @@ class Endpoint {
   std::vector<UniqueFd> doorbells_;       // eventfd per local rank
   std::vector<UniqueFd> processes_;       // pidfd per local rank; none for ranks of this process
   std::vector<std::string> births_;  // where there are no pidfds: per local rank, when it started
+  std::vector<bool> reached_;        // by place; see reaches_memory_of()
   PeerMemory peer_memory_;
   Standstill standstill_;
   std::unique_ptr<TcpListener> listener_;

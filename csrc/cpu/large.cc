@@ -8,7 +8,14 @@ namespace {
 
 constexpr uint64_t kKeptScratch = 4 << 20;
 
-// What an uneven all_to_all says of itself beside its Offer, per rank: where what it is to take
+// What a rank says as it enters.
+struct Entry {
+  Offer offer;
+  uint64_t previous_ns = 0;  // what the collective before took it, from when all had entered
+  uint64_t reaches = 0;      // 1: it gets at ordinary memory of all the others
+};
+
+// What an uneven all_to_all says of itself beside its Entry, per rank: where what it is to take
 // lies in the input, and how much it is. Only the two ends of each exchange know.
 struct Row {
   uint64_t offset;
@@ -47,7 +54,7 @@ Large::Large(const Segment& segment, Board& board, Reach& reach, Endpoint& endpo
       staged_(segment, endpoint, ranks, rank),
       rank_(rank),
       n_(static_cast<int>(ranks.size())) {
-  static_assert(sizeof(Offer) <= kInlineBytes);
+  static_assert(sizeof(Entry) <= kInlineBytes);
 }
 
 // The input, or a copy of it: in place means one exact place, other overlaps would be read after
@@ -115,19 +122,29 @@ void Large::begin(const Launch& launch) {
   board_.prepare();
   input_ = input_apart(launch);
   sent_nbytes_ = bytes_for_others(launch);
+  way_ = Way::shared;
+  if (!is_uneven_exchange(launch)) choose_way(launch, largest_piece(launch, n_));
+}
+
+// Alike on all ranks: each was told what the collectives before took all of them.
+void Large::choose_way(const Launch& launch, uint64_t largest) {
+  nbytes_ = largest;
+  if (all_reach_ && nbytes_ >= Ways::kLeast)
+    way_ = ways_.choose(static_cast<int>(launch.fingerprint.collective), nbytes_);
 }
 
 bool Large::offer(const Launch& launch) {
   const bool uneven = is_uneven_exchange(launch);
-  if (!board_.has_room(launch, uneven ? kBoardBytes : sizeof(Offer))) return false;
+  if (!board_.has_room(launch, uneven ? kBoardBytes : sizeof(Entry))) return false;
   offered_ = true;
-  const Offer offer{reach_.in_heap(input_), reach_.in_heap(launch.output)};
-  std::memcpy(board_.payload(rank_, sizeof(offer)), &offer, sizeof(offer));
+  const Entry entry{
+      {reach_.place(input_), reach_.place(launch.output)}, measured_.ns, reach_.reaches_all()};
+  std::memcpy(board_.payload(rank_, sizeof(entry)), &entry, sizeof(entry));
   if (uneven) {
     auto* rows = reinterpret_cast<Row*>(board_.payload(rank_, kBoardBytes));
     for (int i = 0; i < n_; ++i)
       rows[i] = {launch.layout.input_offset(rank_ * n_ + i), launch.layout.nbytes(rank_ * n_ + i)};
-  } else if (Direct::lacks(launch, rank_, offer)) {
+  } else if (way_ == Way::shared && Direct::lacks(launch, rank_, entry.offer)) {
     staged_.begin(launch, input_, largest_piece(launch, n_));
     begun_ = true;
   }
@@ -139,12 +156,18 @@ bool Large::offer(const Launch& launch) {
 void Large::enter(const Launch& launch) {
   entered_ = true;
   offers_.resize(static_cast<size_t>(n_));
-  in_place_ = true;
+  bool all_in_heaps = true;
+  uint64_t slowest_ns = 0;
+  all_reach_ = true;
   for (int i = 0; i < n_; ++i) {
-    Offer& offer = offers_[static_cast<size_t>(i)];
-    std::memcpy(&offer, board_.payload(i, sizeof(offer)), sizeof(offer));
-    in_place_ = in_place_ && !Direct::lacks(launch, i, offer);
+    Entry entry;
+    std::memcpy(&entry, board_.payload(i, sizeof(entry)), sizeof(entry));
+    offers_[static_cast<size_t>(i)] = entry.offer;
+    all_in_heaps = all_in_heaps && !Direct::lacks(launch, i, entry.offer);
+    slowest_ns = std::max(slowest_ns, entry.previous_ns);
+    all_reach_ = all_reach_ && entry.reaches;
   }
+  if (slowest_ns > 0) ways_.record(measured_.kind, measured_.nbytes, measured_.way, slowest_ns);
   uint64_t largest = 0;
   std::vector<uint64_t> starts;
   if (is_uneven_exchange(launch)) {
@@ -163,8 +186,13 @@ void Large::enter(const Launch& launch) {
   } else {
     largest = largest_piece(launch, n_);
   }
+  if (is_uneven_exchange(launch)) choose_way(launch, largest);
+  in_place_ = all_in_heaps || way_ == Way::pulled;
+  measured_ = {static_cast<int>(launch.fingerprint.collective), nbytes_, way_, 0};
+  measures_ = all_reach_ && !all_in_heaps && nbytes_ >= Ways::kLeast;
+  if (measures_) entered_at_ = Clock::now();
   if (in_place_)
-    direct_.begin(launch, input_, offers_, starts);
+    direct_.begin(launch, input_, offers_, starts, way_ == Way::pulled);
   else if (!begun_)
     staged_.begin(launch, input_, largest);
   begun_ = true;
@@ -177,6 +205,9 @@ bool Large::advance(const Launch& launch, bool* moved) {
   if (!(entered_ && in_place_ ? direct_.advance(launch, moved)
                               : staged_.advance(launch, entered_, moved)))
     return false;
+  if (measures_)
+    measured_.ns =
+        static_cast<uint64_t>(std::max<int64_t>((Clock::now() - entered_at_).count(), 1));
   if (scratch_nbytes_ > kKeptScratch) {
     scratch_.reset();
     scratch_nbytes_ = 0;

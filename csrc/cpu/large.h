@@ -1,7 +1,8 @@
 // Large: native collectives of one host for what is too large for the board, and uneven ones. Ranks
-// enter over the board, each saying where in its heap its memory lies; then all take one way: in
-// place, where all memory that the collective needs is in heaps (direct.h), else over the stages
-// (staged.h). Who gave ordinary memory knows at once that it will be the latter, and begins.
+// enter over the board, each saying where its memory lies; then all take one way: in place
+// (direct.h), where all memory that the collective needs is in heaps, or is better pulled from
+// where it is (ways.h); else over the stages (staged.h). Who gave ordinary memory that is not
+// pulled knows at once that it will be the latter, and begins.
 #pragma once
 
 #include <memory>
@@ -12,6 +13,7 @@
 #include "cpu/reach.h"
 #include "cpu/segment.h"
 #include "cpu/staged.h"
+#include "cpu/ways.h"
 
 namespace pycomm::cpu {
 
@@ -31,6 +33,7 @@ class Large {
  private:
   const std::byte* input_apart(const Launch& launch);
   uint64_t bytes_for_others(const Launch& launch) const;
+  void choose_way(const Launch& launch, uint64_t largest);
   bool offer(const Launch& launch);
   void enter(const Launch& launch);
 
@@ -48,6 +51,20 @@ class Large {
   const std::byte* input_ = nullptr;
   std::vector<Offer> offers_;
   uint64_t sent_nbytes_ = 0;
+  // Of ordinary memory: how it goes, and what that took. Every rank keeps the same account.
+  struct Measured {
+    int kind = 0;
+    uint64_t nbytes = 0;
+    Way way = Way::shared;
+    uint64_t ns = 0;  // this rank's; 0: nothing to learn from it
+  };
+  Ways ways_{kCollectives};
+  bool all_reach_ = false;  // each other's ordinary memory; known from the first collective on
+  Way way_ = Way::shared;
+  uint64_t nbytes_ = 0;  // of the largest piece
+  Measured measured_;    // the collective before
+  bool measures_ = false;
+  Clock::time_point entered_at_;
   std::unique_ptr<std::byte[]> scratch_;
   uint64_t scratch_nbytes_ = 0;
 };

@@ -120,16 +120,18 @@ bool Messages::advance_send(int peer, Peer& state) {
   uint64_t spent = 0;
   while (!state.sends.empty()) {
     const auto op = state.sends.front();
-    const bool offers = state.rendezvous != nullptr && op->nbytes > kEagerBytes &&
-                        state.rendezvous->offers(op->data);
+    const bool offers = state.out_bytes > 0
+                            ? state.out.use != 0
+                            : state.rendezvous != nullptr && op->nbytes > kEagerBytes &&
+                                  state.rendezvous->offers(peer, op->data, op->nbytes);
     if (state.out_bytes == 0) {
-      state.out = {kMagic, op->tag, op->nbytes, 0, 0, 0};
+      state.out = {kMagic, op->tag, op->nbytes, 0, {}, 0};
       if (offers) {
         const auto offer = state.rendezvous->offer(peer, op->data, op->nbytes);
         if (!offer) break;  // a message before it has to arrive first
         state.offer = *offer;
         state.out.use = offer->use;
-        state.out.address = reinterpret_cast<uint64_t>(op->data);
+        state.out.place = state.rendezvous->place(op->data);
         state.out.slot = offer->slot;
       }
     }
@@ -149,6 +151,7 @@ bool Messages::advance_send(int peer, Peer& state) {
                         sizeof(Header) - state.out_bytes);
       state.out_bytes += n;
       moved |= n > 0;
+      if (state.out_bytes == 0 && offers) state.rendezvous->unmake(state.offer);
       if (state.out_bytes < sizeof(Header)) break;
     }
     if (offers) {
@@ -209,7 +212,7 @@ bool Messages::advance_recv(int peer, Peer& state) {
       SetAside aside{state.in.tag,
                      {},
                      {peer, static_cast<uint32_t>(state.in.slot), state.in.use, state.in.nbytes,
-                      nullptr, state.in.address, false}};
+                      nullptr, state.in.place, false}};
       channel.align_read();
       state.in_bytes = 0;
       moved = true;
@@ -240,8 +243,11 @@ bool Messages::advance_recv(int peer, Peer& state) {
         const auto here = channel.readable();
         // Most likely the host's others send as much.
         n = std::min(here.size(), left);
+        const bool measures = state.in.nbytes >= Ways::kLeast;
+        const auto begin = measures ? Clock::now() : Clock::time_point();
         copy(to + state.payload, here.data(), n,
              exceeds_cache(2 * peers_.size() * state.in.nbytes));
+        if (measures) state.in_ns += static_cast<uint64_t>((Clock::now() - begin).count());
         if (n > 0) channel.consume(n);
       } else {
         n = channel.read(to + state.payload, left);
@@ -252,6 +258,8 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (n == 0 || spent > kBudget) break;
     }
     if (state.payload == state.in.nbytes) {
+      if (const uint64_t ns = std::exchange(state.in_ns, 0); ns > 0)
+        state.rendezvous->read_from_ring(peer, state.in.nbytes, ns);
       channel.align_read();
       const auto target = std::exchange(state.target, nullptr);
       SetAside aside = std::exchange(state.aside, {});

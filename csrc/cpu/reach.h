@@ -1,9 +1,10 @@
-// Reach: a group's ranks of one host at work in each other's heaps (heap.h). Reading is harmless:
-// what a reader got from a rank that gave up meanwhile is thrown away (require_sound). Writing is
-// not: a rank that returns early, because it failed or closes the group, may use its memory for
-// other things at once. So it says so first (it poisons the segment, or marks its entry closed),
-// then waits in retire() for those who are in the middle of a block; and a writer looks before each
-// block. Thread safety: none; the engine's lock guards it.
+// Reach: a group's ranks of one host at work in each other's memory: in heaps (heap.h), which they
+// map, and in ordinary memory through process_vm_readv(2), where that is allowed. Reading is
+// harmless: what a reader got from a rank that gave up meanwhile is thrown away (require_sound).
+// Writing is not: a rank that returns early, because it failed or closes the group, may use its
+// memory for other things at once. So it says so first (it poisons the segment, or marks its entry
+// closed), then waits in retire() for those who are in the middle of a block; and a writer looks
+// before each block. Thread safety: none; the engine's lock guards it.
 #pragma once
 
 #include <chrono>
@@ -19,12 +20,17 @@ class Reach {
   // ranks: group rank -> endpoint rank, all on this host. Members take group ranks.
   Reach(const Segment& segment, Endpoint& endpoint, const std::vector<int>& ranks, int rank);
 
-  // The address of this rank's memory as others are told it; 0 outside its heap.
-  uint64_t in_heap(const void* data) const;
+  // This rank's memory as others are told of it.
+  Place place(const void* data) const;
+  // Whether this rank gets at ordinary memory of `rank`, or of every other rank.
+  bool reaches(int rank) const { return reaches_[static_cast<size_t>(rank)]; }
+  bool reaches_all() const { return reaches_all_; }
   // Where memory of the heap of `rank` lies here.
   std::byte* mapped(int rank, uint64_t address, size_t nbytes) const;
-  // Copies to it. Error(peer_lost) naming the rank where it, or the group, has given up.
-  void write(int rank, uint64_t address, const void* from, size_t nbytes, bool streams) const;
+  // Copies from it, and to it. Error(peer_lost) naming the rank where it is gone; where it, or the
+  // group, has given up, write() alone says so.
+  void read(int rank, Place from, void* to, size_t nbytes, bool streams) const;
+  void write(int rank, Place to, const void* from, size_t nbytes, bool streams) const;
   // Whether what was read from `rank` before this call is good. Error(peer_lost) where it is not.
   void require_sound(int rank) const;
   // Ends the other ranks' writing into this rank's memory. REQUIRES: the segment is poisoned, or
@@ -33,10 +39,14 @@ class Reach {
   int retire(std::chrono::milliseconds patience) const;
 
  private:
+  [[noreturn]] void throw_gone(int rank) const;  // from errno
+
   const Segment& segment_;
   Endpoint& endpoint_;
   const std::vector<int>& ranks_;
   const int rank_;
+  std::vector<bool> reaches_;
+  bool reaches_all_ = true;
 };
 
 }  // namespace pycomm::cpu

@@ -63,11 +63,19 @@ struct RingControl {
   alignas(64) std::atomic<uint64_t> head{0};  // by the consumer: bytes before it may be overwritten
 };
 
+// Where memory lies in its rank's address space; 0: nowhere.
+struct Place {
+  uint64_t address = 0;
+  uint64_t in_heap = 0;  // 1: every rank of the host can map it (heap.h)
+  Place at(uint64_t offset) const { return {address + offset, in_heap}; }
+};
+
 // One large message between two ranks (rendezvous.h). `use` counts the messages a record has
 // carried.
 struct alignas(128) TransferRecord {
   std::atomic<uint64_t> state{0};              // use << 2 | offered, accepted or withdrawn
-  uint64_t address = 0;                        // where the receiver wants it; with `accepted`
+  Place place;                                 // where the receiver wants it; with `accepted`
+  std::atomic<uint64_t> pulls{0};              // of record 0: what the receiver would rather pull
   alignas(64) std::atomic<uint64_t> taken{0};  // blocks that one side or the other moves
   std::atomic<uint64_t> sent{0};               // use whose blocks the sender has moved
   std::atomic<uint64_t> received{0};           // use that is over: the record is free

@@ -1,5 +1,5 @@
-# make run | test | torch-suite | benchmark | lint | tsan | asan | models | stress | build | clean. Each does its own
-# set-up; a second run starts in seconds.
+# make run | test | test-gpu | bench-gpu | torch-suite | benchmark | lint | tsan | asan | models | stress | build | clean.
+# Each does its own set-up; a second run starts in seconds.
 #
 #   PYTHON=python3.12 make test           the interpreter that .venv is made from
 #   TORCH_VERSION=2.12.0 make test        the torch in .venv (2.11 to 2.15)
@@ -28,9 +28,9 @@ BUILT := $(STAMPS)/built-torch-$(TORCH_VERSION)-cuda$(PYCOMM_CUDA)
 INSTALLED := $(STAMPS)/installed-torch-$(TORCH_VERSION)
 # Folders too: their times change when a file is added or removed.
 SOURCES := $(shell find csrc -type d -o -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inc')
-CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/*))
+CC_FILES := $(filter %.cc %.cu %.h %.cuh %.inc,$(SOURCES) $(wildcard tests/cc/* tests/cc/fake_nccl/*))
 
-.PHONY: run test torch-suite benchmark lint format tsan asan models stress build clean
+.PHONY: run test test-gpu bench-gpu torch-suite benchmark lint format tsan asan models stress build clean
 .DELETE_ON_ERROR:
 
 run: build
@@ -46,6 +46,19 @@ test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)
 	ctest --test-dir build/cc-plain$(PYCOMM_CUDA) --output-on-failure
 	$(PY) -m pytest -q tests
+
+# On a machine with GPUs and a torch for CUDA (PYCOMM_PYTHON). Each fails where there is none.
+test-gpu: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
+	cmake --build build/cc-plain$(PYCOMM_CUDA) --target gpu_kernels
+	build/cc-plain$(PYCOMM_CUDA)/tests/gpu_kernels
+	if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --error-exitcode 1 build/cc-plain$(PYCOMM_CUDA)/tests/gpu_kernels pack; \
+	else echo "compute-sanitizer is not installed: it was NOT run"; fi
+	PYTHONPATH=tests $(PY) -m pytest -q tests/gpu
+
+bench-gpu: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
+	cmake --build build/cc-plain$(PYCOMM_CUDA) --target bench_gpu_kernels
+	$(PY) benchmarks/gpu.py build/cc-plain$(PYCOMM_CUDA)/tests/bench_gpu_kernels
 
 # torch's own distributed tests at 2, 3 and 4 ranks, on Gloo and on pycomm; ten minutes. Writes docs/torch_suite.md.
 torch-suite: build

@@ -30,6 +30,7 @@ TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
 if tuple(map(int, TORCH_MINOR.split("."))) < (2, 11):
     sys.exit(f"pycomm: torch {torch.__version__} is installed; the module needs torch 2.11 to 2.15")
 CUDA_ARCHS = os.environ.get("PYCOMM_CUDA_ARCHS", "80 90 100").split()
+RUNTIME = ("csrc/cuda/cuda_device.cc", "csrc/cuda/info.cc")  # of csrc/cuda's .cc files these need the CUDA toolkit
 WARNINGS = ["-Wall", "-Wextra"] + ["-Werror"] * (os.environ.get("PYCOMM_WERROR") == "1")
 
 
@@ -116,7 +117,7 @@ def extension() -> CppExtension:
     return CppExtension(
         "pycomm._C",
         # Those with torch's headers first: they take longest, and none should run alone at the end.
-        sources("torch/*.cc") + sources("core/*.cc", "cpu/*.cc", *(["cuda/*.cc"] if cuda else [])),
+        sources("torch/*.cc") + [s for s in sources("core/*.cc", "cpu/*.cc", "cuda/*.cc") if cuda or s not in RUNTIME],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("PYCOMM_WITH_CUDA", None)] if cuda else [],
         # -isystem outranks the -I that BuildExtension gives torch's headers, so warnings are of our code alone.

@@ -194,6 +194,11 @@ class Backend(C10dBackend):
         self,
         group: Group,
         endpoint: Endpoint,
+        store: Store,
+        nccl_wheel: str,
+        hosts: list[str],
+        device_planner: Any,
+        hierarchical_nbytes: int | None,
         split: Callable[[Store, list[int], str], Group],
         merge: Callable[[Store, int, int, str, float], Backend],
     ) -> None: ...

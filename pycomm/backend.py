@@ -1,5 +1,7 @@
 """torch.distributed's backend "pycomm": registered when pycomm is imported, made here, run in csrc/torch/backend.cc.
 
+It serves CPU tensors and those on CUDA devices; the latter meet, over NCCL, when the first of them is communicated.
+
 Three of torch.distributed's functions refuse every backend but some by name before they ask it: monitored_barrier,
 split_group and _set_pg_timeout. Importing pycomm puts in their place functions that serve groups whose CPU tensors are
 pycomm's, and call torch's own for all others.
@@ -8,6 +10,7 @@ pycomm's, and call torch's own for all others.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,8 +20,12 @@ import torch.distributed as c10d
 from torch._C._distributed_c10d import Store
 
 from pycomm import _C
+from pycomm.errors import InvalidArgument
+from pycomm.gpus import nccl_wheel
 from pycomm.group import engine_group, make_endpoint
-from pycomm.planning import Endpoint
+from pycomm.planning import DevicePlanning, Endpoint
+
+DEVICES = ("cpu", "cuda")
 
 
 def create(options: Any, backend_options: Any = None) -> _C.Backend:
@@ -40,7 +47,23 @@ def _backend(endpoint: Endpoint, store: Store, name: str, ranks: list[int], time
         return engine_group(endpoint, store, name, f"c10d/{name}", [ranks[rank] for rank in of_this], timeout_s)
 
     group = engine_group(endpoint, store, name, f"c10d/{name}", ranks, timeout_s)
-    return _C.Backend(group, endpoint, split, _merge)
+    hosts = [endpoint.host_ids[rank] for rank in ranks]
+    topology, _ = endpoint.job.of(ranks)
+    planning = DevicePlanning(topology, ranks.index(endpoint.rank))
+    return _C.Backend(group, endpoint, store, nccl_wheel(), hosts, planning, _hierarchical_nbytes(hosts), split, _merge)
+
+
+def _hierarchical_nbytes(hosts: list[str]) -> int | None:
+    """From which size on collectives on devices go inside hosts and across in turn (pycomm/calls.py); None: never.
+
+    PYCOMM_CUDA_HIERARCHICAL_BYTES, the same on all ranks; there is no default, since no figure was measured that could
+    say when this beats NCCL's own choice. Hosts with unequal numbers of ranks leave all to NCCL."""
+    given = os.environ.get("PYCOMM_CUDA_HIERARCHICAL_BYTES")
+    if given is None or len({hosts.count(host) for host in hosts}) != 1:
+        return None
+    if not given.isdecimal():
+        raise InvalidArgument(f"PYCOMM_CUDA_HIERARCHICAL_BYTES={given!r} is not a number of bytes")
+    return int(given)
 
 
 def _merge(store: Store, rank: int, size: int, name: str, timeout_s: float) -> _C.Backend:
@@ -55,15 +78,16 @@ def _default_endpoint() -> Endpoint | None:
     world = c10d.group.WORLD
     if world is None:
         return None
-    try:
-        backend = world._get_backend(torch.device("cpu"))
-    except RuntimeError:  # its CPU tensors have no backend
-        return None
-    if not isinstance(backend, _C.Backend):
-        return None
-    endpoint = backend.endpoint
-    assert isinstance(endpoint, Endpoint)
-    return endpoint
+    for device in DEVICES:
+        try:
+            backend = world._get_backend(torch.device(device))
+        except RuntimeError:  # its tensors there have no backend
+            continue
+        if isinstance(backend, _C.Backend):
+            endpoint = backend.endpoint
+            assert isinstance(endpoint, Endpoint)
+            return endpoint
+    return None
 
 
 def _seconds(timeout: Any) -> float:
@@ -71,10 +95,10 @@ def _seconds(timeout: Any) -> float:
 
 
 def register() -> None:
-    """Makes "pycomm" known to torch.distributed, for CPU tensors."""
+    """Makes "pycomm" known to torch.distributed, as "cpu:pycomm,cuda:pycomm"."""
     if "pycomm" in c10d.Backend.backend_list:
         return
-    c10d.Backend.register_backend("pycomm", create, extended_api=True, devices=["cpu"])
+    c10d.Backend.register_backend("pycomm", create, extended_api=True, devices=list(DEVICES))
     _serve(_monitored_barrier, "monitored_barrier")
     _serve(_split_group, "split_group")
     _serve(_set_pg_timeout, "_set_pg_timeout")

@@ -12,10 +12,8 @@ import importlib.util
 import os
 import platform
 import sys
-import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pycomm import __version__
@@ -128,12 +126,13 @@ def _extension_rows() -> list[tuple[str, str]]:
         import torch  # noqa: F401  (the extension links against its libraries)
 
         from pycomm import _C
+        from pycomm.gpus import nccl_wheel
     except ImportError as error:
         return [("extension", f"not loaded: {error}")]
     rows = [("extension", str(_C.__file__))]
     if not hasattr(_C, "cuda_info"):
         return [*rows, ("cuda", "not compiled in")]
-    return rows + _cuda_rows(_C.cuda_info(_nccl_wheel()))
+    return rows + _cuda_rows(_C.cuda_info(nccl_wheel()))
 
 
 def _cuda_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -149,12 +148,6 @@ def _cuda_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     lacks = [name for name, present in info["nccl_features"].items() if not present]
     found = f"{version // 10000}.{version // 100 % 100}.{version % 100} at {info['nccl_path']}"
     return [*rows, ("nccl", found + (f", without {', '.join(lacks)}" if lacks else ""))]
-
-
-def _nccl_wheel() -> str:
-    """The libnccl.so.2 that torch's wheels brought, or ""."""
-    path = Path(sysconfig.get_path("purelib")) / "nvidia/nccl/lib/libnccl.so.2"
-    return str(path) if path.exists() else ""
 
 
 def _distribution_version(name: str) -> str:

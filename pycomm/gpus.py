@@ -6,7 +6,9 @@ what could not be found out. Source: NVIDIA, NVML API Reference Guide."""
 from __future__ import annotations
 
 import ctypes
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 LIBRARY: Final = "libnvidia-ml.so.1"
@@ -53,6 +55,12 @@ class _Nvml:
         buffer = ctypes.create_string_buffer(96)
         self.require(name, device, buffer, ctypes.c_uint(len(buffer)))
         return buffer.value.decode(errors="replace")
+
+
+def nccl_wheel() -> str:
+    """The libnccl.so.2 that torch's wheels brought, or ""."""
+    path = Path(sysconfig.get_path("purelib")) / "nvidia/nccl/lib/libnccl.so.2"
+    return str(path) if path.exists() else ""
 
 
 def find_gpus() -> tuple[tuple[Gpu, ...], tuple[str, ...]]:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pycomm import _C, planners, project
+from pycomm.calls import CALL_PLANNERS
 from pycomm.check import check, check_coded
 from pycomm.errors import InvalidArgument, ScheduleError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
 from pycomm.own import Own
 from pycomm.own import algorithm as own_algorithm
-from pycomm.project import Program
+from pycomm.project import CallProgram, Program, project_calls
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
@@ -46,6 +47,32 @@ def _program(
     program = project.project(schedule, rank, topology.host_index if coded else None)
     # The fingerprint carries the program's name: ranks with different schedules of one name find out.
     return replace(program, algorithm=f"{algorithm}#{schedule.digest()}") if algorithm in registered else program
+
+
+@lru_cache(maxsize=256)
+def _call_program(topology: Topology, rank: int, collective: str) -> CallProgram:
+    schedule = CALL_PLANNERS[collective](topology)
+    check(schedule.expand())
+    return project_calls(schedule, rank)
+
+
+@dataclass(frozen=True)
+class DevicePlanning:
+    """What the CUDA engine asks for where it does not leave the whole to NCCL."""
+
+    topology: Topology
+    rank: int
+
+    def choices(self, collective: str, root: int, coded: bool) -> Choices:
+        return ((None, "hierarchical"),)
+
+    def program(self, collective: str, algorithm: str, root: int, coded: bool) -> CallProgram:
+        if algorithm != "hierarchical" or collective not in CALL_PLANNERS:
+            raise InvalidArgument(
+                f"{collective} has no algorithm {algorithm!r} on devices; {', '.join(CALL_PLANNERS)} have "
+                "'hierarchical', and all are NCCL's where none is given"
+            )
+        return _call_program(self.topology, self.rank, collective)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from pycomm.calls import CallSchedule, Partition
 from pycomm.errors import ScheduleError
 from pycomm.schedule import COLLECTIVES, Schedule, Transfers
 
@@ -86,6 +87,45 @@ def project(schedule: Schedule, rank: int, host: NDArray[np.int64] | None = None
         steps,
         deps,
         peers,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class CallProgram(Program):
+    """A program whose steps are whole collectives. calls: (collective, partition, this rank's part of it, chunks)."""
+
+    calls: tuple[tuple[str, int, tuple[int, ...], tuple[int, ...]], ...]
+    partitions: tuple[Partition, ...]
+
+
+def project_calls(schedule: CallSchedule, rank: int) -> CallProgram:
+    """The calls of `rank`, in the schedule's order, which is the same on all ranks. A call waits for the last calls
+    before it that touched its chunks. REQUIRES: check(schedule.expand()) passed."""
+    steps, deps = [], list[int]()
+    calls = list[tuple[str, int, tuple[int, ...], tuple[int, ...]]]()
+    last: dict[int, int] = {}
+    for call in schedule.calls:
+        for part, chunks in zip(schedule.partitions[call.partition], call.chunks, strict=True):
+            if rank not in part:
+                continue
+            before = sorted({last[chunk] for chunk in chunks if chunk in last})
+            steps.append((CALL, INPUT, OUTPUT, 0, -1, chunks[0], -1, call.round, len(deps), len(before), len(calls)))
+            deps += before
+            last |= dict.fromkeys(chunks, len(calls))
+            calls.append((call.collective, call.partition, part, chunks))
+    return CallProgram(
+        schedule.collective,
+        schedule.algorithm,
+        schedule.n_ranks,
+        rank,
+        0,
+        schedule.n_chunks,
+        0,
+        np.array(steps, STEP),
+        np.array(deps, np.int32),
+        tuple(peer for peer in range(schedule.n_ranks) if peer != rank),
+        tuple(calls),
+        schedule.partitions,
     )
 
 

@@ -21,7 +21,7 @@ PYTHON_ROWS = [
     ["topology_file"],
     ["topology"],
     ["schedule"],
-    ["planners"],
+    ["planners", "calls"],
     ["traffic"],
     ["fairness"],
     ["check", "project", "simulate", "predict", "table"],

@@ -99,9 +99,21 @@ struct Launch {
   std::vector<uint64_t> link_send_counts;  // all_to_all with uneven counts: elements to and from
                                            // each rank, announced per link
   std::vector<uint64_t> link_recv_counts;
+  void* stream = nullptr;  // on a device: the caller's, in whose order input and output stand
   Clock::time_point deadline;
   std::function<void()> finish;  // run once when the output stands, before the operation counts as
-                                 // done; does not throw
+                                 // done; does not throw. On a device: puts its work on the
+                                 // operation's stream
+};
+
+// A send or a receive, as one of several that start together.
+struct Message {
+  bool is_send = false;
+  void* data = nullptr;  // of a send: only read
+  uint64_t nbytes = 0;
+  int peer = 0;
+  void* stream = nullptr;  // as Launch's
+  Clock::time_point deadline;
 };
 
 // A started operation. wait() drives it; dropping the Work neither cancels nor blocks it.
@@ -111,6 +123,12 @@ class Work {
   // Returns when done. Throws the operation's Error, or Error(timeout) where `timeout` passes first
   // (the operation goes on).
   virtual void wait(std::chrono::milliseconds timeout) = 0;
+  // What comes next on this stream of the operation's device comes after the operation; the caller
+  // does not wait. On CPU memory there are no streams: it waits.
+  virtual void order_before(void* stream) {
+    (void)stream;
+    wait(std::chrono::hours(24 * 365));
+  }
   virtual bool done() const = 0;
   virtual Status status() const = 0;         // ok() while not done
   virtual double duration_s() const = 0;     // from its first byte to its end; 0 before that
@@ -133,6 +151,7 @@ class Engine {
   // The largest tensor for which the native path is taken, in bytes; 0 where there is none. With
   // uneven counts only a limit of 0 or UINT64_MAX has meaning: ranks need not know one size.
   virtual uint64_t native_nbytes(Collective collective, bool even) const = 0;
+  virtual bool on_device() const { return false; }  // memory that the host cannot touch, in streams
   virtual bool spans_hosts() const = 0;  // whether the group's ranks stand on several hosts
   virtual void run(Launch launch) = 0;   // blocks, driven by the caller
   virtual std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) = 0;
@@ -143,6 +162,14 @@ class Engine {
   virtual std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
                                      Clock::time_point deadline,
                                      std::shared_ptr<void> keep_alive) = 0;
+  // All as one operation that fails or succeeds as a whole; on a device, one launch in which none
+  // waits for another. Of engines that have streams.
+  virtual std::shared_ptr<Work> start_together(std::vector<Launch> launches,
+                                               std::vector<Message> messages,
+                                               std::shared_ptr<void> keep_alive) {
+    (void)launches, (void)messages, (void)keep_alive;
+    throw Error(Code::internal, "this engine starts its operations one by one");
+  }
   // send() and recv() that block, driven by the caller; run_recv() returns who sent it.
   virtual void run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
                         Clock::time_point deadline) = 0;

@@ -155,16 +155,24 @@ const Program* Group::program(Collective collective, const std::string& algorith
 Launch Group::bind(const Call& call) {
   check(call);
   if (call.wire != Wire::none) check_wire(call);
-  const bool coded = call.wire != Wire::none && engine_->spans_hosts();
-  const DType dtype = coded                      ? DType::float32
-                      : reduces(call.collective) ? reduced_as(call.dtype)
-                                                 : call.dtype;
+  const bool on_device = engine_->on_device();
+  if (on_device && (call.residual != nullptr || call.must_be_finite))
+    throw Error(Code::invalid_argument,
+                std::string(name_of(call.collective)) + " in group '" + name_ +
+                    "': wire_residual and wire_nonfinite are of CPU tensors; leave them out");
+  const bool crosses_coded = call.wire != Wire::none && engine_->spans_hosts();
+  const bool coded = crosses_coded && !on_device;  // a device's engine codes by itself
+  // Engines on host memory convert fp8; a device's reduces what it is given, or refuses.
+  const bool widens = reduces(call.collective) && !on_device;
+  const DType dtype = coded ? DType::float32 : widens ? reduced_as(call.dtype) : call.dtype;
   const size_t element = size_of(dtype);
   const bool exchange = call.collective == Collective::all_to_all;
   const bool uneven = !call.counts.empty();
   Launch launch;
   launch.dtype = dtype;
-  if (coded) {
+  if (crosses_coded && on_device) {
+    launch.wire = call.wire;
+  } else if (coded) {
     launch.wire = call.wire;
     launch.residual = call.residual;
   } else if (call.residual != nullptr) {
@@ -175,6 +183,7 @@ Launch Group::bind(const Call& call) {
   launch.input = call.input;
   launch.output = call.output;
   launch.deadline = deadline(call.timeout);
+  launch.stream = call.stream;
   launch.finish = call.finish;
 
   Fingerprint& print = launch.fingerprint;
@@ -197,7 +206,8 @@ Launch Group::bind(const Call& call) {
                                             std::to_string(native_limit) + " bytes" +
                                             (uneven ? " with uneven counts" : "") +
                                             " in this group; leave the algorithm to the group");
-  const bool native = size_ > 1 && native_limit > 0 && nbytes <= native_limit &&
+  const bool native = (size_ > 1 || on_device) && !(on_device && crosses_coded) &&
+                      native_limit > 0 && nbytes <= native_limit &&
                       (call.algorithm.empty() || call.algorithm == kNative);
   if (!native && call.collective != Collective::barrier) {
     // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could
@@ -235,7 +245,8 @@ Launch Group::bind(const Call& call) {
     case Collective::broadcast:
       launch.input_nbytes = launch.output_nbytes = nbytes;
       if (launch.program)
-        launch.layout = Layout::cut(call.numel, element, launch.program->n_chunks);
+        launch.layout = (launch.program->calls.empty() ? Layout::cut : Layout::cut_alike)(
+            call.numel, element, launch.program->n_chunks);
       break;
     case Collective::barrier:
       if (!launch.program) break;
@@ -252,7 +263,7 @@ Launch Group::bind(const Call& call) {
                                     : nbytes / static_cast<uint64_t>(size_);
       launch.input_nbytes = whole_input ? nbytes : piece;
       launch.output_nbytes = whole_input ? piece : nbytes;
-      if (launch.program || uneven) {
+      if (launch.program || uneven || engine_->on_device()) {
         const auto counts = uneven ? call.counts : even_counts(call.numel, size_);
         launch.layout = Layout::pieces(counts, element, rank_, whole_input, !whole_input);
       }
@@ -261,7 +272,7 @@ Launch Group::bind(const Call& call) {
     case Collective::all_to_all: {
       launch.input_nbytes = uneven ? sum(call.counts) * element : nbytes;
       launch.output_nbytes = uneven ? sum(call.recv_counts) * element : nbytes;
-      if (!launch.program && !uneven) break;
+      if (!launch.program && !uneven && !engine_->on_device()) break;
       const auto send = uneven ? call.counts : even_counts(call.numel, size_);
       const auto recv = uneven ? call.recv_counts : send;
       launch.layout = Layout::exchange(send, recv, element, rank_);
@@ -279,6 +290,19 @@ void Group::run(const Call& call) { engine_->run(bind(call)); }
 
 std::shared_ptr<Work> Group::start(const Call& call, std::shared_ptr<void> keep_alive) {
   return engine_->start(bind(call), std::move(keep_alive));
+}
+
+std::shared_ptr<Work> Group::start_together(const std::vector<Call>& calls,
+                                            std::vector<Message> messages,
+                                            std::optional<std::chrono::milliseconds> timeout,
+                                            std::shared_ptr<void> keep_alive) {
+  std::vector<Launch> launches;
+  for (const Call& call : calls) launches.push_back(bind(call));
+  for (Message& message : messages) {
+    check_peer(message.is_send ? "send" : "recv", message.is_send ? "to" : "from", message.peer, 0);
+    message.deadline = deadline(timeout);
+  }
+  return engine_->start_together(std::move(launches), std::move(messages), std::move(keep_alive));
 }
 
 void Group::check_peer(const char* what, const char* towards, int peer, int least) const {

@@ -36,7 +36,8 @@ struct Call {
   float* residual = nullptr;    // all_reduce: as long as the output, gets what coding lost here
   bool must_be_finite = false;  // fail with Code::nonfinite where this rank's output is not
   std::optional<std::chrono::milliseconds> timeout;
-  std::function<void()> finish;  // run when the output stands, before the call counts as done
+  void* stream = nullptr;        // of a device: the caller's
+  std::function<void()> finish;  // as Launch's
 };
 
 // What Python plans. Called without the group's locks, at most once per key; deterministic, so
@@ -74,6 +75,11 @@ class Group {
   std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
                              std::optional<std::chrono::milliseconds> timeout,
                              std::shared_ptr<void> keep_alive);
+  // Engine::start_together. Messages have no deadline yet: `timeout` gives it.
+  std::shared_ptr<Work> start_together(const std::vector<Call>& calls,
+                                       std::vector<Message> messages,
+                                       std::optional<std::chrono::milliseconds> timeout,
+                                       std::shared_ptr<void> keep_alive);
 
  private:
   struct Choices {

@@ -21,8 +21,8 @@ void Program::finish() {
                  where);
     for (int32_t d = 0; d < step.dep_count; ++d) {
       const int32_t dep = deps[step.dep_begin + d];
-      PYCOMM_CHECK(dep >= 0 && dep < static_cast<int32_t>(i) && steps[dep].chunk == step.chunk,
-                   where);
+      PYCOMM_CHECK(dep >= 0 && dep < static_cast<int32_t>(i), where);
+      PYCOMM_CHECK(step.kind == StepKind::call || steps[dep].chunk == step.chunk, where);
     }
     const bool reads = step.kind != StepKind::recv, writes = step.kind != StepKind::send;
     const bool scratch = (reads && step.source == Buffer::scratch) ||
@@ -45,8 +45,15 @@ void Program::finish() {
         (step.kind == StepKind::send ? peer.sends : peer.recvs).push_back(index);
         break;
       }
-      case StepKind::call:
-        throw Error(Code::internal, where + ": this engine has calls expanded");
+      case StepKind::call: {
+        PYCOMM_CHECK(step.call >= 0 && step.call < static_cast<int32_t>(calls.size()), where);
+        const SubCall& call = calls[static_cast<size_t>(step.call)];
+        PYCOMM_CHECK(call.partition >= 0 && call.partition < static_cast<int>(partitions.size()) &&
+                         !call.ranks.empty(),
+                     where);
+        for (const int32_t chunk : call.chunks) PYCOMM_CHECK(chunk >= 0 && chunk < n_chunks, where);
+        break;
+      }
     }
   }
   peers.clear();
@@ -59,6 +66,17 @@ Layout Layout::cut(uint64_t numel, size_t element_bytes, int n_chunks) {
   layout.starts_.resize(k + 1);
   for (uint64_t i = 0; i <= k; ++i)
     layout.starts_[i] = (numel / k * i + std::min(i, numel % k)) * element_bytes;
+  layout.max_nbytes_ = layout.starts_[1];
+  return layout;
+}
+
+Layout Layout::cut_alike(uint64_t numel, size_t element_bytes, int n_chunks) {
+  const uint64_t block = std::max<uint64_t>(1, 16 / element_bytes),
+                 k = static_cast<uint64_t>(n_chunks);
+  const uint64_t piece = ((numel + k - 1) / k + block - 1) / block * block;
+  Layout layout;
+  layout.starts_.resize(k + 1);
+  for (uint64_t i = 0; i <= k; ++i) layout.starts_[i] = std::min(i * piece, numel) * element_bytes;
   layout.max_nbytes_ = layout.starts_[1];
   return layout;
 }

@@ -47,6 +47,17 @@ struct PeerSteps {
   std::vector<int32_t> recvs;
 };
 
+// A whole collective over some of the ranks, on some of the chunks; pycomm/calls.py says what each
+// promises. Of a device's engine. REQUIRES: chunks.size() is a multiple of ranks.size(), but in
+// all_reduce.
+struct SubCall {
+  Collective collective;
+  int partition;               // index into Program::partitions
+  std::vector<int32_t> ranks;  // this rank's part, in order; this rank is in it
+  std::vector<int32_t> chunks;
+};
+using Partition = std::vector<std::vector<int32_t>>;  // of the group's ranks
+
 struct Program {
   Collective collective;
   std::string algorithm;
@@ -58,8 +69,10 @@ struct Program {
   int n_rounds = 0;
   std::vector<Step> steps;
   std::vector<int32_t> deps;
-  std::vector<PeerSteps> peers;  // derived by finish(), ascending peer
-  std::vector<int32_t> copies;   // derived by finish()
+  std::vector<SubCall> calls;         // by Step::call; then all steps are calls
+  std::vector<Partition> partitions;  // the same on all ranks
+  std::vector<PeerSteps> peers;       // derived by finish(), ascending peer
+  std::vector<int32_t> copies;        // derived by finish()
 
   // Derives the per-peer lists and refuses what would read or write out of bounds.
   // Errors: Code::internal, since only project() makes programs.
@@ -73,6 +86,8 @@ class Layout {
   // all_reduce, reduce, broadcast: n_chunks near-equal pieces of numel elements, input and output
   // indexed alike.
   static Layout cut(uint64_t numel, size_t element_bytes, int n_chunks);
+  // The same in pieces of one size, a multiple of 16 bytes, but the last ones: shorter, or empty.
+  static Layout cut_alike(uint64_t numel, size_t element_bytes, int n_chunks);
   // reduce_scatter, all_gather, gather, scatter: counts[i] elements belong to rank i.
   // `whole_input`: the input holds all pieces (reduce_scatter, scatter), else only this rank's;
   // `whole_output` likewise (all_gather, gather).

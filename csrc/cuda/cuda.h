@@ -19,6 +19,7 @@
 #include "core/block_format.h"
 #include "core/dtype.h"
 #include "core/status.h"
+#include "cuda/peer_protocol.h"
 
 namespace pycomm::cuda {
 
@@ -37,6 +38,11 @@ Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode
 Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
                   bool accumulate, void* stream);
 
+// dst[i] = factor * the sum of value i over n_forms quantised forms of numel values each, which lie
+// stride_bytes apart: in fp32, in their order, rounded once. REQUIRES: as dequantise.
+Status dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      DType dtype, BlockCode code, float factor, void* stream);
+
 struct Tensor {
   void* data;
   size_t numel;
@@ -48,7 +54,14 @@ Status pack(void* bucket, std::span<const Tensor> tensors, float scale, DType dt
 Status unpack(const void* bucket, std::span<const Tensor> tensors, float scale, DType dtype,
               void* stream);
 
-struct Device {
+// One launch of peer_protocol.h's all_reduce for float32, float16 and bfloat16, computed in fp32
+// and rounded once; args.n_blocks is set here, alike on ranks that give one numel. Buffers: of
+// peer_buffer_nbytes(capacity), zeroed, 256-byte aligned, mapped by all ranks.
+// Errors: invalid_argument also where the ranks that share this device would not all fit on it.
+Status peer_all_reduce(PeerArguments args, DType dtype, bool two_shot, int n_ranks_on_device,
+                       void* stream);
+
+struct DeviceInfo {
   std::string name;
   int major, minor;  // compute capability
   int n_multiprocessors;
@@ -60,7 +73,7 @@ struct Device {
 struct Info {
   int runtime_version = 0;  // the CUDA runtime inside the module: 13000 is 13.0
   int driver_version = 0;   // the newest CUDA that the driver serves
-  std::vector<Device> devices;
+  std::vector<DeviceInfo> devices;
   std::string device_problem;
   std::string nccl_path;
   int nccl_version = 0;  // 21805 is 2.18.5

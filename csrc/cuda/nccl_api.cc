@@ -108,6 +108,9 @@ Status NcclApi::load(const std::string& path) {
     return {Code::invalid_argument,
             path_ + ": says it is NCCL " + nccl_version_name(version_) + ", but lacks " + missing};
   }
+  std::string optional;
+  look_up(library, "ncclCommShrink", &comm_shrink, &optional);
+  look_up(library, "ncclCommRevoke", &comm_revoke, &optional);
   for (const auto& [name, symbol] : kFeatures)
     features_.emplace_back(name, ::dlsym(library, symbol) != nullptr);
   return {};

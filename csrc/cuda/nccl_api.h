@@ -3,6 +3,7 @@
 // and functions looked up by name.
 #pragma once
 
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -18,7 +19,12 @@ struct NcclComm;  // opaque
 struct NcclUniqueId {
   char bytes[128];
 };
-enum class NcclResult : int { success = 0, in_progress = 7 };  // every other value is an error
+enum class NcclResult : int {  // values that are not here are errors too
+  success = 0,
+  invalid_argument = 4,
+  remote_error = 6,
+  in_progress = 7,
+};
 enum class NcclDType : int {
   int8 = 0,
   uint8 = 1,
@@ -32,6 +38,22 @@ enum class NcclDType : int {
   bfloat16 = 9,
 };
 enum class NcclOp : int { sum = 0, product = 1, max = 2, min = 3, avg = 4 };
+
+// ncclConfig_t of 2.18. A newer library reads as much of it as `size` says and takes its defaults
+// for what has come since.
+struct NcclConfig {
+  size_t size = sizeof(NcclConfig);
+  uint32_t magic = 0xcafebeef;
+  uint32_t version = 21800;
+  int blocking = 0;  // calls return in_progress instead of waiting for other ranks
+  int cga_cluster_size = INT_MIN;
+  int min_ctas = INT_MIN;
+  int max_ctas = INT_MIN;
+  const char* net_name = nullptr;
+  int split_share = INT_MIN;
+};
+constexpr int kNcclShrinkAbort = 1;
+constexpr int kNcclNoColor = -1;  // of comm_split: this rank is in none of the new communicators
 
 // An open NCCL. Immutable after open(), so any thread may use it. Streams are cudaStream_t as
 // void*.
@@ -53,10 +75,16 @@ class NcclApi {
   std::string describe(NcclResult result, NcclComm* comm) const;
 
   NcclResult (*get_unique_id)(NcclUniqueId*);
-  // config: nullptr, or an ncclConfig_t of any version up to this library's.
+  // config: nullptr, or an ncclConfig_t (NcclConfig) of any version up to this library's.
   NcclResult (*comm_init_rank_config)(NcclComm**, int n_ranks, NcclUniqueId, int rank,
                                       void* config);
   NcclResult (*comm_split)(NcclComm*, int color, int key, NcclComm** result, void* config);
+  // Optional, nullptr where the library lacks it: a communicator without these ranks, also of one
+  // with operations that hang (kNcclShrinkAbort); and the end of all operations of this rank
+  // (flags: 0).
+  NcclResult (*comm_shrink)(NcclComm*, int* excluded, int n_excluded, NcclComm** result,
+                            void* config, int flags);
+  NcclResult (*comm_revoke)(NcclComm*, int flags);
   NcclResult (*comm_get_async_error)(NcclComm*, NcclResult*);
   NcclResult (*comm_finalize)(NcclComm*);
   NcclResult (*comm_destroy)(NcclComm*);

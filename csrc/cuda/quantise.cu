@@ -110,6 +110,34 @@ __global__ void __launch_bounds__(kThreads) dequantise_kernel(const Arguments<T>
   }
 }
 
+// The sum of the tensors that several quantised forms hold, in their order, times a factor.
+template <class T, BlockCode kCode>
+__global__ void __launch_bounds__(kThreads)
+    dequantise_sum_kernel(const Arguments<T> args, int n_forms, int64_t stride_bytes,
+                          float factor) {
+  using C = Config<T>;
+  const int64_t n_lanes = n_blocks(args.numel) * C::kLanes, stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < n_lanes; at += stride) {
+    const Place<T> place(args, at);
+    float sum[C::kPerLane];
+    for (int form = 0; form < n_forms; ++form) {
+      const auto codes = *reinterpret_cast<const Codes<C::kPerLane>*>(
+          args.codes + form * stride_bytes + place.first);
+      const float to_value = *reinterpret_cast<const float*>(
+          reinterpret_cast<const char*>(args.scales + place.block) + form * stride_bytes);
+#pragma unroll
+      for (int k = 0; k < C::kPerLane; ++k) {
+        const float value = decode(kCode, codes.x[k], to_value);
+        sum[k] = form == 0 ? value : __fadd_rn(sum[k], value);
+      }
+    }
+    Vector<T> x;
+#pragma unroll
+    for (int k = 0; k < C::kPerLane; ++k) x.x[k] = narrow<T>(__fmul_rn(sum[k], factor));
+    store(args, place, x);
+  }
+}
+
 // launch
 template <class T>
 Arguments<T> arguments(void* quantised, void* tensor, size_t numel) {
@@ -164,6 +192,24 @@ Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCo
     const auto kernel = code == BlockCode::int8 ? of_int8 : of_e4m3;
     kernel<<<grid(args), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
     return launched("dequantise");
+  });
+}
+
+Status dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      DType dtype, BlockCode code, float factor, void* stream) {
+  if (Status status = check("dequantise_sum", src, code); !status.ok()) return status;
+  if (stride_bytes % kVectorBytes != 0)
+    return {Code::invalid_argument,
+            "CUDA kernel 'dequantise_sum' needs forms a multiple of 16 bytes apart; they are " +
+                std::to_string(stride_bytes)};
+  return for_float_type("dequantise_sum", dtype, [&]<class T>(T) -> Status {
+    const auto args = arguments<T>(const_cast<void*>(src), dst, numel);
+    if (numel == 0) return {};
+    const auto kernel = code == BlockCode::int8 ? dequantise_sum_kernel<T, BlockCode::int8>
+                                                : dequantise_sum_kernel<T, BlockCode::e4m3>;
+    kernel<<<grid(args), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, n_forms,
+                                                                           stride_bytes, factor);
+    return launched("dequantise_sum");
   });
 }
 

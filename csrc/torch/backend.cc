@@ -20,22 +20,21 @@ constexpr uint64_t kCoalesceBytes = 64 * 1024;
 
 }  // namespace
 
-// How c10d knows a call, and what its caller asks beside the tensors.
-struct PycommBackend::What {
-  c10d::OpType type;
-  const char* title;  // the profiler's
-  bool async;
-  Milliseconds timeout;
-};
-
 PycommBackend::PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::Endpoint> endpoint,
-                             Makers makers)
+                             DeviceSide::Options device_options, Makers makers)
     : c10d::Backend(group->rank(), group->size()),
       group_(std::move(group)),
       endpoint_(std::move(endpoint)),
-      makers_(std::move(makers)) {}
+      makers_(std::move(makers)),
+      device_options_(std::move(device_options)) {}
 
-PycommBackend::~PycommBackend() = default;
+// The device's watch may want the GIL for the last tensors it holds.
+PycommBackend::~PycommBackend() {
+  if (device_side_ == nullptr) return;
+  std::optional<pybind11::gil_scoped_release> release;
+  if (Py_IsInitialized() && PyGILState_Check()) release.emplace();
+  device_side_.reset();
+}
 
 // ---- checks ----
 
@@ -47,10 +46,10 @@ void PycommBackend::refuse(const char* op, const std::string& text) const {
 
 const at::Tensor& PycommBackend::checked(const char* op, const at::Tensor& tensor) const {
   if (!tensor.defined()) refuse(op, "the tensor is undefined");
-  if (!tensor.device().is_cpu())
+  if (!tensor.device().is_cpu() && !DeviceSide::serves(tensor.device()))
     refuse(op, "the tensor is on " + tensor.device().str() +
-                   ", this backend moves CPU tensors; call .cpu(), or register another "
-                   "backend for that device, as in init_process_group('cpu:pycomm,cuda:nccl')");
+                   ", this backend moves tensors on cpu and cuda; call .cpu(), or register another "
+                   "backend for that device, as in init_process_group('cpu:pycomm,xpu:xccl')");
   if (tensor.layout() != at::kStrided) refuse(op, "the tensor is sparse; call .to_dense()");
   if (tensor.is_conj() || tensor.is_neg())
     refuse(op,
@@ -83,6 +82,8 @@ const PycommBackend::Tensors& PycommBackend::one_per_rank(const char* op, const 
 PycommBackend::WorkPtr PycommBackend::launch(std::span<Plan> plans, const What& what,
                                              at::TensorList inputs, at::TensorList results) {
   for (Plan& plan : plans) plan.call.timeout = limit_of(what.timeout);
+  if (!plans.empty() && plans[0].has_device && DeviceSide::serves(plans[0].device)) [[unlikely]]
+    return launch_on_device(plans, what, inputs, results);
   if (!what.async && !coalescing_) {
     const InterruptScope interruptible(check_signals, is_only_thread);
     if (!at::hasCallbacks()) [[likely]] {
@@ -130,6 +131,7 @@ void PycommBackend::startCoalescing() {
 PycommBackend::WorkPtr PycommBackend::endCoalescing() {
   if (!coalescing_) refuse("endCoalescing", "startCoalescing was not called");
   coalescing_ = false;
+  if (!coalesced_calls_.empty() || !coalesced_messages_.empty()) return coalesced_on_device();
   auto work = begin(c10d::OpType::COALESCED, nullptr, {});
   work->set(std::exchange(coalesced_, {}), std::exchange(coalesced_results_, {}));
   return work;
@@ -554,6 +556,7 @@ PycommBackend::WorkPtr PycommBackend::message(Tensors& tensors, int peer, int ta
   const char* const op = is_send ? "send" : "recv";
   const at::Tensor& tensor = only(op, tensors);
   if (!tensor.is_contiguous()) refuse(op, "the tensor is not contiguous; call .contiguous()");
+  if (DeviceSide::serves(tensor.device())) return message_on_device(tensor, peer, tag, is_send);
   const bool any = !is_send && peer < 0;
   auto work = begin(is_send ? c10d::OpType::SEND
                     : any   ? c10d::OpType::RECVANYSOURCE
@@ -579,7 +582,9 @@ PycommBackend::WorkPtr PycommBackend::recvAnysource(Tensors& tensors, int tag) {
   return message(tensors, -1, tag, false);
 }
 
+// On a device too: once the caller's stream is there, the hosts meet.
 PycommBackend::WorkPtr PycommBackend::barrier(const c10d::BarrierOptions& opts) {
+  if (const auto side = device_side()) side->synchronise();
   Plan plan;
   plan.call.collective = Collective::barrier;
   return launch(std::move(plan),

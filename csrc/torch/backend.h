@@ -1,12 +1,17 @@
-// PycommBackend: torch.distributed's backend "pycomm" on CPU tensors. It turns c10d's calls into
-// core/group.h's and nothing more; a warm call does not enter Python. Tensors that are not
-// contiguous, and lists of tensors that do not lie one after the other, go through one flat copy.
-// A blocking call gives no c10d::Work at all, which torch takes for "done".
+// PycommBackend: torch.distributed's backend "pycomm". It turns c10d's calls into core/group.h's
+// and nothing more; a warm call does not enter Python. Tensors that are not contiguous, and lists
+// of tensors that do not lie one after the other, go through one flat copy. A blocking call gives
+// no c10d::Work at all, which torch takes for "done".
+//
+// One backend serves CPU tensors and those of one device (backend_device.cc): torch makes one
+// object for "cpu:pycomm,cuda:pycomm". The group on the device is made when the first of its
+// tensors comes.
 #pragma once
 
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,6 +21,7 @@
 
 #include "core/group.h"
 #include "cpu/endpoint.h"
+#include "torch/device_side.h"
 #include "torch/work.h"
 
 namespace pycomm::torch_layer {
@@ -42,7 +48,7 @@ class PycommBackend final : public c10d::Backend {
         merge;
   };
   PycommBackend(std::shared_ptr<Group> group, std::shared_ptr<cpu::Endpoint> endpoint,
-                Makers makers);
+                DeviceSide::Options device_options, Makers makers);
   ~PycommBackend() override;
 
   const std::shared_ptr<Group>& group() const { return group_; }
@@ -52,14 +58,14 @@ class PycommBackend final : public c10d::Backend {
   bool supportsCoalescing() const override { return true; }
   void startCoalescing() override;
   c10::intrusive_ptr<c10d::Work> endCoalescing() override;
-  void setTimeout(std::chrono::milliseconds timeout) override { group_->set_timeout(timeout); }
+  void setTimeout(std::chrono::milliseconds timeout) override;
   c10::intrusive_ptr<Options> getBackendOptions() override;
   BackendPtr split(const StorePtr& store, const std::vector<int>& ranks,
                    const c10::intrusive_ptr<Options>& opts) override;
   BackendPtr merge(const StorePtr& store, const c10::intrusive_ptr<Options>& opts, const int& rank,
                    const int& size) override;
   void setSequenceNumberForGroup() override {}
-  uint64_t getSequenceNumberForGroup() override { return group_->engine().sequence(); }
+  uint64_t getSequenceNumberForGroup() override;
   c10d::ErrorType getError() override;
   // Tensors that the other ranks of the host map, as pycomm.empty().
   bool supportsTensorAlloc(c10::DeviceIndex) override { return true; }
@@ -106,7 +112,13 @@ class PycommBackend final : public c10d::Backend {
   void monitoredBarrier(const c10d::BarrierOptions& opts, bool wait_all_ranks) override;
 
  private:
-  struct What;
+  // How c10d knows a call, and what its caller asks beside the tensors.
+  struct What {
+    c10d::OpType type;
+    const char* title;  // the profiler's
+    bool async;
+    std::chrono::milliseconds timeout;
+  };
   WorkPtr launch(std::span<Plan> plans, const What& what, at::TensorList inputs,
                  at::TensorList results);
   WorkPtr launch(Plan plan, const What& what, at::TensorList inputs, at::TensorList results);
@@ -124,14 +136,36 @@ class PycommBackend final : public c10d::Backend {
   const Tensors& one_per_rank(const char* op, const char* what, const TensorLists& lists) const;
   WorkPtr message(Tensors& tensors, int peer, int tag, bool is_send);
 
+  // torch asks the backend of each device type for a part of it, or a merger; one serves them all.
+  bool made_already(const std::string& name, BackendPtr* made);
+  BackendPtr remember(const std::string& name, BackendPtr made);
+
+  // backend_device.cc
+  std::shared_ptr<DeviceSide> device_side() const;  // nullptr before the first tensor on a device
+  DeviceSide& device_side(const c10::Device& device);
+  WorkPtr launch_on_device(std::span<Plan> plans, const What& what, at::TensorList inputs,
+                           at::TensorList results);
+  WorkPtr message_on_device(const at::Tensor& tensor, int peer, int tag, bool is_send);
+  WorkPtr coalesced_on_device();
+
   const std::shared_ptr<Group> group_;
   const std::shared_ptr<cpu::Endpoint> endpoint_;  // for groups of fewer ranks
   const Makers makers_;
+  const DeviceSide::Options device_options_;
+  mutable std::mutex device_mutex_;
+  std::shared_ptr<DeviceSide> device_side_;  // under device_mutex_
   const std::shared_ptr<FutureThreads> future_threads_ = std::make_shared<FutureThreads>();
+  std::string last_made_name_;
+  bool last_made_none_ = false;
+  c10::weak_intrusive_ptr<c10d::Backend> last_made_{BackendPtr()};
   std::atomic<int64_t> n_sparse_{0};
   bool coalescing_ = false;
   BackendWork::Works coalesced_;
   Tensors coalesced_results_;
+  // On the device, they start at endCoalescing().
+  std::vector<Call> coalesced_calls_;
+  std::vector<Message> coalesced_messages_;
+  std::vector<std::shared_ptr<void>> coalesced_memory_;
 };
 
 }  // namespace pycomm::torch_layer

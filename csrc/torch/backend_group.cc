@@ -74,24 +74,67 @@ c10::intrusive_ptr<c10d::Backend::Options> PycommBackend::getBackendOptions() {
   return options;
 }
 
+bool PycommBackend::made_already(const std::string& name, BackendPtr* made) {
+  if (name.empty() || name != last_made_name_) return false;
+  last_made_name_.clear();
+  *made = last_made_.lock();
+  return *made != nullptr || last_made_none_;  // else it is gone, and this is another of its name
+}
+
+PycommBackend::BackendPtr PycommBackend::remember(const std::string& name, BackendPtr made) {
+  last_made_name_ = name;
+  last_made_none_ = made == nullptr;
+  last_made_ = c10::weak_intrusive_ptr<c10d::Backend>(made);
+  return made;
+}
+
 PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std::vector<int>& ranks,
                                                const c10::intrusive_ptr<Options>& opts) {
-  if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end()) return nullptr;
+  const std::string name = opts ? "split " + opts->group_name : "";
+  if (BackendPtr made; made_already(name, &made)) return made;
+  const auto side = device_side();
+  if (std::find(ranks.begin(), ranks.end(), getRank()) == ranks.end()) {
+    if (side) (void)side->split(device_options_, ranks, nullptr);  // NCCL wants all ranks
+    return remember(name, nullptr);
+  }
+  DeviceSide::Options options = device_options_;
+  options.store = store;
+  options.planned_nbytes = UINT64_MAX;  // it was planned for the ranks of this one
+  options.hosts.clear();
+  for (const int rank : ranks)
+    options.hosts.push_back(device_options_.hosts[static_cast<size_t>(rank)]);
   auto group = makers_.split(store, ranks, opts ? opts->group_name : "split");
   if (opts) group->set_timeout(opts->timeout);
-  return c10::make_intrusive<PycommBackend>(std::move(group), endpoint_, makers_);
+  auto made = c10::make_intrusive<PycommBackend>(group, endpoint_, std::move(options), makers_);
+  if (side) made->device_side_ = side->split(made->device_options_, ranks, group.get());
+  return remember(name, std::move(made));
 }
 
 PycommBackend::BackendPtr PycommBackend::merge(const StorePtr& store,
                                                const c10::intrusive_ptr<Options>& opts,
                                                const int& rank, const int& size) {
+  const std::string name = opts ? "merge " + opts->group_name : "";
+  if (BackendPtr made; made_already(name, &made)) return made;
   const auto timeout = opts ? opts->timeout : group_->timeout();
-  return makers_.merge(store, rank, size, opts ? opts->group_name : "merged",
-                       std::chrono::duration<double>(timeout).count());
+  return remember(name, makers_.merge(store, rank, size, opts ? opts->group_name : "merged",
+                                      std::chrono::duration<double>(timeout).count()));
+}
+
+uint64_t PycommBackend::getSequenceNumberForGroup() {
+  const auto side = device_side();
+  return group_->engine().sequence() + (side ? side->group().engine().sequence() : 0);
+}
+
+void PycommBackend::setTimeout(std::chrono::milliseconds timeout) {
+  group_->set_timeout(timeout);
+  if (const auto side = device_side()) side->group().set_timeout(timeout);
 }
 
 c10d::ErrorType PycommBackend::getError() {
-  switch (group_->engine().broken().code) {
+  Status broken = group_->engine().broken();
+  if (const auto side = device_side(); side && broken.ok())
+    broken = side->group().engine().broken();
+  switch (broken.code) {
     case Code::ok:
       return c10d::ErrorType::SUCCESS;
     case Code::timeout:
@@ -110,10 +153,13 @@ at::Tensor PycommBackend::allocateTensor(long numel, at::TensorOptions options) 
 }
 
 void PycommBackend::abort() {
-  group_->engine().revoke({Code::closed, "rank " + std::to_string(getRank()) + " called abort()"});
+  const Status why{Code::closed, "rank " + std::to_string(getRank()) + " called abort()"};
+  if (const auto side = device_side()) side->group().engine().revoke(why);
+  group_->engine().revoke(why);
 }
 
 void PycommBackend::shutdown() {
+  if (const auto side = device_side()) side->group().engine().close();
   group_->engine().close();
   future_threads_->settle(kSettle);
 }

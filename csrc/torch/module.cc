@@ -47,6 +47,14 @@ Program program_of(const py::object& planned) {
   const auto deps =
       planned.attr("deps").cast<py::array_t<int32_t, py::array::c_style | py::array::forcecast>>();
   program.deps.assign(deps.data(), deps.data() + deps.size());
+  if (!py::hasattr(planned, "calls")) return program;
+  for (const auto& each : planned.attr("calls")) {
+    const auto call = py::cast<py::tuple>(each);
+    program.calls.push_back({parse_collective(call[0].cast<std::string>()), call[1].cast<int>(),
+                             call[2].cast<std::vector<int32_t>>(),
+                             call[3].cast<std::vector<int32_t>>()});
+  }
+  program.partitions = planned.attr("partitions").cast<std::vector<Partition>>();
   return program;
 }
 
@@ -231,7 +239,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
       .def(py::init([](const PyGroup& group, const std::shared_ptr<cpu::Endpoint>& endpoint,
-                       const py::object& split, const py::object& merge) {
+                       const c10::intrusive_ptr<c10d::Store>& store, std::string nccl_wheel,
+                       std::vector<std::string> hosts, const py::object& device_planner,
+                       std::optional<uint64_t> hierarchical_nbytes, const py::object& split,
+                       const py::object& merge) {
              const auto callable = [](const std::shared_ptr<void>& keep) -> py::object& {
                return *static_cast<py::object*>(keep.get());
              };
@@ -248,9 +259,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                return callable(keep)(store, rank, size, name, timeout_s)
                    .template cast<c10::intrusive_ptr<PycommBackend>>();
              };
-             return c10::make_intrusive<PycommBackend>(group.group(), endpoint, std::move(makers));
+             return c10::make_intrusive<PycommBackend>(
+                 group.group(), endpoint,
+                 DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
+                                     planner_of(device_planner),
+                                     hierarchical_nbytes.value_or(UINT64_MAX)},
+                 std::move(makers));
            }),
-           py::arg("group"), py::arg("endpoint"), py::arg("split"), py::arg("merge"))
+           py::arg("group"), py::arg("endpoint"), py::arg("store"), py::arg("nccl_wheel"),
+           py::arg("hosts"), py::arg("device_planner"), py::arg("hierarchical_nbytes"),
+           py::arg("split"), py::arg("merge"))
       .def_property_readonly("endpoint", &PycommBackend::endpoint)
       .def(
           "all_reduce_wire",

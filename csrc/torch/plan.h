@@ -103,9 +103,26 @@ inline void unflatten(const at::Tensor& flat, at::TensorList tensors) {
 struct Plan {
   Call call;
   c10::SmallVector<at::Tensor, 2> held;
+  c10::Device device = at::kCPU;  // of all its tensors
+  bool has_device = false;
+
+  // Throws where the tensors are on several devices.
+  void note(const at::Tensor& tensor) {
+    if (has_device && tensor.device() != device)
+      throw Error(Code::invalid_argument, std::string(name_of(call.collective)) +
+                                              ": one tensor is on " + device.str() +
+                                              ", another on " + tensor.device().str() +
+                                              "; all tensors of a call must be on one device");
+    device = tensor.device();
+    has_device = true;
+  }
+  void note(at::TensorList tensors) {
+    for (const auto& tensor : tensors) note(tensor);
+  }
 
   // Where the engine writes: the tensor, or a contiguous stand-in that is copied back at the end.
   void* write(const at::Tensor& tensor) {
+    note(tensor);
     if (tensor.is_contiguous()) {
       held.push_back(tensor);
       return tensor.data_ptr();
@@ -118,11 +135,13 @@ struct Plan {
     return flat.data_ptr();
   }
   const void* read(const at::Tensor& tensor) {
+    note(tensor);
     held.push_back(tensor.contiguous());
     return held.back().data_ptr();
   }
   // The same of a list's tensors, one after the other. `also_read`: they hold values already.
   void* write(at::TensorList tensors, bool also_read = false) {
+    note(tensors);
     if (void* const memory = adjacent(tensors)) {
       held.append(tensors.begin(), tensors.end());
       return memory;
@@ -133,6 +152,7 @@ struct Plan {
     return flat.data_ptr();
   }
   const void* read(at::TensorList tensors) {
+    note(tensors);
     if (const void* const memory = adjacent(tensors)) {
       held.append(tensors.begin(), tensors.end());
       return memory;

@@ -78,6 +78,11 @@ std::exception_ptr BackendWork::exception() const { return first_error(works_); 
 int BackendWork::sourceRank() const { return works_.empty() ? -1 : works_.front()->source(); }
 
 bool BackendWork::wait(std::chrono::milliseconds timeout) {
+  if (side_ && (timeout <= kNoTimeout || timeout >= kForever)) {
+    const InterruptScope interruptible(check_signals, is_only_thread);
+    for (const auto& work : works_) work->order_before(side_->current_stream());
+    return true;
+  }
   // Each operation has a deadline of its own; kNoTimeout leaves it to that.
   const auto until = timeout > kNoTimeout && timeout < kForever ? Clock::now() + timeout
                                                                 : Clock::time_point::max();
@@ -106,9 +111,22 @@ void BackendWork::on_done(std::function<void()> callback) const {
     });
 }
 
+// Complete at once: who waits for it, or hangs something on it, gets streams that are behind the
+// operations.
+c10::intrusive_ptr<c10::ivalue::Future> BackendWork::future_on_device() const {
+  auto future = c10::make_intrusive<c10::ivalue::Future>(
+      c10::ListType::create(c10::TensorType::get()), std::vector<c10::Device>{side_->device()});
+  side_->on_own_stream([&] {
+    for (const auto& work : works_) work->order_before(side_->own_stream());
+    future->markCompleted(c10::IValue(results_));
+  });
+  return future;
+}
+
 c10::intrusive_ptr<c10::ivalue::Future> BackendWork::getFuture() {
   std::lock_guard lock(mutex_);
   if (future_) return future_;
+  if (side_ && side_->has_streams()) return future_ = future_on_device();
   future_ = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
   const auto complete = [future = future_, works = works_, results = results_] {
     if (const auto error = first_error(works))

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/engine.h"
+#include "torch/device_side.h"
 
 namespace pycomm::torch_layer {
 
@@ -44,6 +45,8 @@ class BackendWork final : public c10d::Work {
       : c10d::Work(rank, type, title, inputs), future_threads_(std::move(future_threads)) {}
   // What it is made of, once that has started, and what it gives. Called once.
   void set(Works works, Tensors results);
+  // Of operations on a device: waiting makes the caller's stream wait.
+  void set_side(std::shared_ptr<DeviceSide> side) { side_ = std::move(side); }
   // Ends the event of an operation that has run already.
   void end_event();
 
@@ -61,7 +64,9 @@ class BackendWork final : public c10d::Work {
 
  private:
   void on_done(std::function<void()> callback) const;
+  c10::intrusive_ptr<c10::ivalue::Future> future_on_device() const;
 
+  std::shared_ptr<DeviceSide> side_;
   const std::shared_ptr<FutureThreads> future_threads_;
   Works works_;
   Tensors results_;

@@ -1,8 +1,9 @@
-// How NCCL is found, judged and opened, against small libraries with its names (fake_nccl.cc).
+// How NCCL is found, judged and opened, against small libraries with its names (fake_nccl/).
 #include <cstdlib>
 #include <map>
 
 #include "cuda/nccl_api.h"
+#include "fake_nccl/fake_nccl.h"
 #include "testing.h"
 
 using pycomm::cuda::NcclApi;
@@ -36,14 +37,14 @@ bool contains(const std::string& text, const std::string& part) {
 TEST(good_library_opens_with_version_path_and_features) {
   const Opened opened = open(FAKE_NCCL_GOOD);
   ASSERT_TRUE(opened.status.ok());
-  EXPECT_EQ(opened.api->version(), 22805);
+  EXPECT_EQ(opened.api->version(), 22905);
   EXPECT_EQ(opened.api->path(), FAKE_NCCL_GOOD);
   std::map<std::string, bool> features(opened.api->features().begin(),
                                        opened.api->features().end());
   EXPECT_EQ(features.size(), opened.api->features().size());
-  for (const char* present : {"split", "register", "window", "shrink", "alltoall"})
+  for (const char* present : {"split", "register", "window", "shrink", "alltoall", "revoke"})
     EXPECT_TRUE(features.at(present));
-  for (const char* absent : {"revoke", "grow", "allocate"}) EXPECT_TRUE(!features.at(absent));
+  for (const char* absent : {"suspend", "grow", "allocate"}) EXPECT_TRUE(!features.at(absent));
 }
 
 TEST(oldest_library_opens_without_the_newer_features) {
@@ -52,22 +53,14 @@ TEST(oldest_library_opens_without_the_newer_features) {
   for (const auto& [name, present] : opened.api->features()) EXPECT_EQ(present, name == "split");
 }
 
-TEST(functions_get_their_arguments_in_order) {
-  const Opened opened = open(FAKE_NCCL_GOOD);
-  ASSERT_TRUE(opened.status.ok());
-  const float in[3] = {1, 2, 3};
-  float out[3] = {};
-  using pycomm::cuda::NcclDType, pycomm::cuda::NcclOp, pycomm::cuda::NcclResult;
-  EXPECT_EQ(opened.api->all_reduce(in, out, 3, NcclDType::float32, NcclOp::sum, nullptr, nullptr),
-            NcclResult::success);
-  EXPECT_EQ(out[2], 6.0f);
-}
-
 TEST(describe_names_version_result_and_last_error) {
   const Opened opened = open(FAKE_NCCL_GOOD);
   ASSERT_TRUE(opened.status.ok());
-  EXPECT_EQ(opened.api->describe(static_cast<pycomm::cuda::NcclResult>(2), nullptr),
-            "NCCL 2.28.5: unhandled system error (connection refused by peer 3)");
+  ::fake_nccl_fail_next("ncclGetUniqueId", 2, "connection refused by peer 3");
+  pycomm::cuda::NcclUniqueId id;
+  const auto result = opened.api->get_unique_id(&id);
+  EXPECT_EQ(opened.api->describe(result, nullptr),
+            "NCCL 2.29.5: unhandled system error (connection refused by peer 3)");
 }
 
 TEST(too_old_is_refused_with_both_versions) {

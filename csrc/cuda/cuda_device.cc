@@ -1,0 +1,148 @@
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+
+#include "core/status.h"
+#include "cuda/cuda.h"
+#include "cuda/device.h"
+
+namespace pycomm::cuda {
+namespace {
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // reported here; the next launch must not report it again
+  throw Error(Code::internal, std::string(what) + ": " + cudaGetErrorName(error) + ": " +
+                                  cudaGetErrorString(error));
+}
+
+void require(const Status& status) {
+  if (!status.ok()) throw Error(status);
+}
+
+// Makes a device current, and what was current again at its end.
+class Current {
+ public:
+  explicit Current(int index) {
+    require(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != index) require(cudaSetDevice(index), "cudaSetDevice");
+    changed_ = before_ != index;
+  }
+  ~Current() {
+    if (changed_) (void)cudaSetDevice(before_);
+  }
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int index) : index_(index) {
+    cudaDeviceProp properties;
+    require(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+    name_ = "cuda:" + std::to_string(index) + " (" + properties.name + ")";
+    char text[3];
+    for (const char byte : properties.uuid.bytes) {
+      std::snprintf(text, sizeof(text), "%02x", static_cast<unsigned char>(byte));
+      id_ += text;
+    }
+  }
+  std::string id() const override { return id_; }
+  std::string name() const override { return name_; }
+
+  Stream new_stream() override {
+    const Current current(index_);
+    int lowest = 0, highest = 0;
+    require(cudaDeviceGetStreamPriorityRange(&lowest, &highest),
+            "cudaDeviceGetStreamPriorityRange");
+    cudaStream_t stream = nullptr;
+    require(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest),
+            "cudaStreamCreateWithPriority");
+    return stream;
+  }
+  void free_stream(Stream stream) override { (void)cudaStreamDestroy(as_stream(stream)); }
+  Event new_event() override {
+    const Current current(index_);
+    cudaEvent_t event = nullptr;
+    require(cudaEventCreate(&event), "cudaEventCreate");
+    return event;
+  }
+  void free_event(Event event) override { (void)cudaEventDestroy(as_event(event)); }
+
+  void record(Event event, Stream stream) override {
+    const Current current(index_);
+    require(cudaEventRecord(as_event(event), as_stream(stream)), "cudaEventRecord");
+  }
+  void wait(Stream stream, Event event) override {
+    const Current current(index_);
+    require(cudaStreamWaitEvent(as_stream(stream), as_event(event), 0), "cudaStreamWaitEvent");
+  }
+  bool passed(Event event) override {
+    const cudaError_t error = cudaEventQuery(as_event(event));
+    if (error == cudaErrorNotReady) {
+      (void)cudaGetLastError();
+      return false;
+    }
+    require(error, "cudaEventQuery");
+    return true;
+  }
+  double elapsed_s(Event from, Event to) override {
+    float milliseconds = 0;
+    require(cudaEventElapsedTime(&milliseconds, as_event(from), as_event(to)),
+            "cudaEventElapsedTime");
+    return static_cast<double>(milliseconds) * 1e-3;
+  }
+  bool capturing(Stream stream) override {
+    const Current current(index_);
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    require(cudaStreamIsCapturing(as_stream(stream), &status), "cudaStreamIsCapturing");
+    return status != cudaStreamCaptureStatusNone;
+  }
+  void adopt_thread() override {
+    (void)cudaSetDevice(index_);
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  }
+
+  void* allocate(size_t nbytes) override {
+    const Current current(index_);
+    void* memory = nullptr;
+    require(cudaMalloc(&memory, nbytes), "cudaMalloc");
+    return memory;
+  }
+  void release(void* memory) override { (void)cudaFree(memory); }
+  void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
+    const Current current(index_);
+    require(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDeviceToDevice, as_stream(stream)),
+            "cudaMemcpyAsync");
+  }
+  void quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
+                Stream stream) override {
+    const Current current(index_);
+    require(cuda::quantise(dst, src, numel, dtype, code, stream));
+  }
+  void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      DType dtype, BlockCode code, float factor, Stream stream) override {
+    const Current current(index_);
+    require(
+        cuda::dequantise_sum(dst, src, n_forms, stride_bytes, numel, dtype, code, factor, stream));
+  }
+  void in_order(Stream, std::function<void()> work) override { work(); }
+
+ private:
+  static cudaStream_t as_stream(Stream stream) { return static_cast<cudaStream_t>(stream); }
+  static cudaEvent_t as_event(Event event) { return static_cast<cudaEvent_t>(event); }
+
+  const int index_;
+  std::string id_, name_;
+};
+
+}  // namespace
+
+std::shared_ptr<Device> cuda_device(int index) { return std::make_shared<CudaDevice>(index); }
+
+}  // namespace pycomm::cuda

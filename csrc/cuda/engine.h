@@ -1,0 +1,167 @@
+// CudaEngine: collectives and messages on device memory for one rank of one group, by NCCL.
+//
+// Streams. An operation reads and writes its memory in the order of the caller's stream
+// (Launch::stream). run() puts it on that very stream and returns at once; start() puts it on the
+// engine's own stream, behind what the caller's holds, and Work::order_before() makes a stream
+// wait for it. Memory handed to start() is kept until the operation is done or a stream was made to
+// wait for it. On a stream that is being captured into a graph, operations are recorded, not
+// watched.
+//
+// Waiting. Nothing waits for ever: set-up has the operation's deadline, and a watch (watch.h) ends
+// the group's operations on this rank, and on all others through the store, once one is past its
+// deadline or NCCL has an error. The process lives on; what stood on the device ends, and every
+// later call throws the reason. Results of operations that did not end are undefined.
+//
+// Order. All ranks submit the same collectives in the same order. A message alone goes over a
+// communicator of its two ranks, on a stream of that pair; several that start together go over the
+// group's, so all its ranks start that in their order of collectives.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/engine.h"
+#include "core/store.h"
+#include "cuda/communicator.h"
+#include "cuda/device.h"
+#include "cuda/watch.h"
+
+namespace pycomm::cuda {
+
+struct EngineOptions {
+  std::shared_ptr<const NcclApi> api;
+  std::shared_ptr<Device> device;
+  std::shared_ptr<Store> store;  // the group's own
+  std::string name;
+  int rank = 0;
+  std::vector<std::string> hosts;  // by rank: which host it is on
+  void* stream = nullptr;          // for start(); the engine makes one where there is none
+  // From this size on, in bytes, all_reduce, reduce_scatter and all_gather with even counts run as
+  // planned (hierarchical.cc) where ranks stand on several hosts; below it NCCL does the whole.
+  uint64_t planned_nbytes = UINT64_MAX;
+};
+
+class CudaEngine final : public Engine, public std::enable_shared_from_this<CudaEngine> {
+ public:
+  // Local: ranks meet in the first collective, or when two exchange their first message.
+  static std::shared_ptr<CudaEngine> create(EngineOptions options);
+  ~CudaEngine() override;
+
+  uint64_t native_nbytes(Collective collective, bool even) const override;
+  bool on_device() const override { return true; }
+  bool spans_hosts() const override { return spans_hosts_; }
+  void run(Launch launch) override;
+  std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) override;
+  std::shared_ptr<Work> start_together(std::vector<Launch> launches, std::vector<Message> messages,
+                                       std::shared_ptr<void> keep_alive) override;
+  // On the device's default stream. The tag must be 0: NCCL's messages come in order, without one.
+  std::shared_ptr<Work> send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                             Clock::time_point deadline, std::shared_ptr<void> keep_alive) override;
+  std::shared_ptr<Work> recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+                             Clock::time_point deadline, std::shared_ptr<void> keep_alive) override;
+  void run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,
+                Clock::time_point deadline) override;
+  int run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
+               Clock::time_point deadline) override;
+  // Bytes are 0: which rank sends what is NCCL's choice.
+  Stats stats() const override { return watch_->stats(); }
+  uint64_t sequence() const override;
+  Status broken() const override { return watch_->broken(); }
+  void revoke(const Status& why) override;
+  void close() override;
+
+  // The engine of those ranks of this group that give the same color, ordered by key; nullptr with
+  // kNcclNoColor. Every rank of this group calls it. `ranks`: those ranks, in that order.
+  std::shared_ptr<CudaEngine> split(int color, int key, const std::vector<int>& ranks,
+                                    EngineOptions options, Clock::time_point deadline);
+  // Of the ranks that are left; this engine's operations end. Every rank but `excluded` calls it.
+  // Errors: Error(invalid_argument) where NCCL is older than 2.27.
+  std::shared_ptr<CudaEngine> shrink(const std::vector<int>& excluded, EngineOptions options,
+                                     Clock::time_point deadline);
+  bool has_communicator() const;
+
+ private:
+  friend class CudaWork;
+  struct Pair {
+    std::shared_ptr<Communicator> communicator;
+    Device::Stream stream;
+  };
+  // The communicator of this rank's part of a partition, and what stands on its stream.
+  struct Layer {
+    std::shared_ptr<Communicator> communicator;
+    Device::Stream stream;
+  };
+  explicit CudaEngine(EngineOptions options);
+  // setup.cc
+  std::shared_ptr<Communicator> communicator(Clock::time_point deadline);
+  Pair& pair(int peer, Clock::time_point deadline);
+  NcclUniqueId exchange_id(const std::string& key, bool creates, Clock::time_point deadline);
+  void compare_ranks(Clock::time_point deadline);
+
+  // failure.cc
+  void require_sound() const;
+  Status look();
+  void look_at_others(const Operation& operation);
+  Status too_late(const Operation& operation);
+  void end_all(const Status& why);
+
+  std::shared_ptr<Operation> describe(const Launch& launch);
+  void submit(const std::shared_ptr<Operation>& operation, Communicator& communicator,
+              Device::Stream stream, Device::Stream callers, const Communicator::Calls& calls,
+              std::span<const Launch> launches);
+  NcclResult enqueue(const Launch& launch, NcclComm* comm, Device::Stream stream) const;
+  NcclResult enqueue_pieces(const Launch& launch, NcclComm* comm, Device::Stream stream) const;
+  void copy_own(const Launch& launch, Device::Stream stream) const;
+  // hierarchical.cc
+  Layer& layer(const Partition& partition, const std::vector<int32_t>& part,
+               Clock::time_point deadline);
+  void run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
+                   Device::Stream stream);
+  struct Places;
+  void code(const Launch& launch, const SubCall& call, const Places& places, std::byte* forms,
+            Device::Stream stream) const;
+  NcclResult exchange_forms(const Launch& launch, const SubCall& call, std::byte* forms,
+                            NcclComm* comm, Device::Stream stream) const;
+  void sum_forms(const Launch& launch, const SubCall& call, Places& places, std::byte* forms,
+                 Device::Stream stream) const;
+  NcclResult enqueue_call(const Launch& launch, const SubCall& call, Places& places, NcclComm* comm,
+                          Device::Stream stream) const;
+  std::shared_ptr<Work> start_message(const Message& message, std::shared_ptr<void> keep_alive);
+  void set_communicator(std::shared_ptr<Communicator> made);
+  std::string who(int rank) const;  // "rank 2 (host b)"
+
+  const EngineOptions options_;
+  const int rank_, size_;
+  const bool spans_hosts_;
+  const std::string me_;  // what every message begins with
+  Device& device_;
+  const bool makes_stream_;
+  Device::Stream stream_ = nullptr;
+  void* scratch_ = nullptr;  // one element, for barriers
+
+  mutable std::mutex mutex_;  // one submission at a time
+  // The watch ends them while a caller that holds the first lock waits in one, so these two change
+  // under both locks, and are read under either.
+  mutable std::mutex communicators_mutex_;
+  std::shared_ptr<Communicator> communicator_;
+  std::map<int, Pair> pairs_;
+  std::map<Partition, Layer> layers_;
+  std::vector<void*> partials_;  // for sums on their way; the last one is in use
+  uint64_t partial_nbytes_ = 0;
+  uint64_t sequence_ = 0;
+  uint64_t n_messages_ = 0;
+  Device::Event last_ = nullptr;  // the end of the last operation on the group's communicator
+  Device::Stream last_stream_ = nullptr;
+  bool has_last_ = false;
+  std::atomic<bool> closed_{false};
+  std::mutex words_mutex_;
+  std::string own_word_;
+  std::unique_ptr<Watch> watch_;  // the first to go: its thread uses all of the above
+};
+
+}  // namespace pycomm::cuda

@@ -1,0 +1,126 @@
+#include "torch/device_side.h"
+
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+
+#include "torch/tensors.h"
+
+namespace pycomm::torch_layer {
+namespace {
+
+const char* test_library() {
+  static const char* const path = std::getenv("PYCOMM_TEST_DEVICE");
+  return path;
+}
+
+std::shared_ptr<cuda::Device> test_device(const char* path, int rank) {
+  void* library = ::dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  using Make = cuda::Device* (*)(const char* id);
+  const auto make =
+      library == nullptr ? nullptr : reinterpret_cast<Make>(::dlsym(library, "pycomm_test_device"));
+  if (make == nullptr)
+    throw Error(Code::invalid_argument,
+                std::string("PYCOMM_TEST_DEVICE=") + path + ": " + ::dlerror());
+  return std::shared_ptr<cuda::Device>(
+      make((std::to_string(::getpid()) + "/" + std::to_string(rank)).c_str()));
+}
+
+std::shared_ptr<cuda::Device> open_device(const c10::Device& device, int rank) {
+  if (const char* path = test_library()) return test_device(path, rank);
+#ifdef PYCOMM_WITH_CUDA
+  return cuda::cuda_device(device.index());
+#else
+  throw Error(Code::invalid_argument, "tensors on " + device.str() +
+                                          ": this pycomm was built without CUDA; build it where "
+                                          "nvcc is found (docs/install.md)");
+#endif
+}
+
+std::shared_ptr<Store> store_of(const DeviceSide::Options& options) {
+  return std::make_shared<TorchStore>(
+      c10::make_intrusive<c10d::PrefixStore>("device", options.store));
+}
+
+}  // namespace
+
+bool DeviceSide::serves(const c10::Device& device) {
+  return device.is_cuda() || (device.is_cpu() && test_library() != nullptr);
+}
+
+// What create() and split() do alike: opens NCCL and the device, takes a stream of torch's.
+std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c10::Device& device,
+                                                cuda::EngineOptions* engine) {
+  std::optional<c10::Stream> stream;
+  if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
+    throw Error(status);
+  engine->device = open_device(device, engine->rank);
+  if (!engine->device->is_host_memory()) {
+    stream = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device, true);
+    engine->stream = stream->native_handle();
+  }
+  engine->store = store_of(options);
+  return std::shared_ptr<DeviceSide>(new DeviceSide(device, stream));
+}
+
+std::shared_ptr<DeviceSide> DeviceSide::create(const Options& options, const c10::Device& device,
+                                               Group& like) {
+  cuda::EngineOptions engine;
+  engine.name = like.name();
+  engine.rank = like.rank();
+  engine.hosts = options.hosts;
+  engine.planned_nbytes = options.planned_nbytes;
+  auto self = prepare(options, device, &engine);
+  self->engine_ = cuda::CudaEngine::create(std::move(engine));
+  self->group_ = std::make_shared<Group>(like.name(), like.rank(), like.size(), self->engine_,
+                                         options.planner, like.timeout());
+  return self;
+}
+
+std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std::vector<int>& ranks,
+                                              Group* like) {
+  const c10::DeviceGuard guard(device_);
+  const auto deadline = Clock::now() + group_->timeout();
+  if (!engine_->has_communicator()) return nullptr;  // the new group meets when it is used
+  const auto hash = fnv1a(ranks.data(), ranks.size() * sizeof(int));
+  const int color = like == nullptr ? cuda::kNcclNoColor : static_cast<int>(hash & 0x7fffffff);
+  cuda::EngineOptions engine;
+  if (like == nullptr) {
+    (void)engine_->split(color, 0, ranks, std::move(engine), deadline);
+    return nullptr;
+  }
+  engine.name = like->name();
+  engine.rank = like->rank();
+  auto self = prepare(options, device_, &engine);
+  self->engine_ = engine_->split(color, like->rank(), ranks, std::move(engine), deadline);
+  self->group_ = std::make_shared<Group>(like->name(), like->rank(), like->size(), self->engine_,
+                                         options.planner, like->timeout());
+  return self;
+}
+
+void* DeviceSide::current_stream() const {
+  if (!has_streams()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+}
+
+void* DeviceSide::own_stream() const { return has_streams() ? stream_->native_handle() : nullptr; }
+
+void DeviceSide::on_own_stream(const std::function<void()>& task) const {
+  if (!has_streams()) return task();
+  const c10::StreamGuard guard(*stream_);
+  task();
+}
+
+void DeviceSide::synchronise() const {
+  if (!has_streams()) return;
+  const c10::impl::VirtualGuardImpl guard(device_.type());
+  guard.synchronizeStream(guard.getStream(device_));
+}
+
+}  // namespace pycomm::torch_layer

@@ -1,0 +1,65 @@
+// DeviceSide: what PycommBackend needs for tensors on an accelerator: the group over the CUDA
+// engine, the device's streams by torch's device-generic guard, and the engine's own stream as one
+// of torch's, so that copies and futures can be put on it. No CUDA header: a CPU-only torch builds
+// this.
+//
+// PYCOMM_TEST_DEVICE names a library whose device of host memory takes the place of CUDA's; CPU
+// tensors are then its tensors (tests/cc/fake_nccl).
+#pragma once
+
+#include <c10/core/Device.h>
+#include <c10/core/Stream.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <vector>
+
+#include "core/group.h"
+#include "cuda/engine.h"
+
+namespace pycomm::torch_layer {
+
+class DeviceSide {
+ public:
+  // What all devices of a backend have in common.
+  struct Options {
+    c10::intrusive_ptr<c10d::Store> store;  // the backend's own
+    std::string nccl_wheel;                 // path of torch's libnccl.so.2, or empty
+    std::vector<std::string> hosts;         // by rank
+    Planner planner;                        // pycomm/planning.py's DevicePlanning
+    uint64_t planned_nbytes = UINT64_MAX;   // as cuda::EngineOptions'
+  };
+
+  // Whether tensors of this device are ours.
+  static bool serves(const c10::Device& device);
+  // Local: ranks meet in the first operation. like: whose name, rank, size and timeout it has.
+  static std::shared_ptr<DeviceSide> create(const Options& options, const c10::Device& device,
+                                            Group& like);
+  // Ranks of this one, by NCCL's split; nullptr where this rank is not among them. All ranks call.
+  std::shared_ptr<DeviceSide> split(const Options& options, const std::vector<int>& ranks,
+                                    Group* like);
+
+  Group& group() const { return *group_; }
+  const c10::Device& device() const { return device_; }
+  bool has_streams() const { return stream_.has_value(); }
+  void* current_stream() const;  // the caller's; nullptr without streams
+  void* own_stream() const;      // where asynchronous operations run
+  // Runs task with the engine's stream as torch's current one.
+  void on_own_stream(const std::function<void()>& task) const;
+  void synchronise() const;  // waits for the caller's stream
+
+ private:
+  DeviceSide(const c10::Device& device, std::optional<c10::Stream> stream)
+      : device_(device), stream_(stream) {}
+  static std::shared_ptr<DeviceSide> prepare(const Options& options, const c10::Device& device,
+                                             cuda::EngineOptions* engine);
+
+  const c10::Device device_;
+  const std::optional<c10::Stream> stream_;
+  std::shared_ptr<cuda::CudaEngine> engine_;
+  std::shared_ptr<Group> group_;
+};
+
+}  // namespace pycomm::torch_layer

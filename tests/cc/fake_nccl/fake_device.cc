@@ -1,0 +1,185 @@
+// A pycomm::cuda::Device of host memory: each stream is a thread that runs what is on it in turn,
+// later by fake_device_delay(). A null stream is the host itself.
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "core/status.h"
+#include "cuda/device.h"
+#include "fake_nccl/arithmetic.h"
+#include "fake_nccl/fake_nccl.h"
+
+namespace {
+
+std::atomic<int> delay_us{0};
+
+class ThreadStream final : public FakeStream {
+ public:
+  ThreadStream() : thread_([this] { loop(); }) {}
+  ~ThreadStream() {
+    {
+      const std::lock_guard lock(mutex_);
+      ending_ = true;
+      changed_.notify_all();
+    }
+    thread_.join();
+  }
+  void enqueue(void (*run)(void*), void* argument) override {
+    push([=] { run(argument); });
+  }
+  void push(std::function<void()> task) {
+    const std::lock_guard lock(mutex_);
+    tasks_.push_back(std::move(task));
+    changed_.notify_all();
+  }
+
+ private:
+  void loop() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return ending_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      const auto task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      if (delay_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
+      task();
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> tasks_;
+  bool ending_ = false;
+  std::thread thread_;
+};
+
+// One recording of an event; an event is the last one, as CUDA has it.
+struct Mark {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool passed = false;
+  std::chrono::steady_clock::time_point at;
+  void pass() {
+    const std::lock_guard lock(mutex);
+    passed = true;
+    at = std::chrono::steady_clock::now();
+    changed.notify_all();
+  }
+  void wait() {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [this] { return passed; });
+  }
+};
+struct HostEvent {
+  std::mutex mutex;
+  std::shared_ptr<Mark> last;
+};
+
+class HostDevice final : public pycomm::cuda::Device {
+ public:
+  explicit HostDevice(std::string id) : id_(std::move(id)) {}
+  std::string id() const override { return id_; }
+  std::string name() const override { return "host memory " + id_; }
+  bool is_host_memory() const override { return true; }
+  Stream new_stream() override { return static_cast<FakeStream*>(new ThreadStream); }
+  void free_stream(Stream stream) override { delete thread(stream); }
+  Event new_event() override { return new HostEvent; }
+  void free_event(Event event) override { delete as_event(event); }
+  void record(Event event, Stream stream) override {
+    auto mark = std::make_shared<Mark>();
+    {
+      const std::lock_guard lock(as_event(event)->mutex);
+      as_event(event)->last = mark;
+    }
+    in_order(stream, [mark] { mark->pass(); });
+  }
+  void wait(Stream stream, Event event) override {
+    in_order(stream, [mark = last(event)] { mark->wait(); });
+  }
+  bool passed(Event event) override {
+    const auto mark = last(event);
+    const std::lock_guard lock(mark->mutex);
+    return mark->passed;
+  }
+  double elapsed_s(Event from, Event to) override {
+    return std::chrono::duration<double>(last(to)->at - last(from)->at).count();
+  }
+  bool capturing(Stream) override { return false; }
+  void* allocate(size_t nbytes) override { return ::calloc(1, nbytes); }
+  void release(void* memory) override { ::free(memory); }
+  void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
+    in_order(stream, [=] { std::memmove(dst, src, nbytes); });
+  }
+  void quantise(void* dst, const void* src, size_t numel, pycomm::DType dtype,
+                pycomm::BlockCode code, Stream stream) override {
+    in_order(stream, [=] {
+      auto* const codes = static_cast<uint8_t*>(dst);
+      const auto n = static_cast<int64_t>(numel);
+      for (int64_t first = 0; first < n; first += pycomm::kBlockNumel) {
+        int32_t largest = 0;
+        for (int64_t i = first; i < std::min(n, first + pycomm::kBlockNumel); ++i)
+          largest = std::max(largest, pycomm::magnitude_bits(value(src, i, dtype)));
+        const auto scale = pycomm::block_scale(largest, code);
+        for (int64_t i = first; i < first + pycomm::kBlockNumel; ++i)
+          codes[i] = pycomm::encode(code, i < n ? value(src, i, dtype) : 0.0f, scale.to_code);
+        std::memcpy(codes + pycomm::scales_offset(n, code) + first / pycomm::kBlockNumel * 4,
+                    &scale.to_value, 4);
+      }
+    });
+  }
+  void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      pycomm::DType dtype, pycomm::BlockCode code, float factor,
+                      Stream stream) override {
+    in_order(stream, [=] {
+      const auto n = static_cast<int64_t>(numel);
+      for (int64_t i = 0; i < n; ++i) {
+        float sum = 0;
+        for (int form = 0; form < n_forms; ++form) {
+          const auto* const codes = static_cast<const uint8_t*>(src) + form * stride_bytes;
+          float to_value;
+          std::memcpy(&to_value,
+                      codes + pycomm::scales_offset(n, code) + i / pycomm::kBlockNumel * 4, 4);
+          sum += pycomm::decode(code, codes[i], to_value);
+        }
+        sum *= factor;
+        if (dtype == pycomm::DType::float32)
+          static_cast<float*>(dst)[i] = sum;
+        else
+          static_cast<uint16_t*>(dst)[i] =
+              fake::narrow(sum, dtype == pycomm::DType::float16 ? 5 : 8);
+      }
+    });
+  }
+  void in_order(Stream stream, std::function<void()> work) override {
+    if (stream == nullptr) return work();
+    thread(stream)->push(std::move(work));
+  }
+
+ private:
+  static float value(const void* array, int64_t i, pycomm::DType dtype) {
+    if (dtype == pycomm::DType::float32) return static_cast<const float*>(array)[i];
+    return static_cast<float>(fake::widen(static_cast<const uint16_t*>(array)[i],
+                                          dtype == pycomm::DType::float16 ? 5 : 8));
+  }
+  static ThreadStream* thread(Stream stream) {
+    return static_cast<ThreadStream*>(static_cast<FakeStream*>(stream));
+  }
+  static HostEvent* as_event(Event event) { return static_cast<HostEvent*>(event); }
+  static std::shared_ptr<Mark> last(Event event) {
+    const std::lock_guard lock(as_event(event)->mutex);
+    return as_event(event)->last;
+  }
+  const std::string id_;
+};
+
+}  // namespace
+
+extern "C" void fake_device_delay(int microseconds) { delay_us = microseconds; }
+
+// What PYCOMM_TEST_DEVICE names: csrc/torch asks a library for its device by this function.
+extern "C" pycomm::cuda::Device* pycomm_test_device(const char* id) { return new HostDevice(id); }

@@ -1,0 +1,30 @@
+// A library with NCCL's names whose ranks are threads or processes of one machine and whose device
+// is host memory; for tests of what is built on NCCL where there is no GPU. Streams are threads
+// (fake_device.cc), so that what runs before something it depends on is seen to.
+//
+// At compile time FAKE_VERSION is what it says it is, FAKE_WITHOUT_SPLIT leaves out a function that
+// pycomm needs, FAKE_WITHOUT_NEWER what came after 2.18. At run time:
+#pragma once
+
+extern "C" {
+// The next call of this function in this process fails with this result and last error.
+void fake_nccl_fail_next(const char* function, int result, const char* text);
+// Operations of this rank, in this process, do not move until they are aborted; -1: all move.
+void fake_nccl_hang(int rank);
+// A communicator of this process gets this error in the background, as when a network card fails.
+void fake_nccl_async_error(int rank, int result, const char* text);
+// Set-up and splits take so many polls longer.
+void fake_nccl_slow_init(int polls);
+// What is on a stream runs this much later.
+void fake_device_delay(int microseconds);
+// Communicators and streams that exist in this process.
+int fake_nccl_n_communicators();
+}
+
+// A stream, as NCCL's functions get it.
+struct FakeStream {
+  virtual void enqueue(void (*run)(void*), void* argument) = 0;
+
+ protected:
+  ~FakeStream() = default;
+};

@@ -1,0 +1,246 @@
+// The kernels on a GPU against the same arithmetic on the host, bit for bit. `make test-gpu` runs
+// it; `make test` only compiles it. Without a GPU every test fails: none may pass by not running.
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+
+#include "cpu/reduce.h"
+#include "cuda/cuda.h"
+#include "testing.h"
+
+using namespace pycomm;
+
+namespace {
+
+void require(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+void require(const Status& status) {
+  if (!status.ok()) throw Error(status);
+}
+
+// Device memory filled with 0xa5, at a distance from 16-byte alignment.
+class Memory {
+ public:
+  explicit Memory(size_t nbytes, size_t offset = 0) : nbytes_(nbytes), offset_(offset) {
+    require(cudaMalloc(&base_, nbytes + offset + 16));
+    require(cudaMemset(base_, 0xa5, nbytes + offset + 16));
+  }
+  Memory(const std::vector<char>& from, size_t offset) : Memory(from.size(), offset) {
+    require(cudaMemcpy(data(), from.data(), from.size(), cudaMemcpyHostToDevice));
+  }
+  ~Memory() { (void)cudaFree(base_); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  char* data() const { return static_cast<char*>(base_) + offset_; }
+  std::vector<char> read() const {
+    std::vector<char> to(nbytes_);
+    require(cudaMemcpy(to.data(), data(), nbytes_, cudaMemcpyDeviceToHost));
+    return to;
+  }
+
+ private:
+  void* base_ = nullptr;
+  const size_t nbytes_, offset_;
+};
+
+// Normal values of a dtype, as bytes.
+std::vector<char> values(size_t numel, DType dtype, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, 10);
+  std::vector<float> wide(numel);
+  for (float& value : wide) value = normal(random);
+  std::vector<char> narrow(numel * size_of(dtype));
+  if (dtype == DType::float32)
+    std::memcpy(narrow.data(), wide.data(), narrow.size());
+  else
+    cpu::from_float32(narrow.data(), wide.data(), numel, dtype);
+  return narrow;
+}
+
+std::vector<float> widened(const std::vector<char>& data, size_t numel, DType dtype) {
+  std::vector<float> wide(numel);
+  if (dtype == DType::float32)
+    std::memcpy(wide.data(), data.data(), data.size());
+  else
+    cpu::to_float32(wide.data(), data.data(), numel, dtype);
+  return wide;
+}
+
+constexpr DType kDTypes[] = {DType::float32, DType::float16, DType::bfloat16};
+constexpr size_t kNumels[] = {1, 7, 127, 128, 129, 4096, 100001, (1 << 22) + 3};
+
+}  // namespace
+
+TEST(reduce_gives_the_cpu_engines_bits) {
+  for (const DType dtype : kDTypes)
+    for (const ReduceOp op : {ReduceOp::sum, ReduceOp::product, ReduceOp::min, ReduceOp::max})
+      for (const size_t numel : kNumels)
+        for (const size_t offset : {size_t{0}, size_of(dtype)}) {
+          const auto a = values(numel, dtype, 1), b = values(numel, dtype, 2);
+          std::vector<char> expected(a.size());
+          cpu::reduce(expected.data(), a.data(), b.data(), numel, dtype, op);
+          const Memory on_a(a, offset), on_b(b, 0), out(a.size(), offset);
+          require(cuda::reduce(out.data(), on_a.data(), on_b.data(), numel, dtype, op, nullptr));
+          require(cudaDeviceSynchronize());
+          EXPECT_TRUE(out.read() == expected);
+        }
+}
+
+TEST(quantise_and_dequantise_give_the_hosts_bits) {
+  for (const DType dtype : kDTypes)
+    for (const BlockCode code : {BlockCode::int8, BlockCode::e4m3})
+      for (const size_t numel : kNumels) {
+        const auto x = values(numel, dtype, 3);
+        const auto wide = widened(x, numel, dtype);
+        const auto n = static_cast<int64_t>(numel);
+        std::vector<char> expected(static_cast<size_t>(quantised_nbytes(n, code)), 0);
+        std::vector<float> back(numel);
+        for (int64_t block = 0; block < n_blocks(n); ++block) {
+          int32_t largest_bits = 0;
+          const int64_t end = std::min(n, (block + 1) * kBlockNumel);
+          for (int64_t i = block * kBlockNumel; i < end; ++i)
+            largest_bits = std::max(largest_bits, magnitude_bits(wide[static_cast<size_t>(i)]));
+          const BlockScale scale = block_scale(largest_bits, code);
+          for (int64_t i = block * kBlockNumel; i < (block + 1) * kBlockNumel; ++i) {
+            const float value = i < n ? wide[static_cast<size_t>(i)] : 0.0f;
+            const uint8_t byte = encode(code, value, scale.to_code);
+            expected[static_cast<size_t>(i)] = static_cast<char>(byte);
+            if (i < n) back[static_cast<size_t>(i)] = decode(code, byte, scale.to_value);
+          }
+          std::memcpy(expected.data() + scales_offset(n, code) + block * 4, &scale.to_value, 4);
+        }
+        const Memory in(x, 0), coded(expected.size());
+        require(cuda::quantise(coded.data(), in.data(), numel, dtype, code, nullptr));
+        require(cudaDeviceSynchronize());
+        EXPECT_TRUE(coded.read() == expected);
+        const Memory out(x.size());
+        require(cuda::dequantise(out.data(), coded.data(), numel, dtype, code, false, nullptr));
+        require(cudaDeviceSynchronize());
+        std::vector<char> narrow(x.size());
+        if (dtype == DType::float32)
+          std::memcpy(narrow.data(), back.data(), narrow.size());
+        else
+          cpu::from_float32(narrow.data(), back.data(), numel, dtype);
+        EXPECT_TRUE(out.read() == narrow);
+      }
+}
+
+TEST(dequantise_sum_adds_forms_in_order_and_rounds_once) {
+  for (const DType dtype : kDTypes)
+    for (const BlockCode code : {BlockCode::int8, BlockCode::e4m3})
+      for (const size_t numel : kNumels) {
+        const auto n = static_cast<int64_t>(numel);
+        const int64_t stride = (quantised_nbytes(n, code) + 15) / 16 * 16;
+        const Memory forms(static_cast<size_t>(3 * stride)), out(numel * size_of(dtype));
+        for (int form = 0; form < 3; ++form) {
+          const Memory x(values(numel, dtype, static_cast<unsigned>(10 + form)), 0);
+          require(
+              cuda::quantise(forms.data() + form * stride, x.data(), numel, dtype, code, nullptr));
+          require(cudaDeviceSynchronize());
+        }
+        require(cuda::dequantise_sum(out.data(), forms.data(), 3, stride, numel, dtype, code, 0.5f,
+                                     nullptr));
+        require(cudaDeviceSynchronize());
+        const auto bytes = forms.read();
+        std::vector<float> sums(numel);
+        for (int64_t i = 0; i < n; ++i) {
+          float sum = 0;
+          for (int form = 0; form < 3; ++form) {
+            const char* const at = bytes.data() + form * stride;
+            float to_value;
+            std::memcpy(&to_value, at + scales_offset(n, code) + i / kBlockNumel * 4, 4);
+            sum += decode(code, static_cast<uint8_t>(at[i]), to_value);
+          }
+          sums[static_cast<size_t>(i)] = sum * 0.5f;
+        }
+        std::vector<char> expected(numel * size_of(dtype));
+        if (dtype == DType::float32)
+          std::memcpy(expected.data(), sums.data(), expected.size());
+        else
+          cpu::from_float32(expected.data(), sums.data(), numel, dtype);
+        EXPECT_TRUE(out.read() == expected);
+      }
+}
+
+TEST(all_reduce_of_peers_on_one_device) {
+  for (const int n : {2, 4})
+    for (const bool two_shot : {false, true})
+      for (const int64_t numel : {1, 1001, 16384}) {
+        const int64_t capacity = (numel * 4 + 15) / 16 * 16;
+        std::vector<std::unique_ptr<Memory>> buffers, tensors;
+        std::vector<cudaStream_t> streams(static_cast<size_t>(n));
+        cuda::PeerArguments args{};
+        args.n_ranks = n;
+        args.capacity = capacity;
+        args.numel = numel;
+        args.op = ReduceOp::sum;
+        args.timeout_ns = 5'000'000'000;
+        for (int rank = 0; rank < n; ++rank) {
+          buffers.push_back(
+              std::make_unique<Memory>(static_cast<size_t>(cuda::peer_buffer_nbytes(capacity))));
+          args.buffers[rank] = buffers.back()->data();
+          require(cudaMemset(args.buffers[rank], 0,
+                             static_cast<size_t>(cuda::peer_buffer_nbytes(capacity))));
+          require(cudaStreamCreateWithFlags(&streams[static_cast<size_t>(rank)],
+                                            cudaStreamNonBlocking));
+        }
+        require(cudaDeviceSynchronize());
+        for (uint32_t epoch = 1; epoch <= 4; ++epoch) {
+          tensors.clear();
+          std::vector<char> expected;
+          for (int rank = 0; rank < n; ++rank) {
+            const auto x = values(static_cast<size_t>(numel), DType::float32,
+                                  epoch * 10 + static_cast<unsigned>(rank));
+            tensors.push_back(std::make_unique<Memory>(x, 0));
+            if (rank == 0)
+              expected = x;
+            else
+              cpu::reduce(expected.data(), expected.data(), x.data(), static_cast<size_t>(numel),
+                          DType::float32, ReduceOp::sum);
+          }
+          for (int rank = 0; rank < n; ++rank) {
+            args.rank = rank;
+            args.epoch = epoch;
+            args.input = args.output = tensors[static_cast<size_t>(rank)]->data();
+            require(cuda::peer_all_reduce(args, DType::float32, two_shot, n,
+                                          streams[static_cast<size_t>(rank)]));
+          }
+          require(cudaDeviceSynchronize());
+          for (const auto& tensor : tensors) EXPECT_TRUE(tensor->read() == expected);
+        }
+        for (const auto stream : streams) require(cudaStreamDestroy(stream));
+      }
+}
+
+TEST(pack_and_unpack_move_every_element_once) {
+  for (const DType dtype : kDTypes) {
+    std::vector<std::unique_ptr<Memory>> memory;
+    std::vector<cuda::Tensor> tensors;
+    std::vector<char> expected;
+    for (size_t i = 0; i < 300; ++i) {  // several launches of 128
+      const size_t numel = i * 37 % 1000;
+      const auto x = values(numel, dtype, static_cast<unsigned>(i));
+      memory.push_back(std::make_unique<Memory>(x, i % 3 * size_of(dtype)));
+      tensors.push_back({memory.back()->data(), numel});
+      expected.insert(expected.end(), x.begin(), x.end());
+    }
+    const Memory bucket(expected.size());
+    require(cuda::pack(bucket.data(), tensors, 1.0f, dtype, nullptr));
+    require(cudaDeviceSynchronize());
+    EXPECT_TRUE(bucket.read() == expected);
+    for (const auto& tensor : tensors)
+      if (tensor.numel > 0) require(cudaMemset(tensor.data, 0, tensor.numel * size_of(dtype)));
+    require(cuda::unpack(bucket.data(), tensors, 1.0f, dtype, nullptr));
+    require(cudaDeviceSynchronize());
+    std::vector<char> again;
+    for (const auto& each : memory) {
+      const auto x = each->read();
+      again.insert(again.end(), x.begin(), x.end());
+    }
+    EXPECT_TRUE(again == expected);
+  }
+}

@@ -1,0 +1,119 @@
+"""torch.distributed on real GPUs and the real NCCL; `make test-gpu` runs it, `make test` does not. One rank per GPU.
+
+Without a GPU, or with a torch that cannot use it, every test fails: none may pass by not running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch_ranks import run_torch_ranks
+
+
+def n_gpus() -> int:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    assert found > 0, "no GPU, or a CPU-only torch"
+    return found
+
+
+def run(fn: Any) -> None:
+    run_torch_ranks(fn, n_gpus(), backend="cpu:pycomm,cuda:pycomm", timeout_s=120)
+
+
+def _values(rank: int, numel: int) -> torch.Tensor:
+    return torch.randint(-50, 50, (numel,), generator=torch.Generator().manual_seed(numel + rank))
+
+
+def test_collectives_equal_the_cpu_engines() -> None:
+    run(_collectives)
+
+
+def _collectives(rank: int, n: int) -> None:
+    torch.cuda.set_device(rank)
+    for numel in (0, 1, 127, 100001):
+        x = _values(rank, numel)
+        y = x.cuda()
+        dist.all_reduce(x)
+        dist.all_reduce(y)
+        assert torch.equal(x, y.cpu())
+        whole, there = torch.empty(n * numel, dtype=torch.int64), torch.empty(n * numel, dtype=torch.int64).cuda()
+        dist.all_gather_into_tensor(whole, _values(rank, numel))
+        dist.all_gather_into_tensor(there, _values(rank, numel).cuda())
+        assert torch.equal(whole, there.cpu())
+        dist.all_to_all_single(piece := torch.empty_like(whole), whole)
+        dist.all_to_all_single(other := torch.empty_like(there), there)
+        assert torch.equal(piece, other.cpu())
+    dist.barrier()
+
+
+def test_asynchronous_work_is_in_the_order_of_streams() -> None:
+    run(_streams)
+
+
+def _streams(rank: int, n: int) -> None:
+    torch.cuda.set_device(rank)
+    side, consumer = torch.cuda.Stream(), torch.cuda.Stream()
+    for turn in range(50):
+        with torch.cuda.stream(side):
+            x = torch.zeros(1 << 22, device="cuda")
+            torch.cuda._sleep(2_000_000)
+            x += turn
+            work = dist.all_reduce(x, async_op=True)
+        assert work is not None
+        with torch.cuda.stream(consumer):
+            work.wait()
+            y = x + 1
+        del x  # its memory is given to the next turn's tensors
+        torch.cuda.synchronize()
+        assert y.min().item() == y.max().item() == n * turn + 1
+
+
+def test_a_captured_graph_replays_bit_for_bit() -> None:
+    run(_graph)
+
+
+def _graph(rank: int, n: int) -> None:
+    torch.cuda.set_device(rank)
+    x = torch.randn(1 << 16, device="cuda")
+    dist.all_reduce(x.clone())  # the ranks meet before the capture
+    given = x.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = given * 2
+        dist.all_reduce(y)
+        work = dist.all_reduce(z := y + 1, async_op=True)
+        assert work is not None
+        work.wait()
+        z = z + 1
+    expected = x * 2
+    dist.all_reduce(expected)
+    plus = expected + 1
+    dist.all_reduce(plus)
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected) and torch.equal(z, plus + 1)
+
+
+def test_ddp_trains_as_on_nccl() -> None:
+    run(_ddp)
+
+
+def _ddp(rank: int, n: int) -> None:
+    torch.cuda.set_device(rank)
+    nccl = dist.new_group(backend="nccl")
+    found = []
+    for group in (None, nccl):
+        torch.manual_seed(1)
+        model = DistributedDataParallel(torch.nn.Linear(64, 64).cuda(), process_group=group)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(5):
+            torch.manual_seed(10 * step + rank)
+            optimizer.zero_grad()
+            model(torch.randn(16, 64, device="cuda")).square().mean().backward()
+            optimizer.step()
+        found.append(model.module.weight.detach())
+    assert found[0].tolist() == pytest.approx(found[1].tolist(), rel=1e-5)

@@ -38,11 +38,9 @@ uint64_t Ways::recent(const Cell& cell, Way way) {
 }
 
 Way Ways::choose(int kind, uint64_t nbytes) {
-  Cell& cell = this->cell(kind, nbytes);
+  const Cell& cell = this->cell(kind, nbytes);
   if (!cell.known) return latest_;
-  if (cell.tries == 0) return cell.way;
-  --cell.tries;
-  return other(cell.way);
+  return cell.awaited > 0 ? other(cell.way) : cell.way;
 }
 
 // Both ways were measured just now.
@@ -85,8 +83,7 @@ void Ways::record(int kind, uint64_t nbytes, Way way, uint64_t time) {
     if (way != cell.way && --cell.awaited == 0) compare(cell, nbytes);
   } else if (way == cell.way) {  // else chosen before the last comparison
     const bool slower = recent(cell, way) > cell.usual * 3 / 2;
-    if (slower || --cell.countdown == 0)
-      cell.tries = cell.awaited = calls_of_try(other(way), nbytes);
+    if (slower || --cell.countdown == 0) cell.awaited = calls_of_try(other(way), nbytes);
   }
   latest_ = cell.way;
 }

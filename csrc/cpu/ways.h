@@ -22,7 +22,7 @@ class Ways {
   // Kinds of operations cost differently and are kept apart, as are sizes.
   explicit Ways(int n_kinds) : cells_(static_cast<size_t>(n_kinds) * kClasses) {}
   static int class_of(uint64_t nbytes);  // 0 to 63
-  // The way for the next `nbytes`. REQUIRES: at least kLeast.
+  // The way for the next `nbytes`, and for more of them until one is recorded.
   Way choose(int kind, uint64_t nbytes);
   // What `nbytes` took that way: time in any one unit.
   void record(int kind, uint64_t nbytes, Way way, uint64_t time);
@@ -32,10 +32,10 @@ class Ways {
   struct Cell {
     bool known = false;
     Way way = Way::shared;
-    uint64_t countdown = 0;                    // calls to the next try of the other way
-    uint64_t most = 0;                         // that it may be
-    uint64_t tries = 0, awaited = 0;           // calls of it to be chosen, and to be measured
-    uint64_t usual = 0;                        // cost of its way when that was last compared
+    uint64_t countdown = 0;  // calls to the next try of the other way
+    uint64_t most = 0;       // that it may be
+    uint64_t awaited = 0;    // calls of the other way still to be measured; 0: it is not tried
+    uint64_t usual = 0;      // cost of its way when that was last compared
     std::array<uint64_t, 2> last{}, before{};  // costs by way
   };
   Cell& cell(int kind, uint64_t nbytes);

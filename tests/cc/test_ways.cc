@@ -71,6 +71,16 @@ TEST(one_size_tells_the_next_of_its_kind) {
   EXPECT_EQ(far.dearer(8, 64 << 20), 0);
 }
 
+TEST(what_is_asked_and_never_recorded_changes_nothing) {
+  Clockwork far{.shared = 10, .pulled = 2};
+  int dearer = 0;
+  for (int i = 0; i < 100; ++i) {  // as calls on memory of the heap ask
+    far.ways.choose(0, 1 << 20);
+    dearer += far.dearer(1, 1 << 20);
+  }
+  EXPECT_TRUE(dearer < 30);
+}
+
 TEST(a_single_slow_call_changes_nothing) {
   Ways ways(1);
   const uint64_t nbytes = 1 << 20;

@@ -25,12 +25,6 @@ class MixtureOfExperts(ShardedModule):
         super().__init__(mesh)
         n, d, f = config.n_experts, config.d_model, config.expert_width
         self.config = config
-        if (n, d, config.top_k) not in mesh.exchanges:
-            layout = mesh.layout
-            mesh.exchanges[n, d, config.top_k] = ExpertParallel(
-                mesh.ep.group, n, d, config.top_k, dedup=layout.moe_dedup, chunks=layout.moe_chunks or "auto"
-            )
-        self.exchange = mesh.exchanges[n, d, config.top_k]
         self.router = self.new_parameter("router", ParamSpec((n, d), std))
         self.gate = self.new_parameter("gate", ParamSpec((n, f, d), std, "ep", 0))
         self.up = self.new_parameter("up", ParamSpec((n, f, d), std, "ep", 0))
@@ -41,6 +35,17 @@ class MixtureOfExperts(ShardedModule):
             self.bias.requires_grad_(False)
         self.load: Tensor  # slots that this rank's tokens took of each expert, since balance_routers()
         self.register_buffer("load", torch.zeros(n), persistent=False)
+
+    @property
+    def exchange(self) -> ExpertParallel:
+        """One for all layers that are alike; made by the first to run, on all expert parallel ranks together."""
+        key = (self.config.n_experts, self.config.d_model, self.config.top_k)
+        if key not in self.mesh.exchanges:
+            layout = self.mesh.layout
+            self.mesh.exchanges[key] = ExpertParallel(
+                self.mesh.ep.group, *key, dedup=layout.moe_dedup, chunks=layout.moe_chunks or "auto"
+            )
+        return self.mesh.exchanges[key]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y [S/tp, B, D], and the balance loss: fp32 scalar, this rank's part of the sum over sequences."""

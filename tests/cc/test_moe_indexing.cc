@@ -1,0 +1,249 @@
+// The MoE kernels' loops, a warp's item and a lane at a time on the CPU, by the kernels' own index
+// arithmetic (cuda/moe_indexing.h): each value is touched once, vectors are aligned, and the bytes
+// are those of the CPU implementation (cpu/rows.h).
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <utility>
+
+#include "cpu/rows.h"
+#include "cuda/moe_indexing.h"
+#include "testing.h"
+
+#pragma GCC optimize("fp-contract=off")
+
+using namespace pycomm;
+using namespace pycomm::cuda;
+
+namespace {
+
+constexpr int64_t kWidths[] = {1, 3, 8, 127, 128, 129, 511, 512, 513, 1024, 1500, 2049};
+
+float widen(float x) { return x; }
+float widen(uint16_t bf16) { return __builtin_bit_cast(float, static_cast<uint32_t>(bf16) << 16); }
+
+template <class T>
+constexpr DType kDType = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+
+struct Routing {  // tables over sources of 5, 1 and 9 rows
+  std::vector<int64_t> source, rows;
+  explicit Routing(int64_t n, bool zeros, std::mt19937& random) : source(n), rows(n) {
+    for (int64_t i = 0; i < n; ++i) {
+      source[i] = random() % 3;
+      rows[i] = random() % (source[i] == 0 ? 5 : source[i] == 1 ? 1 : 9);
+      if (zeros && random() % 4 == 0) rows[i] = -1;
+    }
+  }
+};
+
+template <class T>
+struct Sources {
+  std::vector<std::vector<T>> values;
+  std::vector<cpu::Rows> rows;
+  Sources(int64_t width, std::mt19937& random) {
+    for (int64_t n : {5, 1, 9}) {
+      auto& each = values.emplace_back(n * width);
+      for (T& x : each) {
+        const float value = std::normal_distribution<float>(0, 10)(random);
+        x = sizeof(T) == 4 ? static_cast<T>(value)
+                           : static_cast<T>(__builtin_bit_cast(uint32_t, value) >> 16);
+      }
+      rows.push_back({reinterpret_cast<const std::byte*>(each.data()), n});
+    }
+  }
+  const T* row(const Routing& routing, int64_t i, int64_t width) const {
+    return values[routing.source[i]].data() + routing.rows[i] * width;
+  }
+};
+
+template <class T>
+void expand_equals_the_cpu(int64_t width) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  constexpr int64_t kRows = 11, kOut = 14;
+  std::mt19937 random(static_cast<unsigned>(width));
+  const Sources<T> sources(width, random);
+  const Routing routing(kRows, true, random);
+  std::vector<int64_t> to(kOut);
+  std::iota(to.begin(), to.end(), 0);
+  std::shuffle(to.begin(), to.end(), random);
+  std::vector<T> expected(kOut * width, T(7)), out = expected;
+  cpu::copy_rows(reinterpret_cast<std::byte*>(expected.data()), kOut, to.data(), sources.rows,
+                 routing.source.data(), routing.rows.data(), kRows, width * sizeof(T));
+
+  std::vector<int> touched(out.size());
+  for (int64_t item = 0; item < kRows * tiles_per_row(width, kPerVector); ++item) {
+    const RowTile tile = row_tile(item, width, kPerVector);
+    const int64_t first = to[tile.row] * width + tile.begin, n = tile.end - tile.begin;
+    const bool zeros = routing.rows[tile.row] < 0;
+    const T* from = zeros ? nullptr : sources.row(routing, tile.row, width) + tile.begin;
+    const VectorSpan span =
+        vector_span(n, sizeof(T), common_misalignment(zeros ? &out[first] : from, &out[first]));
+    const auto move = [&](int64_t at) {
+      out.at(first + at) = zeros ? T(0) : from[at];
+      ++touched.at(first + at);
+    };
+    for (int64_t v = 0; v < span.n_vectors; ++v) {
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(&out[first + span.head + v * kPerVector]) % 16, 0u);
+      for (int k = 0; k < kPerVector; ++k) move(span.head + v * kPerVector + k);
+    }
+    for (int64_t i = 0; i < span.n_scalars(); ++i) move(span.scalar(i));
+  }
+  EXPECT_TRUE(out == expected);
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t k = 0; k < width; ++k) EXPECT_EQ(touched[to[i] * width + k], 1);
+}
+
+template <class T>
+void combine_equals_the_cpu(int64_t width, bool weighted) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  std::mt19937 random(static_cast<unsigned>(width));
+  const Sources<T> sources(width, random);
+  const std::vector<int64_t> offsets = {0, 0, 1, 9, 9, 12};
+  const int64_t n = 5, n_terms = offsets.back();
+  const Routing routing(n_terms, false, random);
+  std::vector<float> weights(n_terms), expected(n * width, 7), out = expected;
+  for (float& weight : weights) weight = std::uniform_real_distribution<float>(-1, 1)(random);
+  cpu::combine_rows(expected.data(), DType::float32, sources.rows, kDType<T>, routing.source.data(),
+                    routing.rows.data(), offsets.data(), weighted ? weights.data() : nullptr, n,
+                    n_terms, width);
+
+  for (int64_t item = 0; item < n * tiles_per_row(width, kPerVector); ++item) {
+    const RowTile tile = row_tile(item, width, kPerVector);
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int64_t first = lane_column(tile, turn, lane, kPerVector);
+        for (int64_t column = first; column < std::min(first + kPerVector, tile.end); ++column) {
+          float sum = 0;
+          for (int64_t j = offsets[tile.row]; j < offsets[tile.row + 1]; ++j) {
+            const float product =
+                widen(sources.row(routing, j, width)[column]) * (weighted ? weights[j] : 1.0f);
+            sum = sum + product;
+          }
+          out.at(tile.row * width + column) = sum;
+        }
+      }
+  }
+  EXPECT_EQ(std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), 0);
+}
+
+template <class T>
+void coding_equals_the_cpu(int64_t width) {
+  constexpr int kPerLane = kVectorBytes / sizeof(T), kLanes = kBlockNumel / kPerLane;
+  constexpr int64_t kRows = 3;
+  std::mt19937 random(static_cast<unsigned>(width));
+  std::vector<T> rows(Sources<T>(width, random).values[0]);
+  rows.resize(kRows * width);
+  std::fill_n(rows.begin() + width, width, T(0));  // a row of zeros
+  const int64_t row_nbytes = coded_row_nbytes(width);
+  EXPECT_EQ(row_nbytes, static_cast<int64_t>(coded_nbytes(Wire::fp8, width)));
+  std::vector<std::byte> expected(kRows * row_nbytes), coded(expected.size(), std::byte{7});
+  cpu::encode_rows(expected.data(), rows.data(), kDType<T>, kRows, width, Wire::fp8);
+  std::vector<float> back(kRows * width), decoded(back.size(), 7);
+  cpu::decode_rows(back.data(), expected.data(), DType::float32, kRows, width, Wire::fp8);
+
+  const int64_t padded = padded_width(width);
+  for (int64_t item = 0; item < kRows * tiles_per_row(padded, kPerLane); ++item) {
+    const RowTile tile = row_tile(item, padded, kPerLane);
+    const auto value = [&](int64_t column) {
+      return column < width ? widen(rows.at(tile.row * width + column)) : 0.0f;
+    };
+    for (int turn = 0; turn < kTurns; ++turn)
+      for (int block = 0; block < kWarp / kLanes; ++block) {
+        // The lanes that share a shuffle hold one block, all of it or none.
+        const int64_t first = lane_column(tile, turn, block * kLanes, kPerLane);
+        const int64_t last = lane_column(tile, turn, block * kLanes + kLanes - 1, kPerLane);
+        EXPECT_EQ(first % kBlockNumel, 0);
+        EXPECT_EQ(last + kPerLane - first, int64_t{kBlockNumel});
+        EXPECT_EQ(first < tile.end, last < tile.end);
+        if (first >= tile.end) continue;
+        int32_t max = 0;
+        for (int k = 0; k < kBlockNumel; ++k) max = std::max(max, magnitude_bits(value(first + k)));
+        const BlockScale scale = block_scale(max, BlockCode::e4m3);
+        std::byte* const row = coded.data() + tile.row * row_nbytes;
+        for (int k = 0; k < kBlockNumel; ++k)
+          row[first + k] = std::byte{encode(BlockCode::e4m3, value(first + k), scale.to_code)};
+        std::memcpy(row + scale_offset(width, first), &scale.to_value, sizeof(float));
+      }
+  }
+  EXPECT_TRUE(coded == expected);
+
+  for (int64_t item = 0; item < kRows * tiles_per_row(width, kPerLane); ++item) {
+    const RowTile tile = row_tile(item, width, kPerLane);
+    const std::byte* const row = coded.data() + tile.row * row_nbytes;
+    for (int lane = 0; lane < kWarp; ++lane)
+      for (int turn = 0; turn < kTurns; ++turn) {
+        const int64_t first = lane_column(tile, turn, lane, kPerLane);
+        if (first >= tile.end) continue;
+        float to_value;  // one scale for all that a lane holds
+        std::memcpy(&to_value, row + scale_offset(width, first), sizeof(float));
+        for (int64_t column = first; column < std::min(first + kPerLane, width); ++column)
+          decoded.at(tile.row * width + column) =
+              decode(BlockCode::e4m3, static_cast<uint8_t>(row[column]), to_value);
+      }
+  }
+  EXPECT_EQ(std::memcmp(decoded.data(), back.data(), back.size() * sizeof(float)), 0);
+}
+
+}  // namespace
+
+TEST(expand_moves_the_bytes_that_the_cpu_does) {
+  for (int64_t width : kWidths) {
+    expand_equals_the_cpu<float>(width);
+    expand_equals_the_cpu<uint16_t>(width);
+  }
+}
+
+TEST(combine_sums_as_the_cpu_does) {
+  for (int64_t width : kWidths)
+    for (bool weighted : {false, true}) {
+      combine_equals_the_cpu<float>(width, weighted);
+      combine_equals_the_cpu<uint16_t>(width, weighted);
+    }
+}
+
+TEST(rows_are_coded_and_decoded_as_on_the_cpu) {
+  for (int64_t width : kWidths) {
+    coding_equals_the_cpu<float>(width);
+    coding_equals_the_cpu<uint16_t>(width);
+  }
+}
+
+// Places by tiles, as moe_layout.cu finds them, against a stable sort.
+TEST(slots_stand_by_expert_in_their_order) {
+  std::mt19937 random(1);
+  for (int64_t n : {0, 1, 511, 512, 513, 1500})
+    for (int64_t n_experts : {1, 3, 600})
+      for (int64_t align : {1, 8}) {
+        std::vector<int64_t> expert(n);
+        for (auto& each : expert)  // one id in four is outside
+          each = random() % 4 ? random() % n_experts : random() % 2 ? -1 : n_experts;
+        const int64_t n_tiles = ceil_div(n, kSlotsPerTile);
+        std::vector<int64_t> counts(n_experts), offsets(n_experts + 1), before(n);
+        std::vector<std::vector<int64_t>> tiles(n_tiles, std::vector<int64_t>(n_experts));
+        for (int64_t slot = 0; slot < n; ++slot) {
+          if (!has_expert(expert[slot], n_experts)) continue;
+          const int64_t tile = slot / kSlotsPerTile, begin = tile * kSlotsPerTile;
+          const Equals found =
+              equals(&expert[begin], static_cast<int>(std::min<int64_t>(kSlotsPerTile, n - begin)),
+                     static_cast<int>(slot - begin));
+          before[slot] = found.before;
+          if (found.before == 0) tiles[tile][expert[slot]] = found.all;
+        }
+        for (int64_t e = 0; e < n_experts; ++e) {
+          for (auto& tile : tiles) counts[e] += std::exchange(tile[e], counts[e]);
+          offsets[e + 1] = offsets[e] + padded_count(counts[e], align);
+        }
+        int64_t begin = 0;
+        for (int64_t e = 0; e < n_experts; ++e) {
+          EXPECT_EQ(offsets[e], begin);
+          int64_t row = begin;
+          for (int64_t slot = 0; slot < n; ++slot)
+            if (expert[slot] == e)
+              EXPECT_EQ(offsets[e] + tiles[slot / kSlotsPerTile][e] + before[slot], row++);
+          EXPECT_EQ(counts[e], row - begin);
+          while (row % align) ++row;
+          begin = row;
+        }
+        EXPECT_EQ(offsets.back(), begin);
+      }
+}

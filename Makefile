@@ -49,8 +49,9 @@ test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 
 # On a machine with GPUs and a torch for CUDA (PYCOMM_PYTHON). Each fails where there is none.
 test-gpu: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
-	cmake --build build/cc-plain$(PYCOMM_CUDA) --target gpu_kernels
+	cmake --build build/cc-plain$(PYCOMM_CUDA) --target gpu_kernels gpu_moe
 	build/cc-plain$(PYCOMM_CUDA)/tests/gpu_kernels
+	build/cc-plain$(PYCOMM_CUDA)/tests/gpu_moe
 	if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 build/cc-plain$(PYCOMM_CUDA)/tests/gpu_kernels pack; \
 	else echo "compute-sanitizer is not installed: it was NOT run"; fi

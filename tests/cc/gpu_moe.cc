@@ -1,0 +1,272 @@
+// The MoE kernels on a GPU against the CPU implementation (cpu/rows.h), bit for bit. `make
+// test-gpu` runs it; `make test` only compiles it. Without a GPU every test fails: none may pass by
+// not running.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "core/wire.h"
+#include "cpu/rows.h"
+#include "cuda/moe.h"
+#include "gpu_memory.h"
+#include "testing.h"
+
+using namespace pycomm;
+
+namespace {
+
+constexpr int64_t kWidths[] = {1, 8, 129, 1500, 2048};
+constexpr int64_t kRows = 37;
+
+template <class T>
+std::vector<char> bytes(const std::vector<T>& from) {
+  const auto* begin = reinterpret_cast<const char*>(from.data());
+  return {begin, begin + from.size() * sizeof(T)};
+}
+
+// A table on both sides.
+template <class T>
+struct Table {
+  std::vector<T> host;
+  Memory device;
+  explicit Table(std::vector<T> values) : host(std::move(values)), device(bytes(host), 0) {}
+  const T* data() const { return reinterpret_cast<const T*>(device.data()); }
+};
+
+// Three buffers of rows, at distances from alignment, on both sides.
+struct Sources {
+  static constexpr std::array<int64_t, 3> kRowsOf = {5, 1, 9};
+  std::vector<std::vector<char>> host;
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<cpu::Rows> rows;
+  std::vector<const void*> device;
+  void add(std::vector<char> values, int64_t n, size_t offset) {
+    memory.push_back(std::make_unique<Memory>(values, offset));
+    device.push_back(memory.back()->data());
+    host.push_back(std::move(values));
+    rows.push_back({reinterpret_cast<const std::byte*>(host.back().data()), n});
+  }
+  Sources(int64_t width, DType dtype, size_t offset) {
+    for (const int64_t n : kRowsOf)
+      add(values(static_cast<size_t>(n * width), dtype, static_cast<unsigned>(n)), n, offset);
+  }
+};
+
+// Tables of n entries into Sources; rows of zeros among them where asked for.
+struct Routing {
+  Table<int64_t> source, rows;
+  static std::vector<int64_t> draw(int64_t n, bool zeros, bool of_rows) {
+    std::mt19937 random(7);
+    std::vector<int64_t> drawn;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t source = random() % 3, row = random() % 1000, zero = random() % 4;
+      const int64_t chosen = zeros && zero == 0 ? -1 : row % Sources::kRowsOf[source];
+      drawn.push_back(of_rows ? chosen : source);
+    }
+    return drawn;
+  }
+  Routing(int64_t n, bool zeros) : source(draw(n, zeros, false)), rows(draw(n, zeros, true)) {}
+};
+
+std::vector<int64_t> shuffled(int64_t n) {
+  std::vector<int64_t> order(static_cast<size_t>(n));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(5));
+  return order;
+}
+
+std::vector<float> some_weights(int64_t n) {
+  std::mt19937 random(11);
+  std::vector<float> weights(static_cast<size_t>(n));
+  for (float& weight : weights) weight = std::uniform_real_distribution<float>(-1, 1)(random);
+  return weights;
+}
+
+std::byte* as_bytes(std::vector<char>& data) { return reinterpret_cast<std::byte*>(data.data()); }
+
+template <class Check>
+void for_shapes(Check&& check) {
+  for (const DType dtype : kDTypes)
+    for (const int64_t width : kWidths)
+      for (const size_t offset : {size_t{0}, size_of(dtype)}) check(dtype, width, offset);
+}
+
+}  // namespace
+
+TEST(slots_are_placed_as_a_stable_sort_does) {
+  for (const int64_t n : {0, 1, 512, 513, 5000})
+    for (const int64_t n_experts : {1, 7, 600})
+      for (const int64_t align : {1, 16}) {
+        std::mt19937 random(3);
+        std::vector<int64_t> expert(static_cast<size_t>(n));
+        for (auto& each : expert) each = static_cast<int64_t>(random() % (n_experts + 1)) - 1;
+        std::vector<int64_t> counts, offsets = {0}, slot_of_out, out_of_slot(expert.size(), -1);
+        for (int64_t e = 0; e < n_experts; ++e) {
+          for (size_t slot = 0; slot < expert.size(); ++slot)
+            if (expert[slot] == e) {
+              out_of_slot[slot] = static_cast<int64_t>(slot_of_out.size());
+              slot_of_out.push_back(static_cast<int64_t>(slot));
+            }
+          counts.push_back(static_cast<int64_t>(slot_of_out.size()) - offsets.back());
+          while (slot_of_out.size() % static_cast<size_t>(align)) slot_of_out.push_back(-1);
+          offsets.push_back(static_cast<int64_t>(slot_of_out.size()));
+        }
+        slot_of_out.resize(slot_of_out.size() + 3, -1);
+        const Table<int64_t> on_expert(expert);
+        const Memory on_counts(counts.size() * 8), on_offsets(offsets.size() * 8);
+        const Memory on_out(out_of_slot.size() * 8), on_slot(slot_of_out.size() * 8);
+        const size_t workspace_nbytes = cuda::expert_workspace_nbytes(n, n_experts);
+        const Memory workspace(workspace_nbytes);
+        require(cudaMemset(workspace.data(), 0, 8));
+        const auto ints = [](const Memory& memory) {
+          return reinterpret_cast<int64_t*>(memory.data());
+        };
+        for (int use = 0; use < 2; ++use) {
+          require(cuda::expert_offsets(ints(on_counts), ints(on_offsets), on_expert.data(), n,
+                                       n_experts, align, workspace.data(), nullptr));
+          require(cuda::expert_places(ints(on_out), ints(on_slot),
+                                      static_cast<int64_t>(slot_of_out.size()), ints(on_counts),
+                                      ints(on_offsets), on_expert.data(), n, n_experts,
+                                      workspace.data(), nullptr));
+          require(cudaDeviceSynchronize());
+          EXPECT_TRUE(on_counts.read() == bytes(counts));
+          EXPECT_TRUE(on_offsets.read() == bytes(offsets));
+          EXPECT_TRUE(on_out.read() == bytes(out_of_slot));
+          EXPECT_TRUE(on_slot.read() == bytes(slot_of_out));
+        }
+      }
+}
+
+TEST(expand_copies_as_the_cpu_does) {
+  for_shapes([](DType dtype, int64_t width, size_t offset) {
+    const Sources sources(width, dtype, offset);
+    const Routing routing(kRows, true);
+    const Table<int64_t> to(shuffled(kRows));
+    const size_t row_nbytes = static_cast<size_t>(width) * size_of(dtype);
+    std::vector<char> expected(kRows * row_nbytes);
+    cpu::copy_rows(as_bytes(expected), kRows, to.host.data(), sources.rows,
+                   routing.source.host.data(), routing.rows.host.data(), kRows, row_nbytes);
+    const Memory out(expected.size());
+    require(cuda::expand_rows(out.data(), sources.device, routing.source.data(),
+                              routing.rows.data(), to.data(), nullptr, kRows, width, dtype,
+                              nullptr));
+    require(cudaDeviceSynchronize());
+    EXPECT_TRUE(out.read() == expected);
+  });
+}
+
+// Each sum of one term: what an expand with weights gives.
+TEST(combine_and_weighted_expand_sum_as_the_cpu_does) {
+  for_shapes([](DType dtype, int64_t width, size_t offset) {
+    const Sources sources(width, dtype, offset);
+    const Routing routing(kRows, false);
+    const Table<float> weights(some_weights(kRows));
+    const Table<int64_t> offsets({0, 0, 1, 9, 9, kRows});
+    for (const DType out_dtype : {dtype, DType::float32})
+      for (const bool weighted : {false, true}) {
+        std::vector<char> expected(static_cast<size_t>(5 * width) * size_of(out_dtype));
+        cpu::combine_rows(expected.data(), out_dtype, sources.rows, dtype,
+                          routing.source.host.data(), routing.rows.host.data(), offsets.host.data(),
+                          weighted ? weights.host.data() : nullptr, 5, kRows,
+                          static_cast<size_t>(width));
+        const Memory out(expected.size());
+        require(cuda::combine_rows(out.data(), out_dtype, sources.device, dtype,
+                                   routing.source.data(), routing.rows.data(), offsets.data(),
+                                   weighted ? weights.data() : nullptr, 5, width, nullptr));
+        require(cudaDeviceSynchronize());
+        EXPECT_TRUE(out.read() == expected);
+      }
+    const size_t numel = static_cast<size_t>(kRows * width);
+    std::vector<float> products(numel);
+    for (int64_t i = 0; i < kRows; ++i) {
+      const auto source = static_cast<size_t>(routing.source.host[i]);
+      const auto wide = widened(sources.host[source],
+                                static_cast<size_t>(sources.rows[source].n_rows * width), dtype);
+      for (int64_t k = 0; k < width; ++k)
+        products[i * width + k] = wide[routing.rows.host[i] * width + k] * weights.host[i];
+    }
+    std::vector<char> expected = bytes(products);
+    if (dtype != DType::float32) {
+      expected.resize(numel * size_of(dtype));
+      cpu::from_float32(expected.data(), products.data(), numel, dtype);
+    }
+    const Memory out(expected.size());
+    require(cuda::expand_rows(out.data(), sources.device, routing.source.data(),
+                              routing.rows.data(), nullptr, weights.data(), kRows, width, dtype,
+                              nullptr));
+    require(cudaDeviceSynchronize());
+    EXPECT_TRUE(out.read() == expected);
+  });
+}
+
+// Sums in another order than the kernel's: within 2^-23 of the magnitudes for each addition.
+TEST(dots_are_those_of_double_within_fp32s_rounding) {
+  for_shapes([](DType dtype, int64_t width, size_t offset) {
+    const auto numel = static_cast<size_t>(kRows * width);
+    const auto a = values(numel, dtype, 1), b = values(numel, dtype, 2);
+    const auto wide_a = widened(a, numel, dtype), wide_b = widened(b, numel, dtype);
+    auto chosen = shuffled(kRows);
+    chosen[3] = -1;
+    const Table<int64_t> a_rows(chosen);
+    const Memory on_a(a, offset), on_b(b, 0), out(kRows * sizeof(float));
+    require(cuda::row_dots(reinterpret_cast<float*>(out.data()), on_a.data(), a_rows.data(),
+                           on_b.data(), nullptr, kRows, width, dtype, nullptr));
+    require(cudaDeviceSynchronize());
+    const auto found = widened(out.read(), kRows, DType::float32);
+    for (int64_t i = 0; i < kRows; ++i) {
+      double sum = 0, magnitude = 0;
+      for (int64_t k = 0; chosen[i] >= 0 && k < width; ++k) {
+        const double product = double{wide_a[chosen[i] * width + k]} * wide_b[i * width + k];
+        sum += product;
+        magnitude += std::abs(product);
+      }
+      EXPECT_TRUE(std::abs(found[i] - sum) <= std::ldexp(magnitude, -23) * double(width));
+    }
+  });
+}
+
+TEST(rows_are_packed_in_fp8_and_spread_as_on_the_cpu) {
+  for_shapes([](DType dtype, int64_t width, size_t offset) {
+    const auto coded_nbytes = static_cast<size_t>(pycomm::coded_nbytes(Wire::fp8, width));
+    const auto x = values(static_cast<size_t>(kRows * width), dtype, 1);
+    std::vector<char> coded(kRows * coded_nbytes);
+    cpu::encode_rows(as_bytes(coded), x.data(), dtype, kRows, static_cast<size_t>(width),
+                     Wire::fp8);
+    // Row i of x goes to row to[i] of buffer i % 3; decoding reads it there.
+    const auto order = shuffled(kRows);
+    std::vector<int64_t> buffer;
+    for (int64_t i = 0; i < kRows; ++i) buffer.push_back(i % 3);
+    const Table<int64_t> on_buffer(buffer), to(order);
+    std::vector<std::unique_ptr<Memory>> memory;
+    std::vector<void*> buffers;
+    for (int i = 0; i < 3; ++i) {
+      memory.push_back(std::make_unique<Memory>(coded.size(), 4));
+      buffers.push_back(memory.back()->data());
+    }
+    const Memory on_x(x, offset);
+    require(cuda::encode_rows(buffers, on_buffer.data(), to.data(), on_x.data(), nullptr, kRows,
+                              width, dtype, nullptr));
+    require(cudaDeviceSynchronize());
+    std::vector<std::vector<char>> expected(3, std::vector<char>(coded.size(), char(0xa5)));
+    for (int64_t i = 0; i < kRows; ++i)
+      std::copy_n(coded.begin() + i * coded_nbytes, coded_nbytes,
+                  expected[i % 3].begin() + order[i] * coded_nbytes);
+    for (int i = 0; i < 3; ++i) EXPECT_TRUE(memory[i]->read() == expected[i]);
+
+    std::vector<char> back(x.size());
+    cpu::decode_rows(back.data(), reinterpret_cast<const std::byte*>(coded.data()), dtype, kRows,
+                     static_cast<size_t>(width), Wire::fp8);
+    auto from = order;
+    from[2] = -1;
+    std::fill_n(back.begin() + 2 * width * size_of(dtype), width * size_of(dtype), 0);
+    const Table<int64_t> rows(from);
+    const std::vector<const void*> sources(buffers.begin(), buffers.end());
+    const Memory out(back.size(), offset);
+    require(cuda::decode_rows(out.data(), sources, on_buffer.data(), rows.data(), nullptr, kRows,
+                              width, dtype, nullptr));
+    require(cudaDeviceSynchronize());
+    EXPECT_TRUE(out.read() == back);
+  });
+}

@@ -2,7 +2,8 @@
 
 Tried: every tp, cp and pp that divides the ranks, the ep that divide both, ZeRO 0 to 3 over all copies, 1F1B,
 interleaved (2 and 4 chunks), ZB-H1 and ZBV, and accumulation: without a pipeline every divisor of a data parallel
-rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B idles as long and holds less. All else is the configuration's."""
+rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B idles as long and holds less. All else is the
+configuration's."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pycomm
+from pycomm.errors import TopologyError
 from training import schedules
 from training.config import Config, Layout, resolve_layout
 from training.errors import ConfigError
@@ -250,7 +252,7 @@ def plan(config: Config) -> None:
         )
     try:
         topology = pycomm.Topology.load(asked.topology)
-    except pycomm.errors.TopologyError as error:
+    except TopologyError as error:
         raise ConfigError(str(error)) from error
     if asked.gpus > topology.n_ranks or asked.gpus < 0:
         raise ConfigError(f"--gpus is {asked.gpus}, {asked.topology} has {topology.n_ranks} ranks; add hosts to it")

@@ -6,7 +6,7 @@ compute  FLOPs of the slowest stage's part of all micro-batches / the rate; reco
 bubble   what schedules.check() leaves idle when every action takes the slowest stage's time, tp, cp and ep included
 tp, ep   whole: layers wait for them (all_gather and reduce_scatter of the sequence; an all_to_all of a row an expert)
 cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
-pp       a message's time on each hop of filling and draining, and what it takes longer than an action
+pp       a message's time on each hop of filling and draining, and what each later one takes longer than an action
 dp       gradients: what does not fit beside backward, at least one block's; ZeRO 1 and 2 gather parameters whole,
          stage 3 a block at a time beside the one before it
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from training import schedules
 from training.config import Config, Layout, stages_of
@@ -219,8 +220,10 @@ def _between_stages(
     nbytes = _tokens(config, layout) / layout.tp * config.model.d_model * _itemsize(config)
     around = placement.n_chunks > 1 and not placement.v_shape
     hop = links.send_s(neighbours(layout, "pp", around), nbytes)
-    n_actions = config.train.accumulation * placement.n_chunks
-    return 2 * (placement.n_stages - 1) * hop + n_actions * (max(0.0, hop - forward_s) + max(0.0, hop - backward_s))
+    ranks = [placement.rank(stage) for stage in range(placement.n_stages)]
+    n_hops = sum(here != there for here, there in pairwise(ranks))
+    following = config.train.accumulation * placement.n_chunks - 1
+    return 2 * n_hops * hop + following * (max(0.0, hop - forward_s) + max(0.0, hop - backward_s))
 
 
 def _data_parallel(

@@ -75,8 +75,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """fitting: the fastest of each mesh that fits, with its largest rank's memory, the fastest first. unfit: the
-    fastest of meshes that come before the last of those and do not fit, with the reason. refused: reasons of layouts
-    that the model cannot have, and how many each."""
+    fastest of each mesh that does not fit, where it comes before the last of those, with the reason. refused: reasons of
+    layouts that the model cannot have, and how many each."""
 
     fitting: tuple[tuple[Candidate, Estimate], ...]
     unfit: tuple[tuple[Candidate, str], ...]
@@ -133,8 +133,7 @@ def search(config: Config, topology: Any, flops_per_s: float) -> Plan:
             f"none of {len(candidates)} layouts of {topology.n_ranks} ranks fits; the fastest would be "
             f"{next(iter(unfit.values()))[0]}: {next(iter(unfit.values()))[1]}"
         )
-    lost = tuple(each for mesh, each in unfit.items() if mesh not in fitting)
-    return Plan(tuple(fitting.values()), lost, refused, len(candidates), flops_per_s)
+    return Plan(tuple(fitting.values()), tuple(unfit.values()), refused, len(candidates), flops_per_s)
 
 
 def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[tuple[Config, Layout]]:
@@ -225,7 +224,7 @@ def show(plan: Plan, config: Config, topology: Any, console: Console) -> None:
     for each, reason in plan.unfit[:_NAMED]:
         console.print(f"Does not fit: {each} ({_duration(each.time.total_s)}): {reason}", soft_wrap=True)
     if len(plan.unfit) > _NAMED:
-        console.print(f"Nor do {len(plan.unfit) - _NAMED} others that are faster than the last shown.", soft_wrap=True)
+        console.print(f"Nor do the fastest of {len(plan.unfit) - _NAMED} other meshes.", soft_wrap=True)
     console.print(f"{plan.n_timed} layouts timed, {plan.refused.total()} are not possible.", soft_wrap=True)
     for reason, n in plan.refused.most_common(_NAMED):
         console.print(f"  {n}: {reason}", soft_wrap=True)

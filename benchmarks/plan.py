@@ -27,7 +27,7 @@ def cluster() -> pycomm.Topology:
 
 
 if __name__ == "__main__":
-    os.environ["COLUMNS"] = "160"
+    os.environ["COLUMNS"] = "150"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cluster.toml"
         cluster().save(file)

@@ -74,9 +74,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """fitting: the fastest of each mesh that fits, with its largest rank's memory, the fastest first. unfit: the
-    fastest of each mesh that does not fit, where it comes before the last of those, with the reason. refused: reasons of
-    layouts that the model cannot have, and how many each."""
+    """fitting: the fastest of each mesh that fits, with its largest rank's memory, the fastest first.
+
+    unfit: the fastest of each mesh that does not fit, where it comes before the last of those, with the reason.
+    refused: reasons of layouts that the model cannot have, and how many each."""
 
     fitting: tuple[tuple[Candidate, Estimate], ...]
     unfit: tuple[tuple[Candidate, str], ...]
@@ -204,19 +205,22 @@ def show(plan: Plan, config: Config, topology: Any, console: Console) -> None:
         title=f"{config.name}: {config.model.n_parameters:,} parameters, {n_tokens:,} tokens a step, "
         f"{topology.n_ranks} ranks on {len(topology.hosts)} hosts, {plan.flops_per_s / 1e12:.4g} TFLOP/s each"
     )
-    for name in ("", "layout", "step", "MFU", "memory", "bubble", *AXES, "why not first"):
-        table.add_column(name, justify="left" if name in ("layout", "why not first") else "right")
-    for place, (each, memory) in enumerate(plan.fitting, 1):
+    table.add_column("layout")
+    for name in ("step", "MFU", "memory", "bubble"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("exposed")
+    table.add_column("why not first")
+    for each, memory in plan.fitting:
         time = each.time
+        exposed = {axis: time.exposed_s[axis] / time.total_s for axis in AXES if time.exposed_s[axis]}
         table.add_row(
-            str(place),
             str(each),
             _duration(time.total_s),
             f"{needed / (time.total_s * topology.n_ranks * peak):.1%}",
             f"{memory.total / 2**30:.2f} GiB",
             f"{time.bubble_s / time.total_s:.1%}",
-            *(f"{time.exposed_s[axis] / time.total_s:.1%}" if time.exposed_s[axis] else "-" for axis in AXES),
-            "" if place == 1 else why_lost(each, plan.first),
+            ", ".join(f"{axis} {share:.1%}" for axis, share in exposed.items()),
+            "" if each is plan.first else why_lost(each, plan.first),
         )
     console.print(table)
     if not config.train.memory_gib:

@@ -157,7 +157,7 @@ class TorchDistributed:
         dist.all_to_all_single(output, input, out_counts, in_counts, self._group)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> None:
-        dist.all_gather_into_tensor(output, input, self._group)
+        dist.all_gather_into_tensor(output.view(-1), input.view(-1), self._group)  # Gloo does not stack
 
     def close(self) -> None: ...
 

@@ -276,7 +276,7 @@ def test_the_command_prints_a_table_and_the_options_of_its_first_choice(
     config = load_preset("tiny")
     config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=2))
     plan = search(config, cluster(1, 4), 1e12)
-    assert "4 ranks on 1 hosts, 1 TFLOP/s each" in printed
+    assert "4 ranks on 1 host, 1 TFLOP/s each" in printed
     assert str(plan.fitting[0][0]) in printed
     assert str(plan.fitting[1][0]) in printed
     assert " ".join(settings(plan.first.config)) in printed

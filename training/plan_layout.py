@@ -201,9 +201,10 @@ def show(plan: Plan, config: Config, topology: Any, console: Console) -> None:
     n_tokens = config.train.global_batch * config.data.seq_len
     needed = config.model.flops_per_token(config.data.seq_len) * n_tokens
     peak = config.monitor.peak_tflops * 1e12 or plan.flops_per_s
+    hosts = f"{len(topology.hosts)} host{'s' if len(topology.hosts) > 1 else ''}"
     table = Table(
         title=f"{config.name}: {config.model.n_parameters:,} parameters, {n_tokens:,} tokens a step, "
-        f"{topology.n_ranks} ranks on {len(topology.hosts)} hosts, {plan.flops_per_s / 1e12:.4g} TFLOP/s each"
+        f"{topology.n_ranks} ranks on {hosts}, {plan.flops_per_s / 1e12:.4g} TFLOP/s each"
     )
     table.add_column("layout")
     for name in ("step", "MFU", "memory", "bubble"):

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pycomm.discover import Topology
     from pycomm.group import Group, Stats, Work, empty, init
+    from pycomm.tuner import costs
     from pycomm.wire import quantise, wire_hook
 
 # Public names and where they live; imported when first used.
@@ -25,6 +26,7 @@ _HOMES = {
     "Group": "pycomm.group",
     "Stats": "pycomm.group",
     "Work": "pycomm.group",
+    "costs": "pycomm.tuner",
     "empty": "pycomm.group",
     "init": "pycomm.group",
     "Topology": "pycomm.discover",
@@ -32,7 +34,7 @@ _HOMES = {
     "wire_hook": "pycomm.wire",
 }
 
-__all__ = ["Group", "Stats", "Topology", "Work", "__version__", "empty", "init", "quantise", "wire_hook"]
+__all__ = ["Group", "Stats", "Topology", "Work", "__version__", "costs", "empty", "init", "quantise", "wire_hook"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """pycomm-train COMMAND ...  (python -m training is the same)
 
   run     [PRESET] [--model.n-layers 6 ...]   train, or resume, or show a finished run
+  plan    [PRESET] --gpus 64 --topology FILE  which layout would be fastest there, and why; trains nothing
   eval    [PRESET] [...]                      the held-out loss of the run's newest checkpoint
   sample  [PRESET] [--sample.prompt "def "]   text of it
   export  [PRESET] [--export.folder DIR]      it as a Hugging Face model
@@ -22,7 +23,8 @@ from pathlib import Path
 from training.config import Config, load_preset, nearest, resolve_layout
 from training.errors import ConfigError, TrainingError
 
-COMMANDS = ("run", "eval", "sample", "export", "import", "inspect", "prepare")
+COMMANDS = ("run", "plan", "eval", "sample", "export", "import", "inspect", "prepare")
+_PLAN_OPTIONS = ("gpus", "topology", "tflops", "max-pp", "show")  # of [plan], for `plan` without the prefix
 _TAKE_A_PATH = ("import", "inspect", "prepare")
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells have it
@@ -50,6 +52,8 @@ def parse(arguments: list[str]) -> tuple[str, Path | None, Config]:
         from training.hugging_face import read_config
 
         default = dataclasses.replace(default, name=path.resolve().name, model=read_config(path))
+    if command == "plan":
+        rest = [f"--plan.{each[2:]}" if each[2:].split("=")[0] in _PLAN_OPTIONS else each for each in rest]
     import tyro  # slow to import, and a wrong command needs none of it
 
     config = tyro.cli(
@@ -78,7 +82,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _do(command: str, path: Path | None, config: Config) -> None:
-    if command in ("run", "eval", "sample"):
+    if command == "plan":
+        from training import plan_layout
+
+        return plan_layout.plan(config)
+    if command in ("run", "eval", "sample") and not config.layout.auto:
         resolve_layout(config, int(os.environ["WORLD_SIZE"]))  # refused before torch is loaded or a group is joined
     from training import commands
 
@@ -89,6 +97,10 @@ def _do(command: str, path: Path | None, config: Config) -> None:
     import pycomm
 
     with pycomm.init() as world:
+        if config.layout.auto:
+            from training import plan_layout
+
+            config = plan_layout.automatic(config, world)
         if command == "run":
             from training.run import run
 

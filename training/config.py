@@ -53,6 +53,18 @@ class LayoutConfig:
     zero_ranks: int = 0  # over how many ranks, the rest hold copies (hybrid); 0: all
     moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"  # copies of a token: one an expert, a rank, a host
     moe_chunks: int = 0  # pieces of a micro-batch's exchange; 0: by the link's rate (docs/moe.md)
+    auto: bool = False  # the planner's first choice instead of the axes, schedule, zero and accumulation given
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `plan` searches for; docs/trainer.md says what it counts."""
+
+    gpus: int = 0  # ranks; 0: those of the topology
+    topology: str = ""  # the file of the ranks' hosts and links (docs/topology.md)
+    tflops: float = 0.0  # that a rank reaches in the layers; 0: monitor.peak_tflops, or else a product's rate here
+    max_pp: int = 16  # pipeline ranks tried at most
+    show: int = 5  # layouts in the table
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def run_dir(self) -> Path:

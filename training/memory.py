@@ -92,8 +92,7 @@ def _activations(config: Config, layout: Layout, pp_index: int) -> int:
     if train.offload_activations:
         saved = 0.0
     else:
-        plan = schedules.plan(config.layout.schedule, layout.pp, train.accumulation, config.layout.chunks)
-        held = schedules.check(plan).peak[pp_index]
+        held = schedules.held(config.layout.schedule, layout.pp, train.accumulation, config.layout.chunks)[pp_index]
         stages = stages_of(config)
         placement = stages.placement
         layers = [i for c in range(placement.n_chunks) for i in stages.layers(placement.stage(pp_index, c))]

@@ -18,6 +18,7 @@ arXiv:2405.15362. Pure Python."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -53,6 +54,7 @@ class Timing:
     peak: tuple[int, ...]
 
 
+@functools.lru_cache(maxsize=256)  # a planner of layouts asks for few schedules many times
 def plan(name: Name, n_ranks: int, n_micro_batches: int, n_chunks: int = 1) -> Schedule:
     """A schedule by name. Raises ConfigError where the name and the numbers do not go together."""
     n_chunks = 2 if name == "zbv" and n_ranks > 1 else n_chunks
@@ -196,6 +198,12 @@ def check(schedule: Schedule, f: float = 1.0, b: float = 1.0, w: float = 1.0) ->
         if not moved:
             stuck = ", ".join(f"rank {rank} at {_text(schedule.actions[rank][at[rank]])}" for rank in waiting)
             raise ValueError(f"a deadlock: {stuck}")
+
+
+@functools.lru_cache(maxsize=1024)
+def held(name: Name, n_ranks: int, n_micro_batches: int, n_chunks: int = 1) -> tuple[int, ...]:
+    """Timing.peak of a schedule by name, by rank."""
+    return check(plan(name, n_ranks, n_micro_batches, n_chunks)).peak
 
 
 def _needs(action: Action, stage: int, n_stages: int) -> list[tuple[str, int, int]]:

@@ -1,0 +1,295 @@
+"""The planner of layouts: its parts against arithmetic of their own, its choice against every other candidate."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_runs import tiny
+
+import pycomm
+from pycomm.topology import Link
+from training import mesh
+from training.__main__ import main
+from training.config import Config, Layout, load_preset, resolve_layout
+from training.errors import ConfigError
+from training.links import Links, groups_of, neighbours, tied
+from training.memory import require_fit
+from training.plan_layout import Plan, _possible, search, settings, whole_specs
+from training.step_time import AXES, Costs, StepTime, step_time
+
+ROOT = Path(__file__).parents[1]
+FAST = Link(1e-6, 100e9, 1e-7)
+RATE = 1e12
+MODEL = {"vocab_size": 1024, "n_layers": 8, "d_model": 512, "n_heads": 8, "n_kv_heads": 4, "d_ff": 1536}
+
+
+def dense(**train: Any) -> Config:
+    config = tiny(model=MODEL, data={"seq_len": 512}, **{"global_batch": 64, "eval_sequences": 64, **train})
+    return dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=4, max_pp=4))
+
+
+def sparse() -> Config:
+    config = dense()
+    experts = dataclasses.replace(config.model, n_experts=8, top_k=2, d_ff_expert=768, n_shared_experts=1)
+    return dataclasses.replace(config, model=experts)
+
+
+def cluster(hosts: int, ranks: int, between: Link = FAST) -> Any:
+    topology = pycomm.Topology.emulated([ranks] * hosts, between, FAST)
+    return dataclasses.replace(topology, reduce_bytes_per_s=1e12)
+
+
+def with_layout(config: Config, accumulation: int, **layout: Any) -> Config:
+    train = dataclasses.replace(config.train, accumulation=accumulation)
+    return dataclasses.replace(config, layout=dataclasses.replace(config.layout, **layout), train=train)
+
+
+def timed(config: Config, topology: Any, rate: float = RATE) -> StepTime:
+    layout = resolve_layout(config, topology.n_ranks)
+    return step_time(config, layout, Costs(config.model, whole_specs(config)), Links(topology), rate)
+
+
+@pytest.mark.parametrize("layout", [Layout(4, 2, 2, 2, 2), Layout(2, 1, 1, 4, 3), Layout(8, 4, 8)])
+def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
+    places = [mesh._Place.of(rank, layout) for rank in range(layout.n_ranks)]
+    colors: dict[str, Any] = {
+        "tp": lambda at: (at.pp, at.dp, at.cp),
+        "cp": lambda at: (at.pp, at.dp, at.tp),
+        "dp": lambda at: (at.pp, at.tp),
+        "ep": lambda at: (at.pp, at.replica, at.cp, at.tp),
+        "stage": lambda at: at.pp,
+        "expert_replicas": lambda at: (at.pp, at.ep),
+    }
+    for name, groups in groups_of(layout).items():
+        members: dict[Any, list[int]] = {}
+        for rank, at in enumerate(places):
+            members.setdefault(colors[name](at), []).append(rank)
+        assert sorted(groups.tolist()) == sorted(members.values()), name
+    for pairs, around in itertools.product(("pp", "cp"), (False, True)):
+        n = getattr(layout, pairs)
+        for here, there in neighbours(layout, pairs, around).tolist():
+            assert (getattr(places[here], pairs) + 1) % n == getattr(places[there], pairs)
+            assert places[here]._replace(**{pairs: 0}) == places[there]._replace(**{pairs: 0})
+    last = layout.pp - 1
+    if last:
+        for group in tied(layout, last).tolist():
+            assert len({places[rank].tp for rank in group}) == 1
+            assert {places[rank].pp for rank in group} == {0, last}
+
+
+def test_groups_that_cross_a_nic_share_it() -> None:
+    topology = cluster(2, 2, Link(0.0, 1e9, 0.0))
+    nbytes = 1 << 30  # 4 ranks: 0 1 | 2 3
+    alone = Links(topology).seconds(np.array([[0, 2]]), "all_gather", nbytes)
+    both = Links(topology).seconds(np.array([[0, 2], [1, 3]]), "all_gather", nbytes)
+    inside = Links(topology).seconds(np.array([[0, 1], [2, 3]]), "all_gather", nbytes)
+    assert alone == pytest.approx(nbytes / 2 / 1e9, rel=0.02)  # each sends its half
+    assert both == pytest.approx(2 * alone, rel=0.02)
+    assert inside < alone / 50
+    assert Links(topology).seconds(np.array([[0], [1]]), "all_reduce", nbytes) == 0.0
+
+
+def test_groups_that_cross_an_uplink_share_it(tmp_path: Path) -> None:
+    hosts = cluster(4, 1).hosts
+    text = "".join(
+        f'[[hosts]]\nname = "{host.name}"\nranks = [{i}]\nswitch = "rack{i // 2}"\n'
+        "nic = { latency_s = 0, bytes_per_s = 1e11 }\n"
+        for i, host in enumerate(hosts)
+    )
+    racks = "".join(
+        f'[[switches]]\nname = "rack{i}"\nuplink = {{ latency_s = 0, bytes_per_s = 1e9 }}\n' for i in (0, 1)
+    )
+
+    def seconds(groups: list[list[int]], path: Path) -> float:
+        return Links(pycomm.Topology.load(path)).seconds(np.array(groups), "all_gather", 1 << 30)
+
+    path = tmp_path / "racks.toml"
+    path.write_text(racks + text)
+    assert seconds([[0, 2]], path) == pytest.approx((1 << 29) / 1e9, rel=0.02)
+    assert seconds([[0, 2], [1, 3]], path) == pytest.approx((1 << 30) / 1e9, rel=0.02)
+    assert seconds([[0, 1], [2, 3]], path) < 0.1
+
+
+@pytest.mark.parametrize("preset", ["default", "gpt2", "llama_8b", "mixtral_8x7b", "deepseek_moe_16b"])
+def test_flops_of_the_parts_are_those_of_the_model(preset: str) -> None:
+    config = load_preset(preset)
+    costs = Costs(config.model, whole_specs(config))
+    core = costs.core(config.data.seq_len) * config.model.n_layers
+    assert 3 * (sum(costs.blocks) + costs.head + core) == pytest.approx(
+        config.model.flops_per_token(config.data.seq_len), rel=1e-5
+    )
+
+
+def test_one_rank_computes_and_waits_for_nobody() -> None:
+    config = dense()
+    time = timed(config, cluster(1, 1))
+    tokens = config.train.global_batch * config.data.seq_len
+    assert time.total_s == pytest.approx(tokens * config.model.flops_per_token(512) / RATE, rel=1e-6)
+    assert time.parts == {"compute": time.compute_s, "bubble": 0.0, **dict.fromkeys(AXES, 0.0)}
+
+
+@pytest.mark.parametrize("accumulation", [4, 8, 16])
+def test_the_bubble_is_that_of_the_schedule(accumulation: int) -> None:
+    config = with_layout(dense(), accumulation, pp=4, schedule="1f1b")
+    time = timed(config, cluster(1, 4))
+    assert time.bubble_s == pytest.approx(time.compute_s * 3 / accumulation)  # (p - 1) / m of the work
+    assert time.total_s == pytest.approx(sum(time.parts.values()))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_costs_a_forward_of_what_it_drops(recompute: str) -> None:
+    time, plain = (timed(dense(recompute=each), cluster(1, 1)) for each in (recompute, "none"))
+    config = dense()
+    tokens = config.train.global_batch * config.data.seq_len
+    costs = Costs(config.model, whole_specs(config))
+    core = 8 * costs.core(512)
+    dropped = core if recompute == "selective" else core + sum(costs.blocks)
+    assert time.compute_s - plain.compute_s == pytest.approx(tokens * dropped / RATE)
+
+
+def test_tensor_parallel_waits_are_those_of_its_collectives() -> None:
+    config = with_layout(dense(), 1, tp=2)
+    topology = cluster(1, 2)
+    group, whole = np.array([[0, 1]]), 512 * 64 * 512 * 4  # fp32 [S, B, D]
+    of = Links(topology)
+    gather, scatter = (of.seconds(group, each, whole) for each in ("all_gather", "reduce_scatter"))
+    maximum, sums = (of.seconds(group, "all_reduce", 4 * k * config.train.loss_chunk) for k in (1, 2))
+    n_chunks = 512 * 64 // config.train.loss_chunk
+    halves = 2 * 8 * 2  # attention and feed-forward, of 8 layers, forward and backward
+    expected = (halves + 2) * (gather + scatter) + n_chunks * (maximum + sums)  # 2: embedding and head
+    assert timed(config, topology).exposed_s["tp"] == pytest.approx(expected)
+
+
+def test_zero_stages_pay_for_what_they_gather_and_reduce_again() -> None:
+    slow = cluster(4, 1, Link(1e-5, 1e8, 1e-6))
+    one, two, three = (timed(with_layout(dense(), 4, zero=zero), slow).exposed_s["dp"] for zero in (1, 2, 3))
+    assert one < two < three  # a link this slow hides nothing: 1, 4 reductions, and 8 gathers beside
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"tp": 4}),
+    (2, {"cp": 2, "tp": 2}),
+    (2, {"cp": 2, "context": "ulysses", "zero": 2}),
+    (8, {"pp": 4, "schedule": "1f1b"}),
+    (8, {"pp": 4, "schedule": "interleaved", "chunks": 2}),
+    (8, {"pp": 2, "schedule": "zbv", "zero": 3}),
+    (4, {"pp": 2, "schedule": "zb_h1", "tp": 2, "zero": 1}),
+    (2, {"ep": 2, "zero": 3}),
+    (4, {"ep": 4, "pp": 2}),
+]
+
+
+@pytest.mark.parametrize(("accumulation", "layout"), LAYOUTS)
+def test_a_faster_link_never_makes_a_step_slower(accumulation: int, layout: dict[str, Any]) -> None:
+    config = with_layout(sparse() if "ep" in layout else dense(), accumulation, **layout)
+    totals = [timed(config, cluster(4, 2, Link(5e-5, 1e6 * 4**power, 5e-6))).total_s for power in range(8)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] > totals[-1]
+
+
+def chosen(config: Config, topology: Any) -> Plan:
+    return search(config, topology, RATE)
+
+
+@pytest.mark.parametrize("gib", [0.0, 0.5])
+def test_the_choice_is_valid_fits_and_nothing_that_fits_is_faster(gib: float) -> None:
+    config = dataclasses.replace(dense(memory_gib=gib), layout=dataclasses.replace(dense().layout, auto=True))
+    topology = cluster(2, 4, Link(2e-5, 1e9, 1e-6))
+    plan = chosen(config, topology)
+    best, specs = plan.first, whole_specs(config)
+    assert resolve_layout(best.config, 8) == best.layout
+    assert not best.config.layout.auto
+    memory = require_fit(best.config, best.layout, specs)
+    assert memory == plan.fitting[0][1]
+    assert gib == 0 or memory.total <= gib * 2**30
+    costs, of = Costs(config.model, specs), Links(topology)
+    n_tried, n_smaller = 0, 0
+    for each, layout in _possible(config, 8, Counter()):
+        n_tried += 1
+        if step_time(each, layout, costs, of, RATE).total_s < best.time.total_s:
+            n_smaller += 1
+            with pytest.raises(ConfigError, match=r"train\.memory_gib allows"):
+                require_fit(each, layout, specs)
+    assert n_tried == plan.n_timed > 100
+    assert (n_smaller > 0) == (len(plan.unfit) > 0) == (gib > 0)
+    order = [each.time.total_s for each, _ in plan.fitting]
+    assert order == sorted(order)
+    assert len({each.mesh for each, _ in plan.fitting}) == len(order) == 4
+
+
+def test_a_slow_link_between_hosts_keeps_tensor_parallel_ranks_together() -> None:
+    config = dense(global_batch=1)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, n_kv_heads=8),
+        data=dataclasses.replace(config.data, seq_len=520),  # a multiple of 8, not of 16: cp 8 is not possible
+    )
+    fast, slow = (cluster(2, 4, link) for link in (FAST, Link(1e-4, 2.5e7, 1e-5)))  # slow: 200 Mbit/s
+    assert chosen(config, fast).first.layout.tp == 8
+    first = chosen(config, slow).first
+    assert first.layout.tp > 1
+    assert all(len(set(slow.host_index[group].tolist())) == 1 for group in groups_of(first.layout)["tp"])
+
+
+def test_experts_stay_in_the_search() -> None:
+    config = dataclasses.replace(sparse(), plan=dataclasses.replace(sparse().plan, show=40))
+    plan = chosen(config, cluster(2, 2))
+    assert {each.layout.ep for each, _ in plan.fitting} == {1, 2, 4}
+    assert all((each.time.exposed_s["ep"] > 0) == (each.layout.ep > 1) for each, _ in plan.fitting)
+
+
+def test_what_cannot_be_planned_is_named(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    with pytest.raises(ConfigError, match=r"none of \d+ layouts of 4 ranks fits; .* train.memory_gib allows 0.001"):
+        chosen(dense(memory_gib=0.001), cluster(1, 4))
+    with pytest.raises(ConfigError, match=r"no layout of 3 ranks is possible: .*\(6\)"):
+        chosen(tiny(global_batch=16, model={"n_heads": 4, "n_kv_heads": 4, "n_layers": 2}), cluster(1, 3))
+    monkeypatch.setenv("RANK", "0")
+    cluster(2, 2).save(tmp_path / "c.toml")
+    for options, message in (
+        ([], "--topology FILE"),
+        (["--topology", str(tmp_path / "none.toml")], "cannot read topology"),
+        (["--topology", str(tmp_path / "c.toml"), "--gpus", "8"], "--gpus is 8"),
+    ):
+        assert main(["plan", "tiny", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_prints_a_table_and_the_options_of_its_first_choice(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("COLUMNS", "250")
+    cluster(2, 4).save(tmp_path / "c.toml")
+    options = ["--gpus", "4", f"--topology={tmp_path / 'c.toml'}", "--plan.tflops", "1", "--show", "2"]
+    assert main(["plan", "tiny", *options]) == 0
+    printed = capsys.readouterr().out
+    config = load_preset("tiny")
+    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=2))
+    plan = search(config, cluster(1, 4), 1e12)
+    assert "4 ranks on 1 host, 1 TFLOP/s each" in printed
+    assert str(plan.fitting[0][0]) in printed
+    assert str(plan.fitting[1][0]) in printed
+    assert " ".join(settings(plan.first.config)) in printed
+
+
+def test_a_run_takes_the_first_choice(tmp_path: Path) -> None:
+    launch = f"{sys.executable} -m pycomm launch --hosts 1 --ranks-per-host 2 -- {sys.executable}"
+    run = f"-m training run tiny --layout.auto --layout.tp 77 --out-dir {tmp_path} --train.steps 2"
+    done = subprocess.run(
+        f"{launch} {run} --plan.tflops 0.001 --data.path {__file__}".split(),
+        capture_output=True, text=True, timeout=90, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = next(line for line in done.stdout.splitlines() if "layout.auto: " in line)
+    trained = next(line for line in done.stdout.splitlines() if "a new run" in line)
+    assert said.split("layout.auto: ")[1].split(";")[0].split(", ")[0] in trained

@@ -1,0 +1,296 @@
+"""Searches the layouts of some ranks on a topology, times each (step_time.py), and says why the others lost.
+
+Tried: every tp, cp and pp that divides the ranks, the ep that divide both, ZeRO 0 to 3 over all copies, 1F1B,
+interleaved (2 and 4 chunks), ZB-H1 and ZBV, and accumulation: without a pipeline every divisor of a data parallel
+rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B idles as long and holds less. All else is the
+configuration's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pycomm
+from pycomm.errors import TopologyError
+from training import schedules
+from training.config import Config, Layout, resolve_layout
+from training.errors import ConfigError
+from training.links import Links
+from training.machine import matmul_flops, share_cores
+from training.memory import Estimate, require_fit
+from training.mesh import Mesh, MeteredGroup, on_rank_0
+from training.model import specs_of_whole
+from training.sharding import ParamSpec
+from training.step_time import AXES, Costs, StepTime, step_time
+
+if TYPE_CHECKING:
+    from pycomm.group import Group
+
+_SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("interleaved", 4),
+    ("zb_h1", 1),
+    ("zbv", 1),
+)
+_NAMED = 3  # layouts that would be faster but do not fit
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that the model can have. config is the run's with it."""
+
+    config: Config
+    layout: Layout
+    time: StepTime
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        at = self.layout
+        return at.dp, at.tp, at.cp, at.pp, at.ep
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Faster first; of equally fast ones that which does less."""
+        chosen = self.config.layout
+        return (self.time.total_s, chosen.zero, chosen.pp, chosen.cp, chosen.tp, self.layout.ep, chosen.chunks)
+
+    def __str__(self) -> str:
+        chosen, accumulation = self.config.layout, self.config.train.accumulation
+        text = str(self.layout)
+        if chosen.pp > 1:
+            text += f", {chosen.schedule}" + (f" × {chosen.chunks}" if chosen.chunks > 1 else "")
+        text += f", zero {chosen.zero}" if chosen.zero else ""
+        return text + (f", accumulation {accumulation}" if accumulation > 1 else "")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """fitting: the fastest of each mesh that fits, with its largest rank's memory, the fastest first.
+
+    unfit: the fastest of each mesh that does not fit, where it comes before the last of those, with the reason.
+    refused: reasons of layouts that the model cannot have, and how many each."""
+
+    fitting: tuple[tuple[Candidate, Estimate], ...]
+    unfit: tuple[tuple[Candidate, str], ...]
+    refused: Counter[str]
+    n_timed: int
+    flops_per_s: float
+
+    @property
+    def first(self) -> Candidate:
+        return self.fitting[0][0]
+
+
+class _NoMesh:
+    """Enough of a Mesh for a model on the meta device: nothing is cut."""
+
+    pp_index = 0
+    ties = False
+
+    def shards(self, axis: object) -> None:
+        return None
+
+
+def whole_specs(config: Config) -> dict[str, ParamSpec]:
+    """Of the whole model, without a group."""
+    return specs_of_whole(config.model, cast(Mesh, _NoMesh()))
+
+
+def search(config: Config, topology: Any, flops_per_s: float) -> Plan:
+    """The best config.plan.show meshes of a topology's ranks (pycomm.Topology). flops_per_s: that a rank reaches.
+
+    Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
+    links, refused, specs = Links(topology), Counter[str](), whole_specs(config)
+    costs = Costs(config.model, specs)
+    candidates = [
+        Candidate(each, layout, step_time(each, layout, costs, links, flops_per_s))
+        for each, layout in _possible(config, topology.n_ranks, refused)
+    ]
+    if not candidates:
+        why = f": {refused.most_common(1)[0][0]}" if refused else ""
+        raise ConfigError(f"no layout of {topology.n_ranks} ranks is possible{why}")
+    fitting: dict[tuple[int, ...], tuple[Candidate, Estimate]] = {}
+    unfit: dict[tuple[int, ...], tuple[Candidate, str]] = {}
+    for each in sorted(candidates, key=lambda each: each.order):
+        if each.mesh in fitting:
+            continue
+        try:
+            fitting[each.mesh] = (each, require_fit(each.config, each.layout, specs))
+        except ConfigError as error:
+            unfit.setdefault(each.mesh, (each, str(error)))
+        if len(fitting) == max(1, config.plan.show):
+            break
+    if not fitting:
+        raise ConfigError(
+            f"none of {len(candidates)} layouts of {topology.n_ranks} ranks fits; the fastest would be "
+            f"{next(iter(unfit.values()))[0]}: {next(iter(unfit.values()))[1]}"
+        )
+    return Plan(tuple(fitting.values()), tuple(unfit.values()), refused, len(candidates), flops_per_s)
+
+
+def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[tuple[Config, Layout]]:
+    """Every layout that resolve_layout() accepts; refused: counts what it said of the others."""
+    divisors = [n for n in range(1, n_ranks + 1) if n_ranks % n == 0]
+    for tp in divisors:
+        for cp in (n for n in divisors if n_ranks // tp % n == 0):
+            for pp in (n for n in divisors if n <= config.plan.max_pp and n_ranks // (tp * cp) % n == 0):
+                dp = n_ranks // (tp * cp * pp)
+                experts = math.gcd(dp, config.model.n_experts) if config.model.n_experts else 1
+                for schedule, chunks in _SCHEDULES if pp > 1 else _SCHEDULES[:1]:
+                    for accumulation in _accumulations(config.train.global_batch, dp, pp):
+                        for ep in (n for n in range(1, experts + 1) if experts % n == 0):
+                            for zero in range(4) if dp * cp * tp > 1 else range(1):
+                                layout = dataclasses.replace(
+                                    config.layout,
+                                    tp=tp,
+                                    cp=cp,
+                                    pp=pp,
+                                    schedule=schedule,
+                                    chunks=chunks,
+                                    stage_layers="",
+                                    ep=ep,
+                                    zero=zero,
+                                    zero_ranks=0,
+                                    auto=False,
+                                )
+                                train = dataclasses.replace(config.train, accumulation=accumulation)
+                                each = dataclasses.replace(config, layout=layout, train=train)
+                                try:
+                                    yield each, resolve_layout(each, n_ranks)
+                                except ConfigError as error:
+                                    refused[str(error)] += 1
+
+
+def _accumulations(global_batch: int, dp: int, pp: int) -> list[int]:
+    """Micro-batches to try; [1] where dp does not divide the batch, which is refused by name then."""
+    if global_batch % dp:
+        return [1]
+    sequences = global_batch // dp
+    divisors = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    if pp == 1:
+        return divisors
+    return [n for n in divisors if pp <= n <= 8 * pp] or divisors[-1:]
+
+
+def why_lost(each: Candidate, first: Candidate) -> str:
+    """The part that costs it most against the first choice."""
+    more = {name: each.time.parts[name] - first.time.parts[name] for name in each.time.parts}
+    name = max(more, key=lambda part: more[part])
+    behind = each.time.total_s - first.time.total_s
+    if behind <= 1e-9 * first.time.total_s:
+        return "as fast; the first does less"
+    what = name if name in ("compute", "bubble") else f"{name} exposed"
+    return f"{what} +{_duration(more[name])} ({behind / first.time.total_s:+.1%} in all)"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def show(plan: Plan, config: Config, topology: Any, console: Console) -> None:
+    """The plan as tables."""
+    n_tokens = config.train.global_batch * config.data.seq_len
+    needed = config.model.flops_per_token(config.data.seq_len) * n_tokens
+    peak = config.monitor.peak_tflops * 1e12 or plan.flops_per_s
+    hosts = f"{len(topology.hosts)} host{'s' if len(topology.hosts) > 1 else ''}"
+    table = Table(
+        title=f"{config.name}: {config.model.n_parameters:,} parameters, {n_tokens:,} tokens a step, "
+        f"{topology.n_ranks} ranks on {hosts}, {plan.flops_per_s / 1e12:.4g} TFLOP/s each"
+    )
+    table.add_column("layout")
+    for name in ("step", "MFU", "memory", "bubble"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("exposed")
+    table.add_column("why not first")
+    for each, memory in plan.fitting:
+        time = each.time
+        exposed = {axis: time.exposed_s[axis] / time.total_s for axis in AXES if time.exposed_s[axis]}
+        table.add_row(
+            str(each),
+            _duration(time.total_s),
+            f"{needed / (time.total_s * topology.n_ranks * peak):.1%}",
+            f"{memory.total / 2**30:.2f} GiB",
+            f"{time.bubble_s / time.total_s:.1%}",
+            ", ".join(f"{axis} {share:.1%}" for axis, share in exposed.items()),
+            "" if each is plan.first else why_lost(each, plan.first),
+        )
+    console.print(table)
+    if not config.train.memory_gib:
+        console.print("Memory was not a limit: give a rank's with --train.memory-gib.", soft_wrap=True)
+    for each, reason in plan.unfit[:_NAMED]:
+        console.print(f"Does not fit: {each} ({_duration(each.time.total_s)}): {reason}", soft_wrap=True)
+    if len(plan.unfit) > _NAMED:
+        console.print(f"Nor do the fastest of {len(plan.unfit) - _NAMED} other meshes.", soft_wrap=True)
+    console.print(f"{plan.n_timed} layouts timed, {plan.refused.total()} are not possible.", soft_wrap=True)
+    for reason, n in plan.refused.most_common(_NAMED):
+        console.print(f"  {n}: {reason}", soft_wrap=True)
+    console.print(f"\nTrain with it: {' '.join(settings(plan.first.config))}", soft_wrap=True)
+
+
+def settings(config: Config) -> list[str]:
+    """The options of `run` that give this layout."""
+    layout = config.layout
+    values = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "ep": layout.ep, "zero": layout.zero}
+    options = [f"--layout.{name} {value}" for name, value in values.items()]
+    if layout.pp > 1:
+        options += [f"--layout.schedule {layout.schedule}", f"--layout.chunks {layout.chunks}"]
+    return [*options, f"--train.accumulation {config.train.accumulation}"]
+
+
+def plan(config: Config) -> None:
+    """The command: plans for config.plan's topology and prints."""
+    asked = config.plan
+    if not asked.topology:
+        raise ConfigError(
+            "plan needs the ranks' hosts and links: --topology FILE, as `pycomm topo --save FILE` writes it in a job, "
+            "or written by hand (docs/topology.md)"
+        )
+    try:
+        topology = pycomm.Topology.load(asked.topology)
+    except TopologyError as error:
+        raise ConfigError(str(error)) from error
+    if asked.gpus > topology.n_ranks or asked.gpus < 0:
+        raise ConfigError(f"--gpus is {asked.gpus}, {asked.topology} has {topology.n_ranks} ranks; add hosts to it")
+    if 0 < asked.gpus < topology.n_ranks:
+        topology = topology.select(range(asked.gpus))
+    console = Console(highlight=False)
+    show(search(config, topology, _given(config) or matmul_flops(_dtype(config))), config, topology, console)
+
+
+def automatic(config: Config, world: Group) -> Config:
+    """config with the first choice for the world's ranks, the same on every rank; they call it together."""
+    share_cores(world)
+    rate = torch.tensor([_given(config) or matmul_flops(_dtype(config))], dtype=torch.float64)
+    world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
+
+    def first() -> dict[str, Any]:
+        chosen = search(config, world.topology, float(rate)).first
+        print(f"layout.auto: {chosen}; {_duration(chosen.time.total_s)} a step expected", flush=True)
+        return {
+            "layout": dataclasses.asdict(chosen.config.layout),
+            "accumulation": chosen.config.train.accumulation,
+        }
+
+    chosen = on_rank_0(MeteredGroup(world, "world"), first)
+    return dataclasses.replace(
+        config,
+        layout=dataclasses.replace(config.layout, **chosen["layout"]),
+        train=dataclasses.replace(config.train, accumulation=chosen["accumulation"]),
+    )
+
+
+def _given(config: Config) -> float:
+    return (config.plan.tflops or config.monitor.peak_tflops) * 1e12
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32

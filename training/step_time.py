@@ -1,0 +1,292 @@
+"""How long a step of a layout will take, from FLOPs, a rate, and the closed form of each collective.
+
+    step = compute + bubble + what each axis exposes
+
+compute  FLOPs of the slowest stage's part of all micro-batches / the rate; recomputation included
+bubble   what schedules.check() leaves idle when every action takes the slowest stage's time, tp, cp and ep included
+tp, ep   whole: layers wait for them (all_gather and reduce_scatter of the sequence; an all_to_all of a row an expert)
+cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
+pp       a message's time on each hop of filling and draining, and what each later one takes longer than an action
+dp       gradients: what does not fit beside backward, at least one block's; ZeRO 1 and 2 gather parameters whole,
+         stage 3 a block at a time beside the one before it
+
+Not counted: the optimizer's update, elementwise work, loading data, axes that share a link at once, a wire."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from training import schedules
+from training.config import Config, Layout, stages_of
+from training.links import Groups, Links, groups_of, neighbours, tied
+from training.model_config import ModelConfig
+from training.sharding import ParamSpec
+from training.stages import Stages
+
+AXES = ("tp", "cp", "ep", "pp", "dp")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step; exposed_s by axis, one of each of AXES."""
+
+    compute_s: float
+    bubble_s: float
+    exposed_s: dict[str, float]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """They add up to total_s."""
+        return {"compute": self.compute_s, "bubble": self.bubble_s, **self.exposed_s}
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.parts.values())
+
+
+class Costs:
+    """What one token costs each part of a model, and the numbers of its parameters by the axis that cuts them."""
+
+    def __init__(self, model: ModelConfig, specs: Mapping[str, ParamSpec]) -> None:
+        """specs: of the whole model."""
+        self.model = model
+        self.numel: dict[str, dict[str | None, float]] = {}  # of "0", "1", .. (blocks) and of what is in no block
+        active: dict[str, float] = {}
+        for name, spec in specs.items():
+            part = name.split(".")[1] if name.startswith("blocks.") else name.split(".")[0]
+            numel = 1.0
+            for length in spec.shape:
+                numel *= length
+            of_part = self.numel.setdefault(part, {})
+            of_part[spec.axis] = of_part.get(spec.axis, 0.0) + numel
+            share = model.top_k / model.n_experts if spec.axis == "ep" else 1.0
+            active[part] = active.get(part, 0.0) + numel * share
+        self.blocks = [2.0 * active[str(index)] for index in range(model.n_layers)]  # FLOPs of a token's forward
+        self.head = 2.0 * (active["embedding" if model.tie_embeddings else "head"] + active["norm"])
+
+    def core(self, seq_len: int) -> float:
+        """FLOPs of a token's forward in attention itself, counted whole as ModelConfig.flops_per_token() does."""
+        return 4.0 * self.model.n_heads * self.model.head_width * seq_len
+
+
+@dataclass(frozen=True)
+class _Action:
+    """Seconds of a stage for one micro-batch: compute, and what blocks it by axis, forward and backward."""
+
+    forward_s: float
+    input_s: float
+    weight_s: float
+    blocked: dict[str, tuple[float, float]]
+
+
+def step_time(config: Config, layout: Layout, costs: Costs, links: Links, flops_per_s: float) -> StepTime:
+    """flops_per_s: that a rank reaches. config: whose layout was resolved to `layout`."""
+    train, stages = config.train, stages_of(config)
+    placement = stages.placement
+    groups = groups_of(layout)
+    per_stage = [
+        _stage(config, layout, costs, links, groups, stages, stage, flops_per_s) for stage in range(placement.n_stages)
+    ]
+    slowest = _slowest(per_stage)
+    forward = slowest.forward_s + sum(f for f, _ in slowest.blocked.values())
+    backward = slowest.input_s + sum(b for _, b in slowest.blocked.values())
+    n_actions = train.accumulation * placement.n_chunks
+    makespan = _makespan(
+        config.layout.schedule,
+        layout.pp,
+        train.accumulation,
+        placement.n_chunks,
+        forward,
+        backward,
+        slowest.weight_s,
+    )
+    exposed = {axis: n_actions * sum(slowest.blocked[axis]) for axis in ("tp", "cp", "ep")}
+    exposed["pp"] = _between_stages(config, layout, links, stages, forward, backward + slowest.weight_s)
+    exposed["dp"] = max(
+        _data_parallel(config, layout, costs, links, groups, stages, pp_index, slowest) for pp_index in range(layout.pp)
+    )
+    return StepTime(
+        n_actions * (slowest.forward_s + slowest.input_s + slowest.weight_s),
+        max(0.0, makespan - n_actions * (forward + backward + slowest.weight_s)),
+        exposed,
+    )
+
+
+def _slowest(stages: list[_Action]) -> _Action:
+    """The largest of each figure: what every stage is taken for, so that a faster link or rate never costs time."""
+    return _Action(
+        max(each.forward_s for each in stages),
+        max(each.input_s for each in stages),
+        max(each.weight_s for each in stages),
+        {
+            axis: (max(each.blocked[axis][0] for each in stages), max(each.blocked[axis][1] for each in stages))
+            for axis in stages[0].blocked
+        },
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _makespan(name: schedules.Name, p: int, m: int, chunks: int, f: float, b: float, w: float) -> float:
+    return schedules.check(schedules.plan(name, p, m, chunks), f, b, w).makespan
+
+
+def _itemsize(config: Config) -> int:
+    return 2 if config.train.precision == "bf16" else 4
+
+
+def _tokens(config: Config, layout: Layout) -> int:
+    """Of a micro-batch, as context parallelism cuts it."""
+    train = config.train
+    return config.data.seq_len // layout.cp * (train.global_batch // (layout.dp * train.accumulation))
+
+
+def _stage(
+    config: Config,
+    layout: Layout,
+    costs: Costs,
+    links: Links,
+    groups: Mapping[str, Groups],
+    stages: Stages,
+    stage: int,
+    flops_per_s: float,
+) -> _Action:
+    model, recompute, itemsize = config.model, config.train.recompute, _itemsize(config)
+    tokens, layers = _tokens(config, layout), stages.layers(stage)
+    per_flop = tokens / layout.tp / flops_per_s
+    core = costs.core(config.data.seq_len)
+    blocks_s = sum(costs.blocks[index] + core for index in layers) * per_flop
+    core_s = len(layers) * core * per_flop
+    first, last = stage == 0, stage == stages.placement.n_stages - 1
+    whole_s = blocks_s + (costs.head * per_flop if last else 0.0)
+    again = {"none": 0.0, "selective": core_s, "full": blocks_s}[recompute]
+    nbytes = tokens * model.d_model * itemsize
+    gather, scatter = (links.seconds(groups["tp"], each, nbytes) for each in ("all_gather", "reduce_scatter"))
+    halves = sum(2 if not model.has_experts(i) or model.n_shared_experts else 1 for i in layers)
+    layers_tp = halves * (gather + scatter)
+    ends_tp = (scatter if first else 0.0) + (gather if last else 0.0)
+    ends_back_tp = (gather if first else 0.0) + (scatter if last else 0.0)
+    if last:
+        n_chunks = -(-tokens // config.train.loss_chunk)
+        chunk = min(tokens, config.train.loss_chunk)
+        ends_tp += n_chunks * sum(links.seconds(groups["tp"], "all_reduce", 4 * k * chunk) for k in (1, 2))
+    twice = recompute == "full"
+    attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop)
+    attention_again = attention_f if recompute != "none" else 0.0
+    rows = tokens / layout.tp * model.top_k * model.d_model * itemsize
+    n_moe = sum(model.has_experts(index) for index in layers)
+    exchange = 2 * n_moe * links.seconds(groups["ep"], "all_to_all", rows) if n_moe else 0.0
+    return _Action(
+        whole_s,
+        whole_s + again,
+        whole_s,
+        {
+            "tp": (layers_tp + ends_tp, layers_tp * (2 if twice else 1) + ends_back_tp),
+            "cp": (len(layers) * attention_f, len(layers) * (attention_b + attention_again)),
+            "ep": (exchange, exchange * (2 if twice else 1)),
+        },
+    )
+
+
+def _context_parallel(
+    config: Config, layout: Layout, links: Links, groups: Mapping[str, Groups], core_s: float
+) -> tuple[float, float]:
+    """What one layer exposes forward and backward. core_s: of its attention's forward."""
+    if layout.cp == 1:
+        return 0.0, 0.0
+    model, itemsize, n = config.model, _itemsize(config), layout.cp
+    query, key = (
+        _tokens(config, layout) * heads / layout.tp * model.head_width for heads in (model.n_heads, model.n_kv_heads)
+    )
+    if config.layout.context == "ulysses":
+        each = 2 * sum(links.seconds(groups["cp"], "all_to_all", numel * itemsize) for numel in (query, key))
+        return each, each
+    ring = neighbours(layout, "cp", around=True)
+    coming = links.send_s(ring, 2 * key * itemsize)
+    gradients = links.send_s(ring, 2 * key * 4)
+    attention = core_s / n
+    forward = (n - 1) * max(0.0, coming - attention)
+    return forward, (n - 1) * max(0.0, coming + gradients - 2 * attention) + gradients
+
+
+def _between_stages(
+    config: Config, layout: Layout, links: Links, stages: Stages, forward_s: float, backward_s: float
+) -> float:
+    if layout.pp == 1:
+        return 0.0
+    placement = stages.placement
+    nbytes = _tokens(config, layout) / layout.tp * config.model.d_model * _itemsize(config)
+    around = placement.n_chunks > 1 and not placement.v_shape
+    hop = links.send_s(neighbours(layout, "pp", around), nbytes)
+    ranks = [placement.rank(stage) for stage in range(placement.n_stages)]
+    n_hops = sum(here != there for here, there in pairwise(ranks))
+    following = config.train.accumulation * placement.n_chunks - 1
+    return 2 * n_hops * hop + following * (max(0.0, hop - forward_s) + max(0.0, hop - backward_s))
+
+
+def _data_parallel(
+    config: Config,
+    layout: Layout,
+    costs: Costs,
+    links: Links,
+    groups: Mapping[str, Groups],
+    stages: Stages,
+    pp_index: int,
+    action: _Action,
+) -> float:
+    """What reducing gradients and gathering parameters exposes on a pipeline rank. Sharded over all copies."""
+    zero, m, itemsize, placement = config.layout.zero, config.train.accumulation, _itemsize(config), stages.placement
+    held = [index for c in range(placement.n_chunks) for index in stages.layers(placement.stage(pp_index, c))]
+    summed: dict[str | None, Groups] = {None: groups["stage"], "tp": groups["dp"], "ep": groups["expert_replicas"]}
+    cut = {None: 1, "tp": layout.tp, "ep": layout.ep, "tied": layout.tp}
+    blocks, others = _held(costs, held, ""), _held(costs, [], "embedding positions norm head", stages, pp_index)
+    if config.model.tie_embeddings and placement.last_rank != 0 and "tp" in others:
+        others["tied"] = others.pop("tp")
+        summed["tied"] = tied(layout, placement.last_rank)
+
+    def seconds(collective: str, itemsize: int, numel: Mapping[str | None, float], parts: int = 1) -> float:
+        return parts * sum(
+            links.seconds(summed[axis], collective, itemsize * n / cut[axis] / parts) for axis, n in numel.items()
+        )
+
+    n = len(held)
+    backward = placement.n_chunks * (action.input_s + action.weight_s)
+    if zero == 0:
+        both = {axis: blocks.get(axis, 0.0) + others.get(axis, 0.0) for axis in blocks | others}
+        reduced = seconds("all_reduce", 4, both)
+        return max(reduced / (n + 1), reduced - backward)
+    reduced = seconds("reduce_scatter", 4, blocks, n) + seconds("reduce_scatter", 4, others)
+    gathered = seconds("all_gather", itemsize, others)
+    if zero < 3:
+        gathered += seconds("all_gather", itemsize, blocks, n)
+    if zero == 1:
+        return reduced + gathered
+    beside = placement.n_chunks * action.forward_s + backward
+    reduced = (m - 1) * max(0.0, reduced - beside) + max(reduced / (n + 1), reduced - backward)
+    if zero == 2:
+        return reduced + gathered
+    block = seconds("all_gather", itemsize, blocks, n) / n
+    ahead = sum(max(0.0, block - each / n) for each in (placement.n_chunks * action.forward_s, backward))
+    return reduced + gathered + m * (2 * placement.n_chunks * block + max(0, n - placement.n_chunks) * ahead)
+
+
+def _held(
+    costs: Costs, layers: list[int], others: str, stages: Stages | None = None, pp_index: int = 0
+) -> dict[str | None, float]:
+    """Numbers of parameters by axis, of blocks and of the named others that a pipeline rank has."""
+    found: dict[str | None, float] = {}
+    names = [str(index) for index in layers]
+    if stages is not None:
+        tables = [each for each in others.split() if each in costs.numel]
+        names += [
+            each
+            for each in tables
+            if pp_index in stages.ranks_of(each)
+            and (each != "embedding" or costs.model.tie_embeddings or pp_index == stages.ranks_of(each)[0])
+        ]
+    for name in names:
+        for axis, numel in costs.numel[name].items():
+            found[axis] = found.get(axis, 0.0) + numel
+    return found

@@ -41,7 +41,7 @@ struct alignas(64) Announcement {
   std::atomic<uint64_t> words[sizeof(Fingerprint) / sizeof(uint64_t)];
 };
 
-struct alignas(64) BoardEntry {
+struct alignas(128) BoardEntry {  // so that the transfer records behind them are aligned
   BoardLine lines[kBoardSlots];
   alignas(64) std::atomic<uint32_t> direct_done{0};  // the last direct collective (direct.h) in
                                                      // which the rank has done its part

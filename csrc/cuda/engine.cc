@@ -105,6 +105,7 @@ CudaEngine::~CudaEngine() {
   for (const auto& [peer, pair] : pairs_) device_.free_stream(pair.stream);
   for (const auto& [partition, layer] : layers_) device_.free_stream(layer.stream);
   for (void* const memory : partials_) device_.release(memory);
+  if (last_ != nullptr) device_.free_event(last_);
   if (makes_stream_) device_.free_stream(stream_);
   device_.release(scratch_);
 }
@@ -265,6 +266,7 @@ void CudaEngine::submit(const std::shared_ptr<Operation>& operation, Communicato
       communicator.run(operation->what, operation->deadline, calls);
   } catch (const Error& error) {
     // Part of it may be on its way on some ranks: nobody knows what the next would meet.
+    watch_->abandon(operation);
     watch_->fail(error.status());
     throw;
   }
@@ -274,7 +276,7 @@ void CudaEngine::submit(const std::shared_ptr<Operation>& operation, Communicato
   }
   device_.record(operation->end, stream);
   if (captured) {  // its events belong to the graph: nobody may ask for them
-    watch_->leave_to_graph(operation);
+    watch_->abandon(operation);
     return;
   }
   if (of_group) {

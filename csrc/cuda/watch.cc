@@ -48,7 +48,7 @@ void Watch::add(std::shared_ptr<Operation> operation) {
   changed_.notify_all();
 }
 
-void Watch::leave_to_graph(const std::shared_ptr<Operation>& operation) {
+void Watch::abandon(const std::shared_ptr<Operation>& operation) {
   const std::lock_guard lock(mutex_);
   dropped_.push_back(operation);
   operation->done = true;
@@ -115,10 +115,7 @@ void Watch::fail(const Status& why) {
   lock.unlock();
   owner_.broken(why);  // may take a while; new operations are refused meanwhile
   lock.lock();
-  for (const auto& operation : std::exchange(under_way_, {})) {
-    dropped_.push_back(operation);
-    finish(operation, why);
-  }
+  for (const auto& operation : std::exchange(under_way_, {})) finish(operation, why);
   run_callbacks(lock);
 }
 
@@ -200,6 +197,7 @@ bool Watch::sweep(std::unique_lock<std::mutex>& lock) {
 
 void Watch::finish(const std::shared_ptr<Operation>& operation, Status status) {
   if (operation->done) return;
+  if (!status.ok()) dropped_.push_back(operation);  // the device may be at work on it still
   operation->status = std::move(status);
   released_.push_back(std::move(operation->memory));
   callbacks_.insert(callbacks_.end(), operation->callbacks.begin(), operation->callbacks.end());

@@ -52,9 +52,9 @@ class Watch {
   Device::Event event();  // from the pool
   // REQUIRES: both events are recorded.
   void add(std::shared_ptr<Operation> operation);
-  // Counts as done, since nobody can ask for what is captured; its events live as long as the
-  // watch.
-  void leave_to_graph(const std::shared_ptr<Operation>& operation);
+  // Counts as done: nobody can ask for what a graph has captured, or for what was begun in part.
+  // Its events live as long as the watch.
+  void abandon(const std::shared_ptr<Operation>& operation);
   // Returns when it is done; throws its error, or Error(timeout) after `limit`.
   void wait(const std::shared_ptr<Operation>& operation, std::chrono::milliseconds limit);
   void on_done(const std::shared_ptr<Operation>& operation, std::function<void()> callback);
@@ -84,7 +84,7 @@ class Watch {
   std::vector<std::shared_ptr<void>> released_;  // memory whose last owner this may be: freed
                                                  // without the lock
   std::vector<Device::Event> free_events_;
-  std::vector<std::shared_ptr<Operation>> dropped_;  // events that the device or a graph may hold
+  std::vector<std::shared_ptr<Operation>> dropped_;  // their events the device or a graph may hold
   Status broken_;
   Stats stats_;
   Clock::time_point looked_{};

@@ -3,11 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 import tomllib
 
 import numpy as np
 import pytest
+from commands import PYCOMM
 from spawn import run_ranks
 
 from pycomm.agreement import engine_version
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.timeout(120)
 
 def pycomm(*arguments, **options):
     """(exit code, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pycomm", *map(str, arguments)], capture_output=True, text=True, timeout=100, **options
-    )
+    done = subprocess.run([*PYCOMM, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -14,6 +14,8 @@ TEST_WORKERS ?= 3
 CTEST := ctest -j $(TEST_WORKERS) --output-on-failure --test-dir
 BUILD_TOOLS := "setuptools>=77" wheel ninja
 export PYCOMM_WERROR := 1
+# Where it is set, as in many images, every rank of every test would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifdef PYCOMM_PYTHON
   PY := $(PYCOMM_PYTHON)

@@ -123,9 +123,10 @@ $(BUILT): $(TORCH) setup.py $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	rm -f $(STAMPS)/built-* && touch $@
 
-# The module is built by now; this links the checkout into the environment and brings the other packages.
+# The module is built by now; this links the checkout into the environment and brings the other packages. Of these a run
+# imports a small part, which Python compiles when it does.
 $(INSTALLED): $(TORCH) pyproject.toml setup.py | $(BUILT)
-	$(PY) -m pip install -q --no-build-isolation -e '.[train,bench,dev]'
+	$(PY) -m pip install -q --no-compile --no-build-isolation -e '.[train,bench,dev]'
 	touch $@
 
 # The plain build has the CUDA sources too, where the module has them; a sanitizer sees the engine alone.

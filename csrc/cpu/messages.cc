@@ -212,8 +212,14 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (!wanted(peer)) break;
       SetAside aside{state.in.tag,
                      {},
-                     {peer, static_cast<uint32_t>(state.in.slot), state.in.use, state.in.nbytes,
-                      nullptr, state.in.place}};
+                     {peer,
+                      static_cast<uint32_t>(state.in.slot),
+                      state.in.use,
+                      state.in.nbytes,
+                      nullptr,
+                      state.in.place,
+                      false,
+                      {}}};
       channel.align_read();
       state.in_bytes = 0;
       moved = true;

@@ -42,7 +42,8 @@ std::optional<Transit> Rendezvous::offer(int peer, const void* data, uint64_t nb
     record.taken.store(0, std::memory_order_relaxed);
     record.state.store(word(use, offered), std::memory_order_relaxed);
     sent_nbytes_ += nbytes;
-    return Transit{peer, slot, use, nbytes, static_cast<std::byte*>(const_cast<void*>(data))};
+    auto* here = static_cast<std::byte*>(const_cast<void*>(data));
+    return Transit{peer, slot, use, nbytes, here, {}, false, {}};
   }
   return std::nullopt;
 }

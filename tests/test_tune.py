@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 
 import numpy as np
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.timeout(120)
 
 def pycomm(*arguments, **options):
     """(exit code, stdout, stderr)."""
-    done = subprocess.run([*PYCOMM, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options)
+    command = PYCOMM if arguments[0] in ("launch", "explain") else [sys.executable, "-m", "pycomm"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options)
     return done.returncode, done.stdout, done.stderr
 
 

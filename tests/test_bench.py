@@ -215,7 +215,7 @@ def test_one_rank_that_is_interrupted_stops_all_at_the_same_round() -> None:
 
 
 def bench(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [*(launcher or (sys.executable, *BENCH)), *arguments]
+    command = [*(launcher or (*PYCOMM, "bench")), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYCOMM_BENCH")}
     return subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment | variables)
 
@@ -354,7 +354,7 @@ def test_compare_ends_with_1_where_a_median_became_slower(tmp_path: Path) -> Non
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     process = subprocess.Popen(
-        [sys.executable, *BENCH, "all_reduce", "-b", "8", "-e", "1G", "-n", "2000", "--json", str(path)],
+        [*PYCOMM, "bench", "all_reduce", "-b", "8", "-e", "1G", "-n", "2000", "--json", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -376,7 +376,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_bar_where_there_is_a_terminal_and_rows_stay_whole() -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, *BENCH, "all_reduce", "-b", "8", "-e", "1K", "-n", "5"]
+    command = [*PYCOMM, "bench", "all_reduce", "-b", "8", "-e", "1K", "-n", "5"]
     process = subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE, env=os.environ | {"COLUMNS": "80"})
     os.close(slave)
     shown = b""

@@ -4,13 +4,18 @@
 #   PYTHON=python3.12 make test           the interpreter that .venv is made from
 #   TORCH_VERSION=2.12.0 make test        the torch in .venv (2.11 to 2.15)
 #   PYCOMM_PYTHON=/path/python make test  no .venv: that interpreter, with the torch it has
+#   TEST_WORKERS=1 make test              tests at a time (3: many wait for deadlines and processes)
 #   PYCOMM_CUDA=0|1 make test             without | with the CUDA sources (default: where nvcc is found)
 
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
+TEST_WORKERS ?= 3
+CTEST := ctest -j $(TEST_WORKERS) --output-on-failure --test-dir
 BUILD_TOOLS := "setuptools>=77" wheel ninja
 export PYCOMM_WERROR := 1
+# Where it is set, as in many images, every rank of every test would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 ifdef PYCOMM_PYTHON
   PY := $(PYCOMM_PYTHON)
@@ -44,8 +49,8 @@ benchmark: build
 
 test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)
-	ctest --test-dir build/cc-plain$(PYCOMM_CUDA) --output-on-failure
-	$(PY) -m pytest -q tests
+	$(CTEST) build/cc-plain$(PYCOMM_CUDA)
+	$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
 
 # On a machine with GPUs and a torch for CUDA (PYCOMM_PYTHON). Each fails where there is none.
 test-gpu: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
@@ -83,7 +88,7 @@ tsan: build/cc-thread/CMakeCache.txt
 asan: build/cc-address/CMakeCache.txt
 tsan asan:
 	cmake --build $(<D)
-	$(SAME_ADDRESSES) ctest --test-dir $(<D) --output-on-failure
+	$(SAME_ADDRESSES) $(CTEST) $(<D)
 
 # Every shared-memory protocol, checked exhaustively by spin; and that what is known to be wrong is found.
 models:
@@ -118,9 +123,10 @@ $(BUILT): $(TORCH) setup.py $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	rm -f $(STAMPS)/built-* && touch $@
 
-# The module is built by now; this links the checkout into the environment and brings the other packages.
+# The module is built by now; this links the checkout into the environment and brings the other packages. Of these a run
+# imports a small part, which Python compiles when it does.
 $(INSTALLED): $(TORCH) pyproject.toml setup.py | $(BUILT)
-	$(PY) -m pip install -q --no-build-isolation -e '.[train,bench,dev]'
+	$(PY) -m pip install -q --no-compile --no-build-isolation -e '.[train,bench,dev]'
 	touch $@
 
 # The plain build has the CUDA sources too, where the module has them; a sanitizer sees the engine alone.

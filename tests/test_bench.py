@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from commands import PYCOMM
 from spawn import run_ranks
 
 from pycomm.bench import mpi
@@ -32,6 +33,8 @@ from pycomm.planners import PLANNERS
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCH = ("-m", "pycomm", "bench")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *BENCH)
 QUICK = Effort(n_iters=3, n_warmup=1)
 
 
@@ -212,7 +215,7 @@ def test_one_rank_that_is_interrupted_stops_all_at_the_same_round() -> None:
 
 
 def bench(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *(launcher or ("pycomm", "bench")), *arguments]
+    command = [*(launcher or (*PYCOMM, "bench")), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYCOMM_BENCH")}
     return subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment | variables)
 
@@ -294,8 +297,8 @@ def test_emulated_hosts_and_two_more_workloads(tmp_path: Path) -> None:
 def test_under_pycomm_launch_and_torchrun() -> None:
     arguments = ["barrier,all_reduce", "-b", "8", "-e", "8", "-n", "3"]
     for launcher in (
-        ("pycomm", "launch", "--hosts", "2", "--ranks-per-host", "1", "--", "-m", "pycomm", "bench"),
-        ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pycomm", "bench"),
+        (*PYCOMM, "launch", "--hosts", "2", "--ranks-per-host", "1", "--", *BENCH),
+        TORCHRUN,
     ):
         done = bench(*arguments, launcher=launcher)
         assert done.returncode == 0, done.stderr
@@ -311,7 +314,7 @@ def test_under_slurm() -> None:
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "pycomm", "bench", "all_reduce", "-b", "8", "-e", "8", "-n", "3", "--timeout", "60"],
+            [sys.executable, *BENCH, "all_reduce", "-b", "8", "-e", "8", "-n", "3", "--timeout", "60"],
             env=os.environ
             | {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}
             | {"SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": str(rank), "MASTER_PORT": port},
@@ -342,8 +345,7 @@ def test_compare_ends_with_1_where_a_median_became_slower(tmp_path: Path) -> Non
     assert "# regression: all_reduce float32 sum 1024 B, in_place: 0.0 -> " in slower.stdout
     assert "# compare: 2 regression(s) beyond 10%" in slower.stdout
     assert "failed" not in slower.stderr
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pycomm", "bench")
-    assert "# compare: 2 regression(s)" in (under := compared(1.0, *torchrun)).stdout and under.returncode == 1
+    assert "# compare: 2 regression(s)" in (under := compared(1.0, *TORCHRUN)).stdout and under.returncode == 1
     faster = compared(1e12)
     assert faster.returncode == 0 and "# compare: 0 regression(s) beyond 10%" in faster.stdout
     assert bench("all_reduce", "-b", "2K", "-e", "2K", "-n", "5", "--compare", str(path)).returncode == 2
@@ -352,14 +354,7 @@ def test_compare_ends_with_1_where_a_median_became_slower(tmp_path: Path) -> Non
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pycomm",
-            "bench",
-            *["all_reduce", "-b", "8", "-e", "1G", "-n", "2000", "--json"],
-            str(path),
-        ],
+        [*PYCOMM, "bench", "all_reduce", "-b", "8", "-e", "1G", "-n", "2000", "--json", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -381,7 +376,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_bar_where_there_is_a_terminal_and_rows_stay_whole() -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-m", "pycomm", "bench", "all_reduce", "-b", "8", "-e", "1K", "-n", "5"]
+    command = [*PYCOMM, "bench", "all_reduce", "-b", "8", "-e", "1K", "-n", "5"]
     process = subprocess.Popen(command, stdout=slave, stderr=subprocess.PIPE, env=os.environ | {"COLUMNS": "80"})
     os.close(slave)
     shown = b""

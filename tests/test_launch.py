@@ -14,13 +14,14 @@ import subprocess
 import sys
 
 import pytest
+from commands import PYCOMM
 
 from pycomm.errors import InvalidArgument, PycommError
 from pycomm.launch import parse_layout, places, rank_environment, reserved_port, resolve_command
 
 pytestmark = pytest.mark.timeout(60)
 
-LAUNCH = [sys.executable, "-m", "pycomm", "launch"]
+LAUNCH = [*PYCOMM, "launch"]
 WAITS = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
 
 

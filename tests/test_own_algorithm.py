@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import PYCOMM
 from matplotlib.figure import Figure
 from spawn import run_ranks
 
@@ -31,20 +32,18 @@ pytestmark = pytest.mark.timeout(120)
 def run(folder, command):
     (folder / "own.py").write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=100
-    )
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def test_the_example_prints_what_the_page_says(tmp_path):
-    done = run(tmp_path, ["own.py"])
+    done = run(tmp_path, [sys.executable, "own.py"])
     assert done.returncode == 0, done.stderr
     assert [done.stdout] == PRINTED
     assert (tmp_path / "two_lines.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_example_runs_in_a_group(tmp_path):
-    done = run(tmp_path, ["-m", "pycomm", "launch", "--hosts", "2", "--ranks-per-host", "2", "own.py"])
+    done = run(tmp_path, [*PYCOMM, "launch", "--hosts", "2", "--ranks-per-host", "2", "own.py"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "two_lines" in done.stdout
 
@@ -151,10 +150,10 @@ def test_a_digest_tells_schedules_apart():
 
 
 def test_pycomm_explain_draws_its_choice(tmp_path):
-    done = run(tmp_path, ["-m", "pycomm", "explain", "all_reduce", "1MiB", "--png", "choice.png"])
+    done = run(tmp_path, [*PYCOMM, "explain", "all_reduce", "1MiB", "--png", "choice.png"])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "choice.png").read_bytes().startswith(b"\x89PNG")
-    done = run(tmp_path, ["-m", "pycomm", "explain", "all_reduce", "1MiB", "--png", "choice.odd"])
+    done = run(tmp_path, [*PYCOMM, "explain", "all_reduce", "1MiB", "--png", "choice.odd"])
     assert done.returncode == 2
     assert "cannot write choice.odd" in done.stderr
 

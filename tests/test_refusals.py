@@ -26,6 +26,8 @@ from pycomm.errors import CollectiveMismatch, GroupClosed, PeerLost, PycommError
 
 pytestmark = pytest.mark.timeout(90)
 
+AT_ONCE_S = 5.0  # on a machine that runs other tests meanwhile; deadlines are 20 s and more
+
 X86 = platform.machine() == "x86_64"
 SYSCALLS = {
     "memfd_create": 319 if X86 else 279,
@@ -150,7 +152,7 @@ def test_a_refusal_is_reported_once_and_the_next_best_path_taken(prepare, who, p
 def test_without_pidfds_a_killed_rank_is_seen_at_once():
     outcomes = run_processes(start, 2, no_pidfd, die, may_die=[1])
     kind, text, elapsed = outcomes[0][1]
-    assert kind == "PeerLost" and "rank 1" in text and "ended" in text and elapsed < 3, outcomes[0]
+    assert kind == "PeerLost" and "rank 1" in text and "ended" in text and elapsed < AT_ONCE_S, outcomes[0]
 
 
 def die(group):
@@ -167,7 +169,7 @@ def die(group):
 def test_a_rank_out_of_file_descriptors_says_so_and_the_others_are_told():
     for outcome in run_processes(out_of_files, 3):
         rank, text, elapsed = outcome
-        assert elapsed < 5, outcome
+        assert elapsed < AT_ONCE_S, outcome
         assert "ulimit -n" in text and (rank == 1 or "rank 1 could not set itself up" in text), outcome
 
 
@@ -190,7 +192,7 @@ def no_files_at_rank_1(rank):
 
 
 @contextmanager
-def raises_soon(error, pattern, within_s=2.0):
+def raises_soon(error, pattern, within_s=AT_ONCE_S):
     begin = time.monotonic()
     with pytest.raises(error, match=pattern):
         yield

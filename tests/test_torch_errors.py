@@ -16,7 +16,7 @@ from torch_ranks import run_torch_ranks
 
 pytestmark = pytest.mark.timeout(60)
 
-SOON_S = 3.0  # generous for two busy cores; the engine itself needs milliseconds
+SOON_S = 6.0  # on a machine that runs other tests meanwhile; the engine itself needs milliseconds
 
 
 @pytest.fixture(params=["aa", "ab", "aabb"], ids=["2 ranks", "2 hosts", "2x2"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch_ranks  # noqa: F401  (its RES_OPTIONS reach these ranks too)
+from commands import PYCOMM
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -29,20 +30,18 @@ group.close()
 def run(tmp_path, *command):
     """What rank 0 found."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=80
-    )
+    done = subprocess.run([*command, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=80)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.partition("found ")[2])
 
 
 def test_emulated_hosts_of_unequal_size(tmp_path):
-    found = run(tmp_path, "pycomm", "launch", "--hosts", "2,1")
+    found = run(tmp_path, *PYCOMM, "launch", "--hosts", "2,1")
     assert found == {"rank": 0, "sum": 9.0, "hosts": ["host0", "host0", "host1"], "backend": "pycomm"}
 
 
 def test_torchrun(tmp_path):
-    found = run(tmp_path, "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    found = run(tmp_path, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert (found["rank"], found["sum"], found["backend"]) == (0, 2.0, "pycomm")
     assert len(set(found["hosts"])) == 1
 
@@ -59,7 +58,7 @@ def test_the_store_outlives_ranks_that_leave_later_than_its_own(tmp_path):
         "group = None if group.rank == 0 else group\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pycomm", "launch", "--hosts", "2,1", "--", "python", program],
+        [*PYCOMM, "launch", "--hosts", "2,1", "--", "python", program],
         capture_output=True,
         text=True,
         timeout=80,

@@ -8,6 +8,7 @@ import tomllib
 
 import numpy as np
 import pytest
+from commands import PYCOMM
 from spawn import run_ranks
 
 from pycomm.agreement import engine_version
@@ -24,9 +25,8 @@ pytestmark = pytest.mark.timeout(120)
 
 def pycomm(*arguments, **options):
     """(exit code, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pycomm", *map(str, arguments)], capture_output=True, text=True, timeout=100, **options
-    )
+    command = PYCOMM if arguments[0] in ("launch", "explain") else [sys.executable, "-m", "pycomm"]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -33,18 +33,17 @@ def round_trip(x, wire):
     """What a rank reads that is sent the fp32 values x."""
     if wire == "bf16":
         return torch.from_numpy(x).bfloat16().float().numpy()
-    out = np.empty_like(x)
+    blocks = np.zeros((-(-len(x) // BLOCK), BLOCK), np.float32)  # filled up with zeros, which change nothing
+    blocks.ravel()[: len(x)] = x
+    finite = np.isfinite(blocks).all(axis=1)
+    blocks[~finite] = 0
     largest = np.float32(LARGEST[wire])
-    for begin in range(0, len(x), BLOCK):
-        block = x[begin : begin + BLOCK]
-        if not np.isfinite(block).all():
-            out[begin : begin + BLOCK] = np.nan
-            continue
-        most = max(np.abs(block).max(), np.float32(2.0**-100))
-        scaled = block * (largest / most)
-        codes = nearest_e4m3(scaled) if wire == "fp8" else np.rint(scaled).astype(np.int32)  # which know no -0
-        out[begin : begin + BLOCK] = codes.astype(np.float32) * (most / largest)
-    return out
+    most = np.maximum(np.abs(blocks).max(axis=1, keepdims=True), np.float32(2.0**-100))
+    scaled = blocks * (largest / most)
+    codes = nearest_e4m3(scaled) if wire == "fp8" else np.rint(scaled).astype(np.int32)  # which know no -0
+    out = codes.astype(np.float32) * (most / largest)
+    out[~finite] = np.nan
+    return out.ravel()[: len(x)]
 
 
 def error_bound(x, wire):

@@ -116,6 +116,8 @@ def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
         finally:
             for library in libraries:
                 library.close()
+            if torch.distributed.is_initialized():  # Gloo's threads, or one of them may abort the process as it ends
+                torch.distributed.destroy_process_group()
     return interrupt.exit_code if interrupt() or session.stopped else code
 
 

@@ -9,10 +9,12 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from pycomm.bench.measure import Row
 from pycomm.errors import InvalidArgument
+
+if TYPE_CHECKING:  # it needs torch, which the process that starts the ranks does without
+    from pycomm.bench.measure import Row
 
 VERSION: Final = 1
 _KEY: Final = ("collective", "dtype", "op", "root", "nbytes", "pair", "moe")

@@ -22,20 +22,22 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, moves: Movement, plan: ExchangePlan
+        ctx: Any, x: Tensor, weights: Tensor, moves: Movement, plan: ExchangePlan, slot_weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.moves, ctx.plan, ctx.weights_shape = moves, plan, weights.shape
-        arriving = moves.start_weights("dispatch", plan, weights)  # beside the rows
+        arriving = moves.start_weights("dispatch", plan, weights) if slot_weights is None else None  # beside the rows
         rows = moves.expand("dispatch", plan, plan.out, x)
-        return rows, arriving(), x.new_empty(0)
+        known = arriving() if arriving else slot_weights
+        assert known is not None
+        return rows, known, x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, slot_weights, _ = grads
         stage = "backward of dispatch"
         arriving = ctx.moves.start_back(stage, ctx.plan, slot_weights.contiguous())
         x = ctx.moves.reduce(stage, ctx.plan, ctx.plan.out, rows.contiguous(), None, None)
-        return x, arriving().view(ctx.weights_shape), None, None
+        return x, arriving().view(ctx.weights_shape), None, None, None
 
 
 class Combine(torch.autograd.Function):

@@ -84,19 +84,21 @@ class Batch:
         self.column = np.take_along_axis(self.column, again, -1)
 
     def slots_between(self, first: int, end: int) -> tuple[Ints, Ints]:
-        """(token, place) of the slots whose place is first .. end - 1, by token, then place."""
+        """(token, k): the slots whose place is first .. end - 1, by token, then place; they are place[token, k]."""
         token, k = ((self.place >= first) & (self.place < end)).nonzero()
-        return token, self.place[token, k]
+        return token, k
 
 
 class Served:
     """What this rank's experts take. slot_*: its slots by (token, place); row_token, row_bounds: its tokens, and where
-    each one's slots begin; slot_of_out, out_of_slot: where output rows and slots lie in each other's order."""
+    each one's slots begin; slot_of_out, out_of_slot: where output rows and slots lie in each other's order;
+    slot_weight: the index of each slot's weight among all ranks'."""
 
     def __init__(self, request: Request, batch: Batch) -> None:
         self.top_k = batch.top_k
-        self.slot_token, place = batch.slots_between(*batch.places.of_rank(batch.me))
-        self.slot_local = batch.local_of[place]
+        self.slot_token, k = batch.slots_between(*batch.places.of_rank(batch.me))
+        self.slot_local = batch.local_of[batch.place[self.slot_token, k]]
+        self.slot_weight = self.slot_token * self.top_k + batch.column[self.slot_token, k]
         first = starts_run(self.slot_token)
         self.slot_row = first.cumsum() - 1
         self.row_token = self.slot_token[first]

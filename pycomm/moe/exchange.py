@@ -121,7 +121,7 @@ class ExpertParallel:
 
         Raises InvalidArgument where an expert does not exist, a token names one twice, or ranks differ in K."""
         problem = problem_of_routing(topk_idx, self.num_experts, self.top_k)
-        return self._planning.plan(topk_idx, problem, (), self._owner(), self._places)[0]
+        return self._planning.plan(topk_idx, problem, (), self._owner(), self._places).plan
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, plan: ExchangePlan | None = None
@@ -131,14 +131,15 @@ class ExpertParallel:
 
         plan: of an earlier plan() or dispatch() with the same topk_idx, so that only rows are exchanged; the backward
         of this call and of its combine() use it too."""
-        problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
+        problem, known = problem_of_rows(x, topk_idx, topk_weights, self.hidden), None
         if plan is None:
             problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k)
-            plan, _ = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places)
+            planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places)
+            plan, known = planned.plan, planned.slot_weights
         else:
             self._agree("dispatch", problem or problem_of_plan(plan, self._owner(), topk_idx), x, topk_weights)
         weights = topk_weights.float().contiguous()
-        rows, slot_weights, anchor = Dispatch.apply(x.contiguous(), weights, self._moves, plan)  # type: ignore[no-untyped-call]
+        rows, slot_weights, anchor = Dispatch.apply(x.contiguous(), weights, self._moves, plan, known)  # type: ignore[no-untyped-call]
         experts = plan.slot_expert if self.layout == "token" else None
         if self.layout == "rank":
             experts = picked(plan.slot_expert + 1, plan.slot_of_row) - 1
@@ -200,10 +201,8 @@ class ExpertParallel:
         require(n_chunks == "auto" or n_chunks >= 1, f"n_chunks is {n_chunks!r}; give 1 or more, or 'auto'")
         problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
         problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k)
-        plan, why = self._planning.plan(
-            topk_idx, problem, (x, topk_weights), self._owner(), self._places, cut, n_chunks
-        )
-        return ExpertStream(self._moves, plan, x.contiguous(), topk_weights.float().contiguous(), why, later)
+        planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places, cut, n_chunks)
+        return ExpertStream(self._moves, planned, x.contiguous(), topk_weights.float().contiguous(), later)
 
     # Failure.
 

@@ -43,6 +43,7 @@ def make_plan(request: Request, everyone: Tensor, n_tokens: tuple[int, ...]) -> 
         slot_of_out=tensor(served.slot_of_out),
         slot_expert=tensor(served.slot_local),
         slot_of_row=tensor(served.slots_of_rows() if request.layout == "rank" else np.empty((0, batch.top_k))),
+        slot_weights=tensor(served.slot_weight),
         scalars=_scalars(batch, served),
         home_weights=tensor(batch.home_weight),
         out=out,

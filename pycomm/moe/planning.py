@@ -43,9 +43,19 @@ class Settings:
     placement: Placement
 
 
+@dataclass(frozen=True)
+class Planned:
+    """why: why the plan has as many crossings. slot_weights: float32 [n_slots], where they are known already."""
+
+    plan: ExchangePlan
+    why: str
+    slot_weights: Tensor | None
+
+
 class Planning:
     def __init__(self, settings: Settings, waits: Waits, geometry: Geometry, possible: tuple[Dedup, ...]) -> None:
         self._settings, self._waits, self._geometry, self._possible = settings, waits, geometry, possible
+        self._room = 0  # bytes that a rank may tell in one go
         self._codes: dict[tuple[Any, ...], int] = {}
         self._choices: dict[tuple[int, int, int], Choice] = {}
 
@@ -115,9 +125,9 @@ class Planning:
         places: Places,
         cut: Cut = "tokens",
         n_chunks: int | Literal["auto"] | None = None,
-    ) -> tuple[ExchangePlan, str]:
-        """The plan, and why it has as many crossings. inputs: x and the weights, where they are known. n_chunks: of a
-        stream. Raises the problem of any rank on all, and whatever ranks differ in."""
+    ) -> Planned:
+        """inputs: x and the weights, where they are known. n_chunks: of a stream. Raises the problem of any rank on all,
+        and whatever ranks differ in."""
         of, device = self._settings, topk_idx.device
         n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
         needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
@@ -126,7 +136,15 @@ class Planning:
             self._codes[kind] = code_of((of, owner[1:], cut, n_chunks))
         code = self._codes[kind]
         facts = [n_tokens, top_k, code, form(inputs[0]) if inputs else 0, int(needs)]
-        everyone = self._waits.agree("plan", problem, facts, device)
+        narrow = torch.uint8 if of.num_experts <= 256 else torch.int16 if of.num_experts <= 1 << 15 else torch.int32
+        # What ranks tell each other, as bytes, since not every library moves int16. Inside a host weights come along.
+        told = [] if problem else [topk_idx.to(narrow).contiguous().view(torch.uint8).flatten()]
+        with_weights = len(inputs) == 2 and self._geometry.n_hosts == 1 and self._can_overlap()
+        if with_weights and not problem:
+            told.insert(0, inputs[1].detach().float().contiguous().view(torch.uint8).flatten())
+        mine = torch.cat(told) if told else torch.empty(0, dtype=torch.uint8, device=device)
+        everyone, gathered = self._waits.agree_and_gather("plan", problem, facts, mine, self._room)
+        self._room = gathered.shape[1] // 8 * 9  # for the next batch, a little larger
         require_equal(
             everyone[:, 1:],
             [
@@ -137,15 +155,12 @@ class Planning:
             ],
         )
         counts = tuple(everyone[:, 0].tolist())
-        narrow = torch.uint8 if of.num_experts <= 256 else torch.int16 if of.num_experts <= 1 << 15 else torch.int32
-        padded = torch.zeros(max(counts), top_k, dtype=narrow, device=device)
-        padded[:n_tokens] = topk_idx
-        # As bytes, since not every library moves int16.
-        gathered = self._waits.all_gather("plan, the tokens' experts", padded.view(torch.uint8)).view(narrow).cpu()
-        if min(counts) == max(counts):
-            of_all = gathered.flatten(0, 1)
-        else:
-            of_all = torch.cat([each[:n] for each, n in zip(gathered, counts, strict=True)])
+        weights = None
+        at = 0
+        if with_weights:
+            at = 4 * top_k
+            weights = _rows(gathered, counts, 0, at, torch.float32)
+        of_all = _rows(gathered, counts, at, narrow.itemsize * top_k, narrow).cpu()
         itemsize = inputs[0].dtype.itemsize if inputs else 2
         average = max(1, sum(counts) // len(counts))
         choice = self.choice(average, top_k, itemsize)
@@ -157,7 +172,16 @@ class Planning:
         request = Request(
             owner, self._geometry, places, choice.mode, of.layout, n_chunks, cut, of.align, of.max_tokens, of.drop
         )
-        return make_plan(request, of_all, counts).to(device), why
+        plan = make_plan(request, of_all, counts).to(device)
+        slot_weights = None if weights is None else weights.flatten()[plan.slot_weights]
+        return Planned(plan, why, slot_weights)
+
+
+def _rows(gathered: Tensor, counts: tuple[int, ...], before: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    """[sum of counts, nbytes / the type's]: of each rank's bytes those of its counts[rank] rows of nbytes, behind as
+    many rows of `before` bytes."""
+    parts = [each[n * before : n * (before + nbytes)] for each, n in zip(gathered, counts, strict=True)]
+    return torch.cat(parts).view(dtype).view(-1, nbytes // dtype.itemsize)
 
 
 def form(rows: Tensor) -> int:

@@ -187,7 +187,8 @@ class Routes:
         local_index = np.array(geometry.local_index)
 
         # All tokens that this host's experts need, those of its own ranks first, then crossing by crossing.
-        token, place = batch.slots_between(self.places.of_rank(members[0])[0], self.places.of_rank(members[-1])[1])
+        token, k = batch.slots_between(self.places.of_rank(members[0])[0], self.places.of_rank(members[-1])[1])
+        place = batch.place[token, k]
         runs = run_bounds(starts_run(token))
         seen = token[runs[:-1]]
         needs = np.zeros((len(seen), len(members)), bool)

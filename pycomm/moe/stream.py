@@ -22,6 +22,7 @@ from torch import Tensor
 from pycomm.errors import InvalidArgument
 from pycomm.moe.autograd import weight_gradients, weighted
 from pycomm.moe.movement import Arriving, Movement
+from pycomm.moe.planning import Planned
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -49,10 +50,9 @@ class Chunk:
 class ExpertStream:
     """One batch of tokens. Iterated once, to the end; then output is there. All ranks together."""
 
-    def __init__(
-        self, moves: Movement, plan: ExchangePlan, x: Tensor, weights: Tensor, why: str, later: Later | None
-    ) -> None:
-        self._moves, self.plan, self._x, self._weights, self.why = moves, plan, x, weights, why
+    def __init__(self, moves: Movement, planned: Planned, x: Tensor, weights: Tensor, later: Later | None) -> None:
+        self._moves, self._x, self._weights = moves, x, weights
+        self.plan, self.why, self._slot_weights = planned.plan, planned.why, planned.slot_weights
         self._later = later
         self._output: Tensor | None = None
         self._begun = False
@@ -81,7 +81,8 @@ class ExpertStream:
             tickets = _Begin.apply(record, self._x, self._weights, anchor)  # type: ignore[no-untyped-call]
         x, weights = self._x.detach(), self._weights.detach()
         held: list[Tensor] = []
-        arriving_weights = moves.start_weights("stream, dispatch", plan, weights)
+        slot_weights = self._slot_weights
+        arriving_weights = None if slot_weights is not None else moves.start_weights("stream, dispatch", plan, weights)
         record.arriving = moves.begin_expand("stream, dispatch", plan, plan.out, x, range(plan.n_chunks))
         expert_out = x.new_empty((plan.n_out, x.shape[1]))
         of_out: Tensor | None = None
@@ -89,7 +90,9 @@ class ExpertStream:
 
         def summing() -> Reducing:
             nonlocal of_out
-            of_out = arriving_weights()[plan.slot_of_out]
+            of_slots = arriving_weights() if arriving_weights else slot_weights
+            assert of_slots is not None
+            of_out = of_slots[plan.slot_of_out]
             home = weights.flatten()[plan.home_weights]
             return moves.begin_reduce("stream, combine", plan, plan.back, expert_out, of_out, home)
 

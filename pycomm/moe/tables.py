@@ -97,6 +97,7 @@ class ExchangePlan:
     slot_of_out: Tensor  # [n_out]: -1 for padding; in layout "rank" that of the row's first slot
     slot_expert: Tensor  # [n_slots]: the local expert
     slot_of_row: Tensor  # [rows, K]: the row's slots, then -1; of layout "rank" alone
+    slot_weights: Tensor  # [n_slots]: index into all ranks' weights, one rank after the other
     scalars: Leg  # one value a slot; index into the T*K weights
     home_weights: Tensor  # index into the T*K weights of this rank's own slots, by (token, place)
     out: Route  # dispatch, and its backward

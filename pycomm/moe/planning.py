@@ -126,8 +126,9 @@ class Planning:
         cut: Cut = "tokens",
         n_chunks: int | Literal["auto"] | None = None,
     ) -> Planned:
-        """inputs: x and the weights, where they are known. n_chunks: of a stream. Raises the problem of any rank on all,
-        and whatever ranks differ in."""
+        """inputs: x and the weights, where they are known. n_chunks: of a stream.
+
+        Raises the problem of any rank on all, and whatever ranks differ in."""
         of, device = self._settings, topk_idx.device
         n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
         needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
@@ -149,7 +150,7 @@ class Planning:
             everyone[:, 1:],
             [
                 "K, the experts of a token",
-                "the ExpertParallel's settings, placement, mask or chunks (as a hash)",
+                "the ExpertParallel's settings, placement or mask, or a stream's chunks (as a hash)",
                 "the rows' width and bytes a value (width × 16 + bytes)",
                 "whether x or topk_weights require a gradient",
             ],

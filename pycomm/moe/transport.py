@@ -96,8 +96,9 @@ class Transport(ABC):
         """The plan's output rows [n_out, width]; zeros for padding."""
         under_way = self.begin_expand(stage, plan, route, rows, range(plan.n_chunks))
         out = rows.new_empty((plan.n_out, rows.shape[1]))
-        for number, expansion in enumerate(route.expansions):
-            under_way.stage(number, out, expansion.to)
+        stages = range(len(route.expansions))
+        for number in sorted(stages, key=lambda each: plan.crossing_of_stage[each] is not None):  # what is here first
+            under_way.stage(number, out, route.expansions[number].to)
         under_way.finish()
         return out
 

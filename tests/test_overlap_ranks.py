@@ -251,6 +251,19 @@ def check_stream_corners(group: Any, ep: Any) -> None:
         x.grad = None
         stream.output.sum().backward()
         torch.testing.assert_close(x.grad, torch.ones_like(x))
+    # Weights' gradients put off: backward has flushed them, those of all chunks as one.
+    weight = seeded(1, hidden, hidden, dtype=torch.float32).requires_grad_()
+    of_weight = []
+    later = WeightGradients(together=True)
+    for linear in (later.linear, F.linear):
+        stream = ep.stream(x, topk, torch.ones(6, 2), n_chunks=2, later=later)
+        for number, chunk in enumerate(stream):
+            chunk.output = linear(chunk.rows, weight)
+        weight.grad = None
+        stream.output.square().sum().backward()
+        assert number > 0 and len(later) == 0
+        of_weight.append(weight.grad)
+    torch.testing.assert_close(*of_weight, rtol=1e-4, atol=1e-4)
     # Computed again in backward, which then has its own exchange in the middle of the stream's.
     grads = []
     for again in (False, True):
@@ -307,6 +320,14 @@ def check_delayed_gradients(group: Any) -> None:
         buckets.wait()
         for p, exact in zip(model.parameters(), exact_gradients(step, group.size, plain), strict=True):
             torch.testing.assert_close(buckets.gradient(p), exact, rtol=1e-5, atol=1e-5)
+    together = WeightGradients(together=True)
+    weight = torch.arange(6.0).view(2, 3).requires_grad_()
+    pieces = torch.arange(12.0).view(4, 3)
+    for piece in pieces.split(1):
+        together.linear(piece, weight).sum().backward()
+    assert len(together) == 1
+    together.flush()
+    assert torch.equal(weight.grad, pieces.sum(0).expand(2, 3))
     with pytest.raises(InvalidArgument, match="not a leaf"):
         later.linear(x, model[0][0].weight * 2)
     with pytest.raises(InvalidArgument, match="last sizes"):

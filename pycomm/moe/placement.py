@@ -1,7 +1,7 @@
 """Where experts are: which rank holds which, replicas included, and the order in which their outputs are added.
 
 A *place* is one copy of one expert on one rank. Places are numbered by (host, rank, the rank's own order); this is the
-order of every sum (exchange.py). A rank may hold any number of experts, none included."""
+order of every sum (transport.py). A rank may hold any number of experts, none included."""
 
 from __future__ import annotations
 

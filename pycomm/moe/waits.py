@@ -93,7 +93,8 @@ class Waits:
         if len(mine) <= room:
             message[len(header) : len(header) + len(mine)] = mine
         received = self.all_gather(name, message)
-        everyone = received[:, : len(header)].contiguous().view(torch.int64).cpu()
+        headers = received[:, : len(header)].reshape(-1).view(torch.int64)
+        everyone = headers.view(self.group.size, -1).cpu()
         self._raise_problems(name, text, everyone[:, 0], mine.device)
         longest = int(everyone[:, 1].max())
         if longest > room:

@@ -37,6 +37,11 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
     return out
 
 
+def spread_rows(out: Tensor, rows: Tensor, to: Tensor) -> None:
+    """out[to[i]] becomes rows[i]; 2-D."""
+    copy_rows(out, [rows.contiguous()], torch.zeros_like(to), torch.arange(len(to), device=to.device), to)
+
+
 @dataclass(frozen=True)
 class Terms:
     """n sums: sum i is of terms offsets[i] .. offsets[i + 1] - 1, and term j is row rows[j] of source source[j].

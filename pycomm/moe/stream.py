@@ -23,6 +23,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.moe.autograd import weight_gradients, weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
+from pycomm.moe.rows import spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -106,7 +107,7 @@ class ExpertStream:
             chunk = Chunk(index, rows, experts, counts, tuple(counts.tolist()))
             yield chunk
             out = _checked(chunk)
-            expert_out[plan.out.expansions[index].to] = out.detach()
+            spread_rows(expert_out, out.detach(), plan.out.expansions[index].to)
             if builds and out.requires_grad:
                 held.append(_Hold.apply(record, index, out))  # type: ignore[no-untyped-call]
             if crossing is not None:
@@ -167,7 +168,7 @@ class _Record:
         self._come_to(index)
         self._expand()
         if grad is not None:
-            self._of_rows[self.plan.out.expansions[index].to] = grad
+            spread_rows(self._of_rows, grad, self.plan.out.expansions[index].to)
         crossing = self.plan.crossing_of_stage[index]
         if crossing is not None:
             self._reducing.leave(crossing)

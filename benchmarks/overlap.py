@@ -263,7 +263,7 @@ def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
         random = torch.Generator().manual_seed(rank)
-        ep = ExpertParallel(group, EXPERTS)
+        ep = ExpertParallel(group, EXPERTS, HIDDEN, TOP_K)
         x = torch.randn(TOKENS, HIDDEN, generator=random, requires_grad=True)
         topk = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)[:, :TOP_K]
         weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, requires_grad=True)

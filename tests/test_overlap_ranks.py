@@ -288,6 +288,9 @@ def check_stream_corners(group: Any, ep: Any) -> None:
         ep.stream(x, topk, torch.ones(6, 2), n_chunks=1 + group.rank)
     with pytest.raises(InvalidArgument, match="layout is 'token'"):
         ExpertParallel(group, 6, layout="token", dedup="rank").stream(x, topk, torch.ones(6, 2))
+    with pytest.raises(InvalidArgument, match="another exchange of this ExpertParallel began before"):
+        for chunk in ep.stream(x, topk, torch.ones(6, 2), n_chunks=2):
+            chunk.output = ep.dispatch(x, topk, torch.ones(6, 2)).rows[: len(chunk.rows)]
     stream = ep.stream(x, topk, torch.ones(6, 2), n_chunks=2)
     with pytest.raises(InvalidArgument, match=r"nothing as output; set chunk\.output"):
         list(stream)

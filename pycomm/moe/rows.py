@@ -63,6 +63,8 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
     if _native(out, *sources) and out.dtype in _SUMMED and all(each.dtype in _SUMMED for each in sources):
         _C.combine_rows(out, sources, terms.source, terms.rows, terms.offsets, weights)
         return out
+    if len(terms.rows) == 0:
+        return out.zero_()
     total = torch.zeros(out.shape, device=out.device)
     begin, count = terms.offsets[:-1], terms.offsets.diff()
     stacked = torch.cat(list(sources))

@@ -421,6 +421,8 @@ def tables(record: dict[str, Any]) -> list[str]:
         ]
         parts.append(f"MoE stream; auto: {found['auto']}.\n")
         parts.append(markdown_table(CARD_HEAD, rows) + "\n")
+        bounds = ", ".join(f"{way} {over_phases(found, way):.3f}" for way in found["forward"])
+        parts.append(f"T with backward over max(forward) + max(backward), each phase by itself: {bounds}.\n")
     if "matmul" in record:
         found = record["matmul"]["result"]
         rows = [card_cells(f"{what}, {n}", card) for what in found for n, card in found[what]["cards"].items()]
@@ -431,6 +433,16 @@ def tables(record: dict[str, Any]) -> list[str]:
         )
         parts.append(markdown_table(CARD_HEAD, rows) + "\n")
     return parts
+
+
+def over_phases(stream: dict[str, Any], way: str) -> float:
+    """T of forward and backward over what it can be at least, as backward begins when forward has ended."""
+    forward, both = stream["forward"][way], stream["with backward"][way]
+    least = sum(
+        max(first["compute_s"] - taken["compute_s"], first["comm_s"] - taken["comm_s"])
+        for first, taken in ((forward, {"compute_s": 0.0, "comm_s": 0.0}), (both, forward))
+    )
+    return float(both["together_s"]) / least
 
 
 CARD_HEAD = ("ms", "compute", "communication", "serial", "overlapped", "E_overlap", "T/max")

@@ -36,6 +36,7 @@ PAYLOAD_SHARE = 1448 / 1514
 HOSTS = ("a",) * 4 + ("b",) * 4
 N_TURNS = {"hosts": 9, "one_host": 25}
 LAYOUT_TOLERANCE = 0.02
+PLAN = "of a dispatch, the plan and its collective, ms"
 PAGE = Path(__file__).parents[1] / "docs/moe.md"
 
 Move = Callable[[Tensor, Tensor, list[int], list[int]], Any]
@@ -114,7 +115,7 @@ def rank_body(store: Any, rank: int, n: int, on_hosts: bool, n_turns: int) -> di
     }
     x, idx, weights = batch(rank)
     first: Tensor | None = None
-    results: dict[str, Any] = {"dispatch": {}, "combine": {}, "both": {}, "bytes": {}}
+    results: dict[str, Any] = {"dispatch": {}, "combine": {}, "both": {}, "bytes": {}, "plan": []}
     for name, each in contenders.items():
         before = group.stats().bytes_between_hosts
         rows = each.dispatch(x, idx, weights)
@@ -151,6 +152,12 @@ def rank_body(store: Any, rank: int, n: int, on_hosts: bool, n_turns: int) -> di
             slowest = torch.tensor([middle - begin, end - again], dtype=torch.float64)
             group.all_reduce(slowest, "max")
             times[name].append((float(slowest[0]), float(slowest[1])))
+        group.barrier()
+        begin = time.perf_counter()
+        moe.plan(idx)
+        slowest = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+        group.all_reduce(slowest, "max")
+        results["plan"].append(float(slowest))
     for name, found in times.items():
         results["dispatch"][name] = [dispatch for dispatch, _ in found]
         results["combine"][name] = [combine for _, combine in found]
@@ -190,6 +197,7 @@ def on_hosts() -> dict[str, Any]:
         "ours / wire": round(ours / wire_ms, 3),
         "ours / wire with headers": round(ours / (wire_ms / PAYLOAD_SHARE), 3),
         "rows and weights between hosts / formula": {h: round(b / expected, 4) for h, b in sent.items()},
+        PLAN: round(statistics.median(ranks[0]["plan"]) * 1e3, 2),
     }
     reached = {
         "all_to_all over Gloo / ours, 3.5 asked": figures["all_to_all over Gloo / ours"] >= 3.5,
@@ -216,6 +224,7 @@ def on_one_host(n: int) -> dict[str, Any]:
     figures = {
         "all_to_all over Gloo / ours": round(of["all_to_all, Gloo"] / ours, 3),
         "all_to_all over pycomm / ours": round(of["all_to_all, pycomm"] / ours, 3),
+        PLAN: round(statistics.median(ranks[0]["plan"]) * 1e3, 2),
     }
     reached = {
         "all_to_all over Gloo / ours, 5 asked": figures["all_to_all over Gloo / ours"] >= 5,

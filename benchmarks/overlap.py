@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from common import RESULTS, environment, markdown_table, run_ranks, write_figures, write_json
 from netns import emulated_hosts, why_unavailable
 from overlap_plot import plot
@@ -37,10 +38,10 @@ from pycomm.discover import survey
 from pycomm.measure import measure_links, measured_topology
 from pycomm.moe import ExpertParallel
 from pycomm.overlap import (
-    ExpertStream,
     GradientBuckets,
     MatmulPlan,
     Scorecard,
+    WeightGradients,
     all_gather_matmul,
     matmul_reduce_scatter,
     measure,
@@ -251,37 +252,48 @@ def gradient_entry(results: list[dict[str, Any]]) -> dict[str, Any]:
 # The MoE stream.
 
 TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 1024, 512, 2048, 4, 2
-CHUNKS = ("auto", 2, 4, 8, 16)
+WAYS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    **{f"{n} chunks": {"n_chunks": n} for n in (2, 4, 8, 16)},
+    "experts cut": {"n_chunks": 2, "cut": "experts"},
+}
 
 
 def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
         random = torch.Generator().manual_seed(rank)
-        ep = ExpertParallel(group, EXPERTS)
+        ep = ExpertParallel(group, EXPERTS, HIDDEN, TOP_K)
         x = torch.randn(TOKENS, HIDDEN, generator=random, requires_grad=True)
         topk = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)[:, :TOP_K]
         weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, requires_grad=True)
-        up, down = (
-            torch.randn(EXPERTS // n_ranks, *shape, generator=random).mul_(0.02).requires_grad_()
-            for shape in ((HIDDEN, FFN), (FFN, HIDDEN))
-        )
+        matrices = [
+            tuple(
+                torch.randn(*shape, generator=random).mul_(0.02).requires_grad_()
+                for shape in ((FFN, HIDDEN), (HIDDEN, FFN))
+            )
+            for _ in range(EXPERTS // n_ranks)
+        ]
+        later = WeightGradients(together=True)
 
-        def experts(rows: Tensor, counts: Any) -> Tensor:
-            pieces = zip(rows.split(list(counts)), up, down, strict=True)
-            return torch.cat([torch.relu(each @ a) @ b for each, a, b in pieces])
+        def experts(rows: Tensor, sizes: Any, chosen: range, linear: Any = F.linear) -> Tensor:
+            parts = zip(rows.split(sizes), matrices[chosen.start : chosen.stop], strict=True)
+            return torch.cat([linear(torch.relu(linear(each, up)), down) for each, (up, down) in parts])
+
+        everyone = range(len(matrices))
 
         def unsplit() -> Tensor:
             dispatched = ep.dispatch(x, topk, weights)
-            return ep.combine(experts(dispatched.rows, dispatched.expert_counts), dispatched)
+            return ep.combine(experts(dispatched.rows, dispatched.sizes, everyone), dispatched)
 
         found: dict[str, Any] = {}
 
-        def streamed(n_chunks: int | str) -> Tensor:
-            run = ExpertStream(ep, x, topk, weights, n_chunks=n_chunks)
+        def streamed(way: str) -> Tensor:
+            run = ep.stream(x, topk, weights, later=later, **WAYS[way])
             for chunk in run:
-                chunk.output = experts(chunk.rows, chunk.expert_counts)
-            found["auto"] = f"{run.n_chunks} chunks: {run.why}" if n_chunks == "auto" else found.get("auto")
+                chunk.output = experts(chunk.rows, chunk.sizes, chunk.experts, later.linear)
+            if way == "auto":
+                found["auto"] = f"{run.n_chunks} chunks: {run.why}"
             return run.output
 
         kept = ep.dispatch(x, topk, weights)
@@ -291,19 +303,28 @@ def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
             dispatched = ep.dispatch(x, topk, weights)
             return ep.combine(dispatched.rows, dispatched)
 
+        leaves = [x, weights, *(each for pair in matrices for each in pair)]
         for backward in (False, True):
             cards = {}
-            for n_chunks in CHUNKS:
-                torch.testing.assert_close(streamed(n_chunks), unsplit(), rtol=1e-4, atol=1e-5)
+            for way in WAYS:
+                results = []
+                for make in (lambda w=way: streamed(w), unsplit):
+                    for leaf in leaves:
+                        leaf.grad = None
+                    y = make()
+                    y.square().sum().backward()
+                    results.append([y, *(leaf.grad for leaf in leaves)])
+                for ours, plain in zip(*results, strict=True):
+                    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
                 kinds = {
-                    "compute": lambda: experts(rows, kept.expert_counts),
+                    "compute": lambda: experts(rows, kept.sizes, everyone),
                     "communicate": communicate,
                     "serial": unsplit,
-                    "together": lambda n=n_chunks: streamed(n),
+                    "together": lambda w=way: streamed(w),
                 }
                 with torch.set_grad_enabled(backward):
                     runs = {name: finished(make, backward) for name, make in kinds.items()}
-                    cards[str(n_chunks)] = card_entry(measure(group, **runs))
+                    cards[way] = card_entry(measure(group, **runs))
             found["with backward" if backward else "forward"] = cards
         return found
 
@@ -396,12 +417,12 @@ def tables(record: dict[str, Any]) -> list[str]:
     if "stream" in record:
         found = record["stream"]["result"]
         rows = [
-            card_cells(f"{what}, {n} chunks", card)
-            for what in ("forward", "with backward")
-            for n, card in found[what].items()
+            card_cells(f"{what}, {n}", card) for what in ("forward", "with backward") for n, card in found[what].items()
         ]
         parts.append(f"MoE stream; auto: {found['auto']}.\n")
         parts.append(markdown_table(CARD_HEAD, rows) + "\n")
+        bounds = ", ".join(f"{way} {over_phases(found, way):.3f}" for way in found["forward"])
+        parts.append(f"T with backward over max(forward) + max(backward), each phase by itself: {bounds}.\n")
     if "matmul" in record:
         found = record["matmul"]["result"]
         rows = [card_cells(f"{what}, {n}", card) for what in found for n, card in found[what]["cards"].items()]
@@ -412,6 +433,16 @@ def tables(record: dict[str, Any]) -> list[str]:
         )
         parts.append(markdown_table(CARD_HEAD, rows) + "\n")
     return parts
+
+
+def over_phases(stream: dict[str, Any], way: str) -> float:
+    """T of forward and backward over what it can be at least, as backward begins when forward has ended."""
+    forward, both = stream["forward"][way], stream["with backward"][way]
+    least = sum(
+        max(first["compute_s"] - taken["compute_s"], first["comm_s"] - taken["comm_s"])
+        for first, taken in ((forward, {"compute_s": 0.0, "comm_s": 0.0}), (both, forward))
+    )
+    return float(both["together_s"]) / least
 
 
 CARD_HEAD = ("ms", "compute", "communication", "serial", "overlapped", "E_overlap", "T/max")

@@ -196,6 +196,22 @@ def test_static_sizes_read_nothing_from_the_device() -> None:
         StaticExpertParallel(OneRank(), 4, 3).dispatch(one.x, one.idx, one.weights[:, :1])
 
 
+def test_batches_of_any_size_follow_each_other_on_one_rank() -> None:
+    ep = ExpertParallel(OneRank(), 5)
+    for n_tokens, top_k in ((3, 2), (3, 2), (1, 3), (0, 2), (9, 1)):
+        one = batch(Case((n_tokens,), 5, top_k, 4), 0)
+        dispatched = ep.dispatch(one.x, one.idx, one.weights)
+        expected = [one.x[t] for e in range(5) for t in range(n_tokens) if e in one.idx[t]]
+        assert torch.equal(dispatched.rows, torch.stack(expected) if expected else one.x)
+        y = ep.combine(dispatched.rows, dispatched)
+        torch.testing.assert_close(y, one.x * one.weights.float().sum(1, keepdim=True).to(y.dtype))
+        for cut in ("tokens", "experts"):
+            stream = ep.stream(one.x, one.idx, one.weights, n_chunks=2, cut=cut)
+            for chunk in stream:
+                chunk.output = chunk.rows
+            assert torch.equal(stream.output, y)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -117,6 +117,17 @@ def test_layouts() -> None:
         ({"ep": 2}, 2, "layout.ep is 2 but the model has no experts"),
         ({"ep": 4, "model": {"n_experts": 4}}, 2, r"layout.ep \(4\) does not divide data parallel ranks \(2\)"),
         ({"ep": 4, "model": {"n_experts": 6}}, 4, r"layout.ep \(4\) does not divide model.n_experts \(6\)"),
+        ({"layout": {"experts_over_tp": True}}, 1, "experts_over_tp is set but the model has no experts"),
+        (
+            {"tp": 2, "ep": 2, "model": {"n_experts": 6}, "layout": {"experts_over_tp": True}},
+            4,
+            r"layout.ep × layout.tp \(4\) does not divide model.n_experts \(6\)",
+        ),
+        (
+            {"model": {"n_experts": 4}, "layout": {"moe_exchange": "flat", "moe_dedup": "host"}},
+            1,
+            "moe_dedup is 'host' but layout.moe_exchange is 'flat'",
+        ),
         ({"model": {"n_experts": 4, "top_k": 5}}, 1, "top_k is 5: choose 1 to model.n_experts, which is 4"),
         ({"model": {"n_experts": 4, "moe_every": 3}}, 1, r"moe_every \(3\) does not divide model.n_layers \(2\)"),
         (

@@ -72,10 +72,16 @@ def test_expert_parallel(single_process: Any) -> None:
 
 
 def curves_of_every_exchange(group: Any) -> list[Any]:
-    """Of the same run with tokens sent once an expert, once a rank, once a host, and the latter in pieces."""
-    config = tiny(ep=4, model=MOE)
-    ways = [("none", 1), ("rank", 1), ("host", 1), ("host", 3)]
-    layouts = [dataclasses.replace(config.layout, moe_dedup=dedup, moe_chunks=chunks) for dedup, chunks in ways]
+    """Of the same run with tokens sent once an expert, once a rank, once a host, in pieces, and beside the experts."""
+    config = tiny(ep=4, model={**MOE, "n_experts": 8})  # two experts a rank, so that there are two pieces of them
+    ways = [
+        {"moe_exchange": "flat"},
+        {"moe_dedup": "rank", "moe_chunks": 1},
+        {"moe_dedup": "host", "moe_chunks": 3},
+        {"moe_exchange": "overlapped", "moe_dedup": "rank", "moe_chunks": 2},
+        {"moe_exchange": "overlapped", "moe_dedup": "host", "moe_chunks": 2},
+    ]
+    layouts = [dataclasses.replace(config.layout, **way) for way in ways]
     return [curve(group, dataclasses.replace(config, layout=layout), 6) for layout in layouts]
 
 

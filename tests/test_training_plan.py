@@ -58,16 +58,19 @@ def timed(config: Config, topology: Any, rate: float = RATE) -> StepTime:
     return step_time(config, layout, Costs(config.model, whole_specs(config)), Links(topology), rate)
 
 
-@pytest.mark.parametrize("layout", [Layout(4, 2, 2, 2, 2), Layout(2, 1, 1, 4, 3), Layout(8, 4, 8)])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(4, 2, 2, 2, 2), Layout(2, 1, 1, 4, 3), Layout(8, 4, 8), Layout(4, 2, 2, 2, 2, experts_over_tp=True)],
+)
 def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
     places = [mesh._Place.of(rank, layout) for rank in range(layout.n_ranks)]
     colors: dict[str, Any] = {
         "tp": lambda at: (at.pp, at.dp, at.cp),
         "cp": lambda at: (at.pp, at.dp, at.tp),
         "dp": lambda at: (at.pp, at.tp),
-        "ep": lambda at: (at.pp, at.replica, at.cp, at.tp),
+        "ep": lambda at: (at.pp, at.replica, at.cp, None if layout.experts_over_tp else at.tp),
         "stage": lambda at: at.pp,
-        "expert_replicas": lambda at: (at.pp, at.ep),
+        "expert_replicas": lambda at: (at.pp, at.ep, at.tp if layout.experts_over_tp else None),
     }
     for name, groups in groups_of(layout).items():
         members: dict[Any, list[int]] = {}

@@ -49,9 +49,12 @@ class LayoutConfig:
     chunks: int = 1  # interleaved: stages a rank has; zbv has 2
     stage_layers: str = ""  # "3,4,4,3": layers of each stage, in order; "": evenly
     ep: int = 1  # expert parallel ranks, taken from the data parallel ones; 0: as many as divide both
+    experts_over_tp: bool = False  # experts are cut over ep × tp ranks; else each tp rank has its ep rank's whole
     zero: int = 0  # 1: optimizer state cut over data parallel ranks; 2: and gradients; 3: and parameters
     zero_ranks: int = 0  # over how many ranks, the rest hold copies (hybrid); 0: all
-    moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"  # copies of a token: one an expert, a rank, a host
+    # flat: a copy of a token for each of its experts; dedup: for each rank or host; overlapped: experts run meanwhile
+    moe_exchange: Literal["flat", "dedup", "overlapped"] = "dedup"
+    moe_dedup: Literal["auto", "rank", "host"] = "auto"  # where not flat: copies of a token, one a rank or one a host
     moe_chunks: int = 0  # pieces of a micro-batch's exchange; 0: by the link's rate (docs/moe.md)
     auto: bool = False  # the planner's first choice instead of the axes, schedule, zero and accumulation given
 
@@ -239,13 +242,24 @@ class Layout:
     ep: int
     cp: int = 1
     pp: int = 1
-    moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"
+    moe_exchange: Literal["flat", "dedup", "overlapped"] = "dedup"
+    moe_dedup: Literal["auto", "rank", "host"] = "auto"
     moe_chunks: int = 0
+    experts_over_tp: bool = False
+
+    @property
+    def expert_ranks(self) -> int:
+        """Over how many ranks the experts are cut."""
+        return self.ep * (self.tp if self.experts_over_tp else 1)
 
     def __str__(self) -> str:
         axes = [f"dp {self.dp}", f"tp {self.tp}"]
         axes += [f"{name} {n}" for name, n in (("cp", self.cp), ("pp", self.pp)) if n > 1]
-        return " × ".join(axes) + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
+        return (
+            " × ".join(axes)
+            + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
+            + (", experts over tp too" if self.experts_over_tp else "")
+        )
 
     @property
     def n_ranks(self) -> int:
@@ -284,15 +298,29 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     if model.n_experts:
         _divides("layout.ep", ep, "data parallel ranks", dp)
         _divides("layout.ep", ep, "model.n_experts", model.n_experts)
+        if layout.experts_over_tp:
+            _divides("layout.ep × layout.tp", ep * tp, "model.n_experts", model.n_experts)
+    elif layout.experts_over_tp:
+        raise ConfigError(
+            "layout.experts_over_tp is set but the model has no experts; set model.n_experts, or unset it"
+        )
     stages_of(config)
     schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
-    _check_zero(config, dp * cp, ep, tp)
+    found = Layout(
+        dp, tp, ep, cp, layout.pp, layout.moe_exchange, layout.moe_dedup, layout.moe_chunks, layout.experts_over_tp
+    )
+    _check_zero(config, found)
     if layout.moe_chunks < 0:
         raise ConfigError(f"layout.moe_chunks is {layout.moe_chunks}; give 1 or more, or 0 for the library's choice")
-    return Layout(dp, tp, ep, cp, layout.pp, layout.moe_dedup, layout.moe_chunks)
+    if layout.moe_exchange == "flat" and layout.moe_dedup != "auto":
+        raise ConfigError(
+            f"layout.moe_dedup is {layout.moe_dedup!r} but layout.moe_exchange is 'flat', which sends a copy for each "
+            "expert; set moe_exchange to 'dedup' or 'overlapped'"
+        )
+    return found
 
 
-def _check_zero(config: Config, data_ranks: int, ep: int, tp: int) -> None:
+def _check_zero(config: Config, resolved: Layout) -> None:
     layout = config.layout
     if not 0 <= layout.zero <= 3:
         raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
@@ -303,9 +331,10 @@ def _check_zero(config: Config, data_ranks: int, ep: int, tp: int) -> None:
     if config.train.wire != "none":
         raise ConfigError(f"train.wire {config.train.wire!r} needs layout.zero 0: sharded gradients cross whole")
     if layout.zero_ranks:
-        _divides("layout.zero_ranks", layout.zero_ranks, "data × context parallel ranks", data_ranks)
+        _divides("layout.zero_ranks", layout.zero_ranks, "data × context parallel ranks", resolved.dp * resolved.cp)
         if config.model.n_experts:
-            _divides("layout.zero_ranks", layout.zero_ranks, "ranks that hold the same experts", data_ranks // ep * tp)
+            copies = resolved.dp * resolved.cp * resolved.tp // resolved.expert_ranks
+            _divides("layout.zero_ranks", layout.zero_ranks, "ranks that hold the same experts", copies)
 
 
 def stages_of(config: Config) -> Stages:

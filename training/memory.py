@@ -78,7 +78,7 @@ def _held(spec: ParamSpec, layout: Layout, zero_ranks: int) -> tuple[float, int]
     """Numbers of a parameter that a rank has as the axes cut it, and the ranks that ZeRO cuts those over."""
     data = layout.dp * layout.cp
     if spec.axis == "ep":
-        cut, ranks = layout.ep, data // layout.ep * layout.tp
+        cut, ranks = layout.expert_ranks, data * layout.tp // layout.expert_ranks
     elif spec.axis is None:
         cut, ranks = 1, data * layout.tp
     else:

@@ -11,7 +11,7 @@ Each parameter belongs to an axis. Its gradient is summed over the ranks that ho
     axis     cut over           gradient summed over
     None     nothing            stage: sequence parallelism shows each tp rank another part of the sequence
     "tp"     tensor parallel    data: dp × cp
-    "ep"     expert parallel    expert_replicas: all ranks of the stage with equal ep_index
+    "ep"     expert parallel    expert_replicas: all ranks of the stage that hold the same experts
     "tied"   tensor parallel    tied: dp × cp of the first and of the last stage, which both hold the embedding's table
 """
 
@@ -173,11 +173,12 @@ class Mesh:
         self.tp = self._axis("tp", [(at.pp, at.dp, at.cp) for at in places])
         self.cp = self._axis("cp", [(at.pp, at.dp, at.tp) for at in places])
         self.data = self._axis("dp", [(at.pp, at.tp) for at in places])  # data and context parallel ranks
-        self.ep = self._axis("ep", [(at.pp, at.replica, at.cp, at.tp) for at in places])
+        over_tp = layout.experts_over_tp  # then the expert parallel ranks of all tp ranks are one group
+        self.ep = self._axis("ep", [(at.pp, at.replica, at.cp, 0 if over_tp else at.tp) for at in places])
         self.pp = self._axis("pp", [(at.dp, at.cp, at.tp) for at in places])
         self.sequence = self._axis("sequence", [(at.pp, at.dp) for at in places])  # the ranks of the same sequences
         self.stage = self._axis("stage", [at.pp for at in places])
-        self.expert_replicas = self._axis("expert_replicas", [(at.pp, at.ep) for at in places])
+        self.expert_replicas = self._axis("expert_replicas", [(at.pp, at.ep, at.tp if over_tp else 0) for at in places])
         last = self.placement.last_rank
         self.ties = last != 0  # whether the embedding's table is on two stages
         ends = (0, last)
@@ -186,7 +187,7 @@ class Mesh:
             None: here.dp == here.cp == here.tp == 0,
             "tp": here.dp == here.cp == 0,
             "tied": here.dp == here.cp == 0,
-            "ep": here.replica == here.cp == here.tp == 0,
+            "ep": here.replica == here.cp == (0 if over_tp else here.tp) == 0,
         }
 
     def _axis(self, name: str, colors: Sequence[Any]) -> MeteredGroup:

@@ -1,10 +1,14 @@
 """A mixture of experts: a router, SwiGLU experts spread over the expert parallel ranks, and two ways to balance them.
 
 Each rank routes the tokens that it holds (its part of the sequence, with tp); pycomm.moe carries them to their experts
-and back. Every tp rank holds its expert parallel rank's experts whole.
+and back. Every tp rank holds its expert parallel rank's experts whole, or, with layout.experts_over_tp, its part of
+them: then the exchange is over the ep × tp ranks, of which each has other experts and other tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,15 @@ from training.model_config import ModelConfig
 from training.recompute import in_backward
 from training.router import rebalance, route
 from training.sharding import ParamSpec, ShardedModule
+
+
+def _outputs(rows: Tensor, sizes: Sequence[int], experts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """SwiGLU of each expert's (gate, up, down) over its rows, which come one expert after the other."""
+    parts = [
+        F.linear(F.silu(F.linear(part, gate)) * F.linear(part, up), down)
+        for part, (gate, up, down) in zip(rows.split(list(sizes)), experts, strict=True)
+    ]
+    return torch.cat(parts) if parts else rows
 
 
 class MixtureOfExperts(ShardedModule):
@@ -42,8 +55,11 @@ class MixtureOfExperts(ShardedModule):
         key = (self.config.n_experts, self.config.d_model, self.config.top_k)
         if key not in self.mesh.exchanges:
             layout = self.mesh.layout
+            dedup: Literal["auto", "none", "rank", "host"] = (
+                "none" if layout.moe_exchange == "flat" else layout.moe_dedup
+            )
             self.mesh.exchanges[key] = ExpertParallel(
-                self.mesh.ep.group, *key, dedup=layout.moe_dedup, chunks=layout.moe_chunks or "auto"
+                self.mesh.ep.group, *key, dedup=dedup, chunks=layout.moe_chunks or "auto"
             )
         return self.mesh.exchanges[key]
 
@@ -54,14 +70,21 @@ class MixtureOfExperts(ShardedModule):
         if torch.is_grad_enabled() and not in_backward():
             self.load += slots.sum(0)
         balance = self._balance_loss(routes.probabilities, slots)
-        dispatched = self.exchange.dispatch(x.flatten(0, 1), routes.experts.flatten(0, 1), routes.weights.flatten(0, 1))
-        outputs = [
-            F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down)
-            for rows, gate, up, down in zip(
-                dispatched.rows.split(dispatched.sizes), self.gate, self.up, self.down, strict=True
-            )
-        ]
-        return self.exchange.combine(torch.cat(outputs), dispatched).view_as(x), balance
+        y = self._through_experts(x.flatten(0, 1), routes.experts.flatten(0, 1), routes.weights.flatten(0, 1))
+        return y.view_as(x), balance
+
+    def _through_experts(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x [tokens, D], experts and weights [tokens, top_k] to the weighted sums of the experts' outputs."""
+        matrices = list(zip(self.gate, self.up, self.down, strict=True))
+        layout, exchange = self.mesh.layout, self.exchange
+        if layout.moe_exchange != "overlapped":
+            dispatched = exchange.dispatch(x, experts, weights)
+            return exchange.combine(_outputs(dispatched.rows, dispatched.sizes, matrices), dispatched)
+        stream = exchange.stream(x, experts, weights, n_chunks=layout.moe_chunks or "auto", cut="experts")
+        for chunk in stream:
+            of_chunk = matrices[chunk.experts.start : chunk.experts.stop]
+            chunk.output = _outputs(chunk.rows, chunk.sizes, of_chunk)
+        return stream.output
 
     def _balance_loss(self, probabilities: Tensor, slots: Tensor) -> Tensor:
         """Sum over sequences of Σ_e (share of slots that e got × n_experts) × (mean probability of e).

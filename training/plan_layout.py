@@ -241,6 +241,8 @@ def settings(config: Config) -> list[str]:
     layout = config.layout
     values = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "ep": layout.ep, "zero": layout.zero}
     options = [f"--layout.{name} {value}" for name, value in values.items()]
+    if layout.experts_over_tp:
+        options.append("--layout.experts_over_tp")
     if layout.pp > 1:
         options += [f"--layout.schedule {layout.schedule}", f"--layout.chunks {layout.chunks}"]
     return [*options, f"--train.accumulation {config.train.accumulation}"]

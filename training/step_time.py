@@ -240,7 +240,7 @@ def _data_parallel(
     zero, m, itemsize, placement = config.layout.zero, config.train.accumulation, _itemsize(config), stages.placement
     held = [index for c in range(placement.n_chunks) for index in stages.layers(placement.stage(pp_index, c))]
     summed: dict[str | None, Groups] = {None: groups["stage"], "tp": groups["dp"], "ep": groups["expert_replicas"]}
-    cut = {None: 1, "tp": layout.tp, "ep": layout.ep, "tied": layout.tp}
+    cut = {None: 1, "tp": layout.tp, "ep": layout.expert_ranks, "tied": layout.tp}
     blocks, others = _held(costs, held, ""), _held(costs, [], "embedding positions norm head", stages, pp_index)
     if config.model.tie_embeddings and placement.last_rank != 0 and "tp" in others:
         others["tied"] = others.pop("tp")

@@ -4,27 +4,34 @@
     dispatched = ep.dispatch(x, topk_idx, topk_weights)           # x [T, H], topk_idx [T, K], topk_weights [T, K]
     y = ep.combine(run_my_experts(dispatched.rows.split(dispatched.sizes)), dispatched)   # [T, H]
 
-exchange   ExpertParallel: plan, dispatch, combine       placement  which rank holds which experts
-plan       where each row of a batch goes                cost       what each way costs, and the choice
-transport  rows on their way, and the order of sums      rows       kernels, and rows in fp8
-waits      collectives whose errors name the stage       checks     what is refused
-autograd   gradients                                     static     the same with sizes known beforehand
-router     loads, loss, bias, hosts a token              balance    placements from loads
+exchange   ExpertParallel: plan, dispatch, combine       stream      the three as a loop that overlaps
+planning   what all ranks decide alike: way, pieces      cost        what each way costs, and the choice
+plan       where each row of a batch goes: tables are    placement   which rank holds which experts
+           made from a batch by routes, with indices     movement    rows and weights by a plan
+transport  rows on their way, and the order of sums      rows        kernels, and rows in fp8
+through_hosts  likewise, once to each host               waits       collectives whose errors name the stage
+autograd   gradients                                     checks      what is refused
+static     the same with sizes known beforehand          dispatched  what a dispatch gives
+router     loads, loss, bias, hosts a token              balance     placements from loads
 adapters   for torchtitan, Megatron-Core, all_to_all_single"""
 
 from pycomm.moe.adapters import MegatronDispatcher, TorchtitanDispatcher, all_to_all_single
 from pycomm.moe.balance import balanced_placement
-from pycomm.moe.exchange import Dispatched, ExpertParallel
+from pycomm.moe.dispatched import Dispatched
+from pycomm.moe.exchange import ExpertParallel
 from pycomm.moe.placement import Placement
-from pycomm.moe.plan import ExchangePlan
 from pycomm.moe.router import RouterBias, balance_loss, choose_experts, expert_loads
 from pycomm.moe.static import StaticDispatched, StaticExpertParallel, StaticPlan
+from pycomm.moe.stream import Chunk, ExpertStream
+from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.waits import RowsGroup
 
 __all__ = [
+    "Chunk",
     "Dispatched",
     "ExchangePlan",
     "ExpertParallel",
+    "ExpertStream",
     "MegatronDispatcher",
     "Placement",
     "RouterBias",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument
-from pycomm.moe.exchange import Dispatched, ExpertParallel
+from pycomm.moe.dispatched import Dispatched
+from pycomm.moe.exchange import ExpertParallel
 from pycomm.moe.waits import RowsGroup
 
 

@@ -8,14 +8,13 @@ Roundings on the way (wire, a host's sums) count as the identity."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pycomm.moe.exchange import ExpertParallel
-    from pycomm.moe.plan import ExchangePlan
+from pycomm.moe.movement import Movement
+from pycomm.moe.tables import ExchangePlan
 
 
 class Dispatch(torch.autograd.Function):
@@ -23,19 +22,22 @@ class Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, ep: ExpertParallel, plan: ExchangePlan
+        ctx: Any, x: Tensor, weights: Tensor, moves: Movement, plan: ExchangePlan, slot_weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.ep, ctx.plan, ctx.weights_shape = ep, plan, weights.shape
-        arriving = ep.start_weights("dispatch", plan, weights)  # beside the rows
-        rows = ep.expand("dispatch", plan, x)
-        return rows, arriving(), x.new_empty(0)
+        ctx.moves, ctx.plan, ctx.weights_shape = moves, plan, weights.shape
+        arriving = moves.start_weights("dispatch", plan, weights) if slot_weights is None else None  # beside the rows
+        rows = moves.expand("dispatch", plan, plan.out, x)
+        known = arriving() if arriving else slot_weights
+        assert known is not None
+        return rows, known, x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, slot_weights, _ = grads
-        x = ctx.ep.reduce("backward of dispatch", ctx.plan, rows.contiguous(), None, None)
-        weights = ctx.ep.return_weights("backward of dispatch", ctx.plan, slot_weights.contiguous())
-        return x, weights.view(ctx.weights_shape), None, None
+        stage = "backward of dispatch"
+        arriving = ctx.moves.start_back(stage, ctx.plan, slot_weights.contiguous())
+        x = ctx.moves.reduce(stage, ctx.plan, ctx.plan.out, rows.contiguous(), None, None)
+        return x, arriving().view(ctx.weights_shape), None, None, None
 
 
 class Combine(torch.autograd.Function):
@@ -45,26 +47,34 @@ class Combine(torch.autograd.Function):
         expert_out: Tensor,
         weights: Tensor | None,
         anchor: Tensor,
-        ep: ExpertParallel,
+        moves: Movement,
         plan: ExchangePlan,
         home_weights: Tensor,
     ) -> Tensor:
-        ctx.ep, ctx.plan, ctx.anchor = ep, plan, (anchor.shape, anchor.dtype, anchor.device)
+        ctx.moves, ctx.plan, ctx.anchor = moves, plan, (anchor.shape, anchor.dtype, anchor.device)
         ctx.save_for_backward(expert_out, weights)
-        return ep.reduce("combine", plan, expert_out, weights, home_weights)
+        return moves.reduce("combine", plan, plan.back, expert_out, weights, home_weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
         expert_out, weights = ctx.saved_tensors
         shape, dtype, device = ctx.anchor
         anchor = torch.zeros(shape, dtype=dtype, device=device)
-        rows = ctx.ep.expand("backward of combine", ctx.plan, grads[0].contiguous())
+        rows = ctx.moves.expand("backward of combine", ctx.plan, ctx.plan.back, grads[0].contiguous())
         if weights is None:
             return rows, None, anchor, None, None, None
-        of_weights = None
-        if ctx.needs_input_grad[1]:
-            of_weights = (rows.float() * expert_out.float()).sum(-1)
-        return (rows * weights.unsqueeze(1)).to(expert_out.dtype), of_weights, anchor, None, None, None
+        of_weights = weight_gradients(rows, expert_out) if ctx.needs_input_grad[1] else None
+        return weighted(rows, weights, expert_out.dtype), of_weights, anchor, None, None, None
+
+
+def weight_gradients(rows: Tensor, expert_out: Tensor) -> Tensor:
+    """float32 [n]: of the weights of expert_out [n, H], from the gradients of the sums that each row went to."""
+    return (rows.float() * expert_out.float()).sum(-1)
+
+
+def weighted(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradients of expert_out [n, H], likewise."""
+    return (rows * weights.unsqueeze(1)).to(dtype)
 
 
 def picked(values: Tensor, index: Tensor) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +11,6 @@ from torch import Tensor
 from pycomm.group import Group
 from pycomm.moe.autograd import Combine, Dispatch, picked
 from pycomm.moe.checks import (
-    code_of,
     problem_of_output,
     problem_of_plan,
     problem_of_routing,
@@ -22,52 +19,16 @@ from pycomm.moe.checks import (
     require_equal,
     require_sizes,
 )
-from pycomm.moe.cost import MODES, Choice, Dedup, Links, estimates
+from pycomm.moe.cost import MODES, Choice, Dedup
+from pycomm.moe.dispatched import Dispatched
+from pycomm.moe.movement import Movement, Wire
 from pycomm.moe.placement import Geometry, Placement, Places
-from pycomm.moe.plan import ExchangePlan, Layout, Request, make_plan
-from pycomm.moe.rows import coded_width, decode_fp8, encode_fp8
-from pycomm.moe.transport import Direct, ThroughHosts, Transport
+from pycomm.moe.planning import Planning, Settings, form
+from pycomm.moe.stream import ExpertStream, Later
+from pycomm.moe.tables import Cut, ExchangePlan, Layout
+from pycomm.moe.through_hosts import ThroughHosts
+from pycomm.moe.transport import Direct, Transport
 from pycomm.moe.waits import RowsGroup, Waits
-
-_CHUNK_S: Final = 0.02  # of the link between hosts: what is done beside a shorter chunk takes longer than it hides
-_MAX_CHUNKS: Final = 8
-Wire = Literal["bf16", "fp8"]
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """What this rank's experts get.
-
-    rows [n_out, H]. In layout "expert": those of the first expert, then of the second, .., each in (source rank, token)
-    order and padded with zeros to a multiple of align. "token": one row for each of a token's experts here, in (source
-    rank, token, expert) order. "rank": one row a token, in (source rank, token) order.
-
-    weights, float32, with gradients: the router's. "expert" and "token": [n_out], one a row, 0 for padding; combine()
-    applies them. "rank": [n_out, K], one for each of the row's `experts` [n_out, K] (local numbers, -1 beyond), to be
-    applied by the caller, whose expert_out is then the sum over the row's experts here.
-    experts: in layout "token" [n_out]; None in layout "expert", where expert_counts says it."""
-
-    rows: Tensor
-    weights: Tensor
-    experts: Tensor | None
-    plan: ExchangePlan
-    anchor: Tensor
-    home_weights: Tensor
-
-    @property
-    def expert_counts(self) -> Tensor:
-        """int64 [local experts], on the rows' device: rows of each, without padding."""
-        return self.plan.expert_counts
-
-    @property
-    def expert_offsets(self) -> Tensor:
-        """int64 [local experts + 1]: where each expert's rows begin in layout "expert"."""
-        return self.plan.expert_offsets
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The same as numbers of the host: rows.split(sizes) are the experts' parts in layout "expert"."""
-        return self.plan.sizes
 
 
 class ExpertParallel:
@@ -116,20 +77,20 @@ class ExpertParallel:
             "layout 'rank' has one row for a token, dedup 'none' sends one for each expert; use dedup 'rank' or 'host'",
         )
         self.group, self.waits = group, Waits(group)
-        self.num_experts, self.hidden, self.top_k, self.max_tokens = num_experts, hidden, top_k, max_tokens
-        self.layout, self.wire, self.align, self.drop = layout, wire, align, drop
-        self._dedup, self._chunks = dedup, chunks
+        self.num_experts, self.hidden, self.top_k, self.layout = num_experts, hidden, top_k, layout
         self.placement = placement or Placement.even(num_experts, group.size)
         require(
             (self.placement.num_experts, self.placement.n_ranks) == (num_experts, group.size),
             f"placement puts {self.placement.num_experts} experts on {self.placement.n_ranks} ranks; there are "
             f"{num_experts} experts and {group.size} ranks",
         )
+        self._settings = Settings(
+            num_experts, hidden, top_k, max_tokens, layout, wire, dedup, chunks, align, drop, self.placement
+        )
         hosts = group.host_ids if isinstance(group, Group) else ("",) * group.size
         self._geometry = Geometry.of(group.rank, hosts)
         self._masked: frozenset[int] = frozenset()
         self._places = Places(self.placement, self._geometry)
-        self._mode_of: dict[tuple[int, ...], Choice] = {}
         host_group = None
         if isinstance(group, Group) and dedup in ("auto", "host") and (group.size > 1 or dedup == "host"):
             host_group = group.split(self._geometry.host, name=f"{group.name}/moe")
@@ -138,12 +99,14 @@ class ExpertParallel:
             "dedup='host' needs a pycomm.Group, whose ranks share memory inside a host",
         )
         self._host_group = host_group
-        direct = Direct(self.waits)
-        self._transports: dict[Dedup, Transport] = {"rank": direct}
+        direct = Direct(self.waits, self._geometry.n_hosts == 1)
+        transports: dict[Dedup, Transport] = {"rank": direct}
         if layout != "rank":
-            self._transports["none"] = direct
+            transports["none"] = direct
         if host_group is not None and isinstance(group, Group):
-            self._transports["host"] = ThroughHosts(self.waits, group, host_group, self._geometry)
+            transports["host"] = ThroughHosts(self.waits, group, host_group, self._geometry)
+        self._moves = Movement(self.waits, transports, wire, self._geometry.n_hosts)
+        self._planning = Planning(self._settings, self.waits, self._geometry, tuple(transports))
 
     @property
     def n_local(self) -> int:
@@ -157,7 +120,8 @@ class ExpertParallel:
         together: it exchanges what the batch needs, once. A slot whose expert is masked goes nowhere.
 
         Raises InvalidArgument where an expert does not exist, a token names one twice, or ranks differ in K."""
-        return self._plan(topk_idx, problem_of_routing(topk_idx, self.num_experts, self.top_k))
+        problem = problem_of_routing(topk_idx, self.num_experts, self.top_k)
+        return self._planning.plan(topk_idx, problem, (), self._owner(), self._places).plan
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, plan: ExchangePlan | None = None
@@ -167,14 +131,15 @@ class ExpertParallel:
 
         plan: of an earlier plan() or dispatch() with the same topk_idx, so that only rows are exchanged; the backward
         of this call and of its combine() use it too."""
-        problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
+        problem, known = problem_of_rows(x, topk_idx, topk_weights, self.hidden), None
         if plan is None:
             problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k)
-            plan = self._plan(topk_idx, problem, x, topk_weights)
+            planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places)
+            plan, known = planned.plan, planned.slot_weights
         else:
             self._agree("dispatch", problem or problem_of_plan(plan, self._owner(), topk_idx), x, topk_weights)
         weights = topk_weights.float().contiguous()
-        rows, slot_weights, anchor = Dispatch.apply(x.contiguous(), weights, self, plan)  # type: ignore[no-untyped-call]
+        rows, slot_weights, anchor = Dispatch.apply(x.contiguous(), weights, self._moves, plan, known)  # type: ignore[no-untyped-call]
         experts = plan.slot_expert if self.layout == "token" else None
         if self.layout == "rank":
             experts = picked(plan.slot_expert + 1, plan.slot_of_row) - 1
@@ -197,9 +162,47 @@ class ExpertParallel:
         if any_needs and torch.is_grad_enabled() and not any(each.requires_grad for each in inputs):
             anchor = anchor.detach().requires_grad_()  # so that this rank meets the others in backward
         result: Tensor = Combine.apply(  # type: ignore[no-untyped-call]
-            expert_out.contiguous(), weights, anchor, self, plan, dispatched.home_weights
+            expert_out.contiguous(), weights, anchor, self._moves, plan, dispatched.home_weights
         )
         return result
+
+    def stream(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        *,
+        n_chunks: int | Literal["auto"] = "auto",
+        cut: Cut = "tokens",
+        later: Later | None = None,
+    ) -> ExpertStream:
+        """dispatch() and combine() of one batch around the experts, in parts, of which one is computed while others
+        cross between hosts (stream.py):
+
+            stream = ep.stream(x, topk_idx, topk_weights)
+            for chunk in stream:
+                chunk.output = my_experts(chunk.rows.split(chunk.sizes))
+            y = stream.output  # [T, H]
+
+        n_chunks: in how many crossings; "auto" by the links' latency, 1 where overlapping would lose (stream.why).
+        cut: "tokens", so that a chunk has some rows of each expert, those that stay on this host first and last; or
+        "experts", so that it has all rows of some experts: results, the experts' weights' gradients included, are then
+        those of dispatch() and combine() bit for bit, and no product is split, but crossings are less even.
+        later: a pycomm.overlap.WeightGradients that the experts' products use; backward flushes it when the last rows
+        have left, so that weight gradients are computed while these are on their way.
+
+        Raises InvalidArgument as dispatch() does, on all ranks before rows move, and where the layout is not "expert"
+        with align 1."""
+        require(
+            self.layout == "expert" and self._settings.align == 1,
+            f"a stream gives rows by expert without padding; layout is {self.layout!r}, align {self._settings.align}",
+        )
+        require(cut in ("tokens", "experts"), f"cut {cut!r} is none of tokens, experts")
+        require(n_chunks == "auto" or n_chunks >= 1, f"n_chunks is {n_chunks!r}; give 1 or more, or 'auto'")
+        problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
+        problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k)
+        planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places, cut, n_chunks)
+        return ExpertStream(self._moves, planned, x.contiguous(), topk_weights.float().contiguous(), later)
 
     # Failure.
 
@@ -239,19 +242,20 @@ class ExpertParallel:
             f"rebuild: experts {new} are on no rank of the new group; place them anew, or mask() their ranks with "
             "allow_lost=True first",
         )
+        of = self._settings
         return ExpertParallel(
             group,
-            self.num_experts,
-            self.hidden,
-            self.top_k,
-            self.max_tokens,
-            self.layout,
-            self.wire,
-            self._dedup,
-            self._chunks,
-            self.align,
+            of.num_experts,
+            of.hidden,
+            of.top_k,
+            of.max_tokens,
+            of.layout,
+            of.wire,
+            of.dedup,
+            of.chunks,
+            of.align,
             Placement(held, tuple(gone)),
-            drop=self.drop,
+            drop=of.drop,
         )
 
     def close(self) -> None:
@@ -263,139 +267,20 @@ class ExpertParallel:
 
     def choice(self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2) -> Choice:
         """What `dedup` comes to for n_tokens a rank of itemsize bytes a value, and what each way would cost."""
-        top_k = top_k or self.top_k or min(2, self.num_experts)
-        hidden = self.hidden or 1024
-        row_nbytes = coded_width(hidden) if self.wire == "fp8" else hidden * (2 if self.wire else itemsize)
-        return estimates(
-            Links.of(self.group, self._geometry),
-            self.num_experts,
-            hidden,
-            top_k,
-            n_tokens,
-            row_nbytes,
-            min(itemsize, 2) if self.wire else itemsize,
-            tuple(self._transports),
-            self._dedup,
-        )
+        return self._planning.choice(n_tokens, top_k, itemsize)
 
     def explain(self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2) -> str:
         """choice() in words: the way taken, why, and every way's rows, bytes and expected time."""
-        choice = self.choice(n_tokens, top_k, itemsize)
-        n_chunks = self._n_chunks(choice, n_tokens)
-        top_k = top_k or self.top_k or min(2, self.num_experts)
-        return (
-            f"{self.num_experts} experts, top {top_k}, {self.group.size} ranks "
-            f"on {self._geometry.n_hosts} host(s), {n_tokens} tokens a rank, in {n_chunks} chunk(s)\n{choice}"
-        )
-
-    def _n_chunks(self, choice: Choice, n_tokens: int) -> int:
-        """Alike on all ranks."""
-        if not isinstance(self.group, Group) or self.group.size == 1:
-            return 1
-        if self._chunks != "auto":
-            return self._chunks
-        return max(1, min(_MAX_CHUNKS, int(choice.crossing_s(n_tokens) / _CHUNK_S)))
+        return self._planning.explain(n_tokens, top_k, itemsize)
 
     # What all ranks agree on before rows move.
 
     def _owner(self) -> tuple[Any, ...]:
-        return (id(self), self._masked)
+        return (id(self), tuple(sorted(self._masked)))
 
     def _agree(self, name: str, problem: str | None, *inputs: Tensor) -> bool:
         """Raises the problem of any rank on all. Returns whether an input of any rank requires a gradient."""
         needs = any(each.requires_grad for each in inputs)
-        facts = self.waits.agree(name, problem, [int(needs), _form(inputs[0])], inputs[0].device)
+        facts = self.waits.agree(name, problem, [int(needs), form(inputs[0])], inputs[0].device)
         require_equal(facts[:, 1:], [f"{name}: the rows' width and bytes a value (width × 16 + bytes)"])
         return bool(facts[:, 0].any())
-
-    def _plan(self, topk_idx: Tensor, problem: str | None, *inputs: Tensor) -> ExchangePlan:
-        """inputs: x and the weights, where they are known."""
-        device = topk_idx.device
-        n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
-        needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
-        settings = (self.num_experts, self.hidden, self.max_tokens, self.layout, self.wire, self._dedup, self._chunks)
-        code = code_of((*settings, self.align, self.drop, self.placement, sorted(self._masked)))
-        facts = [n_tokens, top_k, code, _form(inputs[0]) if inputs else 0, int(needs)]
-        everyone = self.waits.agree("plan", problem, facts, device)
-        require_equal(
-            everyone[:, 1:],
-            [
-                "K, the experts of a token",
-                "the ExpertParallel's settings, placement or mask (as a hash)",
-                "the rows' width and bytes a value (width × 16 + bytes)",
-                "whether x or topk_weights require a gradient",
-            ],
-        )
-        counts = tuple(everyone[:, 0].tolist())
-        narrow = torch.uint8 if self.num_experts <= 256 else torch.int16 if self.num_experts <= 1 << 15 else torch.int32
-        padded = torch.zeros(max(counts), top_k, dtype=narrow, device=device)
-        padded[:n_tokens] = topk_idx
-        # As bytes, since not every library moves int16.
-        experts = self.waits.all_gather("plan, the tokens' experts", padded.view(torch.uint8))
-        gathered = experts.view(narrow).cpu().long()
-        of_all = torch.cat([each[:n] for each, n in zip(gathered, counts, strict=True)])
-        itemsize = inputs[0].dtype.itemsize if inputs else 2
-        average = max(1, sum(counts) // len(counts))
-        choice = self._mode_of.get((average, top_k, itemsize))
-        if choice is None:
-            choice = self._mode_of[average, top_k, itemsize] = self.choice(average, top_k, itemsize)
-        request = Request(
-            self._owner(),
-            self._geometry,
-            self._places,
-            self.n_local,
-            choice.mode,
-            self.layout,
-            self._n_chunks(choice, average),
-            self.align,
-            self.max_tokens,
-            self.drop,
-        )
-        return make_plan(request, of_all, counts).to(device)
-
-    # What autograd.py calls.
-
-    def expand(self, stage: str, plan: ExchangePlan, rows: Tensor) -> Tensor:
-        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire."""
-        transport = self._transports[plan.mode]
-        if self.wire == "fp8":
-            return decode_fp8(transport.expand(stage, plan, encode_fp8(rows)), rows.shape[1], rows.dtype)
-        if self.wire == "bf16" and rows.dtype.itemsize > 2:
-            return transport.expand(stage, plan, rows.to(torch.bfloat16)).to(rows.dtype)
-        return transport.expand(stage, plan, rows)
-
-    def reduce(
-        self, stage: str, plan: ExchangePlan, rows: Tensor, weights: Tensor | None, home_weights: Tensor | None
-    ) -> Tensor:
-        """The sums [T, H] over output rows [n_out, H], as Transport.reduce()."""
-        travels_as = torch.bfloat16 if self.wire and rows.dtype.itemsize > 2 else rows.dtype
-        return self._transports[plan.mode].reduce(stage, plan, rows, weights, home_weights, travels_as)
-
-    def start_weights(self, stage: str, plan: ExchangePlan, weights: Tensor) -> Callable[[], Tensor]:
-        """Begins to move the weights [T, K] to the ranks of their experts; what it returns waits and gives [n_slots],
-        those of this rank's experts."""
-        leg, group, name = plan.scalars, self.group, f"{stage}, weights"
-        slots = weights.new_empty(plan.n_slots)
-        sent = weights.flatten()[leg.index]
-        if not isinstance(group, Group) or group.size == 1 or self._geometry.n_hosts == 1:
-            self.waits.all_to_all(name, slots, sent, leg.receives[0], leg.sends[0])
-            return lambda: slots
-        work = self.waits.start_all_to_all(group, name, slots, sent, leg.receives[0], leg.sends[0])
-
-        def arrived() -> Tensor:
-            with self.waits.stage(name):
-                work.wait()
-            return slots
-
-        return arrived
-
-    def return_weights(self, stage: str, plan: ExchangePlan, slots: Tensor) -> Tensor:
-        """[T*K]: the other way, 0 for slots that went nowhere."""
-        leg = plan.scalars
-        returned = slots.new_empty(len(leg.index))
-        self.waits.all_to_all(f"{stage}, weights", returned, slots, leg.sends[0], leg.receives[0])
-        return slots.new_zeros(plan.topk_idx.numel()).index_copy(0, leg.index, returned)
-
-
-def _form(rows: Tensor) -> int:
-    return (rows.shape[-1] if rows.dim() else 0) * 16 + rows.dtype.itemsize

@@ -37,6 +37,11 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
     return out
 
 
+def spread_rows(out: Tensor, rows: Tensor, to: Tensor) -> None:
+    """out[to[i]] becomes rows[i]; 2-D."""
+    copy_rows(out, [rows.contiguous()], torch.zeros_like(to), torch.arange(len(to), device=to.device), to)
+
+
 @dataclass(frozen=True)
 class Terms:
     """n sums: sum i is of terms offsets[i] .. offsets[i + 1] - 1, and term j is row rows[j] of source source[j].
@@ -58,6 +63,8 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
     if _native(out, *sources) and out.dtype in _SUMMED and all(each.dtype in _SUMMED for each in sources):
         _C.combine_rows(out, sources, terms.source, terms.rows, terms.offsets, weights)
         return out
+    if len(terms.rows) == 0:
+        return out.zero_()
     total = torch.zeros(out.shape, device=out.device)
     begin, count = terms.offsets[:-1], terms.offsets.diff()
     stacked = torch.cat(list(sources))

@@ -1,4 +1,4 @@
-"""How rows move: from rank to rank (Direct), or once to each host and there over shared memory (ThroughHosts).
+"""How rows move, here straight from rank to rank; through_hosts.py sends them once to each host.
 
 Both give the same bits. With o_e the output of expert e for a token, w_e its weight, and everything summed in order:
 
@@ -6,7 +6,10 @@ Both give the same bits. With o_e the output of expert e for a token, w_e its we
     of a host:  q_h = Σ_r p_r           over the host's ranks, in fp32, then rounded once to the type that it travels in
     in all:     y = Σ_h q_h             over hosts, in fp32, rounded once to the output's type
 
-What travels differs: without deduplication every o_e, with it the p_r, through hosts the q_h."""
+What travels differs: without deduplication every o_e, with it the p_r, through hosts the q_h.
+
+expand() and reduce() are whole; begin_expand() and begin_reduce() give the same in steps, a crossing at a time, so that
+a stream (stream.py) works on one stage while others cross. All ranks take the same steps in the same order."""
 
 from __future__ import annotations
 
@@ -17,243 +20,232 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycomm import _C
 from pycomm.group import Group
-from pycomm.moe.placement import Geometry
-from pycomm.moe.plan import ExchangePlan, Leg
 from pycomm.moe.rows import Terms, combine_rows, copy_rows
+from pycomm.moe.tables import ExchangePlan, Leg, Route
 from pycomm.moe.waits import Waits
+
+
+class Expanding(ABC):
+    """Rows on their way to their experts."""
+
+    def __init__(self, plan: ExchangePlan, route: Route) -> None:
+        self.plan, self.route = plan, route
+        self.sources: list[Tensor] = []
+
+    @abstractmethod
+    def arrived(self, crossing: int) -> None:
+        """Returns once the sources have that crossing's rows."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """After the last stage, or instead of it."""
+
+    def stage(self, number: int, out: Tensor, to: Tensor | None) -> Tensor:
+        """That stage's rows, to[i] of out, or i without `to`."""
+        crossing = self.plan.crossing_of_stage[number]
+        if crossing is not None:
+            self.arrived(crossing)
+        expansion = self.route.expansions[number]
+        return copy_rows(out, self.sources, expansion.source, expansion.rows, to)
+
+
+class Reducing(ABC):
+    """Sums on their way home. rows [n_out, H]: output rows, of which a step needs those that its sums are made of."""
+
+    def __init__(
+        self, plan: ExchangePlan, route: Route, rows: Tensor, weights: Tensor | None, home_weights: Tensor | None
+    ) -> None:
+        self.plan, self.route, self.rows, self.weights, self.home_weights = plan, route, rows, weights, home_weights
+
+    @abstractmethod
+    def leave(self, crossing: int) -> None:
+        """Sends that crossing's sums."""
+
+    @abstractmethod
+    def finish(self) -> Tensor:
+        """[T, H], after all have left."""
+
+    def partial_sums(self, terms: Terms, out: Tensor) -> Tensor:
+        weights = None if self.weights is None else self.weights[terms.rows]
+        return combine_rows(out, [self.rows], terms, weights)
 
 
 class Transport(ABC):
     @abstractmethod
-    def expand(self, stage: str, plan: ExchangePlan, rows: Tensor) -> Tensor:
-        """The plan's output rows [n_out, width] from each token's row [T, width]; zeros for padding."""
+    def begin_expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
+    ) -> Expanding:
+        """From each token's row [T, width]; crossings: all, in the order in which they are sent."""
 
     @abstractmethod
+    def begin_reduce(
+        self,
+        stage: str,
+        plan: ExchangePlan,
+        route: Route,
+        rows: Tensor,
+        weights: Tensor | None,
+        home_weights: Tensor | None,
+        travels_as: torch.dtype,
+    ) -> Reducing:
+        """Over output rows [n_out, H], to sums in rows' dtype. weights: float32 [n_out]; home_weights: the same numbers
+        for this rank's own slots, by (token, place)."""
+
+    def expand(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor) -> Tensor:
+        """The plan's output rows [n_out, width]; zeros for padding."""
+        under_way = self.begin_expand(stage, plan, route, rows, range(plan.n_chunks))
+        out = rows.new_empty((plan.n_out, rows.shape[1]))
+        stages = range(len(route.expansions))
+        for number in sorted(stages, key=lambda each: plan.crossing_of_stage[each] is not None):  # what is here first
+            under_way.stage(number, out, route.expansions[number].to)
+        under_way.finish()
+        return out
+
     def reduce(
         self,
         stage: str,
         plan: ExchangePlan,
+        route: Route,
         rows: Tensor,
         weights: Tensor | None,
         home_weights: Tensor | None,
         travels_as: torch.dtype,
     ) -> Tensor:
-        """The sums [T, H] in rows' dtype over output rows [n_out, H]. weights: float32 [n_out]; home_weights: the same
-        numbers for this rank's own slots, by (token, place)."""
+        """The sums [T, H], as of begin_reduce()."""
+        under_way = self.begin_reduce(stage, plan, route, rows, weights, home_weights, travels_as)
+        for crossing in range(plan.n_chunks):
+            under_way.leave(crossing)
+        return under_way.finish()
 
 
-def _sums(terms: Terms, sources: Sequence[Tensor], dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
+def sums(terms: Terms, sources: Sequence[Tensor], dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
     out = sources[0].new_empty((terms.n, sources[0].shape[1]), dtype=dtype)
     return combine_rows(out, sources, terms, weights)
 
 
-def _weights_of(terms: Terms, weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights[terms.rows]
-
-
-def _packed(leg: Leg, chunk: int, rows: Tensor) -> Tensor:
-    index = leg.index[leg.send_bounds[chunk] : leg.send_bounds[chunk + 1]]
+def packed(leg: Leg, crossing: int, rows: Tensor) -> Tensor:
+    index = leg.index[leg.send_bounds[crossing] : leg.send_bounds[crossing + 1]]
     return copy_rows(rows.new_empty((len(index), rows.shape[1])), [rows], torch.zeros_like(index), index)
 
 
-class Direct(Transport):
-    def __init__(self, waits: Waits) -> None:
-        self._waits = waits
+class Crossings:
+    """The all_to_alls of one leg. at_once: each is waited for where it starts, for want of a wire to wait for."""
 
-    def expand(self, stage: str, plan: ExchangePlan, rows: Tensor) -> Tensor:
-        leg = plan.leg
-        arrived = rows.new_empty((leg.receive_bounds[-1], rows.shape[1]))
-        out = rows.new_empty((plan.n_out, rows.shape[1]))
-        works = []
-        for chunk in range(plan.n_chunks):
-            part = arrived[leg.receive_bounds[chunk] : leg.receive_bounds[chunk + 1]]
-            works.append(self._move(stage, plan, chunk, part, _packed(leg, chunk, rows), back=False))
-        for chunk, expansion in enumerate(plan.expansions):
-            self._finish(stage, plan, chunk, works[chunk])
-            copy_rows(out, [arrived], expansion.source, expansion.rows, expansion.to)
-        return out
+    def __init__(
+        self, waits: Waits, stage: str, plan: ExchangePlan, leg: Leg, *, back: bool, at_once: bool = False
+    ) -> None:
+        self._waits, self._stage, self._plan, self._at_once = waits, stage, plan, at_once
+        self._sends, self._receives = (leg.receives, leg.sends) if back else (leg.sends, leg.receives)
+        self._bounds = leg.send_bounds if back else leg.receive_bounds
+        self._works: dict[int, Any] = {}
 
-    def reduce(
-        self,
-        stage: str,
-        plan: ExchangePlan,
-        rows: Tensor,
-        weights: Tensor | None,
-        home_weights: Tensor | None,
-        travels_as: torch.dtype,
-    ) -> Tensor:
-        leg = plan.leg
-        if plan.mode == "none":
-            leaving = rows.new_empty((plan.n_slots, rows.shape[1]))
-            copy_rows(leaving, [rows], torch.zeros_like(plan.slots_leave), plan.slots_leave)
+    def start(self, crossing: int, output: Tensor, rows: Tensor) -> None:
+        """output: of all crossings."""
+        part = output[self._bounds[crossing] : self._bounds[crossing + 1]]
+        arguments = (self._name(crossing), part, rows, self._receives[crossing], self._sends[crossing])
+        group = self._waits.group
+        if isinstance(group, Group) and not self._at_once:
+            self._works[crossing] = self._waits.start_all_to_all(group, *arguments)
         else:
-            (terms,) = plan.partials
-            leaving = _sums(terms, [rows], torch.float32, _weights_of(terms, weights))
-        returned = leaving.new_empty((leg.send_bounds[-1], rows.shape[1]))
-        works = []
-        for chunk in range(plan.n_chunks):
-            part = returned[leg.send_bounds[chunk] : leg.send_bounds[chunk + 1]]
-            sent = leaving[leg.receive_bounds[chunk] : leg.receive_bounds[chunk + 1]]
-            works.append(self._move(stage, plan, chunk, part, sent, back=True))
-        for chunk, work in enumerate(works):
-            self._finish(stage, plan, chunk, work)
-        levels = list(plan.home)
-        if plan.mode == "none":
-            returned = _sums(levels.pop(0), [returned], torch.float32, home_weights)
-        hosts, tokens = levels
-        host_sums = _sums(hosts, [returned], travels_as)
-        return host_sums.to(rows.dtype) if plan.one_host else _sums(tokens, [host_sums], rows.dtype)
+            self._waits.all_to_all(*arguments)
 
-    def _move(self, stage: str, plan: ExchangePlan, chunk: int, output: Tensor, rows: Tensor, back: bool) -> Any:
-        sends, receives = plan.leg.sends[chunk], plan.leg.receives[chunk]
-        if back:
-            sends, receives = receives, sends
-        name = _of_chunk(stage, plan, chunk)
-        if plan.n_chunks == 1:
-            self._waits.all_to_all(name, output, rows, receives, sends)
-            return None
-        assert isinstance(self._waits.group, Group)
-        return self._waits.start_all_to_all(self._waits.group, name, output, rows, receives, sends)
-
-    def _finish(self, stage: str, plan: ExchangePlan, chunk: int, work: Any) -> None:
+    def wait(self, crossing: int) -> None:
+        work = self._works.pop(crossing, None)
         if work is not None:
-            with self._waits.stage(_of_chunk(stage, plan, chunk)):
+            with self._waits.stage(self._name(crossing)):
                 work.wait()
 
+    def wait_all(self) -> None:
+        for crossing in list(self._works):
+            self.wait(crossing)
 
-def _of_chunk(stage: str, plan: ExchangePlan, chunk: int) -> str:
-    return stage if plan.n_chunks == 1 else f"{stage}, chunk {chunk + 1} of {plan.n_chunks}"
-
-
-class SharedMemory:
-    """Memory of this rank that the ranks of its host read in place. An operation ends with a barrier: nobody reads any
-    more, so the memory may be written again, or given back with the exchange."""
-
-    def __init__(self, group: Group, host: Group, members: Sequence[int]) -> None:
-        self._group, self._host = group, host
-        self._endpoint_ranks = [group._ranks[rank] for rank in members]
-        self._tensors: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        if name not in self._tensors or self._tensors[name].numel() < nbytes:
-            self._tensors.pop(name, None)  # given back before more is taken
-            self._tensors[name] = self._group.empty(max(nbytes + nbytes // 8, 4096), dtype=torch.uint8)
-        return self._tensors[name][:nbytes].view(dtype).view(shape)
-
-    def addresses(self, *mine: Tensor) -> Tensor:
-        """Every rank's addresses, int64 [ranks of the host, tensors]; returns once all have entered."""
-        own = torch.tensor([each.data_ptr() for each in mine], dtype=torch.int64)
-        gathered = torch.empty(self._host.size, len(mine), dtype=torch.int64)
-        if self._host.size == 1:
-            return gathered.copy_(own.unsqueeze(0))
-        self._host.all_gather(gathered, own)
-        return gathered
-
-    def view(self, member: int, address: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        if nbytes == 0:  # nor has an empty tensor an address
-            return torch.empty(shape, dtype=dtype)
-        found = _C.peer_bytes(self._group._endpoint, self._endpoint_ranks[member], address, nbytes)
-        return found.view(dtype).view(shape)
-
-    def barrier(self) -> None:
-        if self._host.size > 1:
-            self._host.barrier()
+    def _name(self, crossing: int) -> str:
+        n = self._plan.n_chunks
+        return self._stage if n == 1 else f"{self._stage}, chunk {crossing + 1} of {n}"
 
 
-class ThroughHosts(Transport):
-    def __init__(self, waits: Waits, group: Group, host: Group, geometry: Geometry) -> None:
-        self._waits, self._group, self._host, self._geometry = waits, group, host, geometry
-        self._shared = SharedMemory(group, host, geometry.members[geometry.host])
-        self._me = geometry.local_index[geometry.rank]
+class Direct(Transport):
+    def __init__(self, waits: Waits, one_host: bool) -> None:
+        self._waits, self._one_host = waits, one_host
 
-    def expand(self, stage: str, plan: ExchangePlan, rows: Tensor) -> Tensor:
-        assert plan.on_host is not None
-        host, leg, width, dtype, shared = plan.on_host, plan.leg, rows.shape[1], rows.dtype, self._shared
-        own = shared.take("own", (len(rows), width), dtype)
-        held = shared.take("held", (host.arrived[self._me], width), dtype)
-        works = []
-        for chunk in range(self._n_crossings(plan)):
-            part = held[leg.receive_bounds[chunk] : leg.receive_bounds[chunk + 1]]
-            name = _of_chunk(f"{stage}, rows between hosts", plan, chunk)
-            sent = _packed(leg, chunk, rows)
-            works.append(
-                self._waits.start_all_to_all(self._group, name, part, sent, leg.receives[chunk], leg.sends[chunk])
-            )
-        own.copy_(rows)
-        with self._waits.stage(f"{stage}, rows inside the host"):
-            addresses = shared.addresses(own, held).tolist()
-        sources = [
-            shared.view(member, addresses[member][kind], (numbers[member], width), dtype)
-            for kind, numbers in enumerate((host.staged, host.arrived))
-            for member in range(self._host.size)
-        ]
-        out = rows.new_empty((plan.n_out, width))
-        for number, expansion in enumerate(plan.expansions):
-            if number > 0 and works:
-                with self._waits.stage(_of_chunk(f"{stage}, rows between hosts", plan, number - 1)):
-                    works[number - 1].wait()
-                with self._waits.stage(_of_chunk(f"{stage}, rows inside the host", plan, number - 1)):
-                    shared.barrier()
-            copy_rows(out, sources, expansion.source, expansion.rows, expansion.to)
-        with self._waits.stage(f"{stage}, end inside the host"):
-            shared.barrier()
-        return out
+    def begin_expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
+    ) -> Expanding:
+        return _DirectExpanding(self._crossings(stage, plan, route, back=False), plan, route, rows, crossings)
 
-    def reduce(
+    def begin_reduce(
         self,
         stage: str,
         plan: ExchangePlan,
+        route: Route,
         rows: Tensor,
         weights: Tensor | None,
         home_weights: Tensor | None,
         travels_as: torch.dtype,
-    ) -> Tensor:
-        assert plan.on_host is not None
-        host, leg, width, shared = plan.on_host, plan.leg, rows.shape[1], self._shared
-        partial = shared.take("partial", (host.partials[self._me], width), torch.float32)
-        sources: list[Tensor] = []
-        local = plan.partials[0].n
-        begins = [0, local]
-        for terms in plan.partials[1:]:
-            begins.append(begins[-1] + terms.n)
+    ) -> Reducing:
+        crossings = self._crossings(stage, plan, route, back=True)
+        return _DirectReducing(crossings, plan, route, rows, weights, home_weights, travels_as)
 
-        def add_up(number: int) -> None:
-            """Returns once the sums of this chunk stand on all ranks of the host, in sources."""
-            terms = plan.partials[number]
-            sums = partial[begins[number] : begins[number + 1]]
-            combine_rows(sums, [rows], terms, _weights_of(terms, weights))
-            with self._waits.stage(f"{stage}, partial sums inside the host"):
-                if sources:
-                    shared.barrier()
-                    return
-                addresses = shared.addresses(partial).tolist()
-            for member, numbers in enumerate(host.partials):
-                sources.append(shared.view(member, addresses[member][0], (numbers, width), torch.float32))
+    def _crossings(self, stage: str, plan: ExchangePlan, route: Route, back: bool) -> Crossings:
+        return Crossings(self._waits, stage, plan, route.leg, back=back, at_once=self._one_host)
 
-        returned = rows.new_empty((leg.send_bounds[-1], width), dtype=travels_as)
-        works = []
-        for chunk in range(self._n_crossings(plan)):
-            add_up(chunk + 1)
-            part = returned[leg.send_bounds[chunk] : leg.send_bounds[chunk + 1]]
-            name = _of_chunk(f"{stage}, sums between hosts", plan, chunk)
-            sent = _sums(host.gateway[chunk], sources, travels_as)
-            works.append(
-                self._waits.start_all_to_all(self._group, name, part, sent, leg.sends[chunk], leg.receives[chunk])
-            )
-        add_up(0)
-        own = _sums(host.own, sources, travels_as)
-        with self._waits.stage(f"{stage}, end inside the host"):
-            shared.barrier()
-        for chunk, work in enumerate(works):
-            with self._waits.stage(_of_chunk(f"{stage}, sums between hosts", plan, chunk)):
-                work.wait()
-        if plan.one_host:
-            return own.to(rows.dtype)
-        return _sums(plan.home[0], [own, returned], rows.dtype)
 
-    def _n_crossings(self, plan: ExchangePlan) -> int:
-        return plan.n_chunks if self._geometry.n_hosts > 1 else 0
+class _DirectExpanding(Expanding):
+    def __init__(
+        self, crossings: Crossings, plan: ExchangePlan, route: Route, rows: Tensor, order: Sequence[int]
+    ) -> None:
+        super().__init__(plan, route)
+        self._crossings = crossings
+        arrived = rows.new_empty((route.leg.receive_bounds[-1], rows.shape[1]))
+        for crossing in order:
+            crossings.start(crossing, arrived, packed(route.leg, crossing, rows))
+        self.sources = [rows, arrived]
+
+    def arrived(self, crossing: int) -> None:
+        self._crossings.wait(crossing)
+
+    def finish(self) -> None:
+        self._crossings.wait_all()
+
+
+class _DirectReducing(Reducing):
+    def __init__(
+        self,
+        crossings: Crossings,
+        plan: ExchangePlan,
+        route: Route,
+        rows: Tensor,
+        weights: Tensor | None,
+        home_weights: Tensor | None,
+        travels_as: torch.dtype,
+    ) -> None:
+        super().__init__(plan, route, rows, weights, home_weights)
+        self._crossings, self._travels_as = crossings, travels_as
+        dtype = rows.dtype if plan.mode == "none" else torch.float32
+        self._returned = rows.new_empty((route.leg.send_bounds[-1], rows.shape[1]), dtype=dtype)
+
+    def leave(self, crossing: int) -> None:
+        width = self.rows.shape[1]
+        if self.plan.mode == "none":
+            index = self.route.leaving_rows[crossing]
+            leaving = self.rows.new_empty((len(index), width))
+            copy_rows(leaving, [self.rows], torch.zeros_like(index), index)
+        else:
+            terms = self.route.leaving[crossing]
+            leaving = self.partial_sums(terms, self.rows.new_empty((terms.n, width), dtype=torch.float32))
+        self._crossings.start(crossing, self._returned, leaving)
+
+    def finish(self) -> Tensor:
+        dtype, levels = self.rows.dtype, list(self.route.home)
+        if self.plan.mode == "none":
+            self._crossings.wait_all()
+            own, returned = sums(levels.pop(0), [self.rows, self._returned], torch.float32, self.home_weights), None
+        else:
+            terms = self.route.own
+            own = self.partial_sums(terms, self.rows.new_empty((terms.n, self.rows.shape[1]), dtype=torch.float32))
+            returned = self._returned
+            self._crossings.wait_all()
+        hosts, tokens = levels
+        host_sums = sums(hosts, [own] if returned is None else [own, returned], self._travels_as)
+        return host_sums.to(dtype) if self.plan.one_host else sums(tokens, [host_sums], dtype)

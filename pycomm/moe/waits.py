@@ -79,11 +79,34 @@ class Waits:
     def agree(self, name: str, problem: str | None, facts: Sequence[int], device: torch.device) -> Tensor:
         """Every rank's facts, int64 [ranks, facts] on the CPU. Where any rank has a problem, all raise InvalidArgument
         with the problems of all, by rank."""
+        return self.agree_and_gather(name, problem, facts, torch.empty(0, dtype=torch.uint8, device=device), 0)[0]
+
+    def agree_and_gather(
+        self, name: str, problem: str | None, facts: Sequence[int], mine: Tensor, room: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and every rank's bytes `mine`, uint8 [ranks, bytes of the longest], in one collective where they
+        fit into `room`, which is alike on all ranks, and else in two."""
         text = (problem or "").encode()
-        everyone = self.all_gather(name, torch.tensor([len(text), *facts], dtype=torch.int64, device=device)).cpu()
-        longest = int(everyone[:, 0].max())
+        header = torch.tensor([len(text), len(mine), *facts], dtype=torch.int64).to(mine.device).view(torch.uint8)
+        message = mine.new_zeros(len(header) + room)
+        message[: len(header)] = header
+        if len(mine) <= room:
+            message[len(header) : len(header) + len(mine)] = mine
+        received = self.all_gather(name, message)
+        headers = received[:, : len(header)].reshape(-1).view(torch.int64)
+        everyone = headers.view(self.group.size, -1).cpu()
+        self._raise_problems(name, text, everyone[:, 0], mine.device)
+        longest = int(everyone[:, 1].max())
+        if longest > room:
+            message = mine.new_zeros(longest)
+            message[: len(mine)] = mine
+            return everyone[:, 2:], self.all_gather(name, message)
+        return everyone[:, 2:], received[:, len(header) :][:, :longest]
+
+    def _raise_problems(self, name: str, text: bytes, lengths: Tensor, device: torch.device) -> None:
+        longest = int(lengths.max())
         if longest == 0:
-            return everyone[:, 1:]
+            return
         padded = torch.frombuffer(bytearray(text.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
         texts = self.all_gather(f"{name}, its errors", padded).cpu().numpy()
         said = [(rank, bytes(each).rstrip(b"\0").decode()) for rank, each in enumerate(texts)]

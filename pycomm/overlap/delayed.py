@@ -29,10 +29,15 @@ class Pending(Protocol):
 
 
 class WeightGradients:
-    """A queue of weight gradients, first in first out. Not thread safe."""
+    """A queue of weight gradients, first in first out. Not thread safe.
 
-    def __init__(self) -> None:
+    together: products of one weight that wait at the same time become one gradient, added up in place in the order in
+    which they came; for a weight that is used piece by piece (a stream's chunks), which would cost a pass over it for
+    each piece."""
+
+    def __init__(self, *, together: bool = False) -> None:
         self._queue: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+        self._products: dict[Tensor, list[tuple[Tensor, Tensor]]] | None = {} if together else None
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -55,6 +60,24 @@ class WeightGradients:
     def put(self, leaf: Tensor, compute: Callable[[], Tensor]) -> None:
         """Puts off compute(), the gradient of a leaf."""
         self._queue.append((leaf, compute))
+
+    def put_product(self, leaf: Tensor, rows: Tensor, x: Tensor) -> None:
+        """Puts off rowsᵀ x, the gradient of a weight [d_out, d_in], of rows [n, d_out] and x [n, d_in]."""
+        if self._products is None:
+            self.put(leaf, lambda: rows.T @ x)
+        elif leaf in self._products:
+            self._products[leaf].append((rows, x))
+        else:
+            self._products[leaf] = [(rows, x)]
+            self.put(leaf, lambda: self._sum_of_products(leaf))
+
+    def _sum_of_products(self, leaf: Tensor) -> Tensor:
+        assert self._products is not None
+        (rows, x), *others = self._products.pop(leaf)
+        total = rows.T @ x
+        for rows, x in others:
+            total.addmm_(rows.T, x)
+        return total
 
     def run_one(self) -> bool:
         """Computes the oldest and adds it to its leaf's .grad, with the leaf's hooks (GradientBuckets', say) as in
@@ -91,7 +114,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         if ctx.leaf.requires_grad:
-            ctx.later.put(ctx.leaf, lambda: rows.T @ x.detach().flatten(0, -2))
+            ctx.later.put_product(ctx.leaf, rows, x.detach().flatten(0, -2))
         if ctx.bias_leaf is not None and ctx.bias_leaf.requires_grad:
             ctx.later.put(ctx.bias_leaf, lambda: rows.sum(0))
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None

@@ -1,0 +1,119 @@
+"""An exchange's movements by a plan: rows, in their form on the wire, and the weights that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pycomm.group import Group
+from pycomm.moe.cost import Dedup
+from pycomm.moe.rows import decode_fp8, encode_fp8
+from pycomm.moe.tables import ExchangePlan, Route
+from pycomm.moe.transport import Expanding, Reducing, Transport
+from pycomm.moe.waits import Waits
+
+Wire = Literal["bf16", "fp8"]
+
+
+class Movement:
+    def __init__(self, waits: Waits, transports: dict[Dedup, Transport], wire: Wire | None, n_hosts: int) -> None:
+        self.waits, self.transports, self.wire = waits, transports, wire
+        self._beside = isinstance(waits.group, Group) and n_hosts > 1  # weights travel beside rows
+
+    # Rows.
+
+    def expand(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor) -> Tensor:
+        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire."""
+        found = self.transports[plan.mode].expand(stage, plan, route, self._coded(rows))
+        return self._decoded(found, rows.shape[1], rows.dtype)
+
+    def begin_expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
+    ) -> Arriving:
+        """The same in steps."""
+        under_way = self.transports[plan.mode].begin_expand(stage, plan, route, self._coded(rows), crossings)
+        return Arriving(under_way, lambda found: self._decoded(found, rows.shape[1], rows.dtype))
+
+    def reduce(
+        self,
+        stage: str,
+        plan: ExchangePlan,
+        route: Route,
+        rows: Tensor,
+        weights: Tensor | None,
+        home_weights: Tensor | None,
+    ) -> Tensor:
+        """The sums [T, H] over output rows [n_out, H], as Transport.reduce()."""
+        travels_as = self._travels_as(rows.dtype)
+        return self.transports[plan.mode].reduce(stage, plan, route, rows, weights, home_weights, travels_as)
+
+    def begin_reduce(
+        self,
+        stage: str,
+        plan: ExchangePlan,
+        route: Route,
+        rows: Tensor,
+        weights: Tensor | None,
+        home_weights: Tensor | None,
+    ) -> Reducing:
+        """The same in steps."""
+        travels_as = self._travels_as(rows.dtype)
+        return self.transports[plan.mode].begin_reduce(stage, plan, route, rows, weights, home_weights, travels_as)
+
+    def _travels_as(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.bfloat16 if self.wire and dtype.itemsize > 2 else dtype
+
+    def _coded(self, rows: Tensor) -> Tensor:
+        return encode_fp8(rows) if self.wire == "fp8" else rows.to(self._travels_as(rows.dtype))
+
+    def _decoded(self, found: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        return decode_fp8(found, width, dtype) if self.wire == "fp8" else found.to(dtype)
+
+    # Weights, one a slot.
+
+    def start_weights(self, stage: str, plan: ExchangePlan, weights: Tensor) -> Callable[[], Tensor]:
+        """Begins to move the weights [T, K] to the ranks of their experts; what it returns waits and gives [n_slots],
+        those of this rank's experts."""
+        leg = plan.scalars
+        slots = weights.new_empty(plan.n_slots)
+        return self._start(f"{stage}, weights", slots, weights.flatten()[leg.index], leg.receives[0], leg.sends[0])
+
+    def start_back(self, stage: str, plan: ExchangePlan, slots: Tensor) -> Callable[[], Tensor]:
+        """[T*K]: the other way, 0 for slots that went nowhere."""
+        leg = plan.scalars
+        returned = slots.new_empty(len(leg.index))
+        arrived = self._start(f"{stage}, weights", returned, slots, leg.sends[0], leg.receives[0])
+        return lambda: slots.new_zeros(plan.topk_idx.numel()).index_copy(0, leg.index, arrived())
+
+    def _start(
+        self, name: str, output: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        group = self.waits.group
+        if not isinstance(group, Group) or not self._beside:
+            self.waits.all_to_all(name, output, sent, receives, sends)
+            return lambda: output
+        work = self.waits.start_all_to_all(group, name, output, sent, receives, sends)
+
+        def arrived() -> Tensor:
+            with self.waits.stage(name):
+                work.wait()
+            return output
+
+        return arrived
+
+
+class Arriving:
+    """What begin_expand() began."""
+
+    def __init__(self, under_way: Expanding, decoded: Callable[[Tensor], Tensor]) -> None:
+        self._under_way, self._decoded = under_way, decoded
+        self.finish = under_way.finish
+
+    def stage(self, number: int) -> Tensor:
+        """That stage's rows, in the order of their places in the output."""
+        n = len(self._under_way.route.expansions[number].to)
+        source = self._under_way.sources[0]
+        return self._decoded(self._under_way.stage(number, source.new_empty((n, source.shape[1])), None))

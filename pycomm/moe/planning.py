@@ -1,0 +1,190 @@
+"""How a batch is exchanged, which all ranks decide alike: the way, the number of crossings, and the plan itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from pycomm.group import Group
+from pycomm.moe.batch import Request
+from pycomm.moe.checks import code_of, require_equal
+from pycomm.moe.cost import Choice, Dedup, Links, estimates
+from pycomm.moe.movement import Wire
+from pycomm.moe.placement import Geometry, Placement, Places
+from pycomm.moe.plan import make_plan
+from pycomm.moe.rows import coded_width
+from pycomm.moe.tables import Cut, ExchangePlan, Layout
+from pycomm.moe.waits import Waits
+
+_CHUNK_S: Final = 0.02  # of the link between hosts: what is done beside a shorter chunk takes longer than it hides
+_MAX_CHUNKS: Final = 8
+_STREAM_LOSS: Final = 0.05  # of the link, to latency, that a stream's crossings may lose
+# More gain less than products of fewer rows lose (benchmarks/overlap.py, stream); experts' products stay whole.
+_MAX_STREAM_CHUNKS: Final[dict[Cut, int]] = {"tokens": 4, "experts": 16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an ExpertParallel, alike on all ranks; what each means stands there."""
+
+    num_experts: int
+    hidden: int | None
+    top_k: int | None
+    max_tokens: int | None
+    layout: Layout
+    wire: Wire | None
+    dedup: Dedup | Literal["auto"]
+    chunks: int | Literal["auto"]
+    align: int
+    drop: bool
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Planned:
+    """why: why the plan has as many crossings. slot_weights: float32 [n_slots], where they are known already."""
+
+    plan: ExchangePlan
+    why: str
+    slot_weights: Tensor | None
+
+
+class Planning:
+    def __init__(self, settings: Settings, waits: Waits, geometry: Geometry, possible: tuple[Dedup, ...]) -> None:
+        self._settings, self._waits, self._geometry, self._possible = settings, waits, geometry, possible
+        self._room = 0  # bytes that a rank may tell in one go
+        self._codes: dict[tuple[Any, ...], int] = {}
+        self._choices: dict[tuple[int, int, int], Choice] = {}
+
+    # Choice.
+
+    def choice(self, n_tokens: int, top_k: int | None, itemsize: int) -> Choice:
+        of = self._settings
+        top_k = top_k or of.top_k or min(2, of.num_experts)
+        key = (n_tokens, top_k, itemsize)
+        if key not in self._choices:
+            hidden = of.hidden or 1024
+            row_nbytes = coded_width(hidden) if of.wire == "fp8" else hidden * (2 if of.wire else itemsize)
+            self._choices[key] = estimates(
+                Links.of(self._waits.group, self._geometry),
+                of.num_experts,
+                hidden,
+                top_k,
+                n_tokens,
+                row_nbytes,
+                min(itemsize, 2) if of.wire else itemsize,
+                self._possible,
+                of.dedup,
+            )
+        return self._choices[key]
+
+    def explain(self, n_tokens: int, top_k: int | None, itemsize: int) -> str:
+        of = self._settings
+        choice = self.choice(n_tokens, top_k, itemsize)
+        return (
+            f"{of.num_experts} experts, top {top_k or of.top_k or min(2, of.num_experts)}, {self._waits.group.size} "
+            f"ranks on {self._geometry.n_hosts} host(s), {n_tokens} tokens a rank, in "
+            f"{self._n_chunks(choice, n_tokens)} chunk(s)\n{choice}"
+        )
+
+    def _n_chunks(self, choice: Choice, n_tokens: int) -> int:
+        if not self._can_overlap():
+            return 1
+        if self._settings.chunks != "auto":
+            return self._settings.chunks
+        return max(1, min(_MAX_CHUNKS, int(choice.crossing_s(n_tokens) / _CHUNK_S)))
+
+    def stream_chunks(self, n_tokens: int, top_k: int, itemsize: int, cut: Cut) -> tuple[int, str]:
+        """In how many crossings a stream goes, and why; n_tokens a rank, on average."""
+        if not self._can_overlap():
+            return 1, "one chunk: nobody to exchange with, or a group that starts nothing without waiting for it"
+        if self._geometry.n_hosts == 1:
+            return 1, "one chunk: inside one host exchanging is copying, which needs the cores that compute"
+        choice = self.choice(n_tokens, top_k, itemsize)
+        link, crossing_s = choice.links.between, choice.crossing_s(n_tokens)
+        wanted = int(crossing_s * _STREAM_LOSS / link.latency_s)
+        about = f"{crossing_s * 1e3:.3g} ms of the link, whose latency is {link.latency_s * 1e6:.3g} us"
+        if wanted < 2:
+            return 1, f"one chunk: {about}; cut further it would lose more to latency than it hides"
+        return min(wanted, _MAX_STREAM_CHUNKS[cut]), f"chunks that lose {_STREAM_LOSS:.0%} at most to latency: {about}"
+
+    def _can_overlap(self) -> bool:
+        return isinstance(self._waits.group, Group) and self._waits.group.size > 1
+
+    # The plan.
+
+    def plan(
+        self,
+        topk_idx: Tensor,
+        problem: str | None,
+        inputs: tuple[Tensor, ...],
+        owner: tuple[Any, ...],
+        places: Places,
+        cut: Cut = "tokens",
+        n_chunks: int | Literal["auto"] | None = None,
+    ) -> Planned:
+        """inputs: x and the weights, where they are known. n_chunks: of a stream.
+
+        Raises the problem of any rank on all, and whatever ranks differ in."""
+        of, device = self._settings, topk_idx.device
+        n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
+        needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+        kind = (owner, cut, n_chunks)
+        if kind not in self._codes:
+            self._codes[kind] = code_of((of, owner[1:], cut, n_chunks))
+        code = self._codes[kind]
+        facts = [n_tokens, top_k, code, form(inputs[0]) if inputs else 0, int(needs)]
+        narrow = torch.uint8 if of.num_experts <= 256 else torch.int16 if of.num_experts <= 1 << 15 else torch.int32
+        # What ranks tell each other, as bytes, since not every library moves int16. Inside a host weights come along.
+        told = [] if problem else [topk_idx.to(narrow).contiguous().view(torch.uint8).flatten()]
+        with_weights = len(inputs) == 2 and self._geometry.n_hosts == 1 and self._can_overlap()
+        if with_weights and not problem:
+            told.insert(0, inputs[1].detach().float().contiguous().view(torch.uint8).flatten())
+        mine = torch.cat(told) if told else torch.empty(0, dtype=torch.uint8, device=device)
+        everyone, gathered = self._waits.agree_and_gather("plan", problem, facts, mine, self._room)
+        self._room = gathered.shape[1] // 8 * 9  # for the next batch, a little larger
+        require_equal(
+            everyone[:, 1:],
+            [
+                "K, the experts of a token",
+                "the ExpertParallel's settings, placement or mask, or a stream's chunks (as a hash)",
+                "the rows' width and bytes a value (width × 16 + bytes)",
+                "whether x or topk_weights require a gradient",
+            ],
+        )
+        counts = tuple(everyone[:, 0].tolist())
+        weights = None
+        at = 0
+        if with_weights:
+            at = 4 * top_k
+            weights = _rows(gathered, counts, 0, at, torch.float32)
+        of_all = _rows(gathered, counts, at, narrow.itemsize * top_k, narrow).cpu()
+        itemsize = inputs[0].dtype.itemsize if inputs else 2
+        average = max(1, sum(counts) // len(counts))
+        choice = self.choice(average, top_k, itemsize)
+        why = "as given"
+        if n_chunks is None:
+            n_chunks = self._n_chunks(choice, average)
+        elif n_chunks == "auto":
+            n_chunks, why = self.stream_chunks(average, top_k, itemsize, cut)
+        request = Request(
+            owner, self._geometry, places, choice.mode, of.layout, n_chunks, cut, of.align, of.max_tokens, of.drop
+        )
+        plan = make_plan(request, of_all, counts).to(device)
+        slot_weights = None if weights is None else weights.flatten()[plan.slot_weights]
+        return Planned(plan, why, slot_weights)
+
+
+def _rows(gathered: Tensor, counts: tuple[int, ...], before: int, nbytes: int, dtype: torch.dtype) -> Tensor:
+    """[sum of counts, nbytes / the type's]: of each rank's bytes those of its counts[rank] rows of nbytes, behind as
+    many rows of `before` bytes."""
+    parts = [each[n * before : n * (before + nbytes)] for each, n in zip(gathered, counts, strict=True)]
+    return torch.cat(parts).view(dtype).view(-1, nbytes // dtype.itemsize)
+
+
+def form(rows: Tensor) -> int:
+    """Of rows, in one number: their width and the bytes of a value."""
+    return (rows.shape[-1] if rows.dim() else 0) * 16 + rows.dtype.itemsize

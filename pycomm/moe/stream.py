@@ -1,0 +1,261 @@
+"""dispatch -> experts -> combine as a stream of chunks: while one is computed, others are on their way.
+
+    stream = ep.stream(x, topk_idx, topk_weights)
+    for chunk in stream:
+        chunk.output = my_experts(chunk.rows.split(chunk.sizes))
+    y = stream.output                                        # [T, H]
+
+A chunk is a stage of the plan (routes.py). All dispatches start before the first chunk, each combine when the last
+chunk that it needs is computed; the engine moves them while Python computes. In backward the chunks come the other way
+round: all of combine's backward starts at once, and each of dispatch's when its chunk's gradient is there. A token's
+outputs are added up in the order of an unsplit run, so y has its bits where the experts' products do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pycomm.errors import InvalidArgument
+from pycomm.moe.autograd import weight_gradients, weighted
+from pycomm.moe.movement import Arriving, Movement
+from pycomm.moe.planning import Planned
+from pycomm.moe.rows import spread_rows
+from pycomm.moe.tables import ExchangePlan
+from pycomm.moe.transport import Reducing
+
+
+class Later(Protocol):
+    """What puts off gradients until flush(): pycomm.overlap.WeightGradients."""
+
+    def flush(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Chunk:
+    """rows [n, H]: those of the first of `experts`, then of the second, .., each in (source rank, token) order.
+    experts: those of this rank, by their local number, that the chunk may have rows of; where experts are cut each is
+    in one chunk alone. output: set by the loop's body, one row for each of rows, of the same type."""
+
+    index: int
+    rows: Tensor
+    experts: range
+    expert_counts: Tensor  # int64 [len(experts)]: rows of each
+    sizes: tuple[int, ...]  # the same as numbers
+    output: Tensor | None = None
+
+
+class ExpertStream:
+    """One batch of tokens. Iterated once, to the end; then output is there. All ranks together."""
+
+    def __init__(self, moves: Movement, planned: Planned, x: Tensor, weights: Tensor, later: Later | None) -> None:
+        self._moves, self._x, self._weights = moves, x, weights
+        self.plan, self.why, self._slot_weights = planned.plan, planned.why, planned.slot_weights
+        self._later = later
+        self._output: Tensor | None = None
+        self._begun = False
+
+    @property
+    def n_chunks(self) -> int:
+        """In how many parts rows cross; the loop has two chunks more where tokens are cut."""
+        return self.plan.n_chunks
+
+    @property
+    def output(self) -> Tensor:
+        """[T, H] in the outputs' type, after the loop."""
+        if self._output is None:
+            raise RuntimeError("the stream has no output before its loop has ended")
+        return self._output
+
+    def __iter__(self) -> Iterator[Chunk]:
+        if self._begun:
+            raise RuntimeError("a stream runs once; make another one")
+        self._begun = True
+        plan, moves, builds = self.plan, self._moves, torch.is_grad_enabled()
+        record = _Record(moves, plan, self._x, self._weights, self._later)
+        tickets: tuple[Any, ...] = ()
+        if builds:  # on every rank, so that all meet in backward
+            anchor = torch.empty(0, requires_grad=True)
+            tickets = _Begin.apply(record, self._x, self._weights, anchor)  # type: ignore[no-untyped-call]
+        x, weights = self._x.detach(), self._weights.detach()
+        held: list[Tensor] = []
+        slot_weights = self._slot_weights
+        arriving_weights = None if slot_weights is not None else moves.start_weights("stream, dispatch", plan, weights)
+        record.arriving = moves.begin_expand("stream, dispatch", plan, plan.out, x, range(plan.n_chunks))
+        expert_out = x.new_empty((plan.n_out, x.shape[1]))
+        of_out: Tensor | None = None
+        reducing: Reducing | None = None
+
+        def summing() -> Reducing:
+            nonlocal of_out
+            of_slots = arriving_weights() if arriving_weights else slot_weights
+            assert of_slots is not None
+            of_out = of_slots[plan.slot_of_out]
+            home = weights.flatten()[plan.home_weights]
+            return moves.begin_reduce("stream, combine", plan, plan.back, expert_out, of_out, home)
+
+        for index, crossing in enumerate(plan.crossing_of_stage):
+            with torch.no_grad():
+                rows = record.arriving.stage(index)
+            if builds:
+                rows = _Rows.apply(record, index, rows, tickets[index])  # type: ignore[no-untyped-call]
+            experts = plan.stage_experts[index]
+            counts = plan.stage_counts[index, experts.start : experts.stop]
+            chunk = Chunk(index, rows, experts, counts, tuple(counts.tolist()))
+            yield chunk
+            out = _checked(chunk)
+            spread_rows(expert_out, out.detach(), plan.out.expansions[index].to)
+            if builds and out.requires_grad:
+                held.append(_Hold.apply(record, index, out))  # type: ignore[no-untyped-call]
+            if crossing is not None:
+                reducing = reducing or summing()
+                reducing.leave(crossing)
+        record.arriving.finish()
+        record.arriving = None
+        reducing = reducing or summing()
+        y = reducing.finish()
+        if builds:
+            y = _End.apply(record, expert_out, of_out, y, *tickets[len(plan.crossing_of_stage) :], *held)  # type: ignore[no-untyped-call]
+        self._output = y
+
+
+def _checked(chunk: Chunk) -> Tensor:
+    out, rows = chunk.output, chunk.rows
+    if out is None or out.shape != rows.shape or out.dtype != rows.dtype:
+        got = "nothing" if out is None else f"{out.dtype} {list(out.shape)}"
+        raise InvalidArgument(
+            f"chunk {chunk.index} has rows {rows.dtype} {list(rows.shape)} and {got} as output; set chunk.output in "
+            "the loop, one row for each, of the same type"
+        )
+    return out
+
+
+# Backward. Begin -> Rows (of each chunk) -> the caller's experts -> Hold (of each chunk) -> End. Between Begin, Rows,
+# and between Hold and End, go tickets: 0-dim tensors that only order the graph. Autograd runs what was made last first,
+# so that chunks come from the last to the first; the record holds every rank to that order.
+
+
+class _Record:
+    """One batch between its forward and the end of its backward. next: the chunk whose turn it is in backward."""
+
+    def __init__(self, moves: Movement, plan: ExchangePlan, x: Tensor, weights: Tensor, later: Later | None) -> None:
+        self.moves, self.plan, self.dtype, self.weights_shape = moves, plan, x.dtype, weights.shape
+        self._later = later
+        self.arriving: Arriving | None = None
+        self.next = -1
+        self._expanded: Tensor | None = None  # gradients of the sums that the rows of chunk `next` went to
+
+    def begin(self, grad: Tensor, expert_out: Tensor, weights: Tensor) -> None:
+        plan, stage = self.plan, "backward of stream"
+        self._expert_out, self._weights = expert_out, weights
+        self._of_weights = torch.zeros_like(weights)
+        self._of_rows = torch.zeros_like(expert_out)
+        self.next = len(plan.crossing_of_stage) - 1
+        order = [each for each in reversed(plan.crossing_of_stage) if each is not None]
+        self.arriving = self.moves.begin_expand(f"{stage}, combine", plan, plan.back, grad.contiguous(), order)
+        self._reducing = self.moves.begin_reduce(f"{stage}, dispatch", plan, plan.out, self._of_rows, None, None)
+
+    def gradient_of_output(self, index: int) -> Tensor:
+        self._come_to(index)
+        to = self.plan.back.expansions[index].to
+        return weighted(self._expand(), self._weights[to], self.dtype)
+
+    def take(self, index: int, grad: Tensor | None) -> None:
+        """The gradient of a chunk's rows; None where no expert's output depended on them."""
+        self._come_to(index)
+        self._expand()
+        if grad is not None:
+            spread_rows(self._of_rows, grad, self.plan.out.expansions[index].to)
+        crossing = self.plan.crossing_of_stage[index]
+        if crossing is not None:
+            self._reducing.leave(crossing)
+        self.next, self._expanded = index - 1, None
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The gradients of x and the weights."""
+        self._come_to(-1)
+        if self._later is not None:
+            self._later.flush()
+        assert self.arriving is not None
+        self.arriving.finish()
+        slots = torch.empty_like(self._of_weights).index_copy_(0, self.plan.slot_of_out, self._of_weights)
+        arriving = self.moves.start_back("backward of stream, dispatch", self.plan, slots)
+        x = self._reducing.finish()
+        weights = arriving().view(self.weights_shape)
+        del self.arriving, self._reducing, self._expert_out, self._weights, self._of_rows, self._of_weights
+        return x, weights
+
+    def _expand(self) -> Tensor:
+        if self._expanded is None:
+            assert self.arriving is not None
+            self._expanded = self.arriving.stage(self.next)
+            to = self.plan.back.expansions[self.next].to
+            self._of_weights[to] = weight_gradients(self._expanded, self._expert_out[to])
+        return self._expanded
+
+    def _come_to(self, index: int) -> None:
+        if index > self.next:
+            raise RuntimeError(
+                f"backward reached chunk {index} of a stream after chunk {self.next + 1}: its rows or output were used "
+                "outside of its turn in the loop; use stream.output instead"
+            )
+        while self.next > index:
+            self.take(self.next, None)
+
+
+def _ticket(like: Tensor) -> Tensor:
+    return like.new_zeros(())
+
+
+class _Begin(torch.autograd.Function):
+    """A ticket for each chunk's Rows, and one for End, so that backward comes here after all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, record: _Record, x: Tensor, weights: Tensor, anchor: Tensor) -> tuple[Tensor, ...]:
+        ctx.record = record
+        return tuple(_ticket(x) for _ in range(len(record.plan.crossing_of_stage) + 1))
+
+    @staticmethod
+    def backward(ctx: Any, *tickets: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        return None, *ctx.record.finish(), None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: _Record, index: int, rows: Tensor, ticket: Tensor) -> Tensor:
+        ctx.record, ctx.index = record, index
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
+        ctx.record.take(ctx.index, grad)
+        return None, None, None, _ticket(grad)
+
+
+class _Hold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: _Record, index: int, out: Tensor) -> Tensor:
+        ctx.record, ctx.index = record, index
+        return _ticket(out)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.record.gradient_of_output(ctx.index)
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, record: _Record, expert_out: Tensor, weights: Tensor, y: Tensor, *tickets: Tensor) -> Tensor:
+        ctx.record, ctx.n = record, len(tickets)
+        ctx.save_for_backward(expert_out, weights)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Read first: a checkpoint that runs forward again does so here, before this backward's own exchange begins.
+        expert_out, weights = ctx.saved_tensors
+        ctx.record.begin(grad, expert_out, weights)
+        return None, None, None, None, *(_ticket(grad) for _ in range(ctx.n))

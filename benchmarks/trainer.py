@@ -9,11 +9,11 @@ Four ranks train the same model, from the same weights on the same tokens, in pa
 A section is a preset and where the ranks are: "1host", or two emulated hosts (network namespaces, netns.py; needs root)
 whose NICs have a rate, "default@200mbit". All contenders live in the same processes, one thread a rank, and take turns
 of some steps in an order that rotates; a turn's time is the slowest rank's. Losses of all steps are compared: the run
-fails where a contender's differ from the first one's by more than LOSS_TOLERANCE. Two trainer layouts that no plain
-contender has a counterpart for ("hybrid" shards inside a host alone) run along.
+fails where a contender's differ from the first one's by more than LOSS_TOLERANCE. On two hosts two more layouts of the
+trainer run along, beside which stands no plain contender.
 
-A run replaces its own sections in results/trainer.json; training_report.py writes docs/training_figures.md.
-"torchtitan" is a section of its own: it installs torchtitan from PyPI into build/peers and notes what it says here."""
+A run replaces its own sections in results/trainer.json; training_report.py writes docs/training_figures.md. For
+torchtitan see titan.py."""
 
 from __future__ import annotations
 

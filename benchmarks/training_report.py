@@ -233,7 +233,10 @@ def page(found: dict[str, Record]) -> list[str]:
         parts += ["## Steps beside plain torch's\n", f"{step_table(found['trainer'])}\n", "; ".join(stamps) + ".\n"]
     if "torchtitan" in found:
         titan = found["torchtitan"]
-        parts.append(f"torchtitan {titan['version']}, `{titan['tried']}`: {titan['says']}\n")
+        ends = "" if titan["status"] == 0 else f", in {titan['at']}: `{titan['says']}`"
+        parts.append(
+            f"torchtitan {titan['version']} on CPU (`{titan['tried']}`): exit status {titan['status']}{ends}\n"
+        )
     if "bubble" in found:
         parts += ["## Bubbles\n", f"{bubble.table(found['bubble'])}\n", machine(found["bubble"]["environment"]) + ".\n"]
     if "exposed" in found:

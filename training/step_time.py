@@ -7,8 +7,9 @@ bubble   what schedules.check() leaves that rank idle, with the time of each sta
 tp, ep   whole: layers wait for them (all_gather and reduce_scatter of the sequence; an all_to_all of a row an expert)
 cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
 pp       by how much check() is later when messages between stages take their time, one after the other on each way
-dp       gradients: what does not fit beside backward, at least one block's, and is not done before the last pipeline
-         rank is; ZeRO 1 and 2 gather parameters whole, stage 3 a block at a time beside the one before it
+dp       gradients: what does not fit beside the last backward, at least what is filled when that ends (the embedding's
+         table, with ZeRO a block), and is not done before the last pipeline rank is; ZeRO 1 and 2 gather parameters
+         whole, stage 3 a block at a time beside the one before it
 
 Not counted: the optimizer's update, elementwise work, loading data, axes that share a link at once, a wire."""
 
@@ -239,10 +240,16 @@ def _data_parallel(
     held = [index for c in range(placement.n_chunks) for index in stages.layers(placement.stage(pp_index, c))]
     summed: dict[str | None, Groups] = {None: groups["stage"], "tp": groups["dp"], "ep": groups["expert_replicas"]}
     cut = {None: 1, "tp": layout.tp, "ep": layout.ep, "tied": layout.tp}
-    blocks, others = _held(costs, held, ""), _held(costs, [], "embedding positions norm head", stages, pp_index)
-    if config.model.tie_embeddings and placement.last_rank != 0 and "tp" in others:
-        others["tied"] = others.pop("tp")
+    blocks = _held(costs, held, "")
+    others, late = (
+        _held(costs, [], names, stages, pp_index)
+        for names in ("embedding positions norm head", "embedding positions")  # late: filled when backward ends
+    )
+    if config.model.tie_embeddings and placement.last_rank != 0:
         summed["tied"] = tied(layout, placement.last_rank)
+        for each in (others, late):
+            if "tp" in each:
+                each["tied"] = each.pop("tp")
 
     def seconds(collective: str, itemsize: int, numel: Mapping[str | None, float], parts: int = 1) -> float:
         return parts * sum(
@@ -254,16 +261,20 @@ def _data_parallel(
     backward = sum(each.input_s + each.weight_s for each in actions)
     if zero == 0:
         both = {axis: blocks.get(axis, 0.0) + others.get(axis, 0.0) for axis in blocks | others}
-        reduced = seconds("all_reduce", 4, both)
-        return max(reduced / (n + 1), reduced - backward)
-    reduced = seconds("reduce_scatter", 4, blocks, n) + seconds("reduce_scatter", 4, others)
+        last = dict.fromkeys(blocks, 2.0)  # of the last bucket's time half is latency (pycomm.overlap.buckets)
+        return max(
+            seconds("all_reduce", 4, late) + 2 * seconds("all_reduce", 4, last),
+            seconds("all_reduce", 4, both) - backward,
+        )
+    of_blocks, of_others = seconds("reduce_scatter", 4, blocks, n), seconds("reduce_scatter", 4, others)
+    reduced, last_s = of_blocks + of_others, of_blocks / n + of_others
     gathered = seconds("all_gather", itemsize, others)
     if zero < 3:
         gathered += seconds("all_gather", itemsize, blocks, n)
     if zero == 1:
         return reduced + gathered
     beside = forward + backward
-    reduced = (m - 1) * max(0.0, reduced - beside) + max(reduced / (n + 1), reduced - backward)
+    reduced = (m - 1) * max(0.0, reduced - beside) + max(last_s, reduced - backward)
     if zero == 2:
         return reduced + gathered
     block = seconds("all_gather", itemsize, blocks, n) / n

@@ -110,7 +110,7 @@ def main() -> None:
                 "of_schedule": round(schedule, 5),
             }
             record["results"].append(entry)
-    print(table(record))
+        print(table(record), flush=True)
     if not options.dry:
         print(f"\nwritten: {write_json('bubble', record)}")
 

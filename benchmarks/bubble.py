@@ -1,4 +1,4 @@
-"""The pipeline's bubble beside theory: python benchmarks/bubble.py
+"""The pipeline's bubble beside theory: python benchmarks/bubble.py [SIZE ..]
 
 The trainer's own pipeline on one host, a stage a rank (two with interleaved and ZBV), whose layers sleep as long in
 forward as for the gradient of their input and of their weights (sleeping.py), so that computing needs no core. All
@@ -11,18 +11,19 @@ gradient, in which it does not compute: 1 - m (F + B + W) / T. Theory, for F = B
     zbv           what the schedule leaves idle              arXiv:2405.15362: none in its steady state, for m >= 2 p
 
 "schedule" is what training/schedules.py's check() counts for the very list of actions that runs.
-Writes results/bubble.json; training_report.py writes docs/training_figures.md."""
+A run replaces its own sizes in results/bubble.json; training_report.py writes docs/training_figures.md."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
 from typing import Any
 
 import torch
-from common import environment, markdown_table, run_ranks, write_json
+from common import RESULTS, environment, markdown_table, run_ranks, write_json
 from sleeping import PARTS, Seconds, put_to_sleep
 
 import pycomm
@@ -38,8 +39,8 @@ SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
     ("zb_h1", 1),
     ("zbv", 1),
 )
-SIZES = ((4, 8), (4, 16), (2, 8))  # ranks, micro-batches
-RANK_S = 0.040  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
+SIZES = {"p4m8": (4, 8), "p4m16": (4, 16), "p2m8": (2, 8)}  # ranks, micro-batches
+RANK_S = 0.080  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
 N_ROUNDS = 5
 
 
@@ -89,17 +90,14 @@ def theory(name: schedules.Name, chunks: int, p: int, m: int) -> tuple[float | N
     return None if idle is None else idle / (3 * m + idle), 1 - 3 * m / makespan
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    record: dict[str, Any] = {"environment": environment(), "rank_s": RANK_S, "rounds": N_ROUNDS, "results": []}
-    for n_ranks, n_micro_batches in SIZES:
-        times = run_ranks(run, n_ranks, n_micro_batches, timeout_s=120)[0]
-        for name, chunks in SCHEDULES:
-            step_s = statistics.median(times[name])
-            formula, schedule = theory(name, chunks, n_ranks, n_micro_batches)
-            entry = {
+def section(n_ranks: int, n_micro_batches: int) -> list[dict[str, Any]]:
+    times = run_ranks(run, n_ranks, n_micro_batches, timeout_s=220)[0]
+    entries = []
+    for name, chunks in SCHEDULES:
+        formula, schedule = theory(name, chunks, n_ranks, n_micro_batches)
+        step_s = statistics.median(times[name])
+        entries.append(
+            {
                 "schedule": name,
                 "chunks": 2 if name == "zbv" else chunks,
                 "ranks": n_ranks,
@@ -109,10 +107,25 @@ def main() -> None:
                 "formula": formula if formula is None else round(formula, 5),
                 "of_schedule": round(schedule, 5),
             }
-            record["results"].append(entry)
-        print(table(record), flush=True)
-    if not options.dry:
-        print(f"\nwritten: {write_json('bubble', record)}")
+        )
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: all)")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
+    options = parser.parse_args()
+    if unknown := set(options.sizes) - set(SIZES):
+        parser.error(f"no size {', '.join(sorted(unknown))}")
+    path = RESULTS / "bubble.json"
+    for size in options.sizes or SIZES:
+        about = environment()
+        new = {size: {"environment": about, "rank_s": RANK_S, "results": section(*SIZES[size])}}
+        print(table(new), flush=True)
+        if not options.dry:
+            record = (json.loads(path.read_text()) if path.exists() else {}) | new
+            write_json("bubble", {key: record[key] for key in SIZES if key in record})
 
 
 def table(record: dict[str, Any]) -> str:
@@ -128,7 +141,8 @@ def table(record: dict[str, Any]) -> str:
             f"{each['of_schedule']:.1%}",
             f"{each['bubble'] / each['of_schedule'] - 1:+.1%}",
         ]
-        for each in record["results"]
+        for size in record.values()
+        for each in size["results"]
     ]
     head = ["schedule", "p", "m", "step, ms", "bubble", "formula", "schedule's", "off"]
     return markdown_table(head, rows)

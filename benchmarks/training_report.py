@@ -34,6 +34,16 @@ def machine(about: Record) -> str:
     )
 
 
+def stamps(record: Record) -> str:
+    """Of sections that were measured one by one."""
+    first = next(iter(record.values()))["environment"]
+    each = [
+        f"{name} {found['environment']['commit']}, load {found['environment']['load_average_before'][0]}"
+        for name, found in record.items()
+    ]
+    return f"{first['cpu']}, {first['cores']} cores, torch {first['torch']}; commits: {'; '.join(each)}."
+
+
 # Steps beside plain torch's.
 
 
@@ -186,7 +196,8 @@ def figures(found: dict[str, Record]) -> list[dict[str, Any]]:
         for name in ("1f1b", "interleaved", "zb_h1", "zbv"):
             off = [
                 (abs(each["bubble"] / each["of_schedule"] - 1), f"p {each['ranks']}, m {each['micro_batches']}")
-                for each in found["bubble"]["results"]
+                for size in found["bubble"].values()
+                for each in size["results"]
                 if each["schedule"] == name
             ]
             worst, at = max(off)
@@ -229,8 +240,11 @@ def _at(worst: tuple[float, str], asked: float) -> tuple[float, float, str]:
 def page(found: dict[str, Record]) -> list[str]:
     parts = [f"{figures_table(figures(found))}\n", f"![step times, bubbles, predictions]({PLOT.name})\n"]
     if "trainer" in found:
-        stamps = [f"{name}: {machine(each['environment'])}" for name, each in found["trainer"].items()]
-        parts += ["## Steps beside plain torch's\n", f"{step_table(found['trainer'])}\n", "; ".join(stamps) + ".\n"]
+        parts += [
+            "## Steps beside plain torch's\n",
+            f"{step_table(found['trainer'])}\n",
+            f"{stamps(found['trainer'])}\n",
+        ]
     if "torchtitan" in found:
         titan = found["torchtitan"]
         ends = "" if titan["status"] == 0 else f", in {titan['at']}: `{titan['says']}`"
@@ -238,17 +252,15 @@ def page(found: dict[str, Record]) -> list[str]:
             f"torchtitan {titan['version']} on CPU (`{titan['tried']}`): exit status {titan['status']}{ends}\n"
         )
     if "bubble" in found:
-        parts += ["## Bubbles\n", f"{bubble.table(found['bubble'])}\n", machine(found["bubble"]["environment"]) + ".\n"]
+        parts += ["## Bubbles\n", f"{bubble.table(found['bubble'])}\n", f"{stamps(found['bubble'])}\n"]
     if "exposed" in found:
-        stamps = [f"{name}: {machine(each['environment'])}" for name, each in found["exposed"].items()]
-        parts += ["## Exposed communication\n", f"{exposed_table(found['exposed'])}\n", "; ".join(stamps) + ".\n"]
+        parts += ["## Exposed communication\n", f"{exposed_table(found['exposed'])}\n", f"{stamps(found['exposed'])}\n"]
     if "training_memory" in found:
         memory = found["training_memory"]
         parts += ["## Memory\n", f"{zero3_table(memory)}\n", f"{estimate_table(memory)}\n"]
         parts.append(machine(memory["environment"]) + ".\n")
     if "planner" in found:
-        stamps = [f"{name}: {machine(each['environment'])}" for name, each in found["planner"].items()]
-        parts += ["## The planner\n", f"{planner_table(found['planner'])}\n", "; ".join(stamps) + ".\n"]
+        parts += ["## The planner\n", f"{planner_table(found['planner'])}\n", f"{stamps(found['planner'])}\n"]
     return parts
 
 
@@ -268,7 +280,7 @@ def plot(found: dict[str, Record]) -> None:
         steps.set_title("plain torch's step / the trainer's, 4 ranks", fontsize=10)
         steps.legend(fontsize=8)
     if "bubble" in found:
-        results = found["bubble"]["results"]
+        results = [each for size in found["bubble"].values() for each in size["results"]]
         labels = [f"{each['schedule']}\np{each['ranks']} m{each['micro_batches']}" for each in results]
         bubbles.bar(range(len(results)), [100 * each["bubble"] for each in results], 0.6, label="measured")
         theory = [100 * each["of_schedule"] for each in results]

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from training.config import Config
+from training.config import Config, Layout
 from training.machine import matmul_flops
 from training.mesh import Mesh
 from training.model import Block, Parallel
@@ -29,6 +29,7 @@ class Alone:
     pp_index = 0
     ties = False
     weight_gradients = None
+    layout = Layout(1, 1, 1)
 
     def shards(self, axis: object) -> None:
         return None

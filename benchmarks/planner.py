@@ -41,7 +41,7 @@ SLEEPING = ("1x4", "1x8", "2x2@1gbit", "2x2@200mbit", "2x4@1gbit", "2x4@200mbit"
 REAL = ("1x2-real", "2x1@1gbit-real", "2x1@200mbit-real")
 SECTIONS = SLEEPING + REAL
 SHOW = 4  # layouts of the plan that are trained
-N_ROUNDS, N_WARM_UP = 7, 2
+N_ROUNDS, N_WARM_UP = 5, 2
 
 
 def planned(config: Config, world: Any, flops_per_s: float) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ N_RANKS = 4
 PRESETS = ("default", "laptop")
 SECTIONS = [f"{preset}@{where}" for preset in PRESETS for where in ("1host", "1gbit", "200mbit")]
 N_MICRO_BATCHES = 8  # of the pipelines; two sequences each
-N_ROUNDS, TURN_S, MOST_STEPS, N_WARM_UP = 9, 1.0, 5, 2
+N_ROUNDS, TURN_S, MOST_STEPS, N_WARM_UP = 7, 0.8, 4, 2
 LOSS_TOLERANCE = 1e-4  # relative, in any step; rounding alone differs
 PAIRS = {
     "data parallel": ("trainer, dp 4", "DDP"),

@@ -41,7 +41,7 @@ SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
 )
 SIZES = {"p4m8": (4, 8), "p4m16": (4, 16), "p2m8": (2, 8)}  # ranks, micro-batches
 RANK_S = 0.080  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
-N_ROUNDS = 5
+N_ROUNDS = 3
 
 
 def config_of(name: schedules.Name, chunks: int, n_ranks: int, n_micro_batches: int) -> Config:

@@ -37,7 +37,7 @@ RATE_MBIT = 1000
 HOSTS = ["a"] * 4 + ["b"] * 4
 PRESETS = ("default", "laptop")
 SCHEDULES: tuple[schedules.Name, ...] = ("1f1b", "zb_h1", "zbv")
-N_STEPS, N_WARM_UP = 15, 3
+N_STEPS, N_WARM_UP = 9, 2
 N_MICRO_BATCHES = 8
 
 

@@ -17,6 +17,7 @@ from common import environment, write_json
 from peers import PEERS
 
 VERSION = "0.3.0"
+TRITON = "3.9.0"  # which it imports, also without a GPU, and does not name as what it needs
 COMMAND = "python -m torchtitan.train --module llama3 --config llama3_debugmodel --training.steps 2"
 
 
@@ -27,7 +28,7 @@ def install() -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
         packages = next(place.glob("lib/python*/site-packages"))
         (packages / "this.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # another torch would be gigabytes
-        pip = [place / "bin/pip", "install", "-q", "--disable-pip-version-check", f"torchtitan=={VERSION}"]
+        pip = [place / "bin/pip", "install", "-q", "--disable-pip-version-check", f"torchtitan=={VERSION}", f"triton=={TRITON}"]
         subprocess.run(pip, check=True)
         done.touch()
     return place
@@ -48,7 +49,7 @@ def main() -> None:
         )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line.strip() for line in lines if re.match(r"\s*(\w+\.)*\w*(Error|Exception)\b.*:", line)]
-    places = re.findall(r'File ".*/(torchtitan/\S+)", line (\d+), in (\w+)', done.stderr)
+    places = re.findall(r'File ".*/site-packages/(torchtitan/[^"]+)", line (\d+), in (\S+)', done.stderr)
     record = {
         "environment": environment(),
         "version": VERSION,

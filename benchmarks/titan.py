@@ -28,7 +28,14 @@ def install() -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
         packages = next(place.glob("lib/python*/site-packages"))
         (packages / "this.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # another torch would be gigabytes
-        pip = [place / "bin/pip", "install", "-q", "--disable-pip-version-check", f"torchtitan=={VERSION}", f"triton=={TRITON}"]
+        pip = [
+            place / "bin/pip",
+            "install",
+            "-q",
+            "--disable-pip-version-check",
+            f"torchtitan=={VERSION}",
+            f"triton=={TRITON}",
+        ]
         subprocess.run(pip, check=True)
         done.touch()
     return place

@@ -47,7 +47,7 @@ def config_of(preset: str, schedule: schedules.Name) -> Config:
         config,
         data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
         layout=dataclasses.replace(config.layout, tp=2, pp=2, schedule=schedule),
-        train=dataclasses.replace(config.train, accumulation=N_MICRO_BATCHES),
+        train=dataclasses.replace(config.train, accumulation=N_MICRO_BATCHES, eval_sequences=8),
     )
 
 

@@ -109,8 +109,12 @@ def section(name: str) -> dict[str, Any]:
     layout, _, rate = where.partition("@")
     n_hosts, per_host = map(int, layout.split("x"))
     config = load_preset("default")
-    data = dataclasses.replace(config.data, path=argparse.__file__)  # some text that is always there and soon read
-    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=SHOW, max_cp=1), data=data)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
+        train=dataclasses.replace(config.train, eval_sequences=8),
+        plan=dataclasses.replace(config.plan, show=SHOW, max_cp=1),
+    )
     hosts = [host for host in "abcd"[:n_hosts] for _ in range(per_host)]
     with emulated_hosts(hosts=tuple("abcd"[:n_hosts])) if n_hosts > 1 else nullcontext() as network:
         if network is not None:

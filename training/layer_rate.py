@@ -18,6 +18,7 @@ from training.mesh import Mesh
 from training.model import Block, Parallel
 
 _MOST_FLOPS = 5e10  # of what is timed; larger layers are products that run at the rate of a product
+_ENOUGH_FLOPS, _MOST_SEQUENCES = 5e9, 8  # sequences are added up to either: one alone keeps no core busy
 _N_TRIES = 5
 
 
@@ -48,9 +49,8 @@ def planning_flops(config: Config) -> float:
 
 
 def layer_flops(config: Config, n_tries: int = _N_TRIES) -> float:
-    """FLOP/s, counted as MFU does, of forward and backward of one dense layer with one sequence, the median of n_tries;
-    a product's where that would be large, or the layers are experts. All ranks at once see what sharing a machine
-    leaves them."""
+    """FLOP/s, counted as MFU does, of forward and backward of one dense layer, the median of n_tries; a product's where
+    that would be large, or the layers are experts. All ranks at once see what sharing a machine leaves them."""
     model, seq_len = config.model, config.data.seq_len
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     query, key = model.n_heads * model.head_width, model.n_kv_heads * model.head_width
@@ -58,14 +58,15 @@ def layer_flops(config: Config, n_tries: int = _N_TRIES) -> float:
     flops = 6.0 * matrices * seq_len + 12.0 * query * seq_len**2
     if flops > _MOST_FLOPS or model.n_experts:
         return matmul_flops(dtype)
+    n_sequences = int(min(max(_ENOUGH_FLOPS / flops, 1), _MOST_SEQUENCES, config.train.global_batch))
     block = Block(model, cast(Mesh, Alone()), 0, Parallel())
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     block.to(dtype)
     times = []
     for _ in range(n_tries + 2):  # two that do not count
-        x = torch.randn(seq_len, 1, model.d_model, dtype=dtype, requires_grad=True)
+        x = torch.randn(seq_len, n_sequences, model.d_model, dtype=dtype, requires_grad=True)
         started = time.perf_counter()
         block(x)[0].sum().backward()
         times.append(time.perf_counter() - started)
-    return flops / statistics.median(times[2:])
+    return n_sequences * flops / statistics.median(times[2:])

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from netns import Network
 
 from pycomm.bench.record import machine
+from pycomm.discover import survey
+from pycomm.measure import measure_links, measured_topology
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -112,6 +114,14 @@ def _rank_main(
         connection.send((True, body(dist.TCPStore(address, port, is_master=False), rank, n_ranks, *args)))
     except BaseException:  # whatever it was, the parent reports it
         connection.send((False, traceback.format_exc()))
+
+
+def as_measured(group: Any) -> Any:
+    """The group's topology with its links as they are; on every rank the same."""
+    found = survey(group)
+    return measured_topology(
+        found.topology, measure_links(group, found.topology, [machine.boot_id for machine in found.machines])
+    )
 
 
 def environment() -> dict[str, Any]:

@@ -28,14 +28,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import RESULTS, environment, markdown_table, run_ranks, write_figures, write_json
+from common import RESULTS, as_measured, environment, markdown_table, run_ranks, write_figures, write_json
 from netns import emulated_hosts, why_unavailable
 from overlap_plot import plot
 from torch import Tensor, nn
 
 import pycomm
-from pycomm.discover import survey
-from pycomm.measure import measure_links, measured_topology
 from pycomm.moe import ExpertParallel
 from pycomm.overlap import (
     GradientBuckets,
@@ -335,14 +333,6 @@ def finished(make: Callable[[], Tensor], backward: bool) -> Callable[[], object]
 
 def card_entry(card: Scorecard) -> dict[str, Any]:
     return vars(card) | {"overlap": card.overlap, "over_limit": card.over_limit}
-
-
-def as_measured(group: Any) -> Any:
-    """The group's topology with its links as they are; on every rank the same."""
-    found = survey(group)
-    return measured_topology(
-        found.topology, measure_links(group, found.topology, [machine.boot_id for machine in found.machines])
-    )
 
 
 # Sequence parallel products.

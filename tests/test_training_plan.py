@@ -21,6 +21,7 @@ from training import mesh
 from training.__main__ import main
 from training.config import Config, Layout, load_preset, resolve_layout
 from training.errors import ConfigError
+from training.layer_rate import layer_flops, planning_flops
 from training.links import Links, groups_of, neighbours, tied
 from training.memory import require_fit
 from training.plan_layout import Plan, _possible, search, settings, whole_specs
@@ -132,6 +133,23 @@ def test_flops_of_the_parts_are_those_of_the_model(preset: str) -> None:
     )
 
 
+@pytest.mark.parametrize("model", [{"block": "llama"}, {"block": "gpt2"}, {"n_experts": 8}, {"d_model": 8192}])
+def test_the_rate_to_plan_with_is_given_or_measured(model: dict[str, Any]) -> None:
+    config = load_preset("tiny")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+    assert 1e6 < layer_flops(config) < 1e15
+    given = dataclasses.replace(config, plan=dataclasses.replace(config.plan, tflops=0.5))
+    assert planning_flops(given) == 0.5e12
+
+
+def test_the_search_keeps_to_what_it_may_try() -> None:
+    config = dense()
+    few = dataclasses.replace(config, plan=dataclasses.replace(config.plan, max_cp=2, max_pp=1))
+    tried = [layout for _, layout in _possible(few, 8, Counter())]
+    assert {layout.cp for layout in tried} == {1, 2}
+    assert {layout.pp for layout in tried} == {1}
+
+
 def test_one_rank_computes_and_waits_for_nobody() -> None:
     config = dense()
     time = timed(config, cluster(1, 1))
@@ -144,8 +162,14 @@ def test_one_rank_computes_and_waits_for_nobody() -> None:
 def test_the_bubble_is_that_of_the_schedule(accumulation: int) -> None:
     config = with_layout(dense(), accumulation, pp=4, schedule="1f1b")
     time = timed(config, cluster(1, 4))
-    assert time.bubble_s == pytest.approx(time.compute_s * 3 / accumulation)  # (p - 1) / m of the work
+    costs = Costs(config.model, whole_specs(config))
+    tokens = 64 / accumulation * 512
+    stage = 3 * tokens * 2 * (costs.blocks[0] + costs.core(512)) / RATE  # two layers, forward and backward
+    head = 3 * tokens * costs.head / RATE
+    assert time.compute_s == pytest.approx(accumulation * (stage + head))  # the last stage is the busiest
+    assert time.bubble_s == pytest.approx(3 * stage)  # the three stages before it, once down and once up
     assert time.total_s == pytest.approx(sum(time.parts.values()))
+    assert timed(config, cluster(1, 4, FAST)).exposed_s["pp"] < 0.01 * time.total_s
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -235,7 +259,7 @@ def test_a_slow_link_between_hosts_keeps_tensor_parallel_ranks_together() -> Non
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, n_kv_heads=8),
-        data=dataclasses.replace(config.data, seq_len=520),  # a multiple of 8, not of 16: cp 8 is not possible
+        plan=dataclasses.replace(config.plan, max_cp=1),  # which would take its place
     )
     fast, slow = (cluster(2, 4, link) for link in (FAST, Link(1e-4, 2.5e7, 1e-5)))  # slow: 200 Mbit/s
     assert chosen(config, fast).first.layout.tp == 8

@@ -41,6 +41,20 @@ def test_bubbles_are_those_of_theory(n_ranks: int) -> None:
     assert idle("zbv") <= (n_ranks - 1) / 2 + 0.5
 
 
+def test_messages_and_uneven_stages_delay_what_waits_for_them() -> None:
+    p, m, hop = 4, 8, 0.25
+    slow_last = [1.0, 1.0, 1.0, 2.0]
+    assert check(plan("gpipe", p, m), slow_last, 0.0, 0.0).makespan == 3 + 2 * m  # the others' forwards once, then it
+    assert check(plan("gpipe", p, m), 1.0, slow_last, 0.0).makespan == (p - 1 + m) + (2 * m + 3)
+    plain = check(plan("1f1b", p, m)).makespan
+    assert check(plan("1f1b", p, 1), hop=hop).makespan == 3 * p + 2 * (p - 1) * hop  # alone, each hop down and up
+    assert plain + 2 * (p - 1) * hop <= check(plan("1f1b", p, m), hop=hop).makespan <= plain + 2 * m * hop
+    assert check(plan("gpipe", 2, m), 1.0, 0.0, 0.0, hop=3.0).makespan == 2 * (1 + 3 * m)  # one by one
+    v = plan("zbv", 2, 4)
+    ends = check(v, hop=hop).end
+    assert max(ends) > check(v).makespan and len(ends) == 2
+
+
 def changed(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
     lists = list(schedule.actions)
     lists[rank] = tuple(actions)

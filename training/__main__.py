@@ -24,7 +24,7 @@ from training.config import Config, load_preset, nearest, resolve_layout
 from training.errors import ConfigError, TrainingError
 
 COMMANDS = ("run", "plan", "eval", "sample", "export", "import", "inspect", "prepare")
-_PLAN_OPTIONS = ("gpus", "topology", "tflops", "max-pp", "show")  # of [plan], for `plan` without the prefix
+_PLAN_OPTIONS = ("gpus", "topology", "tflops", "max-cp", "max-pp", "show")  # of [plan], for `plan` without the prefix
 _TAKE_A_PATH = ("import", "inspect", "prepare")
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells have it

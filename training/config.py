@@ -65,7 +65,8 @@ class PlanConfig:
 
     gpus: int = 0  # ranks; 0: those of the topology
     topology: str = ""  # the file of the ranks' hosts and links (docs/topology.md)
-    tflops: float = 0.0  # that a rank reaches in the layers; 0: monitor.peak_tflops, or else a product's rate here
+    tflops: float = 0.0  # that a rank reaches in the layers; 0: monitor.peak_tflops, or else what a layer reaches here
+    max_cp: int = 64  # context parallel ranks tried at most
     max_pp: int = 16  # pipeline ranks tried at most
     show: int = 5  # layouts in the table
 

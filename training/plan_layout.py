@@ -23,8 +23,9 @@ from pycomm.errors import TopologyError
 from training import schedules
 from training.config import Config, Layout, resolve_layout
 from training.errors import ConfigError
+from training.layer_rate import Alone, planning_flops
 from training.links import Links
-from training.machine import matmul_flops, share_cores
+from training.machine import share_cores
 from training.memory import Estimate, require_fit
 from training.mesh import Mesh, MeteredGroup, on_rank_0
 from training.model import specs_of_whole
@@ -90,19 +91,9 @@ class Plan:
         return self.fitting[0][0]
 
 
-class _NoMesh:
-    """Enough of a Mesh for a model on the meta device: nothing is cut."""
-
-    pp_index = 0
-    ties = False
-
-    def shards(self, axis: object) -> None:
-        return None
-
-
 def whole_specs(config: Config) -> dict[str, ParamSpec]:
     """Of the whole model, without a group."""
-    return specs_of_whole(config.model, cast(Mesh, _NoMesh()))
+    return specs_of_whole(config.model, cast(Mesh, Alone()))
 
 
 def search(config: Config, topology: Any, flops_per_s: float) -> Plan:
@@ -141,7 +132,7 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
     """Every layout that resolve_layout() accepts; refused: counts what it said of the others."""
     divisors = [n for n in range(1, n_ranks + 1) if n_ranks % n == 0]
     for tp in divisors:
-        for cp in (n for n in divisors if n_ranks // tp % n == 0):
+        for cp in (n for n in divisors if n <= config.plan.max_cp and n_ranks // tp % n == 0):
             for pp in (n for n in divisors if n <= config.plan.max_pp and n_ranks // (tp * cp) % n == 0):
                 dp = n_ranks // (tp * cp * pp)
                 experts = math.gcd(dp, config.model.n_experts) if config.model.n_experts else 1
@@ -265,13 +256,13 @@ def plan(config: Config) -> None:
     if 0 < asked.gpus < topology.n_ranks:
         topology = topology.select(range(asked.gpus))
     console = Console(highlight=False)
-    show(search(config, topology, _given(config) or matmul_flops(_dtype(config))), config, topology, console)
+    show(search(config, topology, planning_flops(config)), config, topology, console)
 
 
 def automatic(config: Config, world: Group) -> Config:
     """config with the first choice for the world's ranks, the same on every rank; they call it together."""
     share_cores(world)
-    rate = torch.tensor([_given(config) or matmul_flops(_dtype(config))], dtype=torch.float64)
+    rate = torch.tensor([planning_flops(config)], dtype=torch.float64)
     world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
 
     def first() -> dict[str, Any]:
@@ -288,11 +279,3 @@ def automatic(config: Config, world: Group) -> Config:
         layout=dataclasses.replace(config.layout, **chosen["layout"]),
         train=dataclasses.replace(config.train, accumulation=chosen["accumulation"]),
     )
-
-
-def _given(config: Config) -> float:
-    return (config.plan.tflops or config.monitor.peak_tflops) * 1e12
-
-
-def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32

@@ -19,6 +19,7 @@ arXiv:2405.15362. Pure Python."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -47,11 +48,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Timing:
-    """What check() found with given costs. peak[rank]: chunks' micro-batches whose activations it holds at most."""
+    """What check() found with given costs, by rank. end: of its last action; idle: of the makespan; peak: chunks'
+    micro-batches whose activations it holds at most."""
 
-    makespan: float
+    end: tuple[float, ...]
     idle: tuple[float, ...]
     peak: tuple[int, ...]
+
+    @property
+    def makespan(self) -> float:
+        return max(self.end)
 
 
 @functools.lru_cache(maxsize=256)  # a planner of layouts asks for few schedules many times
@@ -155,8 +161,12 @@ def _zero_bubble(placement: Placement, n_micro_batches: int) -> list[list[Action
     return lists
 
 
-def check(schedule: Schedule, f: float = 1.0, b: float = 1.0, w: float = 1.0) -> Timing:
-    """Runs a schedule with the time of each action (B takes b + w where it is not split).
+Costs = float | Sequence[float]  # of every stage, or one of each
+
+
+def check(schedule: Schedule, f: Costs = 1.0, b: Costs = 1.0, w: Costs = 1.0, hop: float = 0.0) -> Timing:
+    """Runs a schedule with the time of each action (B takes b + w where it is not split) and of a message to another
+    rank; messages from one rank to another go one after the other.
 
     Raises ValueError where an action is missing, stands twice or on a rank that has no such chunk, where B comes before
     its F or W before its B, where gradients of a chunk are not added in the order of micro-batches, and where ranks
@@ -172,8 +182,15 @@ def check(schedule: Schedule, f: float = 1.0, b: float = 1.0, w: float = 1.0) ->
             last_kind = [a.micro_batch for a in actions if a.kind == kinds[-1] and a.chunk == chunk]
             if last_kind != sorted(last_kind):
                 raise ValueError(f"rank {rank}: chunk {chunk}'s gradients do not come in the order of micro-batches")
-    cost = {"F": f, "B": b if schedule.split else b + w, "W": w}
-    end: dict[tuple[str, int, int], float] = {}
+    forward, backward, weights = (
+        [each] * placement.n_stages if isinstance(each, (int, float)) else each for each in (f, b, w)
+    )
+    if not schedule.split:
+        backward = [each + later for each, later in zip(backward, weights, strict=True)]
+    cost = {"F": forward, "B": backward, "W": weights}
+    here: dict[tuple[str, int, int], float] = {}  # when an action is done
+    there: dict[tuple[str, int, int], float] = {}  # when what it gives has come to the rank of the next stage
+    free: dict[tuple[int, int], float] = {}  # when a rank's last message to another has come
     clock, at = [0.0] * placement.n_ranks, [0] * placement.n_ranks
     busy, held, peak = [0.0] * placement.n_ranks, [0] * placement.n_ranks, [0] * placement.n_ranks
     while True:
@@ -181,20 +198,26 @@ def check(schedule: Schedule, f: float = 1.0, b: float = 1.0, w: float = 1.0) ->
         for rank, actions in enumerate(schedule.actions):
             while at[rank] < len(actions):
                 action = actions[at[rank]]
-                needs = _needs(action, placement.stage(rank, action.chunk), placement.n_stages)
-                if any(need not in end for need in needs):
+                stage = placement.stage(rank, action.chunk)
+                needs = _needs(action, stage, placement.n_stages)
+                if any(need not in here for need in needs):
                     break
-                clock[rank] = max([clock[rank], *(end[need] for need in needs)]) + cost[action.kind]
-                end[action.kind, placement.stage(rank, action.chunk), action.micro_batch] = clock[rank]
-                busy[rank] += cost[action.kind]
+                begins = [here[need] if placement.rank(need[1]) == rank else there[need] for need in needs]
+                clock[rank] = max([clock[rank], *begins]) + cost[action.kind][stage]
+                done = (action.kind, stage, action.micro_batch)
+                here[done] = clock[rank]
+                following = stage + {"F": 1, "B": -1, "W": placement.n_stages}[action.kind]
+                if 0 <= following < placement.n_stages:
+                    way = (rank, placement.rank(following))
+                    there[done] = free[way] = max(clock[rank], free.get(way, 0.0)) + hop
+                busy[rank] += cost[action.kind][stage]
                 held[rank] += (action.kind == "F") - (action.kind == kinds[-1])
                 peak[rank] = max(peak[rank], held[rank])
                 at[rank] += 1
                 moved = True
         waiting = [rank for rank, actions in enumerate(schedule.actions) if at[rank] < len(actions)]
         if not waiting:
-            makespan = max(clock)
-            return Timing(makespan, tuple(makespan - each for each in busy), tuple(peak))
+            return Timing(tuple(clock), tuple(max(clock) - each for each in busy), tuple(peak))
         if not moved:
             stuck = ", ".join(f"rank {rank} at {_text(schedule.actions[rank][at[rank]])}" for rank in waiting)
             raise ValueError(f"a deadlock: {stuck}")

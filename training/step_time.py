@@ -2,13 +2,14 @@
 
     step = compute + bubble + what each axis exposes
 
-compute  FLOPs of the slowest stage's part of all micro-batches / the rate; recomputation included
-bubble   what schedules.check() leaves idle when every action takes the slowest stage's time, tp, cp and ep included
+compute  FLOPs of the busiest pipeline rank's part of all micro-batches / the rate; recomputation included
+bubble   what schedules.check() leaves that rank idle, with the time of each stage's actions, tp, cp and ep included
 tp, ep   whole: layers wait for them (all_gather and reduce_scatter of the sequence; an all_to_all of a row an expert)
 cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
-pp       a message's time on each hop of filling and draining, and what each later one takes longer than an action
-dp       gradients: what does not fit beside backward, at least one block's; ZeRO 1 and 2 gather parameters whole,
-         stage 3 a block at a time beside the one before it
+pp       by how much check() is later when messages between stages take their time, one after the other on each way
+dp       gradients: what does not fit beside the last backward, at least what is filled when that ends (the embedding's
+         table, with ZeRO a block), and is not done before the last pipeline rank is; ZeRO 1 and 2 gather parameters
+         whole, stage 3 a block at a time beside the one before it
 
 Not counted: the optimizer's update, elementwise work, loading data, axes that share a link at once, a wire."""
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from training import schedules
 from training.config import Config, Layout, stages_of
@@ -81,56 +81,60 @@ class _Action:
     weight_s: float
     blocked: dict[str, tuple[float, float]]
 
+    @property
+    def compute_s(self) -> float:
+        return self.forward_s + self.input_s + self.weight_s
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + sum(map(sum, self.blocked.values()))
+
 
 def step_time(config: Config, layout: Layout, costs: Costs, links: Links, flops_per_s: float) -> StepTime:
     """flops_per_s: that a rank reaches. config: whose layout was resolved to `layout`."""
-    train, stages = config.train, stages_of(config)
+    stages, m = stages_of(config), config.train.accumulation
     placement = stages.placement
     groups = groups_of(layout)
     per_stage = [
         _stage(config, layout, costs, links, groups, stages, stage, flops_per_s) for stage in range(placement.n_stages)
     ]
-    slowest = _slowest(per_stage)
-    forward = slowest.forward_s + sum(f for f, _ in slowest.blocked.values())
-    backward = slowest.input_s + sum(b for _, b in slowest.blocked.values())
-    n_actions = train.accumulation * placement.n_chunks
-    makespan = _makespan(
-        config.layout.schedule,
-        layout.pp,
-        train.accumulation,
-        placement.n_chunks,
-        forward,
-        backward,
-        slowest.weight_s,
-    )
-    exposed = {axis: n_actions * sum(slowest.blocked[axis]) for axis in ("tp", "cp", "ep")}
-    exposed["pp"] = _between_stages(config, layout, links, stages, forward, backward + slowest.weight_s)
-    exposed["dp"] = max(
-        _data_parallel(config, layout, costs, links, groups, stages, pp_index, slowest) for pp_index in range(layout.pp)
-    )
-    return StepTime(
-        n_actions * (slowest.forward_s + slowest.input_s + slowest.weight_s),
-        max(0.0, makespan - n_actions * (forward + backward + slowest.weight_s)),
-        exposed,
-    )
+    of_rank = [
+        [per_stage[placement.stage(rank, chunk)] for chunk in range(placement.n_chunks)] for rank in range(layout.pp)
+    ]
+    busiest = max(range(layout.pp), key=lambda rank: sum(each.total_s for each in of_rank[rank]))
+    hop = _hop(config, layout, links, stages)
+    still, moving = (_timing(config, layout, tuple(per_stage), placement.n_chunks, each) for each in (0.0, hop))
+    exposed = {axis: m * sum(sum(each.blocked[axis]) for each in of_rank[busiest]) for axis in ("tp", "cp", "ep")}
+    exposed["pp"] = moving.makespan - still.makespan
+    gradients = [
+        _data_parallel(config, layout, costs, links, groups, stages, pp_index, actions)
+        for pp_index, actions in enumerate(of_rank)
+    ]
+    exposed["dp"] = max(map(sum, zip(moving.end, gradients, strict=True))) - moving.makespan
+    return StepTime(m * sum(each.compute_s for each in of_rank[busiest]), still.idle[busiest], exposed)
 
 
-def _slowest(stages: list[_Action]) -> _Action:
-    """The largest of each figure: what every stage is taken for, so that a faster link or rate never costs time."""
-    return _Action(
-        max(each.forward_s for each in stages),
-        max(each.input_s for each in stages),
-        max(each.weight_s for each in stages),
-        {
-            axis: (max(each.blocked[axis][0] for each in stages), max(each.blocked[axis][1] for each in stages))
-            for axis in stages[0].blocked
-        },
+def _timing(config: Config, layout: Layout, stages: tuple[_Action, ...], n_chunks: int, hop: float) -> schedules.Timing:
+    forward = tuple(each.forward_s + sum(f for f, _ in each.blocked.values()) for each in stages)
+    backward = tuple(each.input_s + sum(b for _, b in each.blocked.values()) for each in stages)
+    weights = tuple(each.weight_s for each in stages)
+    return _check(
+        config.layout.schedule, layout.pp, config.train.accumulation, n_chunks, forward, backward, weights, hop
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _makespan(name: schedules.Name, p: int, m: int, chunks: int, f: float, b: float, w: float) -> float:
-    return schedules.check(schedules.plan(name, p, m, chunks), f, b, w).makespan
+def _check(
+    name: schedules.Name,
+    p: int,
+    m: int,
+    chunks: int,
+    f: tuple[float, ...],
+    b: tuple[float, ...],
+    w: tuple[float, ...],
+    hop: float,
+) -> schedules.Timing:
+    return schedules.check(schedules.plan(name, p, m, chunks), f, b, w, hop)
 
 
 def _itemsize(config: Config) -> int:
@@ -160,7 +164,7 @@ def _stage(
     blocks_s = sum(costs.blocks[index] + core for index in layers) * per_flop
     core_s = len(layers) * core * per_flop
     first, last = stage == 0, stage == stages.placement.n_stages - 1
-    whole_s = blocks_s + (costs.head * per_flop if last else 0.0)
+    head_s = 3 * costs.head * per_flop if last else 0.0  # the fused loss makes its gradients in forward
     again = {"none": 0.0, "selective": core_s, "full": blocks_s}[recompute]
     nbytes = tokens * model.d_model * itemsize
     gather, scatter = (links.seconds(groups["tp"], each, nbytes) for each in ("all_gather", "reduce_scatter"))
@@ -179,9 +183,9 @@ def _stage(
     n_moe = sum(model.has_experts(index) for index in layers)
     exchange = 2 * n_moe * links.seconds(groups["ep"], "all_to_all", rows) if n_moe else 0.0
     return _Action(
-        whole_s,
-        whole_s + again,
-        whole_s,
+        blocks_s + head_s,
+        blocks_s + again,
+        blocks_s,
         {
             "tp": (layers_tp + ends_tp, layers_tp * (2 if twice else 1) + ends_back_tp),
             "cp": (len(layers) * attention_f, len(layers) * (attention_b + attention_again)),
@@ -211,19 +215,14 @@ def _context_parallel(
     return forward, (n - 1) * max(0.0, coming + gradients - 2 * attention) + gradients
 
 
-def _between_stages(
-    config: Config, layout: Layout, links: Links, stages: Stages, forward_s: float, backward_s: float
-) -> float:
+def _hop(config: Config, layout: Layout, links: Links, stages: Stages) -> float:
+    """Of a micro-batch from a stage to the next one's rank."""
     if layout.pp == 1:
         return 0.0
     placement = stages.placement
     nbytes = _tokens(config, layout) / layout.tp * config.model.d_model * _itemsize(config)
     around = placement.n_chunks > 1 and not placement.v_shape
-    hop = links.send_s(neighbours(layout, "pp", around), nbytes)
-    ranks = [placement.rank(stage) for stage in range(placement.n_stages)]
-    n_hops = sum(here != there for here, there in pairwise(ranks))
-    following = config.train.accumulation * placement.n_chunks - 1
-    return 2 * n_hops * hop + following * (max(0.0, hop - forward_s) + max(0.0, hop - backward_s))
+    return links.send_s(neighbours(layout, "pp", around), nbytes)
 
 
 def _data_parallel(
@@ -234,17 +233,23 @@ def _data_parallel(
     groups: Mapping[str, Groups],
     stages: Stages,
     pp_index: int,
-    action: _Action,
+    actions: list[_Action],
 ) -> float:
     """What reducing gradients and gathering parameters exposes on a pipeline rank. Sharded over all copies."""
     zero, m, itemsize, placement = config.layout.zero, config.train.accumulation, _itemsize(config), stages.placement
     held = [index for c in range(placement.n_chunks) for index in stages.layers(placement.stage(pp_index, c))]
     summed: dict[str | None, Groups] = {None: groups["stage"], "tp": groups["dp"], "ep": groups["expert_replicas"]}
     cut = {None: 1, "tp": layout.tp, "ep": layout.expert_ranks, "tied": layout.tp}
-    blocks, others = _held(costs, held, ""), _held(costs, [], "embedding positions norm head", stages, pp_index)
-    if config.model.tie_embeddings and placement.last_rank != 0 and "tp" in others:
-        others["tied"] = others.pop("tp")
+    blocks = _held(costs, held, "")
+    others, late = (
+        _held(costs, [], names, stages, pp_index)
+        for names in ("embedding positions norm head", "embedding positions")  # late: filled when backward ends
+    )
+    if config.model.tie_embeddings and placement.last_rank != 0:
         summed["tied"] = tied(layout, placement.last_rank)
+        for each in (others, late):
+            if "tp" in each:
+                each["tied"] = each.pop("tp")
 
     def seconds(collective: str, itemsize: int, numel: Mapping[str | None, float], parts: int = 1) -> float:
         return parts * sum(
@@ -252,23 +257,28 @@ def _data_parallel(
         )
 
     n = len(held)
-    backward = placement.n_chunks * (action.input_s + action.weight_s)
+    forward = sum(each.forward_s for each in actions)
+    backward = sum(each.input_s + each.weight_s for each in actions)
     if zero == 0:
         both = {axis: blocks.get(axis, 0.0) + others.get(axis, 0.0) for axis in blocks | others}
-        reduced = seconds("all_reduce", 4, both)
-        return max(reduced / (n + 1), reduced - backward)
-    reduced = seconds("reduce_scatter", 4, blocks, n) + seconds("reduce_scatter", 4, others)
+        last = dict.fromkeys(blocks, 2.0)  # of the last bucket's time half is latency (pycomm.overlap.buckets)
+        return max(
+            seconds("all_reduce", 4, late) + 2 * seconds("all_reduce", 4, last),
+            seconds("all_reduce", 4, both) - backward,
+        )
+    of_blocks, of_others = seconds("reduce_scatter", 4, blocks, n), seconds("reduce_scatter", 4, others)
+    reduced, last_s = of_blocks + of_others, of_blocks / n + of_others
     gathered = seconds("all_gather", itemsize, others)
     if zero < 3:
         gathered += seconds("all_gather", itemsize, blocks, n)
     if zero == 1:
         return reduced + gathered
-    beside = placement.n_chunks * action.forward_s + backward
-    reduced = (m - 1) * max(0.0, reduced - beside) + max(reduced / (n + 1), reduced - backward)
+    beside = forward + backward
+    reduced = (m - 1) * max(0.0, reduced - beside) + max(last_s, reduced - backward)
     if zero == 2:
         return reduced + gathered
     block = seconds("all_gather", itemsize, blocks, n) / n
-    ahead = sum(max(0.0, block - each / n) for each in (placement.n_chunks * action.forward_s, backward))
+    ahead = sum(max(0.0, block - each / n) for each in (forward, backward))
     return reduced + gathered + m * (2 * placement.n_chunks * block + max(0, n - placement.n_chunks) * ahead)
 
 

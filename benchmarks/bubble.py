@@ -1,0 +1,152 @@
+"""The pipeline's bubble beside theory: python benchmarks/bubble.py [SIZE ..]
+
+The trainer's own pipeline on one host, a stage a rank (two with interleaved and ZBV), whose layers sleep as long in
+forward as for the gradient of their input and of their weights (sleeping.py), so that computing needs no core. All
+schedules take turns. The bubble is the part of the slowest rank's step, from the first forward to the last weight
+gradient, in which it does not compute: 1 - m (F + B + W) / T. Theory, for F = B = W and m micro-batches on p ranks:
+
+    1f1b          (p - 1) / (m + p - 1)                      PipeDream-Flush, arXiv:2006.09503
+    interleaved   (p - 1) / (v m + p - 1), v chunks          arXiv:2104.04473
+    zb_h1         (p - 1)(F + B - W) idle                    arXiv:2401.10241, table 2
+    zbv           what the schedule leaves idle              arXiv:2405.15362: none in its steady state, for m >= 2 p
+
+"schedule" is what training/schedules.py's check() counts for the very list of actions that runs.
+A run replaces its own sizes in results/bubble.json; training_report.py writes docs/training_figures.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+from common import RESULTS, environment, markdown_table, run_ranks, write_json
+from sleeping import PARTS, Seconds, put_to_sleep
+
+import pycomm
+from training import schedules
+from training.config import Config, load_preset
+from training.pipeline import Scales
+from training.trainer import Trainer
+
+SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("zb_h1", 1),
+    ("zbv", 1),
+)
+SIZES = {"p4m8": (4, 8), "p4m16": (4, 16), "p2m8": (2, 8)}  # ranks, micro-batches
+RANK_S = 0.080  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
+N_ROUNDS = 3
+
+
+def config_of(name: schedules.Name, chunks: int, n_ranks: int, n_micro_batches: int) -> Config:
+    tiny = load_preset("tiny")
+    return dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, n_layers=2 * n_ranks),
+        layout=dataclasses.replace(tiny.layout, pp=n_ranks, schedule=name, chunks=chunks),
+        train=dataclasses.replace(tiny.train, global_batch=n_micro_batches, accumulation=n_micro_batches),
+    )
+
+
+def run(store: Any, rank: int, n_ranks: int, n_micro_batches: int) -> dict[str, list[float]]:
+    """Seconds of each schedule's steps."""
+    torch.set_num_threads(1)
+    each = RANK_S / 2  # a rank has two layers
+    took = dict.fromkeys(PARTS, Seconds()) | {"feed_forward": Seconds(each, each, each)}
+    with pycomm.init(store, rank, n_ranks, timeout_s=60) as world:
+        trainers = {}
+        for name, chunks in SCHEDULES:
+            trainers[name] = Trainer(config_of(name, chunks, n_ranks, n_micro_batches), world)
+            put_to_sleep(trainers[name], took)
+        times: dict[str, list[float]] = {name: [] for name in trainers}
+        for turn in range(N_ROUNDS + 1):  # the first does not count
+            for name, trainer in trainers.items():
+                batches = trainer._batches.at(0)
+                trainer.optimizer.begin()
+                world.barrier()
+                begin = time.perf_counter()
+                trainer.pipeline.step(batches, Scales(1.0, 0.0), trainer.optimizer)
+                step_s = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+                trainer.optimizer.wait()
+                world.all_reduce(step_s, "max")
+                if turn:
+                    times[name].append(float(step_s))
+        for trainer in trainers.values():
+            trainer.close()
+    return times
+
+
+def theory(name: schedules.Name, chunks: int, p: int, m: int) -> tuple[float | None, float]:
+    """The bubble by the formula, where the paper has one, and by the schedule's own check."""
+    idle = {"gpipe": 3 * (p - 1), "1f1b": 3 * (p - 1), "interleaved": 3 * (p - 1) / chunks, "zb_h1": p - 1}.get(name)
+    schedule = schedules.plan(name, p, m, chunks)
+    makespan = schedules.check(schedule).makespan / schedule.placement.n_chunks
+    return None if idle is None else idle / (3 * m + idle), 1 - 3 * m / makespan
+
+
+def section(n_ranks: int, n_micro_batches: int) -> list[dict[str, Any]]:
+    times = run_ranks(run, n_ranks, n_micro_batches, timeout_s=220)[0]
+    entries = []
+    for name, chunks in SCHEDULES:
+        formula, schedule = theory(name, chunks, n_ranks, n_micro_batches)
+        step_s = statistics.median(times[name])
+        entries.append(
+            {
+                "schedule": name,
+                "chunks": 2 if name == "zbv" else chunks,
+                "ranks": n_ranks,
+                "micro_batches": n_micro_batches,
+                "step_s": [round(s, 5) for s in times[name]],
+                "bubble": round(1 - 3 * n_micro_batches * RANK_S / step_s, 5),
+                "formula": formula if formula is None else round(formula, 5),
+                "of_schedule": round(schedule, 5),
+            }
+        )
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: all)")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
+    options = parser.parse_args()
+    if unknown := set(options.sizes) - set(SIZES):
+        parser.error(f"no size {', '.join(sorted(unknown))}")
+    path = RESULTS / "bubble.json"
+    for size in options.sizes or SIZES:
+        about = environment()
+        new = {size: {"environment": about, "rank_s": RANK_S, "results": section(*SIZES[size])}}
+        print(table(new), flush=True)
+        if not options.dry:
+            record = (json.loads(path.read_text()) if path.exists() else {}) | new
+            write_json("bubble", {key: record[key] for key in SIZES if key in record})
+
+
+def table(record: dict[str, Any]) -> str:
+    """Bubbles in percent of the step."""
+    rows = [
+        [
+            f"{each['schedule']}" + (f" × {each['chunks']}" if each["chunks"] > 1 else ""),
+            str(each["ranks"]),
+            str(each["micro_batches"]),
+            f"{1e3 * statistics.median(each['step_s']):.0f}",
+            f"{each['bubble']:.1%}",
+            "" if each["formula"] is None else f"{each['formula']:.1%}",
+            f"{each['of_schedule']:.1%}",
+            f"{each['bubble'] / each['of_schedule'] - 1:+.1%}",
+        ]
+        for size in record.values()
+        for each in size["results"]
+    ]
+    head = ["schedule", "p", "m", "step, ms", "bubble", "formula", "schedule's", "off"]
+    return markdown_table(head, rows)
+
+
+if __name__ == "__main__":
+    main()

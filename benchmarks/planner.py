@@ -1,0 +1,175 @@
+"""The planner's predictions beside measured steps: python benchmarks/planner.py [SECTION ..]
+
+On each set-up of emulated hosts (network namespaces, netns.py; needs root) the ranks measure their links, plan as
+`pycomm-train plan` does, and train in the first layouts of the plan, which take turns. Reported for each layout:
+predicted and measured step, and for each set-up what its first choice takes over the measured best of them.
+
+    2x4@1gbit      2 hosts of 4 ranks, layers that sleep as long as their FLOPs take at FLOPS_PER_S (sleeping.py): each
+                   of more ranks than cores has a core of its own, and the rate is known. What is held against the
+                   planner is its account of pipelines, exchanges and what they hide behind computation.
+    2x1@1gbit-real one rank a core, real computation, at the rate that the planner itself measures
+
+Context parallel layouts are left out: their exchange is within computation that sleeping replaces.
+A run replaces its own sections in results/planner.json; training_report.py writes docs/training_figures.md."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from common import RESULTS, as_measured, environment, run_ranks, write_json
+from netns import emulated_hosts, why_unavailable
+from sleeping import by_flops, put_to_sleep
+
+import pycomm
+from training.config import Config, LayoutConfig, load_preset
+from training.layer_rate import planning_flops
+from training.mesh import MeteredGroup, on_rank_0
+from training.plan_layout import Plan, search
+from training.trainer import StepResult, Trainer
+
+FLOPS_PER_S = 10e9
+SLEEPING = ("1x4", "1x8", "2x2@1gbit", "2x2@200mbit", "2x4@1gbit", "2x4@200mbit", "4x2@1gbit", "4x1@200mbit")
+REAL = ("1x2-real", "2x1@1gbit-real", "2x1@200mbit-real")
+SECTIONS = SLEEPING + REAL
+SHOW = 3  # layouts of the plan that are trained
+N_ROUNDS, N_WARM_UP = 4, 2
+
+
+def planned(config: Config, world: Any, flops_per_s: float) -> list[dict[str, Any]]:
+    """The plan's first layouts: settings, and what is predicted; the same on every rank."""
+
+    def plan() -> list[dict[str, Any]]:
+        begin = time.perf_counter()
+        found: Plan = search(config, world.topology, flops_per_s)
+        took_s = time.perf_counter() - begin
+        return [
+            {
+                "name": str(each),
+                "layout": dataclasses.asdict(each.config.layout),
+                "accumulation": each.config.train.accumulation,
+                "predicted_s": each.time.total_s,
+                "parts_s": each.time.parts,
+                "planned_in_s": took_s,
+            }
+            for each, _ in found.fitting
+        ]
+
+    result: list[dict[str, Any]] = on_rank_0(MeteredGroup(world, "world"), plan)
+    return result
+
+
+def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tuple[float, list[dict[str, Any]]]:
+    """The rate, and the layouts of the plan with the steps that were measured."""
+    torch.set_num_threads(1)
+    with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as world:
+        rate = torch.tensor([planning_flops(config) if real else FLOPS_PER_S], dtype=torch.float64)
+        world.all_reduce(rate, "min")
+        layouts = planned(config, world, float(rate))
+        trainers: list[Trainer] = []
+        for each in layouts:
+            train = dataclasses.replace(config.train, accumulation=each["accumulation"])
+            chosen = dataclasses.replace(config, layout=LayoutConfig(**each["layout"]), train=train)
+            trainer = Trainer(chosen, world)
+            if not real:
+                put_to_sleep(trainer, by_flops(chosen, trainer.mesh.layout, FLOPS_PER_S))
+            trainers.append(trainer)
+        results: list[list[tuple[float, StepResult]]] = [[] for _ in trainers]
+        for turn in range(N_WARM_UP + N_ROUNDS):
+            for trainer, found in zip(trainers, results, strict=True):
+                world.barrier()
+                begin = time.perf_counter()
+                step = trainer.train_step()
+                step_s = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
+                world.all_reduce(step_s, "max")
+                if turn >= N_WARM_UP:
+                    found.append((float(step_s), step))
+        for each, found in zip(layouts, results, strict=True):
+            each["steps_s"] = [round(step_s, 5) for step_s, _ in found]
+            axes = {axis for _, step in found for axis in step.blocked_by_axis_s}
+            each["blocked_s"] = {
+                axis: round(statistics.median(s.blocked_by_axis_s.get(axis, 0.0) for _, s in found) / n_ranks, 5)
+                for axis in sorted(axes)
+            }
+        for trainer in trainers:
+            trainer.close()
+    return float(rate), layouts
+
+
+def section(name: str) -> dict[str, Any]:
+    where, _, kind = name.partition("-")
+    layout, _, rate = where.partition("@")
+    n_hosts, per_host = map(int, layout.split("x"))
+    config = load_preset("default")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
+        train=dataclasses.replace(config.train, eval_sequences=8),
+        plan=dataclasses.replace(config.plan, show=SHOW, max_cp=1),
+    )
+    hosts = [host for host in "abcd"[:n_hosts] for _ in range(per_host)]
+    with emulated_hosts(hosts=tuple("abcd"[:n_hosts])) if n_hosts > 1 else nullcontext() as network:
+        if network is not None:
+            network.shape(rate)
+        args = (config, bool(kind))
+        place = {"hosts": hosts, "network": network} if network is not None else {}
+        flops_per_s, layouts = run_ranks(run, len(hosts), *args, **place, timeout_s=220)[0]
+    for each in layouts:
+        each["measured_s"] = round(statistics.median(each["steps_s"]), 5)
+        each["predicted_s"] = round(each["predicted_s"], 5)
+        each["parts_s"] = {part: round(s, 5) for part, s in each["parts_s"].items()}
+        each["layout"] = {k: v for k, v in each["layout"].items() if v != getattr(LayoutConfig(), k)}
+    best = min(each["measured_s"] for each in layouts)
+    return {
+        "flops_per_s": flops_per_s,
+        "layouts": layouts,
+        "first_over_best": round(layouts[0]["measured_s"] / best, 4),
+        "off": [round(each["predicted_s"] / each["measured_s"] - 1, 4) for each in layouts],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    wanted = options.sections or SECTIONS
+    if any("@" in each for each in wanted) and (why := why_unavailable()) is not None:
+        print(f"planner.py cannot emulate hosts here: {why}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
+    path = RESULTS / "planner.json"
+    for name in wanted:
+        about, begin = environment(), time.perf_counter()
+        found = section(name)
+        print(
+            f"{name}: {time.perf_counter() - begin:.0f} s, {found['flops_per_s'] / 1e9:.1f} GFLOP/s; first choice "
+            f"{found['first_over_best']:.3f} of the measured best",
+            flush=True,
+        )
+        for each, off in zip(found["layouts"], found["off"], strict=True):
+            print(
+                f"  {each['name']:<55} predicted {1e3 * each['predicted_s']:7.1f}  measured "
+                f"{1e3 * each['measured_s']:7.1f} ms  {off:+.1%}\n      parts {each['parts_s']}\n"
+                f"      blocked {each['blocked_s']}",
+                flush=True,
+            )
+        if not options.dry:
+            record = json.loads(path.read_text()) if path.exists() else {}
+            record[name] = {"environment": about, "result": found}
+            write_json("planner", {key: record[key] for key in SECTIONS if key in record})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -42,6 +42,7 @@ class LayoutConfig:
     """Data parallel ranks are what is left: world_size / (tp × cp × pp). docs/trainer.md says what each axis does."""
 
     tp: int = 1
+    tp_overlap: Literal["auto", "always", "never"] = "auto"  # products beside tp's exchanges; auto: where that gains
     cp: int = 1  # context parallel: each rank has 1 / cp of every sequence
     context: Literal["ring", "ulysses"] = "ring"  # keys and values go around, or heads and sequence change places
     pp: int = 1  # pipeline parallel
@@ -81,6 +82,7 @@ class TrainConfig:
     eval_sequences: int = 64
     recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
     offload_optimizer: bool = False  # masters and moments in a mapped file
+    offload_parameters: bool = False  # with layout.zero 3, each rank's part of them in a mapped file
     offload_activations: bool = False  # what backward needs in a mapped file
     offload_dir: str = ""  # "": offload in the run's folder
     loss_chunk: int = 1024  # tokens whose logits exist at a time
@@ -241,6 +243,7 @@ class Layout:
     pp: int = 1
     moe_dedup: Literal["auto", "none", "rank", "host"] = "auto"
     moe_chunks: int = 0
+    tp_overlap: Literal["auto", "always", "never"] = "auto"
 
     def __str__(self) -> str:
         axes = [f"dp {self.dp}", f"tp {self.tp}"]
@@ -289,13 +292,20 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     _check_zero(config, dp * cp, ep, tp)
     if layout.moe_chunks < 0:
         raise ConfigError(f"layout.moe_chunks is {layout.moe_chunks}; give 1 or more, or 0 for the library's choice")
-    return Layout(dp, tp, ep, cp, layout.pp, layout.moe_dedup, layout.moe_chunks)
+    # auto times products, so that the last bits may differ from run to run.
+    tp_overlap = "never" if layout.tp_overlap == "auto" and config.monitor.deterministic else layout.tp_overlap
+    return Layout(dp, tp, ep, cp, layout.pp, layout.moe_dedup, layout.moe_chunks, tp_overlap)
 
 
 def _check_zero(config: Config, data_ranks: int, ep: int, tp: int) -> None:
     layout = config.layout
     if not 0 <= layout.zero <= 3:
         raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
+    if config.train.offload_parameters and layout.zero < 3:
+        raise ConfigError(
+            f"train.offload_parameters needs layout.zero 3, it is {layout.zero}: with less, every rank has parameters "
+            "whole and in use all the time; set layout.zero to 3, also on one rank"
+        )
     if layout.zero == 0:
         if layout.zero_ranks:
             raise ConfigError(f"layout.zero_ranks is {layout.zero_ranks} but layout.zero is 0; set layout.zero to 1..3")

@@ -261,10 +261,11 @@ def _data_parallel(
     gathered = seconds("all_gather", itemsize, others)
     if zero < 3:
         gathered += seconds("all_gather", itemsize, blocks, n)
+    beside_last = max(reduced / (n + 1), reduced - backward)
     if zero == 1:
-        return reduced + gathered
+        return beside_last + gathered
     beside = placement.n_chunks * action.forward_s + backward
-    reduced = (m - 1) * max(0.0, reduced - beside) + max(reduced / (n + 1), reduced - backward)
+    reduced = (m - 1) * max(0.0, reduced - beside) + beside_last
     if zero == 2:
         return reduced + gathered
     block = seconds("all_gather", itemsize, blocks, n) / n

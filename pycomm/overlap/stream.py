@@ -13,8 +13,7 @@ so its sum is that of an unsplit run.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from pycomm.errors import InvalidArgument
 from pycomm.overlap import cost
+from pycomm.overlap.stream_backward import Begin, End, Hold, Part, Record, Rows, without_graph
 
 MAX_CHUNKS: Final = 4  # more gain less than products of fewer rows lose (benchmarks/overlap.py, stream)
 CHUNK_LOSS: Final = 0.05  # of the link, to latency
@@ -52,21 +52,6 @@ class Chunk:
     output: Tensor | None = None
 
 
-@dataclass(eq=False)
-class _Part:
-    """A chunk's tokens, and the pieces of its graph that the thread runs: leaves -> rows, and out -> y."""
-
-    x: Tensor
-    topk_idx: Tensor
-    weights: Tensor
-    dispatched: Any = None  # without its graph
-    rows: Any = None
-    kept: list[Tensor] = dataclasses.field(default_factory=list)  # what else of dispatch() combine() may use
-    leaves: list[Tensor] = dataclasses.field(default_factory=list)  # the same without its graph
-    out: Any = None
-    y: Any = None
-
-
 class ExpertStream:
     """One batch of tokens. Iterated once, to the end; then output is there. All ranks together, with one n_chunks."""
 
@@ -91,7 +76,7 @@ class ExpertStream:
         self._ep = ep
         self._x, self._weights = x, topk_weights
         order = _local_first(topk_idx, ep) if n_chunks > 1 else torch.arange(len(x))
-        self._record = _Record(order, [])
+        self._record = Record(order, [])
         self._topk_idx = topk_idx[order]
         self._output: Tensor | None = None
         self._begun = False
@@ -109,7 +94,7 @@ class ExpertStream:
         self._begun = True
         record, n = self._record, self.n_chunks
         grads = torch.is_grad_enabled() and (self._x.requires_grad or self._weights.requires_grad)
-        tickets: tuple[Any, ...] = _Begin.apply(record, n, self._x, self._weights) if grads else ()  # type: ignore[no-untyped-call]
+        tickets: tuple[Any, ...] = Begin.apply(record, n, self._x, self._weights) if grads else ()  # type: ignore[no-untyped-call]
         self._cut(grads)
         builds = torch.is_grad_enabled()
         held: list[Tensor] = []
@@ -121,13 +106,13 @@ class ExpertStream:
                 dispatches[index].result()
                 rows = part.rows
                 if grads and rows.requires_grad:
-                    rows = _Rows.apply(record, index, tickets[index])  # type: ignore[no-untyped-call]
+                    rows = Rows.apply(record, index, tickets[index])  # type: ignore[no-untyped-call]
                 chunk = Chunk(index, rows, part.dispatched.expert_counts, part.dispatched)
                 yield chunk
                 out = self._checked(chunk)
                 if builds and out.requires_grad:
                     part.out = out.detach().requires_grad_()
-                    held.append(_Hold.apply(record, index, out))  # type: ignore[no-untyped-call]
+                    held.append(Hold.apply(record, index, out))  # type: ignore[no-untyped-call]
                 else:
                     part.out = out.detach()
                 combines.append(thread.submit(self._combine, part, builds))
@@ -138,7 +123,7 @@ class ExpertStream:
         y = torch.cat([part.y.detach() for part in record.parts])
         self._output = torch.empty_like(y).index_copy_(0, record.order, y)
         if held or grads:
-            self._output = _End.apply(record, self._output, *tickets[n:], *held)  # type: ignore[no-untyped-call]
+            self._output = End.apply(record, self._output, *tickets[n:], *held)  # type: ignore[no-untyped-call]
 
     def _cut(self, grads: bool) -> None:
         """Tokens in chunks as even as they go, as leaves of their own graphs."""
@@ -149,15 +134,15 @@ class ExpertStream:
             if grads:
                 rows = rows.detach().requires_grad_(self._x.requires_grad)
                 weight = weight.detach().requires_grad_(self._weights.requires_grad)
-            record.parts.append(_Part(rows, experts, weight))
+            record.parts.append(Part(rows, experts, weight))
 
-    def _dispatch(self, part: _Part, builds: bool) -> None:
+    def _dispatch(self, part: Part, builds: bool) -> None:
         with torch.set_grad_enabled(builds):
             dispatched = self._ep.dispatch(part.x, part.topk_idx, part.weights)
             part.rows = dispatched.rows
-            part.dispatched, part.kept, part.leaves = _without_graph(dispatched)
+            part.dispatched, part.kept, part.leaves = without_graph(dispatched)
 
-    def _combine(self, part: _Part, builds: bool) -> None:
+    def _combine(self, part: Part, builds: bool) -> None:
         with torch.set_grad_enabled(builds):
             part.y = self._ep.combine(part.out, part.dispatched)
 
@@ -196,139 +181,3 @@ def _wanted(group: Any, x: Tensor, top_k: int) -> tuple[int, str]:
     if wanted < 2:
         return 1, f"one chunk: cut further it would lose more to latency than it hides; n bytes take {link}"
     return min(wanted, MAX_CHUNKS), f"chunks that lose {CHUNK_LOSS:.0%} of the link to latency; n bytes take {link}"
-
-
-# Backward. Begin -> Rows (of each chunk) -> the caller's experts -> Hold (of each chunk) -> End. Between Begin, Rows,
-# and between Hold and End, go tickets: 0-dim tensors that only order the graph. The gradients themselves are computed
-# on the record's thread: End asks for all combines, Hold waits for its own, Rows asks for its dispatch, Begin waits for
-# all.
-
-
-class _Record:
-    def __init__(self, order: Tensor, parts: list[_Part]) -> None:
-        self.order, self.parts = order, parts
-        self._thread: ThreadPoolExecutor | None = None
-        self.combines: dict[int, Future[Any]] = {}  # gradients of a chunk's output, then of its part.leaves
-        self._dispatches: dict[int, Future[Any]] = {}
-        self._of_rows: dict[int, Tensor | None] = {}
-        self._next = -1  # dispatches go from the last chunk to the first, whichever gradient comes first
-
-    def start_combines(self, grad: Tensor) -> None:
-        grads = grad[self.order].tensor_split(len(self.parts))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pycomm-stream")
-        self._next = len(self.parts) - 1
-        for index in reversed(range(len(self.parts))):
-            part = self.parts[index]
-            self.combines[index] = self._thread.submit(_gradients, [part.y], [part.out, *part.leaves], [grads[index]])
-
-    def bring(self, index: int, grad: Tensor | None) -> None:
-        """The gradient of a chunk's rows; None where no expert's output depended on them."""
-        assert self._thread is not None
-        self._of_rows[index] = grad
-        while self._next in self._of_rows:
-            self._dispatches[self._next] = self._thread.submit(self._to_tokens, self._next)
-            self._next -= 1
-
-    def _to_tokens(self, index: int) -> tuple[Tensor | None, ...]:
-        part, grad = self.parts[index], self._of_rows.pop(index)
-        grads = [torch.zeros_like(part.rows) if grad is None else grad, *self.combines[index].result()[1:]]
-        return _gradients([part.rows, *part.kept], [part.x, part.weights], grads)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """The gradients of x and the weights."""
-        for index in reversed(range(self._next + 1)):
-            if index not in self._of_rows:
-                self.bring(index, None)
-        found = [self._dispatches[index].result() for index in range(len(self.parts))]
-        assert self._thread is not None
-        self._thread.shutdown()
-        of_x = [_or_zeros(part.x, grads[0]) for part, grads in zip(self.parts, found, strict=True)]
-        of_weights = [_or_zeros(part.weights, grads[1]) for part, grads in zip(self.parts, found, strict=True)]
-        return self._in_order(of_x), self._in_order(of_weights)
-
-    def _in_order(self, parts: list[Tensor]) -> Tensor:
-        found = torch.cat(parts)
-        return torch.empty_like(found).index_copy_(0, self.order, found)
-
-
-def _gradients(
-    outputs: list[Tensor], inputs: list[Tensor], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Of the outputs with regard to each input, None for those that need none."""
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad and grad is not None]
-    wanted = [each for each in inputs if each.requires_grad]
-    if not pairs or not wanted:
-        return (None,) * len(inputs)
-    known, theirs = [out for out, _ in pairs], [grad for _, grad in pairs]
-    found = iter(torch.autograd.grad(known, wanted, theirs, allow_unused=True))
-    return tuple(next(found) if each.requires_grad else None for each in inputs)
-
-
-def _without_graph(dispatched: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """(a copy of dispatched whose tensors are leaves, those that stood in it beside rows, the leaves instead)."""
-    values = {field.name: getattr(dispatched, field.name) for field in dataclasses.fields(dispatched)}
-    kept = {
-        name: value
-        for name, value in values.items()
-        if name != "rows" and isinstance(value, Tensor) and value.requires_grad
-    }
-    leaves = {name: value.detach().requires_grad_() for name, value in kept.items()}
-    copy = dataclasses.replace(dispatched, rows=dispatched.rows.detach(), **leaves)
-    return copy, list(kept.values()), list(leaves.values())
-
-
-def _or_zeros(like: Tensor, grad: Tensor | None) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad
-
-
-def _ticket(like: Tensor) -> Tensor:
-    return like.new_zeros(())
-
-
-class _Begin(torch.autograd.Function):
-    """A ticket for each chunk's Rows, and one for End, so that backward comes here after all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, record: _Record, n: int, x: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.record = record
-        return tuple(_ticket(x) for _ in range(n + 1))
-
-    @staticmethod
-    def backward(ctx: Any, *tickets: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
-        return None, None, *ctx.record.finish()
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, record: _Record, index: int, ticket: Tensor) -> Tensor:
-        ctx.record, ctx.index = record, index
-        rows: Tensor = record.parts[index].rows.detach()
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        ctx.record.bring(ctx.index, grad)
-        return None, None, _ticket(grad)
-
-
-class _Hold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, record: _Record, index: int, out: Tensor) -> Tensor:
-        ctx.record, ctx.index = record, index
-        return _ticket(out)
-
-    @staticmethod
-    def backward(ctx: Any, ticket: Tensor) -> tuple[None, None, Tensor | None]:
-        return None, None, ctx.record.combines[ctx.index].result()[0]
-
-
-class _End(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, record: _Record, y: Tensor, *tickets: Tensor) -> Tensor:
-        ctx.record, ctx.n = record, len(tickets)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.record.start_combines(grad)
-        return None, None, *(_ticket(grad) for _ in range(ctx.n))

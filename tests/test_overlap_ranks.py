@@ -271,8 +271,8 @@ def check_matmuls(group: Any) -> None:
     for n_pieces, keep, puts_off in itertools.product((0, 2), (False, True), (False, True)):
         later = WeightGradients() if puts_off else None
         plan = MatmulPlan(n_pieces, "of the test")
-        x, others = parts[rank].clone().requires_grad_(), [w.clone().requires_grad_() for w in several]
-        ys = all_gather_matmuls(x, others, group, plan, keep=keep, later=later)
+        own, others = parts[rank].clone().requires_grad_(), [w.clone().requires_grad_() for w in several]
+        ys = all_gather_matmuls(own, others, group, plan, keep=keep, later=later)
         whole, exact = torch.cat(parts).requires_grad_(), [w.clone().requires_grad_() for w in several]
         expected = [F.linear(whole, w) for w in exact]
         for y, other in zip(ys, expected, strict=True):
@@ -283,11 +283,11 @@ def check_matmuls(group: Any) -> None:
         if later is not None:
             assert len(later) == 3 and all(w.grad is None for w in others)
             later.flush()
-        torch.testing.assert_close(x.grad, whole.grad[rank * 5 : rank * 5 + 5] * n)
+        torch.testing.assert_close(own.grad, whole.grad[rank * 5 : rank * 5 + 5] * n)
         for ours, theirs in zip(others, exact, strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
     with pytest.raises(InvalidArgument, match="not a leaf"):
-        all_gather_matmuls(x, [others[0] * 2], group, later=WeightGradients())
+        all_gather_matmuls(own, [others[0] * 2], group, later=WeightGradients())
     never = LinkCost(1e9, 1e15, "of the test")  # a hop takes years, so one piece
     found = plan_matmul_reduce_scatter(torch.ones(6, 64), torch.ones(4, 64), group, never)
     assert found.n_pieces == 0 and "overlapping would not gain" in found.why and "of the test" in found.why

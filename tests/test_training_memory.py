@@ -132,12 +132,24 @@ def check_offload(group: Any, folder: str) -> None:
         trainer.close()
         del trainer, block
         gc.collect()
-        assert in_files(folder)[0] == 0 and not list(Path(folder).iterdir())
+        assert in_files(folder)[0] == 0
 
 
 def numbers_of_a_block(trainer: Trainer, index: int) -> int:
     each = trainer.model.blocks[str(index)].parameters()
     return sum(p.numel() for p in each) // trainer.mesh.world.size
+
+
+def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
+    for rank, found in enumerate(run_ranks(run, 4, str(tmp_path))):
+        for (layout, train), (predicted, block, (parameters, optimizer, saved)) in zip(LAYOUTS, found, strict=True):
+            what = f"rank {rank}, {layout} {train}"
+            if layout.get("zero") != 3:  # else blocks are empty between steps
+                assert predicted.parameters == pytest.approx(parameters, rel=0.02), what
+            assert predicted.optimizer == pytest.approx(optimizer, rel=0.02), what
+            tolerance = 0.15 if train.get("precision") == "bf16" else 0.10  # measured: 10 % below in bf16
+            assert block == pytest.approx(saved, rel=tolerance), what
+    assert not list(tmp_path.iterdir())
 
 
 def refusal(group: Any) -> str:

@@ -162,6 +162,8 @@ class Optimizer:
         """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
         MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
         yield from self._state.pieces(self._of(kind))
+        for x in self._moments:
+            self._in_files(x, FileMemory.release)
         for name, parameter in self.untrained.items():
             yield name, parameter if kind == PARAMETERS else torch.zeros_like(parameter)
 

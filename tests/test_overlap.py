@@ -13,6 +13,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
 from pycomm.overlap.layout import pack
 from pycomm.overlap.matmul import ring_s
+from pycomm.overlap.trace import Trace
 
 WIDTHS = (3, 5, 7, 2)  # odd, so that no bucket edge falls on a round number
 
@@ -121,6 +122,28 @@ def test_ring_takes_the_longer_one_and_one_piece_of_the_other(product_s: float, 
 )
 def test_pack(nbytes: list[int], most: int, last: int, expected: list[int]) -> None:
     assert pack(nbytes, most, last) == expected
+
+
+def test_a_trace_foretells_each_use_of_a_step() -> None:
+    """Two blocks, two micro-batches whose backwards recompute, an evaluation and a step that goes another way."""
+    step = ["f0", "f1", "b1", "b1", "b0", "f0", "f1", "b1", "b0"]
+    phases = {"f": "forward", "b": "backward"}
+    trace: Trace[str] = Trace()
+    assert [trace.use(each[1], phases[each[0]], 2) for each in step] == [[]] * len(step)  # type: ignore[arg-type]
+    assert trace.upcoming(1) == []
+    trace.restart()
+    for _ in range(2):
+        ahead = [trace.use(each[1], phases[each[0]], 1) for each in step]  # type: ignore[arg-type]
+        # At f1 the next to run is 1 itself, at b0 0 itself; the last use has none behind it.
+        assert ahead == [["1"], ["0"], ["0"], ["0"], ["1"], ["1"], ["0"], ["0"], []]
+        trace.restart()
+    trace.use("0", "forward", 1)
+    trace.use("1", "forward", 1)
+    assert trace.upcoming(1) == ["1"]  # it runs backward next: it stays
+    assert trace.after_forward("0", 2) == ["1"] and trace.after_forward("1", 1) == []
+    assert trace.upcoming(1) == ["1"]  # an evaluation moves nothing
+    assert trace.use("0", "backward", 1) == ["1"]  # b1 did not come: the trace is found again
+    assert trace.use("2", "forward", 1) == ["0"]  # never seen
 
 
 def test_sizes_follow_from_the_link() -> None:

@@ -20,6 +20,7 @@ from training.errors import CheckpointError
 from training.trainer import Trainer
 
 MOE = {"n_experts": 4, "top_k": 2}
+RING = {"tp_overlap": "always"}  # not as it is timed
 BIASED = {**MOE, "router": "sigmoid", "router_bias": True, "router_bias_speed": 0.05}
 
 
@@ -40,7 +41,7 @@ def train_and_save(group: Any, config: Config, until: int, save_at: int) -> Any:
 
 @pytest.mark.parametrize(
     ("n_ranks", "layout"),
-    [(1, {}), (4, {"tp": 2, "ep": 2, "model": BIASED}), (1, {"precision": "bf16", "accumulation": 2})],
+    [(1, {}), (4, {"tp": 2, "ep": 2, "layout": RING, "model": BIASED}), (1, {"precision": "bf16", "accumulation": 2})],
     ids=["one rank", "all axes", "bf16"],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, n_ranks: int, layout: Any) -> None:

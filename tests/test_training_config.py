@@ -97,6 +97,10 @@ def test_layouts() -> None:
     assert resolve_layout(tiny(ep=2, model=moe), 8) == Layout(dp=8, tp=1, ep=2)
     assert resolve_layout(tiny(ep=0, model=moe), 8) == Layout(dp=8, tp=1, ep=2)
     assert resolve_layout(tiny(ep=0), 2) == Layout(dp=2, tp=1, ep=1)
+    timed = tiny(tp=2)
+    assert resolve_layout(timed, 2).tp_overlap == "auto"
+    same = dataclasses.replace(timed, monitor=dataclasses.replace(timed.monitor, deterministic=True))
+    assert resolve_layout(same, 2).tp_overlap == "never"  # what is timed may differ from run to run
     assert str(Layout(dp=4, tp=2, ep=2)) == "dp 4 × tp 2, ep 2 inside dp"
 
 
@@ -178,6 +182,7 @@ def test_layouts() -> None:
         ({"layout": {"zero_ranks": 2}}, 2, "layout.zero_ranks is 2 but layout.zero is 0"),
         ({"layout": {"zero": 1, "zero_ranks": 3}}, 2, r"zero_ranks \(3\) does not divide data × context .* \(2\)"),
         ({"layout": {"zero": 1}, "wire": "int8"}, 2, "train.wire 'int8' needs layout.zero 0"),
+        ({"layout": {"zero": 2}, "offload_parameters": True}, 2, "offload_parameters needs layout.zero 3, it is 2"),
         ({"steps": 0}, 1, "train.steps is 0; it must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, 1, "val_fraction is 1.0; it must lie between 0 and 1"),
     ],

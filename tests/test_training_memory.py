@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from training_runs import tiny
 from training import memory
 from training.errors import ConfigError
 from training.model import specs_of_whole
+from training.offload import FileMemory
 from training.optimizer import MOMENTS, PARAMETERS
 from training.trainer import Trainer
 
@@ -44,9 +47,9 @@ def measured(trainer: Trainer) -> tuple[int, int, int]:
     """Bytes of parameters, of optimizer state, and of what one forward of a block saves at most."""
     seen: set[int] = set()
     parameters = nbytes(trainer.model.parameters(), seen)
-    state = trainer.optimizer._adamw.state
+    state = trainer.optimizer._moments
     masters = list(trainer.optimizer._of(PARAMETERS).values())
-    rounded = [unit.shard for unit in getattr(trainer.optimizer._state, "_units", [])]
+    rounded = [unit.shard for _, unit in getattr(trainer.optimizer._state, "_each", [])]
     optimizer = nbytes([*masters, *rounded, *(state[x][m] for x in masters for m in MOMENTS)], seen)
     saved: list[Tensor] = []
 
@@ -63,7 +66,22 @@ def measured(trainer: Trainer) -> tuple[int, int, int]:
     return parameters, optimizer, nbytes(saved, kept) // len(trainer.model.chunks[0])
 
 
-def run(group: Any) -> list[Any]:
+def in_files(folder: str) -> tuple[int, int]:
+    """Bytes of this process's mappings of files that were in a folder, and of those in memory."""
+    size = resident = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *rest = line.split()
+        if "-" in key:
+            inside = folder in line
+        elif inside and key == "Size:":
+            size += 1024 * int(rest[0])
+        elif inside and key == "Rss:":
+            resident += 1024 * int(rest[0])
+    return size, resident
+
+
+def run(group: Any, offload_dir: str) -> list[Any]:
     torch.set_num_threads(1)
     found = []
     for layout, train in LAYOUTS:
@@ -76,11 +94,54 @@ def run(group: Any) -> list[Any]:
         block = memory._block(config, trainer.mesh.layout, 0)
         found.append((predicted, block, measured(trainer)))
         trainer.close()
+    check_offload(group, offload_dir)
     return found
 
 
-def test_the_estimate_counts_what_ranks_hold() -> None:
-    for rank, found in enumerate(run_ranks(run, 4)):
+def check_offload(group: Any, folder: str) -> None:
+    """What the settings put into files is there, and no more of it in memory than the blocks in use."""
+    for precision, settings, kept in (  # bytes in files of each number that a rank keeps
+        ("fp32", {"offload_parameters": True}, 4),
+        ("fp32", {"offload_parameters": True, "offload_optimizer": True}, 12),
+        ("bf16", {"offload_parameters": True}, 2),
+        ("bf16", {"offload_parameters": True, "offload_optimizer": True}, 14),
+    ):
+        config = tiny(layout={"zero": 3}, model=MODEL, precision=precision, offload_dir=folder, **settings)
+        trainer = Trainer(config, group)
+        numbers = trainer.n_parameters // group.size
+        between, peak = [], []
+        for block in trainer.model.blocks.values():
+            block.register_forward_hook(lambda *_, peak=peak: peak.append(in_files(folder)[1]))
+        for _ in range(2):
+            trainer.train_step()
+            size, resident = in_files(folder)
+            between.append(resident)
+        assert kept * numbers <= size <= 1.2 * kept * numbers + 4096 * 20 * kept, (size, kept * numbers)
+        assert max(between) <= 0.02 * size, (between, size)
+        assert max(peak) <= 0.5 * numbers * (4 if precision == "fp32" else 2), (peak, numbers)
+        specs = specs_of_whole(config.model, trainer.mesh)
+        offloaded, whole = (
+            memory.estimate(dataclasses.replace(config, train=train), trainer.mesh.layout, specs, 0)
+            for train in (
+                config.train,
+                dataclasses.replace(config.train, offload_parameters=False, offload_optimizer=False),
+            )
+        )
+        update = 24 * max(numbers_of_a_block(trainer, block) for block in range(MODEL["n_layers"]))
+        assert whole.optimizer - offloaded.optimizer == pytest.approx(kept * numbers - update, rel=0.05)
+        trainer.close()
+        del trainer, block
+        gc.collect()
+        assert in_files(folder)[0] == 0
+
+
+def numbers_of_a_block(trainer: Trainer, index: int) -> int:
+    each = trainer.model.blocks[str(index)].parameters()
+    return sum(p.numel() for p in each) // trainer.mesh.world.size
+
+
+def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
+    for rank, found in enumerate(run_ranks(run, 4, str(tmp_path))):
         for (layout, train), (predicted, block, (parameters, optimizer, saved)) in zip(LAYOUTS, found, strict=True):
             what = f"rank {rank}, {layout} {train}"
             if layout.get("zero") != 3:  # else blocks are empty between steps
@@ -88,6 +149,7 @@ def test_the_estimate_counts_what_ranks_hold() -> None:
             assert predicted.optimizer == pytest.approx(optimizer, rel=0.02), what
             tolerance = 0.15 if train.get("precision") == "bf16" else 0.10  # measured: 10 % below in bf16
             assert block == pytest.approx(saved, rel=tolerance), what
+    assert not list(tmp_path.iterdir())
 
 
 def refusal(group: Any) -> str:
@@ -100,3 +162,20 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_change() -> None:
     for message in run_ranks(refusal, 2):
         assert "a rank of pipeline stage " in message and "train.memory_gib allows 1e-05; " in message
         assert "set train.recompute to 'full'" in message or "set layout.zero to 1" in message
+
+
+def test_a_file_keeps_what_is_released_and_a_full_disk_is_named(tmp_path: Path) -> None:
+    files = FileMemory(tmp_path)
+    x, other = files.zeros([3, 1000], torch.bfloat16), torch.ones(10_000)
+    x.copy_(torch.arange(3000).view(3, 1000))
+    for action in (files.release, files.prefetch, files.release):
+        action(x)
+        action(other)  # not of these files: left alone
+        assert torch.equal(x.float(), torch.arange(3000).view(3, 1000).bfloat16().float())
+        assert bool((other == 1).all())
+    assert files.zeros([0], torch.float32).numel() == 0
+    with pytest.raises(ConfigError, match=f"no room for .* bytes in {tmp_path}: .*; set train.offload_dir"):
+        files.zeros([1 << 50], torch.float32)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write to .*; set train.offload_dir to a disk with room"):
+        FileMemory(tmp_path / "file")

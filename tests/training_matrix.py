@@ -101,6 +101,16 @@ CASES = [
     Case(4, pipe(2, "1f1b", zero=3), {"accumulation": 2, "recompute": "full"}),
     Case(4, {"tp": 2}, {"recompute": "full", "offload_activations": True}),
     Case(2, {"zero": 3}, {"offload_optimizer": True}, exact="dense on 2: dp"),
+    Case(1, {"zero": 3}, {"offload_parameters": True}, exact="dense"),
+    Case(2, {"zero": 3}, {"offload_parameters": True, "accumulation": 2}, exact="dense on 2: zero=3 accumulation=2"),
+    Case(2, {"zero": 3}, {"accumulation": 2}),
+    Case(4, {"zero": 3, "zero_ranks": 2}, {"offload_parameters": True, "offload_optimizer": True, "recompute": "full"}),
+    # tensor parallel products in pieces
+    Case(4, {"tp": 4, "tp_overlap": "always"}),
+    Case(4, {"tp": 2, "tp_overlap": "always"}, {"recompute": "full", "offload_activations": True}),
+    Case(4, {"tp": 2, "tp_overlap": "always", "zero": 3}),
+    Case(4, pipe(2, "zb_h1", tp=2, tp_overlap="always"), ACC),
+    Case(4, {"tp": 2, "cp": 2, "tp_overlap": "always"}, model="gpt2"),
     # other models
     Case(2, pipe(2, "1f1b"), ACC, "untied"),
     Case(4, pipe(2, "zbv", tp=2), ACC, "untied"),

@@ -42,6 +42,7 @@ class LayoutConfig:
     """Data parallel ranks are what is left: world_size / (tp × cp × pp). docs/trainer.md says what each axis does."""
 
     tp: int = 1
+    tp_overlap: Literal["auto", "always", "never"] = "auto"  # products beside tp's exchanges; auto: where that gains
     cp: int = 1  # context parallel: each rank has 1 / cp of every sequence
     context: Literal["ring", "ulysses"] = "ring"  # keys and values go around, or heads and sequence change places
     pp: int = 1  # pipeline parallel
@@ -85,6 +86,7 @@ class TrainConfig:
     eval_sequences: int = 64
     recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
     offload_optimizer: bool = False  # masters and moments in a mapped file
+    offload_parameters: bool = False  # with layout.zero 3, each rank's part of them in a mapped file
     offload_activations: bool = False  # what backward needs in a mapped file
     offload_dir: str = ""  # "": offload in the run's folder
     loss_chunk: int = 1024  # tokens whose logits exist at a time
@@ -247,6 +249,7 @@ class Layout:
     moe_dedup: Literal["auto", "rank", "host"] = "auto"
     moe_chunks: int = 0
     experts_over_tp: bool = False
+    tp_overlap: Literal["auto", "always", "never"] = "auto"
 
     @property
     def expert_ranks(self) -> int:
@@ -307,8 +310,19 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         )
     stages_of(config)
     schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
+    # auto times products, so that the last bits may differ from run to run.
+    tp_overlap = "never" if layout.tp_overlap == "auto" and config.monitor.deterministic else layout.tp_overlap
     found = Layout(
-        dp, tp, ep, cp, layout.pp, layout.moe_exchange, layout.moe_dedup, layout.moe_chunks, layout.experts_over_tp
+        dp=dp,
+        tp=tp,
+        ep=ep,
+        cp=cp,
+        pp=layout.pp,
+        moe_exchange=layout.moe_exchange,
+        moe_dedup=layout.moe_dedup,
+        moe_chunks=layout.moe_chunks,
+        experts_over_tp=layout.experts_over_tp,
+        tp_overlap=tp_overlap,
     )
     _check_zero(config, found)
     if layout.moe_chunks < 0:
@@ -325,6 +339,11 @@ def _check_zero(config: Config, resolved: Layout) -> None:
     layout = config.layout
     if not 0 <= layout.zero <= 3:
         raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
+    if config.train.offload_parameters and layout.zero < 3:
+        raise ConfigError(
+            f"train.offload_parameters needs layout.zero 3, it is {layout.zero}: with less, every rank has parameters "
+            "whole and in use all the time; set layout.zero to 3, also on one rank"
+        )
     if layout.zero == 0:
         if layout.zero_ranks:
             raise ConfigError(f"layout.zero_ranks is {layout.zero_ranks} but layout.zero is 0; set layout.zero to 1..3")

@@ -48,6 +48,7 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
     stages = stages_of(config)
     parameters = gradients = optimizer = 0.0
     largest: dict[str, float] = {}  # a block's parameters, whole
+    parts: dict[str, float] = {}  # of which this rank keeps so many
     for name, spec in specs.items():
         if pp_index not in stages.ranks_of(name) or (
             name == "embedding.weight" and pp_index != stages.ranks_of(name)[0] and not config.model.tie_embeddings
@@ -63,14 +64,19 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
         gradients += 4 * numel / (copies if zero >= 2 else 1)
         gradients += 4 * numel / copies if zero == 1 else 0
         separate = itemsize == 2 or zero > 0
-        resident = 0.0 if train.offload_optimizer else 1.0
-        optimizer += resident * 4 * numel / copies * (3 if separate else 2)
-        optimizer += itemsize * numel / copies if zero and itemsize == 2 else 0  # what a master rounds to
+        master_in_file = train.offload_optimizer or (train.offload_parameters and itemsize == 4)
+        state = 4 * ((0 if master_in_file else separate) + (0 if train.offload_optimizer else 2))
+        if zero and itemsize == 2 and not train.offload_parameters:
+            state += itemsize  # what a master rounds to
+        optimizer += state * numel / copies
+        parts[block] = parts.get(block, 0.0) + numel / copies
     block_numel = max((numel for block, numel in largest.items() if block), default=0.0)
     if zero == 3:
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
-    if zero >= 2:
-        gradients += 4 * block_numel + 4 * largest.get("", 0.0)
+    if zero >= 2:  # one is filled, and two of the largest may be on their way (pycomm.overlap.prefetch.IN_FLIGHT)
+        gradients += 4 * (block_numel + 2 * max(largest.values(), default=0.0))
+    if train.offload_optimizer or train.offload_parameters:
+        optimizer += 2 * 12 * max(parts.values(), default=0.0)  # one is updated, the next one arrives
     return Estimate(int(parameters), int(gradients), int(optimizer), _activations(config, layout, pp_index))
 
 
@@ -158,4 +164,6 @@ def _remedy(config: Config, most: Estimate) -> str:
         return "raise train.accumulation, layout.tp, layout.cp or layout.pp"
     if config.layout.zero < 3:
         return f"set layout.zero to {config.layout.zero + 1} or more, or raise layout.tp or layout.pp"
-    return "raise layout.tp or layout.pp, use more ranks, or set train.offload_optimizer"
+    if not config.train.offload_optimizer:
+        return "raise layout.tp or layout.pp, use more ranks, or set train.offload_optimizer"
+    return "raise layout.tp or layout.pp, use more ranks, or set train.offload_parameters"

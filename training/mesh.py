@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pycomm.explain import Explanation
     from pycomm.group import Group, Work
     from pycomm.moe import ExpertParallel
-    from pycomm.overlap import WeightGradients
+    from pycomm.overlap import MatmulPlan, WeightGradients
 
 Axis = Literal["tp", "ep", "tied"] | None
 SLOW_S = 600.0  # a deadline for waits on another rank's disk or on what only rank 0 does
@@ -118,15 +118,17 @@ class MeteredGroup:
     def explanation(self, op: str, nbytes: int) -> Explanation:
         return self.group.explanation(op, nbytes)
 
-    def send(self, x: Tensor, dst: int, tag: int) -> Any:
-        """Begins to send; the Work."""
+    def send(self, x: Tensor, dst: int, tag: int, *, async_op: bool = True) -> Any:
+        """Begins to send; the Work. Without async_op it waits."""
         with self._blocking():
-            return MeteredWork(self.group.send(x, dst, tag, async_op=True), self)
+            work = self.group.send(x, dst, tag, async_op=async_op)
+        return MeteredWork(work, self) if async_op else work
 
-    def recv(self, x: Tensor, src: int, tag: int) -> Any:
-        """Begins to receive; the Work."""
+    def recv(self, x: Tensor, src: int, tag: int, *, async_op: bool = True) -> Any:
+        """Begins to receive; the Work. Without async_op it waits."""
         with self._blocking():
-            return MeteredWork(self.group.recv(x, src, tag, async_op=True), self)
+            work = self.group.recv(x, src, tag, async_op=async_op)
+        return MeteredWork(work, self) if async_op else work
 
     def gather(self, output: Tensor | None, input: Tensor, root: int) -> None:
         with self._blocking():
@@ -165,6 +167,7 @@ class Mesh:
         self.world = MeteredGroup(world, "world")
         self._own: list[Group] = []
         self.exchanges: dict[tuple[int, int, int], ExpertParallel] = {}  # of moe.py: one for all layers that are alike
+        self.products: dict[tuple[Any, ...], MatmulPlan] = {}  # of parallel.py: how those of a shape run
         self._parts: list[MeteredGroup] = []
         self._by_partition: dict[tuple[Any, ...], MeteredGroup] = {(0,) * world.size: self.world}
         places = [_Place.of(rank, layout) for rank in range(world.size)]

@@ -23,10 +23,11 @@ from training.parallel import (
     ColumnLinear,
     RowLinear,
     VocabParallelEmbedding,
+    column_linears,
     fused_cross_entropy,
     gather_sequence,
     gather_vocab,
-    reduce_scatter_sequence,
+    row_linear,
 )
 from training.recompute import again
 from training.rotary import rotary_angles, rotary_frequencies, rotate
@@ -112,13 +113,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """documents: int64 [S, B], whole; None where each sequence is one document."""
-        x = gather_sequence(x, self.mesh)
-        query = self.query(x).unflatten(-1, (-1, self.head_dim))
-        key = self.key(x).unflatten(-1, (-1, self.head_dim))
-        value = self.value(x).unflatten(-1, (-1, self.head_dim))
+        products = column_linears(x, [self.query, self.key, self.value], self.mesh)
+        query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in products)
         selective = self.parallel.recompute == "selective"
         y = again(self._core, query, key, value, documents, enabled=selective)
-        return self.out.add_bias(reduce_scatter_sequence(self.out(y.flatten(-2)), self.mesh))
+        return row_linear(y.flatten(-2), self.out, self.mesh)
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
         """[S/cp, B, H, head_dim] of this rank's heads: rotation and attention."""
@@ -142,10 +141,9 @@ class FeedForward(nn.Module):
         self.down = RowLinear(width, config.d_model, mesh, STD / (2 * config.n_layers) ** 0.5, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gather_sequence(x, self.mesh)
-        up = self.up(x)
-        inner = F.gelu(up, approximate="tanh") if self.gate is None else F.silu(self.gate(x)) * up
-        return self.down.add_bias(reduce_scatter_sequence(self.down(inner), self.mesh))
+        up, *gate = column_linears(x, [self.up, self.gate] if self.gate else [self.up], self.mesh)
+        inner = F.silu(gate[0]) * up if gate else F.gelu(up, approximate="tanh")
+        return row_linear(inner, self.down, self.mesh)
 
 
 class Block(nn.Module):

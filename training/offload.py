@@ -1,14 +1,17 @@
-"""Memory in a mapped file: optimizer state and saved activations that the kernel may write out when memory is short.
+"""Memory in mapped files: shards, optimizer state and saved activations that need not be in memory all the time.
 
-The file is unlinked as soon as it is open, so nothing stays behind, whatever ends the process. Pages go to the disk
-when the kernel wants their memory and come back when they are touched, reading ahead; sequential use is said to it."""
+A file is unlinked as soon as it is mapped, so nothing stays behind, whatever ends the process. What is released leaves
+this process's memory; its pages are the kernel's to write out when memory is short, and come back when they are
+touched, or ahead of that where it is said that they will be."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,17 +21,38 @@ from torch import Tensor
 
 from training.errors import ConfigError
 
-Allocate = Callable[[torch.Size], Tensor]  # fp32 zeros of a shape
+_LIBC = ctypes.CDLL(None)
 
 
-def in_memory(shape: torch.Size) -> Tensor:
-    return torch.zeros(shape)
+class FileMemory:
+    """Tensors in files of a folder: pycomm.overlap's ShardMemory. Tensors that it did not make are left alone."""
 
+    def __init__(self, folder: Path) -> None:
+        """Raises ConfigError where the folder cannot be written."""
+        _writable(folder)
+        self._folder = folder
+        self._nbytes: dict[int, int] = {}  # of each mapping, by its address
 
-def in_file(folder: Path) -> Allocate:
-    """An Allocate whose tensors lie in files in folder. Raises ConfigError where it cannot be written."""
-    _writable(folder)
-    return lambda shape: _mapped(folder, math.prod(shape) * 4).view(torch.float32)[: math.prod(shape)].view(shape)
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Raises ConfigError where the disk has no room."""
+        numel = math.prod(shape)
+        pages = _mapped(self._folder, numel * dtype.itemsize)
+        self._nbytes[pages.data_ptr()] = pages.nbytes
+        return pages.view(dtype)[:numel].view(*shape)
+
+    def prefetch(self, x: Tensor) -> None:
+        """The kernel begins to read x from the disk, if it is not in memory. Returns at once."""
+        self._advise(x, mmap.MADV_WILLNEED)
+
+    def release(self, x: Tensor) -> None:
+        """x leaves this process's memory; it keeps its values."""
+        self._advise(x, mmap.MADV_DONTNEED)
+
+    def _advise(self, x: Tensor, advice: int) -> None:
+        # Only of a mapped file: other memory loses its values by MADV_DONTNEED.
+        nbytes = self._nbytes.get(x.data_ptr())
+        if nbytes is not None:
+            _LIBC.madvise(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(nbytes), advice)
 
 
 def _writable(folder: Path) -> None:
@@ -43,16 +67,14 @@ def _writable(folder: Path) -> None:
 
 
 def _mapped(folder: Path, nbytes: int) -> Tensor:
-    """uint8 [at least nbytes] of zeros in a file of its own."""
+    """uint8 [at least nbytes] of zeros in a file of its own, which has its place on the disk and no descriptor."""
     nbytes = max(64, nbytes + -nbytes % 64)
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.truncate(nbytes)
-            pages = mmap.mmap(file.fileno(), nbytes)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is an error here, not a SIGBUS later
+            return torch.from_file(file.name, shared=True, size=nbytes, dtype=torch.uint8)
     except OSError as error:
         raise ConfigError(f"no room for {nbytes} bytes in {folder}: {error.strerror}; set train.offload_dir") from error
-    pages.madvise(mmap.MADV_SEQUENTIAL)
-    return torch.frombuffer(pages, dtype=torch.uint8)  # keeps the mapping
 
 
 class ActivationFile:

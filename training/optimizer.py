@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from pycomm.overlap import InMemory
 from training.config import Config, OptimizerConfig
 from training.mesh import Mesh, MeteredGroup
-from training.offload import in_file, in_memory
+from training.offload import FileMemory
 from training.replicated import Replicated
 from training.sharding import ParamSpec, specs_of
 from training.zero import Sharded
@@ -30,40 +31,60 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
 
 
 class Optimizer:
-    """AdamW over what this rank keeps of a model. Made after the model was initialised."""
+    """AdamW over what this rank keeps of a model."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, config: Config, dtype: torch.dtype) -> None:
-        """dtype: what the model computes in; its parameters are converted here, the masters stay fp32."""
+    def __init__(
+        self, model: nn.Module, mesh: Mesh, config: Config, dtype: torch.dtype, fill: Callable[[str], None]
+    ) -> None:
+        """dtype: what the model computes in; its parameters are converted here, the masters stay fp32. fill:
+        initialises the parameter of a name; called here for each, so that with ZeRO few are whole at a time."""
         train, layout = config.train, config.layout
         parameters = dict(model.named_parameters())
         self.specs: dict[str, ParamSpec] = specs_of(model)
         self._config = config.optimizer
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
-        allocate = in_file(config.offload_dir) if train.offload_optimizer else in_memory
+        offloads = train.offload_optimizer or train.offload_parameters
+        self._files = FileMemory(config.offload_dir) if offloads else None
+        state_files = self._files if train.offload_optimizer else None
+        state_memory = state_files or InMemory()
+        for name in self.untrained if layout.zero else parameters:
+            fill(name)
         self._state: Replicated | Sharded
         if layout.zero:
-            self._state = Sharded(model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, allocate)
+            parts = self._files if train.offload_parameters or dtype == torch.float32 else None
+            self._state = Sharded(
+                model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, parts, state_files, fill
+            )
         else:
             wire = None if train.wire == "none" else train.wire
             bucket_nbytes = train.bucket_kib * 1024 or None
             self._state = Replicated(
-                trained, self.specs, mesh, dtype, bucket_nbytes, wire, train.error_feedback, allocate
+                trained, self.specs, mesh, dtype, bucket_nbytes, wire, train.error_feedback, state_memory
             )
         updated = list(self._state.updated())
-        self._adamw = torch.optim.AdamW(
+        # What lies in files is updated tensor by tensor, so that no more than two are in memory.
+        bundles = [[each] for each in updated] if offloads else [updated]
+        self._updates = [self._adamw(bundle) for bundle in bundles]
+        self._moments = {x: state for update in self._updates for x, state in update.state.items()}
+        for x, state in self._moments.items():
+            state["step"] = torch.tensor(0.0)
+            state.update({moment: state_memory.zeros(x.shape, torch.float32) for moment in MOMENTS})
+
+    def _adamw(self, updated: list[tuple[Tensor, bool]]) -> torch.optim.AdamW:
+        decayed, others = [x for x, decays in updated if decays], [x for x, decays in updated if not decays]
+        found = torch.optim.AdamW(
             [
-                {"params": [x for x, decays in updated if decays], "weight_decay": self._config.weight_decay},
-                {"params": [x for x, decays in updated if not decays], "weight_decay": 0.0},
+                {"params": decayed, "weight_decay": self._config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
             ],
             betas=(self._config.beta1, self._config.beta2),
             eps=self._config.eps,
             fused=True,
         )
-        for master, _ in updated:
-            state = self._adamw.state[master]
-            state["step"] = torch.tensor(0.0)
-            state.update({moment: allocate(master.shape) for moment in MOMENTS})
+        for x, _ in updated:
+            found.state[x] = {}
+        return found
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -110,10 +131,22 @@ class Optimizer:
         if clip > 0 and grad_norm > clip:
             for flat, _ in self._state.sums():
                 flat.mul_(clip / grad_norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        held = [[x for group in update.param_groups for x in group["params"]] for update in self._updates]
+        for at, update in enumerate(self._updates):
+            for x in held[at + 1] if at + 1 < len(held) else ():
+                self._in_files(x, FileMemory.prefetch)
+            for group in update.param_groups:
+                group["lr"] = lr
+            update.step()
+            for x in held[at]:
+                self._in_files(x, FileMemory.release)
         self.publish()
+
+    def _in_files(self, x: Tensor, action: Callable[[FileMemory, Tensor], None]) -> None:
+        """Does it with a master and its moments, as far as they lie in files."""
+        if self._files is not None:
+            for each in (x, *(self._moments[x][moment] for moment in MOMENTS)):
+                action(self._files, each)
 
     def begin(self) -> None:
         """To be called before a step's first backward."""
@@ -129,6 +162,8 @@ class Optimizer:
         """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
         MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
         yield from self._state.pieces(self._of(kind))
+        for x in self._moments:
+            self._in_files(x, FileMemory.release)
         for name, parameter in self.untrained.items():
             yield name, parameter if kind == PARAMETERS else torch.zeros_like(parameter)
 
@@ -143,11 +178,11 @@ class Optimizer:
 
     def set_steps(self, n_steps: int) -> None:
         """The moments are those after so many updates."""
-        for state in self._adamw.state.values():
+        for state in self._moments.values():
             state["step"].fill_(n_steps)
 
     def _of(self, kind: str) -> dict[Tensor, Tensor]:
-        return {x: x if kind == PARAMETERS else self._adamw.state[x][kind] for x, _ in self._state.updated()}
+        return {x: x if kind == PARAMETERS else self._moments[x][kind] for x, _ in self._state.updated()}
 
     def close(self) -> None:
         self._state.close()

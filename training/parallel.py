@@ -7,17 +7,27 @@ whole sequence and a part of the width:
     [S/tp, B, D] ── gather_sequence ──► [S, B, D] ── ColumnLinear ──► [S, B, F/tp] ── RowLinear ──► partial [S, B, D]
                                                                       ── reduce_scatter_sequence ──► [S/tp, B, D]
 
-Each operator's backward is the other one. Source: Korthikanti et al., arXiv:2205.05198, section 4.2.2.
+Each operator's backward is the other one. Source: Korthikanti et al., arXiv:2205.05198, section 4.2.2. column_linears()
+and row_linear() are such a pair with its products, which go around a ring piece by piece beside the exchange where
+pycomm.overlap expects that to gain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pycomm.overlap import (
+    MatmulPlan,
+    all_gather_matmuls,
+    matmul_reduce_scatter,
+    plan_all_gather_matmul,
+    plan_matmul_reduce_scatter,
+)
 from training.mesh import Axis, Mesh, MeteredGroup
 from training.sharding import ParamSpec, ShardedModule
 
@@ -99,6 +109,47 @@ class RowLinear(ShardedModule):
 
     def add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
+
+
+def column_linears(x: Tensor, layers: Sequence[ColumnLinear], mesh: Mesh) -> list[Tensor]:
+    """Each layer of the whole sequence, which is gathered once: [S/tp, B, D] to [S, B, F/tp] of each."""
+    weights = [layer.weight for layer in layers]
+    plan = _plan("all_gather", x, weights, mesh)
+    if plan.n_pieces == 0:
+        x = gather_sequence(x, mesh)
+        return [layer(x) for layer in layers]
+    products = all_gather_matmuls(x, weights, mesh.tp, plan, keep=True, later=mesh.weight_gradients)
+    return [y if each.bias is None else y + each.bias for y, each in zip(products, layers, strict=True)]
+
+
+def row_linear(x: Tensor, layer: RowLinear, mesh: Mesh) -> Tensor:
+    """The layer, bias included, summed over tp: [S, B, F/tp] to this rank's part of the sequence, [S/tp, B, D]."""
+    plan = _plan("reduce_scatter", x, [layer.weight], mesh)
+    if plan.n_pieces == 0:
+        return layer.add_bias(reduce_scatter_sequence(layer(x), mesh))
+    return layer.add_bias(matmul_reduce_scatter(x, layer.weight, mesh.tp, plan, later=mesh.weight_gradients))
+
+
+_UNSPLIT = MatmulPlan(0, "unsplit")
+_ALWAYS = MatmulPlan(2, "layout.tp_overlap is always")
+
+
+def _plan(collective: str, x: Tensor, weights: Sequence[Tensor], mesh: Mesh) -> MatmulPlan:
+    """How a product of these shapes runs, by layout.tp_overlap. Decided once, in training: other shapes run unsplit."""
+    way = mesh.layout.tp_overlap
+    if mesh.tp.size == 1 or way == "never":
+        return _UNSPLIT
+    if way == "always":
+        return _ALWAYS
+    key = (collective, tuple(x.shape), *(tuple(weight.shape) for weight in weights))
+    if key not in mesh.products and torch.is_grad_enabled():
+        gathers = collective == "all_gather"
+        mesh.products[key] = (
+            plan_all_gather_matmul(x, weights, mesh.tp)
+            if gathers
+            else plan_matmul_reduce_scatter(x, weights[0], mesh.tp)
+        )
+    return mesh.products.get(key, _UNSPLIT)
 
 
 class VocabParallelEmbedding(ShardedModule):

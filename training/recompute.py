@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from pycomm.overlap import in_backward
+
+__all__ = ["again", "in_backward"]
+
 
 def again(run: Callable[..., Any], *args: Any, enabled: bool) -> Any:
     """run(*args); with enabled, backward runs it again instead of keeping what it saved."""
     if not enabled or not torch.is_grad_enabled():
         return run(*args)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here draws numbers
-
-
-def in_backward() -> bool:
-    """Whether this forward runs a second time, inside backward."""
-    return torch._C._current_graph_task_id() != -1

@@ -11,9 +11,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from pycomm.overlap import GradientBuckets
+from pycomm.overlap import GradientBuckets, ShardMemory
 from training.mesh import Mesh, MeteredGroup
-from training.offload import Allocate
 from training.sharding import ParamSpec
 
 
@@ -29,15 +28,16 @@ class Replicated:
         bucket_nbytes: int | None,
         wire: str | None,
         error_feedback: bool,
-        allocate: Allocate,
+        memory: ShardMemory,
     ) -> None:
+        """memory: of masters that are not the parameters themselves."""
         self._parameters = parameters
         self.masters: dict[str, Tensor] = {}
         self._buckets: list[tuple[MeteredGroup, GradientBuckets]] = []
         for name, parameter in parameters.items():
             self.masters[name] = parameter.detach()
             if dtype != torch.float32:
-                self.masters[name] = allocate(parameter.shape).copy_(parameter.detach())
+                self.masters[name] = memory.zeros(parameter.shape, torch.float32).copy_(parameter.detach())
                 parameter.data = parameter.data.to(dtype)
         for group, names in by_gradient_group(parameters, specs, mesh):
             buckets = GradientBuckets(

@@ -84,10 +84,14 @@ def _schedules(trainer: Trainer) -> list[str]:
     if tp.size > 1:
         nbytes = trainer.activation_nbytes
         chosen.append(("Activations: gathered and scattered around each layer,", tp, "reduce_scatter", nbytes))
+    products = [
+        f"Products beside tp's {key[0]}, {' and '.join(str(list(shape)) for shape in key[1:])}: {plan.why}"
+        for key, plan in trainer.mesh.products.items()
+    ]
     return [
         f"{what} {nbytes / 1024:.0f} KiB:\n{textwrap.indent(group.group.explain(op, nbytes).rstrip(), '  ')}"
         for what, group, op, nbytes in chosen
-    ]
+    ] + [_fill(each) for each in products]
 
 
 def _mib(nbytes: float) -> str:

@@ -7,6 +7,7 @@ layout starts from the same numbers.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +59,28 @@ def specs_of(model: nn.Module) -> dict[str, ParamSpec]:
     return found
 
 
-@torch.no_grad()
 def initialise(model: nn.Module, mesh: Mesh, seed: int) -> None:
     """Fills every parameter: the same whole values for each layout. One whole parameter is in memory at a time."""
-    specs = specs_of(model)
-    for name, parameter in model.named_parameters():
-        spec = specs[name]
+    fill = filler(model, mesh, seed)
+    for name, _ in model.named_parameters():
+        fill(name)
+
+
+def filler(model: nn.Module, mesh: Mesh, seed: int) -> Callable[[str], None]:
+    """initialise() of the parameter of a name. Until then a parameter's memory is reserved, but not touched."""
+    specs, parameters = specs_of(model), dict(model.named_parameters())
+
+    @torch.no_grad()
+    def fill(name: str) -> None:
+        spec, parameter = specs[name], parameters[name]
         if spec.std is None:
             parameter.fill_(1.0)
-            continue
+            return
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         parameter.copy_(shard(torch.randn(spec.shape, generator=generator) * spec.std, spec, mesh))
+
+    return fill
 
 
 def shard(whole: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor:

@@ -271,10 +271,11 @@ def _data_parallel(
     gathered = seconds("all_gather", itemsize, others)
     if zero < 3:
         gathered += seconds("all_gather", itemsize, blocks, n)
+    beside_last = max(last_s, reduced - backward)
     if zero == 1:
-        return reduced + gathered
+        return beside_last + gathered
     beside = forward + backward
-    reduced = (m - 1) * max(0.0, reduced - beside) + max(last_s, reduced - backward)
+    reduced = (m - 1) * max(0.0, reduced - beside) + beside_last
     if zero == 2:
         return reduced + gathered
     block = seconds("all_gather", itemsize, blocks, n) / n

@@ -29,7 +29,7 @@ from training.moe import balance_routers
 from training.offload import ActivationFile
 from training.optimizer import Optimizer, learning_rate
 from training.pipeline import Pipeline, Saving, Scales
-from training.sharding import initialise
+from training.sharding import filler
 
 if TYPE_CHECKING:
     from pycomm.group import Group
@@ -77,9 +77,8 @@ class Trainer:
         self._check_same_corpus()
         parallel = Parallel(stages, layout.context, train.recompute, train.loss_chunk)
         self.model = GPT(config.model, self.mesh, parallel)
-        initialise(self.model, self.mesh, train.seed)
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-        self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype)
+        self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
         saving: Saving = nullcontext
         if train.offload_activations:
             saving = ActivationFile(config.offload_dir, self.model.parameters()).saving

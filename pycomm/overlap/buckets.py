@@ -14,10 +14,9 @@ Source of the order: Li et al., PyTorch Distributed, arXiv:2006.15704, section 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -25,67 +24,13 @@ from torch import Tensor
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes
 from pycomm.overlap import cost
+from pycomm.overlap.bucket import Bucket, BucketGroup, Hook, Slot
 from pycomm.overlap.cost import LinkCost
 from pycomm.overlap.layout import agreed_order, pack, require_alike, require_leaves
 
 LOSS: Final = 0.05  # of the link, to latency, in a bucket that backward hides
 LAST_LOSS: Final = 1.0  # in the last one, which nothing hides: half of its time is latency
 START_S: Final = 50e-6  # of the computing thread, to start one more collective
-
-
-class Waits(Protocol):
-    def wait(self) -> Any: ...
-
-
-class BucketGroup(Protocol):
-    """What the buckets need of a group: pycomm.Group, or anything that wraps one; all_gather, broadcast and explanation
-    are called once. A wire and its residual are given only where the buckets have one."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def all_reduce(self, x: Tensor, op: str = "sum", **options: Any) -> Any: ...
-    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum", **options: Any) -> Any: ...
-    def all_gather(self, output: Tensor, input: Tensor) -> Any: ...
-    def broadcast(self, x: Tensor, root: int = 0) -> Any: ...
-    def explanation(self, op: str, nbytes: int) -> Any: ...
-
-
-@dataclass(eq=False)
-class Bucket:
-    """What a compression hook gets. flat: 1-D, the gradients of `parameters`, one after another; index: the same bucket
-    has the same from step to step."""
-
-    index: int
-    flat: Tensor
-    parameters: list[Tensor]
-    residual: Tensor | None = None  # like flat: what coding lost in the last step, where that is fed back
-    missing: int = 0  # gradients that the synchronising backward has not brought yet
-    work: Any = None  # of the collective in flight
-
-
-Hook = Callable[[Bucket, BucketGroup], Waits]
-
-
-class Landed:
-    """A Work and what is to be done with its result, for hooks: wait() waits, then calls `then`."""
-
-    def __init__(self, work: Waits, then: Callable[[], object]) -> None:
-        self._work, self._then = work, then
-
-    def wait(self) -> None:
-        self._work.wait()
-        self._then()
-
-
-@dataclass(eq=False)
-class _Slot:
-    index: int  # of the parameter
-    gradient: Tensor  # in the parameter's shape; from the first wait() on a view of its bucket
-    bucket: Bucket | None = None
-    written: bool = field(default=False)  # since the last wait()
-    counted: bool = field(default=False)  # as brought by the synchronising backward
 
 
 class GradientBuckets:
@@ -140,7 +85,7 @@ class GradientBuckets:
         self._ready: list[int] = []  # parameters as the first synchronising backward brings them
         self._why = "not decided before the first wait()"
         self._slots = {
-            p: _Slot(index, torch.zeros(p.shape, dtype=dtype, device=p.device))
+            p: Slot(index, torch.zeros(p.shape, dtype=dtype, device=p.device))
             for index, p in enumerate(self.parameters)
         }
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._slots]  # type: ignore[no-untyped-call]

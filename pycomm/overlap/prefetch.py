@@ -1,4 +1,4 @@
-"""ZeRO-3: each module's parameters lie cut over the ranks, are gathered ahead of its use and freed after it.
+"""ZeRO: parameters, gradients and what an optimizer keeps lie cut over the ranks; modules are gathered ahead of use.
 
     sharded = ShardedModules(model.blocks, group)             # before any optimizer is made
     optimizer = torch.optim.AdamW(sharded.shards())
@@ -6,248 +6,253 @@
         loss(batch).backward()
         sharded.wait()                                        # every shard's .grad is the gradient summed over ranks
         optimizer.step()
+        sharded.publish()                                     # what is used next has the new values
         optimizer.zero_grad()
 
-The first forward learns in which order the modules run. From then on a module that begins to compute starts the gather
-of the next `depth` ones, in backward of the ones before it. Gradients are reduce-scattered as soon as a module has all
-of its own. Source: Rajbhandari et al., ZeRO, arXiv:1910.02054; Zhao et al., PyTorch FSDP, arXiv:2304.11277.
+The first step learns in which order the modules run (trace.py). From then on a module that begins to compute starts the
+gather of the next `depth` ones. Gradients are reduce-scattered as soon as a module has all of its own. A Cut says more
+of each module: which parameters share a flat tensor, ZeRO's lower stages, and hybrid sharding. Shards may lie in a file
+(ShardMemory): a gather then reads it, and it is told one module earlier. Source: Rajbhandari et al., ZeRO,
+arXiv:1910.02054, and ZeRO-Infinity, arXiv:2104.07857; Zhao et al., PyTorch FSDP, arXiv:2304.11277.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pycomm.errors import InvalidArgument
+from pycomm.overlap.cut import Cut, ShardGroup, ShardMemory, Unit
 from pycomm.overlap.layout import require_alike, require_leaves
+from pycomm.overlap.trace import Phase, Trace
+
+IN_FLIGHT = 2  # of the largest flat: whole gradients that are being reduced at a time, in bytes
 
 
-class ShardGroup(Protocol):
-    """What the sharding needs of a group: pycomm.Group, or anything that wraps one."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def all_gather(self, output: Tensor, input: Tensor, **options: Any) -> Any: ...
-    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum", **options: Any) -> Any: ...
-
-
-@dataclass(eq=False)
-class _Unit:
-    """One module. flat: its parameters one after another, padded to a multiple of the ranks; its storage is empty
-    while it is not gathered, so that whatever views it (parameters, tensors that autograd saved) costs nothing."""
-
-    index: int
-    module: nn.Module
-    parameters: list[Tensor]
-    flat: Tensor
-    shard: nn.Parameter
-    gather: Any = None  # the Work under way
-    whole: bool = True
-    in_backward: bool = False  # a forward that runs now recomputes activations
-    missing: int = 0  # gradients of this backward that have not come
-    gradient: Tensor | None = None  # like flat, while backward fills it
-    reduced: Tensor | None = None  # like shard, while it is being reduced
-    reduction: Any = None
-    handles: list[Any] = field(default_factory=list)
+def in_backward() -> bool:
+    """Whether the code that asks runs inside a backward: a forward then runs a second time, to recompute."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class ShardedModules:
-    """Owns the parameters of some modules; every rank keeps 1/size of each module. Not thread safe.
+    """Owns the parameters of some modules; every rank keeps 1/size of each. Not thread safe.
 
     A module is gathered as a whole, so give the blocks of a model rather than its layers; parameters of other modules
     are left alone. Between forward and backward nothing may write into a module's parameters, and reading them (to
-    initialise or save) goes through whole()."""
+    initialise or save) goes through whole(). All ranks run the same modules in one order, forward and backward."""
 
-    def __init__(self, modules: Sequence[nn.Module], group: ShardGroup, *, depth: int = 1, op: str = "sum") -> None:
-        """depth: modules gathered ahead of the one that computes; 0 gathers each when it is needed. op: "sum" or "avg"
-        of gradients. Every rank gives equal modules with equal values; rank r keeps the r-th part of each.
+    def __init__(
+        self,
+        modules: Sequence[nn.Module | Cut],
+        group: ShardGroup | None = None,
+        *,
+        depth: int = 1,
+        op: str = "sum",
+        dtype: torch.dtype | None = None,
+        memory: ShardMemory | None = None,
+        master_memory: ShardMemory | None = None,
+        before_cut: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        """modules: each is cut over group as Cut(its parameters, group, module) says, or a Cut of your own. Every rank
+        of a Cut's group gives equal ones with equal values, in one order; rank r keeps the r-th part of each.
+
+        depth: modules gathered ahead of the one that computes; 0 gathers each when it is needed. op: "sum" or "avg" of
+        gradients. dtype: what the parameters become (bf16, say), while shards(), the optimizer's, keep the type that
+        they had, in which gradients add up too; None: that type.
+        memory: where shards lie (None: ordinary memory); master_memory: where shards() lie if they are of another type.
+        before_cut: called with each parameter just before it is cut: one that fills it there has no more than one Cut
+        whole at a time.
         Raises InvalidArgument where modules share parameters, have none, or differ between ranks."""
         if depth < 0:
             raise InvalidArgument(f"depth is {depth}; give 0 (nothing ahead) or more")
         if op not in ("sum", "avg"):
             raise InvalidArgument(f"op is {op!r}; gradients are added up by 'sum' or 'avg'")
-        self._group, self._depth, self._op = group, depth, op
-        owned: list[list[Tensor]] = [list(module.parameters()) for module in modules]
-        for index, parameters in enumerate(owned):
-            kinds = {(p.dtype, p.device) for p in parameters}
-            if len(kinds) != 1:
-                what = "no parameters" if not parameters else f"parameters of {len(kinds)} types or devices"
-                raise InvalidArgument(f"module {index} has {what}; give modules whose parameters are alike")
-        everything = [p for parameters in owned for p in parameters]
-        require_leaves(everything)
-        if group.size > 1:
-            require_alike(group, everything, f"{len(owned)} modules, op {op}, depth {depth}")
-        self._order: list[_Unit] = []  # as forward ran them
-        self._learning = True
-        self._units = [self._cut(index, m, p) for index, (m, p) in enumerate(zip(modules, owned, strict=True))]
-        self._of = {p: unit for unit in self._units for p in unit.parameters}
+        cuts = [_cut(each, group) for each in modules]
+        for index, cut in enumerate(cuts):
+            cut.check(index)
+        require_leaves([p for cut in cuts for p in cut.parameters])
+        self._depth, self._op = depth, op
+        self._require_alike(cuts, f"op {op}, depth {depth}, type {dtype}")
+        self._units: list[Unit] = []
+        for cut in cuts:
+            for parameter in cut.parameters if before_cut is not None else ():
+                before_cut(parameter)  # type: ignore[misc]
+            self._units.append(Unit(cut, dtype or cut.parameters[0].dtype, memory, master_memory))
+        self._of = {p: unit for unit in self._units for p in unit.offsets}
+        self._modules: dict[nn.Module, list[Unit]] = {}
         for unit in self._units:
-            self._hook(unit)
+            if unit.cut.module is not None:
+                self._modules.setdefault(unit.cut.module, []).append(unit)
+        self._trace: Trace[nn.Module] = Trace()
+        self._counts = True
+        self._in_flight: list[Unit] = []
+        self._most_in_flight = IN_FLIGHT * max((unit.gradient_nbytes for unit in self._units), default=0)
+        self._handles: list[Any] = []
+        for module in self._modules:
+            self._handles.append(module.register_forward_pre_hook(lambda m, _: self._before_forward(m)))
+            self._handles.append(module.register_forward_hook(lambda m, _, output: self._after_forward(m, output)))
+        for p in self._of:
+            self._handles.append(p.register_post_accumulate_grad_hook(self._take))  # type: ignore[no-untyped-call]
 
-    def shards(self) -> list[nn.Parameter]:
+    @staticmethod
+    def _require_alike(cuts: list[Cut], settings: str) -> None:
+        groups = {id(cut.group): cut.group for cut in cuts}
+        for key, group in groups.items():
+            if group.size > 1:
+                mine = [cut for cut in cuts if id(cut.group) == key]
+                parameters = [p for cut in mine for p in cut.parameters]
+                require_alike(group, parameters, f"{len(mine)} modules, {settings}")
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """What lies where, in the order of modules."""
+        return self._units
+
+    def shards(self) -> list[Tensor]:
         """This rank's part of each module, 1-D: what an elementwise optimizer updates. Always the same objects."""
-        return [unit.shard for unit in self._units]
+        return [unit.master for unit in self._units]
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Within it, every parameter is there; what is written into them is lost. All ranks together."""
-        for unit in self._units:
-            self._start(unit)
-        for unit in self._units:
-            self._finish(unit)
+        self.gather()
         try:
             yield
         finally:
-            for unit in self._units:
-                self._free(unit)
+            self._free_all()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it, backward only adds up the gradients of cuts that reduce in the last one; those that reduce in each
+        do so here as well, since keeping them whole is what they avoid."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
+
+    def end_backward(self) -> None:
+        """To be called after each backward where several come before wait(): reduces what was brought of a cut that has
+        not all of its gradients, and frees what is not used next."""
+        for unit in self._units:
+            if unit.cut.reduce == "each" and unit.written:
+                self._reduce(unit)
+        self.free()
+
+    def free(self) -> None:
+        """Frees the modules that are not used next. Nothing computes with them now."""
+        for module, units in self._modules.items():
+            if not self._is_next(module):
+                for unit in units:
+                    unit.free()
+
+    def _is_next(self, module: nn.Module) -> bool:
+        return module in self._trace.upcoming(max(1, self._depth))
 
     def wait(self) -> None:
-        """Returns when every gradient is reduced and in its shard's .grad, added to what was there; to be called once
-        after each backward. A parameter that backward did not reach has gradient 0. Raises what collectives raise."""
-        for unit in [*reversed(self._order), *(unit for unit in self._units if unit not in self._order)]:
-            if unit.missing:  # some parameters were not reached, or all
+        """Returns when every gradient is reduced and in its shard's .grad, added to what was there; to be called after
+        the backwards of a step. A parameter that they did not reach has gradient 0. Raises what collectives raise."""
+        self.end_backward()
+        for unit in self._units:
+            if unit.gradient is not None or not unit.reached:
                 self._reduce(unit)
         for unit in self._units:
-            self._drain(unit)
-            if unit.whole or unit.gather is not None:
-                self._finish(unit)
-                self._free(unit)
-        self._expect()
+            unit.drain()
+        self._in_flight.clear()
+        for work in [unit.add_copies(self._op) for unit in self._units]:
+            if work is not None:
+                work.wait()
+        for unit in self._units:
+            unit.deliver()
+        self._free_all()
+        self._trace.restart()
+
+    def publish(self) -> None:
+        """Gives the parameters the shards' values: to be called after each update. All ranks together."""
+        for unit in self._units:
+            unit.publish()
+        for unit in self._units:
+            unit.finish()
+
+    def gather(self) -> None:
+        """Every parameter is there: to save it, or to go on without sharding. All ranks together."""
+        for unit in self._units:
+            unit.start()
+        for unit in self._units:
+            unit.finish()
 
     def close(self) -> None:
-        """Gathers the parameters for good and takes the hooks off."""
-        for unit in self._units:
-            for handle in unit.handles:
-                handle.remove()
-            self._start(unit)
-        for unit in self._units:
-            self._finish(unit)
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
-    def _cut(self, index: int, module: nn.Module, parameters: list[Tensor]) -> _Unit:
-        n, size = sum(p.numel() for p in parameters), self._group.size
-        flat = torch.zeros(n + -n % size, dtype=parameters[0].dtype, device=parameters[0].device)
-        at = 0
-        for parameter in parameters:
-            view = flat[at : at + parameter.numel()].view(parameter.shape)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            at += parameter.numel()
-        each = len(flat) // size
-        shard = nn.Parameter(flat[self._group.rank * each : (self._group.rank + 1) * each].clone())
-        unit = _Unit(index, module, parameters, flat, shard, missing=len(parameters))
-        self._free(unit)
-        return unit
+    def _free_all(self) -> None:
+        for units in self._modules.values():
+            for unit in units:
+                unit.free()
 
-    def _hook(self, unit: _Unit) -> None:
-        unit.handles = [
-            unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit)),
-            unit.module.register_forward_hook(lambda _, __, output: self._after_forward(unit, output)),
-            *(p.register_post_accumulate_grad_hook(self._take) for p in unit.parameters),  # type: ignore[no-untyped-call]
-        ]
+    # Parameters.
 
-    # Parameters: _start() the gather, _finish() it, _free().
+    def _before_forward(self, module: nn.Module) -> None:
+        self._use(module, "backward" if in_backward() else "forward")
 
-    def _before_forward(self, unit: _Unit) -> None:
-        if self._learning and unit not in self._order:
-            self._order.append(unit)
-        self._use(unit, -1 if unit.in_backward else 1)
-
-    def _after_forward(self, unit: _Unit, output: Any) -> None:
-        if unit.in_backward:
+    def _after_forward(self, module: nn.Module, output: Any) -> None:
+        if in_backward():
             return
-        self._free(unit)
+        if not (torch.is_grad_enabled() and self._is_next(module)):
+            for unit in self._modules[module]:
+                unit.free()
         for each in tree_leaves(output):
             if isinstance(each, Tensor) and each.requires_grad:
-                each.register_hook(lambda _: self._before_backward(unit))  # type: ignore[no-untyped-call]
+                each.register_hook(lambda _: self._use(module, "backward"))  # type: ignore[no-untyped-call]
 
-    def _before_backward(self, unit: _Unit) -> None:
-        self._learning = False
-        unit.in_backward = True
-        self._use(unit, -1)
-
-    def _use(self, unit: _Unit, direction: int) -> None:
-        """The unit is there; the next ones in this direction are on their way."""
-        self._start(unit)
-        if not self._learning and unit in self._order:
-            at = self._order.index(unit)
-            for ahead in range(1, self._depth + 1):
-                if 0 <= at + direction * ahead < len(self._order):
-                    self._start(self._order[at + direction * ahead])
-        self._finish(unit)
-
-    def _start(self, unit: _Unit) -> None:
-        if unit.whole or unit.gather is not None:
-            return
-        unit.flat.untyped_storage().resize_(unit.flat.numel() * unit.flat.itemsize)
-        if self._group.size == 1:
-            unit.flat.copy_(unit.shard.detach())
-            unit.whole = True
-            return
-        unit.gather = self._group.all_gather(unit.flat, unit.shard.detach(), async_op=True)
-
-    def _finish(self, unit: _Unit) -> None:
-        if unit.gather is not None:
-            unit.gather.wait()
-            unit.gather = None
-            unit.whole = True
-
-    def _free(self, unit: _Unit) -> None:
-        unit.whole = False
-        unit.flat.untyped_storage().resize_(0)
+    def _use(self, module: nn.Module, phase: Phase) -> None:
+        """The module is there; the next ones are on their way, and one more is told to its memory."""
+        for unit in self._modules[module]:
+            unit.start()
+        if phase == "forward" and not torch.is_grad_enabled():
+            ahead = self._trace.after_forward(module, self._depth + 1)
+        else:
+            ahead = self._trace.use(module, phase, self._depth + 1)
+        for at, other in enumerate(ahead):
+            for unit in self._modules[other]:
+                if at < self._depth:
+                    unit.start()
+                else:
+                    unit.memory.prefetch(unit.shard)
+        for unit in self._modules[module]:
+            unit.finish()
 
     # Gradients.
-
-    def _expect(self) -> None:
-        for unit in self._units:
-            unit.missing = len(unit.parameters)
 
     def _take(self, parameter: Tensor) -> None:
         if parameter.grad is None:  # put off (WeightGradients): it comes later
             return
         unit = self._of[parameter]
-        if unit.missing == 0:
-            raise RuntimeError(
-                f"a gradient came for module {unit.index}, whose gradients are being reduced already; call wait() "
-                "after each backward"
-            )
-        if unit.gradient is None:
-            unit.gradient = torch.zeros_like(unit.flat)
-        at = 0
-        for other in unit.parameters:
-            if other is parameter:
-                break
-            at += other.numel()
-        unit.gradient[at : at + parameter.numel()].view(parameter.shape).copy_(parameter.grad)
-        parameter.grad = None
-        unit.missing -= 1
-        if unit.missing == 0:
-            self._free(unit)
+        counts = unit.cut.reduce == "each" or (unit.cut.reduce == "last" and self._counts)
+        if unit.take(parameter, counts):
             self._reduce(unit)
+            module = unit.cut.module
+            if module is not None and not self._is_next(module):
+                unit.free()  # who read it has given its gradient
 
-    def _reduce(self, unit: _Unit) -> None:
-        unit.missing = 0
-        unit.in_backward = False
-        if unit.gradient is None:
-            unit.gradient = torch.zeros(unit.flat.shape, dtype=unit.flat.dtype, device=unit.flat.device)
-        if self._group.size == 1:
-            unit.reduced = unit.gradient
-            return
-        unit.reduced = torch.empty_like(unit.shard)
-        unit.reduction = self._group.reduce_scatter(unit.reduced, unit.gradient, self._op, async_op=True)
+    def _reduce(self, unit: Unit) -> None:
+        unit.reduce(self._op)
+        if unit in self._in_flight:
+            self._in_flight.remove(unit)
+        self._in_flight.append(unit)
+        while sum(each.gradient_nbytes for each in self._in_flight) > self._most_in_flight:
+            self._in_flight.pop(0).drain()
 
-    def _drain(self, unit: _Unit) -> None:
-        if unit.reduction is not None:
-            unit.reduction.wait()
-            unit.reduction = None
-        unit.gradient = None
-        if unit.reduced is not None:
-            unit.shard.grad = unit.reduced if unit.shard.grad is None else unit.shard.grad.add_(unit.reduced)
-            unit.reduced = None
+
+def _cut(module: nn.Module | Cut, group: ShardGroup | None) -> Cut:
+    if isinstance(module, Cut):
+        return module
+    if group is None:
+        raise InvalidArgument("modules are cut over a group: give one, or a Cut of each")
+    return Cut(list(module.parameters()), group, module)

@@ -1,0 +1,246 @@
+"""Parameters that are cut over ranks together: what a user says of them (Cut), and one such flat tensor at work (Unit).
+
+Between uses a flat's storage is empty, so that whatever views it (parameters, tensors that autograd saved) costs
+nothing. Sources: Rajbhandari et al., ZeRO, arXiv:1910.02054; hybrid sharding: Zhang et al., MiCS, arXiv:2205.00119."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pycomm.errors import InvalidArgument
+
+
+class ShardGroup(Protocol):
+    """What the sharding needs of a group: pycomm.Group, or anything that wraps one; all_reduce only of copies."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def all_gather(self, output: Tensor, input: Tensor, **options: Any) -> Any: ...
+    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum", **options: Any) -> Any: ...
+    def all_reduce(self, x: Tensor, op: str = "sum", **options: Any) -> Any: ...
+
+
+class ShardMemory(Protocol):
+    """Where shards lie, when that is not ordinary memory: files, say."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
+    def prefetch(self, x: Tensor) -> None:
+        """x, made by zeros(), will be read soon. Returns at once."""
+
+    def release(self, x: Tensor) -> None:
+        """x will not be touched for a while; it keeps its values."""
+
+
+class InMemory:
+    """Ordinary memory, which is always there."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    def prefetch(self, x: Tensor) -> None:
+        pass
+
+    def release(self, x: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Parameters that lie one after another in a flat tensor, padded to a multiple of the ranks; each keeps a part.
+
+    parameters: leaves of one type and device. group: the ranks that the flat is cut over.
+    module: gathers them before its forward and backward, and frees them after (ZeRO-3). None: they stay whole (ZeRO-1
+    and 2). A module may have several cuts.
+    copies: ranks that keep the same part and see other data: gradients are added up over them too (hybrid sharding).
+    None: this rank alone.
+    reduce: gradients cross in "each" backward, as soon as the cut has all of its own (ZeRO-2 and 3); in the "last" one,
+    the first outside no_sync(), and add up before (ZeRO-1); or in "wait"() alone, where ranks run other backwards."""
+
+    parameters: Sequence[Tensor]
+    group: ShardGroup
+    module: nn.Module | None = None
+    copies: ShardGroup | None = None
+    reduce: Literal["each", "last", "wait"] = "each"
+
+    def check(self, index: int) -> None:
+        """Raises InvalidArgument for parameters that cannot share a flat tensor."""
+        kinds = {(p.dtype, p.device) for p in self.parameters}
+        if len(kinds) != 1:
+            what = "no parameters" if not self.parameters else f"parameters of {len(kinds)} types or devices"
+            raise InvalidArgument(f"module {index} has {what}; give modules whose parameters are alike")
+        if self.reduce not in ("each", "last", "wait"):
+            raise InvalidArgument(f"reduce is {self.reduce!r}; give 'each', 'last' or 'wait'")
+
+
+class _Copying:
+    """The gather of a rank that has no others: from where its shard lies, when it is needed."""
+
+    def __init__(self, flat: Tensor, shard: Tensor) -> None:
+        self._flat, self._shard = flat, shard
+
+    def wait(self) -> None:
+        _resize(self._flat)
+        self._flat.copy_(self._shard)
+
+
+def _resize(flat: Tensor) -> None:
+    flat.untyped_storage().resize_(flat.numel() * flat.itemsize)
+
+
+def _placed(values: Tensor, memory: ShardMemory | None) -> Tensor:
+    if memory is None:
+        return values.clone()
+    placed = memory.zeros(values.shape, values.dtype).copy_(values)
+    memory.release(placed)
+    return placed
+
+
+class Unit:
+    """A Cut at work. flat: the parameters are views of it. shard: this rank's part, of flat's type. master: the same in
+    the type that the parameters came in, and shard itself where that is flat's; its .grad gets the summed gradient."""
+
+    def __init__(
+        self, cut: Cut, dtype: torch.dtype, memory: ShardMemory | None, master_memory: ShardMemory | None
+    ) -> None:
+        """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards."""
+        self.cut, self.group = cut, cut.group
+        first = cut.parameters[0]
+        numel = sum(p.numel() for p in cut.parameters)
+        whole = torch.zeros(numel + -numel % cut.group.size, dtype=first.dtype, device=first.device)
+        self.offsets: dict[Tensor, int] = {}
+        at = 0
+        for parameter in cut.parameters:
+            self.offsets[parameter] = at
+            whole[at : at + parameter.numel()] = parameter.detach().flatten()
+            at += parameter.numel()
+        self.flat = whole if dtype == whole.dtype else whole.to(dtype)
+        self.low = cut.group.rank * (len(whole) // cut.group.size)  # where master begins in flat
+        own = whole[self.low : self.low + len(whole) // cut.group.size]
+        same = self.flat.dtype == whole.dtype
+        master_memory = memory if same else master_memory
+        self.memory, self.master_memory = memory or InMemory(), master_memory or InMemory()
+        self.master = _placed(own, master_memory)
+        self.shard = self.master if same else _placed(own.to(dtype), memory)
+        for parameter, offset in self.offsets.items():
+            parameter.data = self.flat[offset : offset + parameter.numel()].view(parameter.shape)
+        self.whole = True
+        self._gather: Any = None  # the Work under way
+        self.gradient: Tensor | None = None  # like flat, in master's type, while backwards fill it
+        self.written: set[Tensor] = set()  # parameters whose gradients a backward that counts brought
+        self._reducing: tuple[Any, Tensor, Tensor] | None = None  # Work, whole, part
+        self._reduced: Tensor | None = None  # the parts of the backwards since the last deliver()
+        if cut.module is not None:
+            self.free()
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Of the whole gradient."""
+        return self.flat.numel() * self.master.itemsize
+
+    # Parameters.
+
+    def start(self) -> None:
+        """The parameters are on their way."""
+        if self.whole or self._gather is not None:
+            return
+        self.memory.prefetch(self.shard)
+        if self.group.size == 1:
+            self._gather = _Copying(self.flat, self.shard)
+        else:
+            _resize(self.flat)
+            self._gather = self.group.all_gather(self.flat, self.shard, async_op=True)
+
+    def finish(self) -> None:
+        """The parameters are there, if they were started."""
+        if self._gather is not None:
+            self._gather.wait()
+            self._gather = None
+            self.whole = True
+            self.memory.release(self.shard)
+
+    def free(self) -> None:
+        """The parameters take no memory."""
+        if self._gather is not None:
+            if self.group.size > 1:
+                self._gather.wait()
+            self._gather = None
+            self.memory.release(self.shard)
+        self.whole = False
+        self.flat.untyped_storage().resize_(0)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """shard has master's values; parameters that stay whole are on their way, others free."""
+        if self.shard is not self.master:
+            self.shard.copy_(self.master)
+            self.memory.release(self.shard)
+        self.master_memory.release(self.master)
+        if self.cut.module is not None:
+            self.free()
+        else:
+            self.whole = False
+            self.start()
+
+    # Gradients.
+
+    @torch.no_grad()
+    def take(self, parameter: Tensor, counts: bool) -> bool:
+        """Adds a parameter's gradient. Whether every parameter has now brought one that counts."""
+        assert parameter.grad is not None
+        if self.gradient is None:
+            self.gradient = torch.zeros(self.flat.shape, dtype=self.master.dtype, device=self.flat.device)
+        offset = self.offsets[parameter]
+        self.gradient[offset : offset + parameter.numel()] += parameter.grad.flatten()
+        parameter.grad = None
+        if counts:
+            self.written.add(parameter)
+        return counts and len(self.written) == len(self.offsets)
+
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient was reduced, or is being, since the last deliver()."""
+        return self._reducing is not None or self._reduced is not None
+
+    def reduce(self, op: str) -> None:
+        """Begins to reduce what backwards brought (0 where they brought nothing), after what was begun before."""
+        self.drain()
+        self.written.clear()
+        whole, self.gradient = self.gradient, None
+        if whole is None:
+            whole = torch.zeros(self.flat.shape, dtype=self.master.dtype, device=self.flat.device)
+        if self.group.size == 1:
+            self._reducing = (None, whole, whole)
+            return
+        part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
+        self._reducing = (self.group.reduce_scatter(part, whole, op, async_op=True), whole, part)
+
+    def drain(self) -> None:
+        """What is being reduced is this rank's, and the whole gradient's memory free."""
+        if self._reducing is None:
+            return
+        work, _, part = self._reducing
+        if work is not None:
+            work.wait()
+        self._reduced = part if self._reduced is None else self._reduced.add_(part)
+        self._reducing = None
+
+    def add_copies(self, op: str) -> Any:
+        """Begins to add up over the ranks that keep the same part; the Work, or None where there are none."""
+        copies = self.cut.copies
+        assert self._reduced is not None
+        if copies is None or copies.size == 1:
+            return None
+        return copies.all_reduce(self._reduced, op, async_op=True)
+
+    def deliver(self) -> None:
+        """master.grad has the sum, added to what was there."""
+        assert self._reduced is not None
+        self.master.grad = self._reduced if self.master.grad is None else self.master.grad.add_(self._reduced)
+        self._reduced = None

@@ -29,7 +29,8 @@ def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, steps: int)
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path="stdlib"),
-        train=dataclasses.replace(config.train, seed=seed, wire=wire, steps=steps, eval_sequences=EVAL_SEQUENCES),
+        train=dataclasses.replace(config.train, seed=seed, steps=steps, eval_sequences=EVAL_SEQUENCES),
+        wire=dataclasses.replace(config.wire, dp=wire),
     )
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=300) as group:

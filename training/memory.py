@@ -66,12 +66,24 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
         resident = 0.0 if train.offload_optimizer else 1.0
         optimizer += resident * 4 * numel / copies * (3 if separate else 2)
         optimizer += itemsize * numel / copies if zero and itemsize == 2 else 0  # what a master rounds to
+        optimizer += 4 * numel / copies * _kept_between_workers(config)
     block_numel = max((numel for block, numel in largest.items() if block), default=0.0)
     if zero == 3:
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
     if zero >= 2:
         gradients += 4 * block_numel + 4 * largest.get("", 0.0)
     return Estimate(int(parameters), int(gradients), int(optimizer), _activations(config, layout, pp_index))
+
+
+def _kept_between_workers(config: Config) -> int:
+    """fp32 numbers of each parameter that [sync] keeps: what is exchanged and coding's loss; shared, momentum."""
+    sync = config.sync
+    if sync.method == "synchronous":
+        return 0
+    exchange = 2 if config.wire.outer != "none" and config.wire.error_feedback else 1
+    if sync.method == "stale":
+        return exchange * (sync.staleness + 1)
+    return exchange + (1 if sync.method == "local_sgd" else 2)
 
 
 def _held(spec: ParamSpec, layout: Layout, zero_ranks: int) -> tuple[float, int]:
@@ -99,7 +111,7 @@ def _activations(config: Config, layout: Layout, pp_index: int) -> int:
         saved = held / placement.n_chunks * sum(_block(config, layout, index) for index in layers)
         if train.recompute == "full":
             saved += max(_block(config, layout, index, "none") for index in layers)
-    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.dp * train.accumulation))
+    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.n_data * train.accumulation))
     chunk = min(train.loss_chunk, tokens)
     logits = 2 * 4 * chunk * model.vocab_size // layout.tp if stages_of(config).placement.last_rank == pp_index else 0
     return int(saved) + logits
@@ -110,7 +122,7 @@ def _block(config: Config, layout: Layout, index: int, recompute: str | None = N
     model, train = config.model, config.train
     recompute = recompute or train.recompute
     itemsize = 2 if train.precision == "bf16" else 4
-    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.dp * train.accumulation))
+    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.n_data * train.accumulation))
     narrow = tokens / layout.tp * model.d_model  # numbers of x between layers
     if recompute == "full":
         return narrow * itemsize

@@ -43,7 +43,11 @@ class MixtureOfExperts(ShardedModule):
         if key not in self.mesh.exchanges:
             layout = self.mesh.layout
             self.mesh.exchanges[key] = ExpertParallel(
-                self.mesh.ep.group, *key, dedup=layout.moe_dedup, chunks=layout.moe_chunks or "auto"
+                self.mesh.ep.group,
+                *key,
+                dedup=layout.moe_dedup,
+                chunks=layout.moe_chunks or "auto",
+                wire=self.mesh.wire["ep"],  # type: ignore[arg-type]  # checks.py lets no other pass
             )
         return self.mesh.exchanges[key]
 

@@ -40,15 +40,14 @@ class Optimizer:
         self._config = config.optimizer
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
-        allocate = in_file(config.offload_dir) if train.offload_optimizer else in_memory
+        self._allocate = allocate = in_file(config.offload_dir) if train.offload_optimizer else in_memory
         self._state: Replicated | Sharded
         if layout.zero:
             self._state = Sharded(model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, allocate)
         else:
-            wire = None if train.wire == "none" else train.wire
             bucket_nbytes = train.bucket_kib * 1024 or None
             self._state = Replicated(
-                trained, self.specs, mesh, dtype, bucket_nbytes, wire, train.error_feedback, allocate
+                trained, self.specs, mesh, dtype, bucket_nbytes, mesh.wire["dp"], config.wire.error_feedback, allocate
             )
         updated = list(self._state.updated())
         self._adamw = torch.optim.AdamW(
@@ -73,6 +72,22 @@ class Optimizer:
     def gradients(self) -> dict[str, Tensor]:
         """The summed gradient of masters, after wait()."""
         return self._state.gradients()
+
+    def add_state(self, kind: str) -> dict[str, Tensor]:
+        """One more number for each that is updated, 0 at first, which pieces() and put() know by this kind; what this
+        rank has of each, as masters."""
+        for master, _ in self._state.updated():
+            self._adamw.state[master][kind] = self._allocate(master.shape)
+        return self._state.held(self._of(kind))
+
+    def drop_state(self, kind: str) -> None:
+        for master, _ in self._state.updated():
+            del self._adamw.state[master][kind]
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        """What coding lost of gradients on this rank in the last step, by name; {} without a wire or error feedback."""
+        return self._state.residuals
 
     def syncing(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward: its gradients add up; with last, the step's last ones, they are reduced as they come."""

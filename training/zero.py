@@ -71,6 +71,8 @@ class Sharded:
         allocate: Allocate,
     ) -> None:
         """n_ranks: that a flat is cut over, 0 for all of the gradient's group."""
+        self._wire = mesh.wire["dp"]
+        self.residuals: dict[str, Tensor] = {}  # a reduce_scatter does not say what coding lost
         self._units: list[_Unit] = []
         self._of: dict[nn.Parameter, tuple[_Unit, int]] = {}
         for group, names in by_gradient_group(parameters, specs, mesh):
@@ -154,7 +156,7 @@ class Sharded:
         part = torch.empty_like(unit.master)
         work = None
         if unit.group.size > 1:
-            work = unit.group.reduce_scatter(part, whole, async_op=True)
+            work = unit.group.reduce_scatter(part, whole, async_op=True, wire=self._wire)
         else:
             part.copy_(whole)
         unit.reducing = (work, whole, part)
@@ -192,7 +194,8 @@ class Sharded:
         works = []
         for unit in self._units:
             if unit.copies.size > 1:
-                works.append(unit.copies.all_reduce(unit.master.grad, async_op=True))  # type: ignore[arg-type]
+                assert unit.master.grad is not None
+                works.append(unit.copies.all_reduce(unit.master.grad, async_op=True, wire=self._wire))
         for work in works:
             work.wait()
 
@@ -229,7 +232,10 @@ class Sharded:
     @property
     def masters(self) -> dict[str, Tensor]:
         """This rank's part of each parameter that it has a part of, 1-D."""
-        return {name: unit.master[part] for unit in self._units for name, part, _ in _parts(unit)}
+        return self.held({unit.master: unit.master for unit in self._units})
+
+    def held(self, of: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {name: of[unit.master][part] for unit in self._units for name, part, _ in _parts(unit)}
 
     def gradients(self) -> dict[str, Tensor]:
         found = {}

@@ -211,7 +211,12 @@ STREAMING = {"method": "streaming_diloco", "workers": 2}
         ({}, {**STREAMING, "every": 4, "delay": 4}, {}, r"sync.delay is 4; give at least 0 and at most 3 \(below"),
         ({}, {**STREAMING, "mixing": 1.0}, {}, "sync.mixing is 1.0; it must be at least 0 and below 1"),
         ({}, {**STREAMING, "outer_lr": 0.0}, {}, "sync.outer_lr is 0.0; it must be above 0"),
-        ({"layout": {"auto": True}}, STALE, {}, "layout.auto plans synchronous steps, not sync.method 'stale'"),
+        (
+            {"layout": {"auto": True}},
+            STALE,
+            {},
+            "layout.auto time synchronous steps, not sync.method 'stale'; give",
+        ),
         (
             {"model": {"n_experts": 4, "router": "sigmoid", "router_bias": True}},
             STALE,
@@ -226,7 +231,7 @@ STREAMING = {"method": "streaming_diloco", "workers": 2}
             {"layout": {"zero": 1}},
             {},
             {"dp": "int8"},
-            "layout.zero 1 has no error feedback: .* error_feedback to false",
+            "layout.zero 1 has no error feedback: .* set wire.error_feedback to",
         ),
     ],
 )

@@ -122,7 +122,7 @@ def synchronisation(config: Config, world_size: int) -> None:
     divides("sync.workers", sync.workers, "the ranks", world_size)
     divides("sync.workers", sync.workers, "train.global_batch", config.train.global_batch)
     if config.layout.auto:
-        raise ConfigError(f"layout.auto plans synchronous steps, not sync.method {sync.method!r}; give the axes")
+        plans(config)
     if config.model.router_bias:
         raise ConfigError(
             f"model.router_bias moves by the load of all ranks in each step, which sync.method {sync.method!r} does "
@@ -143,6 +143,15 @@ def synchronisation(config: Config, world_size: int) -> None:
             raise ConfigError(f"sync.{name} is {ratio}; it must be at least 0 and below 1")
     if "outer_lr" in known and not sync.outer_lr > 0.0:
         raise ConfigError(f"sync.outer_lr is {sync.outer_lr}; it must be above 0")
+
+
+def plans(config: Config) -> None:
+    """The planner's own check."""
+    if config.sync.method != "synchronous":
+        raise ConfigError(
+            f"plan and layout.auto time synchronous steps, not sync.method {config.sync.method!r}; give the axes "
+            "(layout.tp, layout.pp, ...), or plan a worker's ranks with sync.method 'synchronous'"
+        )
 
 
 def wires(config: Config) -> None:

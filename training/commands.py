@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from training import checkpoint_files
 from training.checkpoint_files import Progress
-from training.config import Config, LayoutConfig, resolve_layout, to_toml
+from training.config import Config, LayoutConfig, SyncConfig, WireConfig, resolve_layout, to_toml
 from training.data import open_tokenizer, train_bpe, write_token_shard
 from training.data.streams import read_documents
 from training.data.tokens import as_text
@@ -98,7 +98,8 @@ def import_(config: Config, world: Group, folder: Path) -> None:
     _alone(world, "import")
     if checkpoint_files.latest(config.run_dir) is not None:
         raise ConfigError(f"{config.run_dir} has a checkpoint already; choose another --name")
-    mesh = Mesh(world, resolve_layout(dataclasses.replace(config, layout=LayoutConfig()), 1))
+    alone = dataclasses.replace(config, layout=LayoutConfig(), sync=SyncConfig(), wire=WireConfig())
+    mesh = Mesh(world, resolve_layout(alone, 1))
     with torch.device("meta"):
         specs = specs_of(GPT(config.model, mesh))
     parameters = import_model(config.model, folder, {name: spec.shape for name, spec in specs.items()})

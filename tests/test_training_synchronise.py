@@ -330,6 +330,7 @@ def test_a_checkpoint_of_workers_resumes_with_none_and_with_more(found: list[dic
 @pytest.mark.parametrize("name", WIRED)
 def test_the_wire_of_an_axis_reaches_its_collectives(found: list[dict[str, Any]], name: str) -> None:
     (plain, loss), (coded, coded_loss) = found[0]["wired"][name]
-    assert coded < 0.75 * plain, f"{coded} bytes with the wire, {plain} without"
+    most = 0.95 if name == "ep" else 0.75  # bf16 halves rows alone, and gradients cross beside them
+    assert coded < most * plain, f"{coded} bytes with the wire, {plain} without"
     assert coded_loss != loss
     assert abs(coded_loss - loss) < 0.05

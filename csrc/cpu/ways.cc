@@ -48,7 +48,7 @@ void Ways::compare(Cell& cell, uint64_t nbytes) {
   uint64_t mine = recent(cell, cell.way), theirs = recent(cell, other(cell.way));
   // Where the two are near each other shared memory is the better guess: other programs slow it
   // more while it is tried.
-  if (theirs < (cell.way == Way::shared ? mine * 8 / 10 : mine)) {
+  if (theirs < (cell.way == Way::shared ? mine * 9 / 10 : mine)) {
     cell.way = other(cell.way);
     std::swap(mine, theirs);
     for (Cell& each : cells_)  // they may find the same

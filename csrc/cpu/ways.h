@@ -18,7 +18,7 @@ enum class Way : uint32_t { shared, pulled };
 
 class Ways {
  public:
-  static constexpr uint64_t kLeast = 32 << 10;  // less goes over the board (board.h)
+  static constexpr uint64_t kLeast = 16 << 10;  // less goes over the board (board.h)
   // Kinds of operations cost differently and are kept apart, as are sizes.
   explicit Ways(int n_kinds) : cells_(static_cast<size_t>(n_kinds) * kClasses) {}
   static int class_of(uint64_t nbytes);  // 0 to 63
@@ -28,7 +28,7 @@ class Ways {
   void record(int kind, uint64_t nbytes, Way way, uint64_t time);
 
  private:
-  static constexpr int kClasses = 13;  // 32 KiB to 128 MiB and more, by powers of two
+  static constexpr int kClasses = 14;  // 16 KiB to 128 MiB and more, by powers of two
   struct Cell {
     bool known = false;
     Way way = Way::shared;

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import SLOW_S, Mesh, MeteredGroup
 from training.optimizer import Optimizer
 
 
@@ -43,7 +43,10 @@ class Exchange:
         for group, flat, residual in self._flats:
             if residual is not None:
                 flat.add_(residual)
-            self._works.append(group.all_reduce(flat, async_op=True, wire=self._wire, wire_residual=residual))
+            work = group.all_reduce(
+                flat, async_op=True, timeout_s=SLOW_S, wire=self._wire, wire_residual=residual
+            )  # the slowest worker may be some steps behind
+            self._works.append(work)
 
     def wait(self) -> dict[str, Tensor]:
         """values, when they are the means over the workers: the same bits on all ranks that hold the same."""

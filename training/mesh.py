@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pycomm.overlap import WeightGradients
 
 Axis = Literal["tp", "ep", "tied"] | None
-SLOW_S = 600.0  # a deadline for waits on another rank's disk or on what only rank 0 does
+SLOW_S = 600.0  # a deadline for waits on another rank's disk, on what only rank 0 does, or on a slower worker
 
 
 # Names of groups; "zero" is what ZeRO cuts or copies over where that is no axis, "alone" a group of one rank.
@@ -96,11 +96,14 @@ class MeteredGroup:
         op: str = "sum",
         *,
         async_op: bool = False,
+        timeout_s: float | None = None,
         wire: str | None = None,
         wire_residual: Tensor | None = None,
     ) -> Any:
         with self._blocking():
-            result = self.group.all_reduce(x, op, async_op=async_op, wire=wire, wire_residual=wire_residual)
+            result = self.group.all_reduce(
+                x, op, async_op=async_op, timeout_s=timeout_s, wire=wire, wire_residual=wire_residual
+            )
         return MeteredWork(result, self) if async_op else result
 
     def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False, wire: str | None = None) -> Any:

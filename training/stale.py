@@ -25,6 +25,9 @@ from training.optimizer import Optimizer
 from training.synchronise import Synchronous
 
 
+_MEET_EVERY = 50  # steps
+
+
 class Stale(Synchronous):
     """All ranks construct and call it together."""
 
@@ -40,6 +43,9 @@ class Stale(Synchronous):
     @property
     def residuals(self) -> dict[str, Tensor]:
         return {f"{i} {name}": lost for i, each in enumerate(self._slots) for name, lost in each.residuals.items()}
+
+    def meets(self, step: int) -> bool:
+        return step % _MEET_EVERY == 0  # oftener would make workers wait for each other in the very step
 
     def reduce(self, step: int) -> bool:
         gradients = self._optimizer.gradients()

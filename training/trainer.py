@@ -23,7 +23,7 @@ from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
 from training.machine import peak_memory_bytes
 from training.memory import require_fit
-from training.mesh import AXES, Mesh
+from training.mesh import AXES, SLOW_S, Mesh
 from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
 from training.offload import ActivationFile
@@ -182,7 +182,7 @@ class Trainer:
             return False
         flag = torch.tensor([asked])
         if self.mesh.layout.workers > 1:
-            self.mesh.outer.all_reduce(flag, "max")
+            self.mesh.outer.all_reduce(flag, "max", timeout_s=SLOW_S)
         return bool(flag)
 
     def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> float:

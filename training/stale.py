@@ -24,7 +24,6 @@ from training.mesh import Mesh
 from training.optimizer import Optimizer
 from training.synchronise import Synchronous
 
-
 _MEET_EVERY = 50  # steps
 
 

@@ -24,7 +24,8 @@ constexpr size_t kBoardBytes = 16 * 1024;  // a rank's largest contribution to a
 constexpr size_t kStageSlot = 64 * 1024;   // a block of a large collective (staged.h)
 constexpr size_t kInlineBytes = 48;        // rides in the flag's own cache line
 constexpr size_t kSmallBytes = 2 * 1024;   // above it fewer collectives ahead with many ranks
-constexpr uint32_t kBoardSlots = 16;       // how far ahead a rank may be
+constexpr size_t kProbeLines = 32, kWordsPerLine = 8;
+constexpr uint32_t kBoardSlots = 16;                  // how far ahead a rank may be
 constexpr uint32_t kAnnouncements = 2 * kBoardSlots;  // so those that are compared are still there
 
 // A rank's contribution to a native collective (board.h).
@@ -53,7 +54,9 @@ struct alignas(128) BoardEntry {  // so that the transfer records behind them ar
   alignas(64) std::atomic<uint64_t> given{0};    // blocks in its stage, over all collectives
   alignas(64) std::atomic<uint64_t> reduced{0};  // (staged.h), of which its own piece is reduced
   alignas(64) std::atomic<uint64_t> taken{0};    // blocks of the others that it needs no more
-  Announcement announcements[kAnnouncements];    // by the collective's sequence number
+  // Lines to time the reading of (large.h).
+  alignas(64) std::atomic<uint64_t> probe[kProbeLines * kWordsPerLine];
+  Announcement announcements[kAnnouncements];  // by the collective's sequence number
   alignas(64) std::byte small[kBoardSlots][kSmallBytes];
 };
 

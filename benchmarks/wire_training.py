@@ -23,13 +23,16 @@ CURVE_EVERY = 20  # steps whose losses make one point of the recorded curve
 EVAL_SEQUENCES = 512  # of 32 tokens: fewer would measure which text they are
 
 
-def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, steps: int) -> dict[str, Any]:
+def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, bucket_kib: int, steps: int) -> dict[str, Any]:
     """Losses and traffic of one run; equal on both ranks but for the bytes."""
     config = load_preset("tiny")
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path="stdlib"),
-        train=dataclasses.replace(config.train, seed=seed, wire=wire, steps=steps, eval_sequences=EVAL_SEQUENCES),
+        train=dataclasses.replace(
+            config.train, seed=seed, steps=steps, eval_sequences=EVAL_SEQUENCES, bucket_kib=bucket_kib
+        ),
+        wire=dataclasses.replace(config.wire, dp=wire),
     )
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=300) as group:
@@ -50,8 +53,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--wires", default=",".join(WIRES), help="comma-separated; 'none' is fp32 and comes first")
+    parser.add_argument(
+        "--buckets", default="0", help="train.bucket_kib, comma-separated: each wire with each, so with other blocks"
+    )
+    parser.add_argument("--results", default="wire_training", help="the name of the file in results/")
     args = parser.parse_args()
-    wires = args.wires.split(",")
+    wires, buckets = args.wires.split(","), [int(each) for each in args.buckets.split(",")]
     if wires[0] != "none" or not set(wires) <= set(WIRES):
         parser.error(f"--wires begins with none, and knows {', '.join(WIRES)}")
     if args.seeds < 2:
@@ -59,9 +66,12 @@ def main() -> None:
     record: dict[str, Any] = {"environment": environment(), "steps": args.steps, "curve_every": CURVE_EVERY, "runs": []}
     for seed in range(args.seeds):
         for wire in wires:
-            result = run_ranks(train, 2, seed, wire, args.steps, hosts=["a", "b"], timeout_s=1200)[0]
-            record["runs"].append({"seed": seed, "wire": wire, **result})
-            print(f"seed {seed} wire {wire}: held-out loss {result['held_out']:.4f}", flush=True)
+            for bucket_kib in buckets[:1] if wire == "none" else buckets:
+                result = run_ranks(train, 2, seed, wire, bucket_kib, args.steps, hosts=["a", "b"], timeout_s=1200)[0]
+                record["runs"].append({"seed": seed, "wire": wire, "bucket_kib": bucket_kib, **result})
+                print(
+                    f"seed {seed} wire {wire} buckets {bucket_kib}: held-out loss {result['held_out']:.4f}", flush=True
+                )
     held_out = {wire: [run["held_out"] for run in record["runs"] if run["wire"] == wire] for wire in wires}
     sent = {wire: sum(run["bytes_between_hosts"] for run in record["runs"] if run["wire"] == wire) for wire in wires}
     mean, spread = statistics.fmean(held_out["none"]), statistics.stdev(held_out["none"])
@@ -71,11 +81,11 @@ def main() -> None:
             f"{statistics.fmean(losses):.4f}",
             f"{statistics.stdev(losses):.4f}",
             f"{(statistics.fmean(losses) - mean) / spread:+.2f}",
-            f"{sent['none'] / sent[wire]:.2f}",
+            f"{sent['none'] / sent[wire] * len(losses) / len(held_out['none']):.2f}",
         ]
         for wire, losses in held_out.items()
     ]
-    path = write_json("wire_training", record)
+    path = write_json(args.results, record)
     print(
         markdown_table(["wire", "held-out loss, mean", "stdev over seeds", "off, in fp32 stdevs", "fewer bytes"], rows)
     )

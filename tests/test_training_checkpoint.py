@@ -14,7 +14,7 @@ import torch
 from spawn import run_ranks
 from training_runs import tiny
 
-from training import checkpoint
+from training import checkpoint_files
 from training.config import Config
 from training.errors import CheckpointError
 from training.trainer import Trainer
@@ -76,7 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(saved: Path, tmp_path: Path) -> Path:
     """A copy of saved to damage; the path of its checkpoint."""
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-    newest = checkpoint.latest(tiny(tmp_path).run_dir)
+    newest = checkpoint_files.latest(tiny(tmp_path).run_dir)
     assert newest is not None
     return newest
 
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damaged: Path, damage: A
     damage(damaged)
     before = {file.name: file.read_bytes() for file in damaged.iterdir()}
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.read_state(damaged)
+        checkpoint_files.read_state(damaged)
     assert {file.name: file.read_bytes() for file in damaged.iterdir()} == before
 
 
@@ -153,7 +153,7 @@ def write_state(folder: Path, **changes: Any) -> None:
 def test_another_format_is_refused(damaged: Path) -> None:
     write_state(damaged, format=99)
     with pytest.raises(CheckpointError, match="has checkpoint format 99, this program reads 1"):
-        checkpoint.read_state(damaged)
+        checkpoint_files.read_state(damaged)
 
 
 def save_without_space(group: Any, config: Config) -> tuple[str, list[str]]:
@@ -161,7 +161,7 @@ def save_without_space(group: Any, config: Config) -> tuple[str, list[str]]:
     trainer = Trainer(config, group)
     trainer.train_step()
     written = []
-    whole_save = checkpoint.save_file
+    whole_save = checkpoint_files.save_file
 
     def failing_save(tensors: Any, path: Path) -> None:
         written.append(path)
@@ -170,12 +170,12 @@ def save_without_space(group: Any, config: Config) -> tuple[str, list[str]]:
             raise OSError(28, "No space left on device")
         whole_save(tensors, path)
 
-    checkpoint.save_file = failing_save
+    checkpoint_files.save_file = failing_save
     try:
         with pytest.raises(CheckpointError) as caught:
             trainer.save()
     finally:
-        checkpoint.save_file = whole_save
+        checkpoint_files.save_file = whole_save
     group.all_reduce(torch.zeros(1))  # rank 0 has cleaned up before the others look
     trainer.close()
     return str(caught.value), [path.name for path in (config.run_dir / "checkpoints").iterdir()]
@@ -192,7 +192,7 @@ def test_a_folder_that_a_killed_process_left_is_no_checkpoint_and_goes(damaged: 
     leftover = damaged.with_name(".step_00000007")
     leftover.mkdir()
     (leftover / "parameters.safetensors").write_bytes(b"half")
-    assert checkpoint.latest(run_dir) == damaged
+    assert checkpoint_files.latest(run_dir) == damaged
     run_ranks(train_and_save, 1, tiny(damaged.parents[2]), 3, 3)
     assert not leftover.exists()
 

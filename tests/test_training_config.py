@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from training_runs import tiny
 
-from training.config import PRESETS, Config, Layout, load_preset, resolve_layout
+from training.config import PRESETS, Config, Layout, SyncConfig, WireConfig, load_preset, resolve_layout
 from training.errors import ConfigError
 from training.model_config import ModelConfig
 
@@ -68,7 +68,8 @@ def test_a_preset_fills_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None
         ("[model]\nn_layers = 3.5\n", "'model.n_layers' is a int, got 3.5"),
         ("[model]\ntie_embeddings = 1\n", "'model.tie_embeddings' is a bool, got 1"),
         ("[train]\nprecision = 'fp8'\n", "'train.precision' is one of fp32, bf16, got 'fp8'"),
-        ("[train]\nwire = 'int2'\n", "'train.wire' is one of none, bf16, fp8, int8, int4, got 'int2'"),
+        ("[wire]\ndp = 'int2'\n", "'wire.dp' is one of none, bf16, fp8, int8, int4, got 'int2'"),
+        ("[sync]\nmethod = 'dilico'\n", "'sync.method' is one of synchronous, .*, got 'dilico'"),
         ("[data]\nmix = 3\n", r"'data.mix' is a table, got 3"),
         ("[data.mix]\n'a.txt' = 'much'\n", "'data.mix.a.txt' is a float, got 'much'"),
         ("model = 3\n", r"'model' is a table, got 3; write \[model\]"),
@@ -181,7 +182,6 @@ def test_layouts() -> None:
         ({"layout": {"zero": 4}}, 2, r"layout.zero is 4; give 0 \(no sharding\), 1, 2 or 3"),
         ({"layout": {"zero_ranks": 2}}, 2, "layout.zero_ranks is 2 but layout.zero is 0"),
         ({"layout": {"zero": 1, "zero_ranks": 3}}, 2, r"zero_ranks \(3\) does not divide data × context .* \(2\)"),
-        ({"layout": {"zero": 1}, "wire": "int8"}, 2, "train.wire 'int8' needs layout.zero 0"),
         ({"layout": {"zero": 2}, "offload_parameters": True}, 2, "offload_parameters needs layout.zero 3, it is 2"),
         ({"steps": 0}, 1, "train.steps is 0; it must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, 1, "val_fraction is 1.0; it must lie between 0 and 1"),
@@ -195,3 +195,65 @@ def test_what_does_not_divide_is_refused(changes: Any, world_size: int, message:
 def test_a_name_that_leaves_the_folder_of_runs_is_refused() -> None:
     with pytest.raises(ConfigError, match="it must not hold a path"):
         resolve_layout(dataclasses.replace(tiny(), name="../other"), 1)
+
+
+STALE = {"method": "stale", "workers": 2}
+STREAMING = {"method": "streaming_diloco", "workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sync", "wire", "message"),
+    [
+        ({}, {"method": "diloco"}, {}, r"needs sync.workers of at least 2 \(the number of hosts, say\), got 1"),
+        ({}, {"workers": 2}, {}, "sync.workers is 2 but sync.method is 'synchronous', .*; choose another method"),
+        ({}, {"every": 9}, {}, "sync.every is 9, which sync.method 'synchronous' does not read; .* 'local_sgd' or"),
+        ({}, {**STALE, "delay": 3}, {}, "sync.delay is 3, which .* 'stale' does not read; .* to 'streaming_diloco'"),
+        ({}, {**STALE, "workers": 3}, {}, r"sync.workers \(3\) does not divide the ranks \(4\)"),
+        ({"tp": 4}, STALE, {}, r"layout.tp \(4\) does not divide the ranks \(2\)"),
+        (
+            {"global_batch": 2},
+            STALE,
+            {},
+            r"2 workers × 2 data parallel ranks .* \(4\) does not divide train.global_batch",
+        ),
+        ({"eval_sequences": 6}, STALE, {}, r"2 workers × data parallel ranks \(4\) does not divide train.eval_seq"),
+        ({}, {**STALE, "staleness": 0}, {}, "sync.staleness is 0; give at least 1"),
+        (
+            {},
+            {**STREAMING, "fragments": 3},
+            {},
+            r"sync.fragments is 3; give at least 1 and at most 2 \(one for each la",
+        ),
+        ({}, {**STREAMING, "every": 4, "delay": 4}, {}, r"sync.delay is 4; give at least 0 and at most 3 \(below"),
+        ({}, {**STREAMING, "mixing": 1.0}, {}, "sync.mixing is 1.0; it must be at least 0 and below 1"),
+        ({}, {**STREAMING, "outer_lr": 0.0}, {}, "sync.outer_lr is 0.0; it must be above 0"),
+        (
+            {"layout": {"auto": True}},
+            STALE,
+            {},
+            "layout.auto time synchronous steps, not sync.method 'stale'; give",
+        ),
+        (
+            {"model": {"n_experts": 4, "router": "sigmoid", "router_bias": True}},
+            STALE,
+            {},
+            "model.router_bias moves by the load of all ranks .* balance with model.aux_loss_weight",
+        ),
+        ({}, {}, {"outer": "int8"}, "wire.outer is 'int8' but sync.method is 'synchronous'"),
+        ({}, {}, {"pp": "bf16"}, "wire.pp is 'bf16', but activations go between stages as messages"),
+        ({"layout": {"cp": 2}}, {}, {"cp": "int8"}, "wire.cp is 'int8', but ring attention .* 'ulysses'"),
+        ({}, {}, {"ep": "int4"}, "wire.ep is 'int4'; rows travel to their experts as bf16 or fp8"),
+        (
+            {"layout": {"zero": 1}},
+            {},
+            {"dp": "int8"},
+            "layout.zero 1 has no error feedback: .* set wire.error_feedback to",
+        ),
+    ],
+)
+def test_synchronisation_and_wires_that_make_no_sense_are_refused(
+    changes: Any, sync: Any, wire: Any, message: str
+) -> None:
+    config = dataclasses.replace(tiny(**changes), sync=SyncConfig(**sync), wire=WireConfig(**wire))
+    with pytest.raises(ConfigError, match=message):
+        resolve_layout(config, 4)

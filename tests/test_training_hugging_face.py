@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from spawn import run_ranks
 from training_runs import tiny
 
-from training import checkpoint
+from training import checkpoint_files
 from training.commands import import_
 from training.config import Config, Layout
 from training.data import Batch
@@ -179,7 +179,7 @@ def train_from_import(group: Any, config: Config, folder: Path) -> tuple[float, 
     """Imports a model as a run, resumes it; the loss of its batch before and after training, and the step."""
     import_(config, group, folder)
     trainer = Trainer(config, group)
-    assert trainer.resume() and trainer.progress == checkpoint.Progress()
+    assert trainer.resume() and trainer.progress == checkpoint_files.Progress()
     assert isinstance(trainer.corpus.batch([0]), Batch)
     losses = [trainer.train_step().loss for _ in range(8)]
     trainer.save()

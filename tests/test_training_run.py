@@ -15,7 +15,7 @@ import pytest
 from spawn import run_ranks
 from training_runs import tiny
 
-from training import checkpoint
+from training import checkpoint_files
 from training.config import Config
 from training.metrics import MetricsFile, read_metrics
 from training.run import run
@@ -94,8 +94,8 @@ def test_ctrl_c_stops_after_a_step_with_a_checkpoint_that_resumes(tmp_path: Path
     assert process.returncode == 130
     done = read_metrics(metrics)[-1]["step"]
     assert f"Interrupted after step {done}; the checkpoint is complete. Run again to resume." in rest
-    newest = checkpoint.latest(tmp_path / "tiny")
-    assert newest is not None and checkpoint.read_state(newest)["step"] == done
+    newest = checkpoint_files.latest(tmp_path / "tiny")
+    assert newest is not None and checkpoint_files.read_state(newest)["step"] == done
     resumed = train("run", "tiny", "--out-dir", str(tmp_path), "--train.steps", str(done + 2))
     assert f"resumed at step {done}" in resumed.stdout
     assert resumed.returncode == 0, resumed.stderr

@@ -4,6 +4,9 @@
                                     exp_avg.safetensors         AdamW's moments
                                     exp_avg_sq.safetensors
                                     state.json                  step, position in the data, config, checksums
+and, of runs with [sync] or wires,  worker_00001_….safetensors  what each worker has of its own (outer.py)
+                                    outer_….safetensors         the outer optimizer's, and exchanges under way
+                                    rank_00003_residuals.…      what coding lost and is yet to be sent
 
 Rank 0 writes into a hidden folder, flushes it to the disk and renames it; rank 0 reads and broadcasts, so other hosts
 need not see the disk. Training draws no random numbers after the initialisation but the data's order, a function of
@@ -13,42 +16,21 @@ seed and position: what is stored is all there is to a bit-equal continuation.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from training.checkpoint_files import Progress, Writer, latest, read_json, read_state, stored_model
 from training.config import Config, stages_of
 from training.errors import CheckpointError
 from training.mesh import SLOW_S, Mesh, on_rank_0
 from training.model import specs_of_whole
-from training.model_config import ModelConfig
-from training.optimizer import MOMENTS, PARAMETERS, Optimizer
+from training.optimizer import Optimizer
 from training.sharding import gather_to_leader, shard
-
-_FORMAT = 1
-_STATE = "state.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: updates done, and the number of the next training sequence."""
-
-    step: int = 0
-    position: int = 0
-
-
-def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run. A folder that has its final name is complete."""
-    return max(_complete(run_dir), default=None)
+from training.synchronise import Synchronous
 
 
 def find(run_dir: Path, mesh: Mesh) -> Path | None:
@@ -62,27 +44,82 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
     return found and Path(found)
 
 
-def _complete(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("step_*"))
-
-
-def save(config: Config, mesh: Mesh, optimizer: Optimizer, progress: Progress) -> None:
+def save(config: Config, mesh: Mesh, optimizer: Optimizer, sync: Synchronous, progress: Progress) -> None:
     """Writes a checkpoint of all ranks, together; older ones beyond keep_checkpoints go. Raises CheckpointError."""
-    files = {kind: whole_tensors(kind, config, mesh, optimizer) for kind in (PARAMETERS, *MOMENTS)}
-    on_rank_0(mesh.world, lambda: write(config, files, progress))
+    packed = sync.pack()
+    writer = Writer(config, progress, {"workers": mesh.layout.workers, "ranks": _ranks(config, mesh), "sync": packed})
+    try:
+        if not on_rank_0(mesh.world, writer.begin):
+            return
+        for file, kind in sync.files.items():
+            _add(writer, mesh, file, whole_tensors(kind, config, mesh, optimizer))
+        for file, kind in sync.worker_files.items():
+            for worker in range(mesh.layout.workers):
+                _add(writer, mesh, _of_worker(file, worker), whole_tensors(kind, config, mesh, optimizer, worker))
+        own = _residuals(optimizer, sync)
+        for rank, numel in enumerate(_every_length(mesh, own)):
+            if numel:
+                flat = _to_rank_0(mesh, rank, torch.cat([each.flatten() for each in own]) if own else None, numel)
+                _add(writer, mesh, _of_rank(rank), {} if flat is None else {"residuals": flat})
+        on_rank_0(mesh.world, writer.finish)
+    finally:
+        sync.release()
 
 
-def whole_tensors(kind: str, config: Config, mesh: Mesh, optimizer: Optimizer) -> dict[str, Tensor]:
-    """PARAMETERS, or one of MOMENTS, of the whole model by name on rank 0, {} elsewhere. All ranks together."""
+def _of_worker(file: str, worker: int) -> str:
+    return f"worker_{worker:05d}_{file}"
+
+
+def _of_rank(rank: int) -> str:
+    return f"rank_{rank:05d}_residuals"
+
+
+def _add(writer: Writer, mesh: Mesh, file: str, tensors: dict[str, Tensor]) -> None:
+    on_rank_0(mesh.world, lambda: writer.add(file, tensors))
+
+
+def _ranks(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What must be equal for a rank's residuals to be those of the rank of the same number."""
+    tables = {name: dataclasses.asdict(getattr(config, name)) for name in ("layout", "wire", "sync")}
+    return {"world_size": mesh.world.size, **tables}
+
+
+def _residuals(optimizer: Optimizer, sync: Synchronous) -> list[Tensor]:
+    """What coding lost on this rank and is yet to be sent, in an order that depends on _ranks() alone."""
+    return [*optimizer.residuals.values(), *sync.residuals.values()]
+
+
+def _every_length(mesh: Mesh, tensors: list[Tensor]) -> list[int]:
+    lengths = torch.empty(mesh.world.size, dtype=torch.int64)
+    mesh.world.all_gather(lengths, torch.tensor([sum(each.numel() for each in tensors)]))
+    return [int(each) for each in lengths]
+
+
+def _to_rank_0(mesh: Mesh, rank: int, flat: Tensor | None, numel: int) -> Tensor | None:
+    """flat of a rank on rank 0, None elsewhere."""
+    if mesh.world.rank == rank and rank:
+        assert flat is not None
+        mesh.world.send(flat, 0, rank).wait(SLOW_S)
+    if mesh.world.rank:
+        return None
+    if rank:
+        flat = torch.empty(numel)
+        mesh.world.recv(flat, rank, rank).wait(SLOW_S)
+    return flat
+
+
+def whole_tensors(kind: str, config: Config, mesh: Mesh, optimizer: Optimizer, worker: int = 0) -> dict[str, Tensor]:
+    """PARAMETERS, or another kind of the optimizer's state, of a worker's whole model by name on rank 0, {} elsewhere.
+    All ranks together."""
     found: dict[str, Tensor] = {}
     own = {}
-    for name, piece in optimizer.pieces(kind):
+    for name, piece in optimizer.pieces(kind) if mesh.worker_index == worker else ():
         whole = gather_to_leader(piece, optimizer.specs[name], mesh)
         if whole is not None:
             own[name] = whole.clone(memory_format=torch.contiguous_format)  # of its own memory, not a view
     stages = stages_of(config)
     for tag, (name, spec) in enumerate(specs_of_whole(config.model, mesh).items()):
-        owner = mesh.leader(stages.ranks_of(name)[0])
+        owner = mesh.leader(stages.ranks_of(name)[0], worker)
         if mesh.world.rank == 0:
             found[name] = own[name] if owner == 0 else torch.empty(spec.shape)
             if owner:
@@ -92,97 +129,6 @@ def whole_tensors(kind: str, config: Config, mesh: Mesh, optimizer: Optimizer) -
     return found
 
 
-def write(config: Config, files: dict[str, dict[str, Tensor]], progress: Progress) -> None:
-    """Writes a checkpoint from whole tensors by file (PARAMETERS, each of MOMENTS) and name, on one rank."""
-    folder = config.run_dir / "checkpoints"
-    final = folder / f"step_{progress.step:08d}"
-    if final.exists():
-        return
-    temporary = folder / f".{final.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step_*"):
-            shutil.rmtree(leftover)
-        temporary.mkdir()
-        checksums = {}
-        for kind, tensors in files.items():
-            path = temporary / f"{kind}.safetensors"
-            save_file(tensors, path)
-            _flush(path)
-            checksums[path.name] = {"nbytes": path.stat().st_size, "sha256": _sha256(path)}
-        state = {
-            "format": _FORMAT,
-            **dataclasses.asdict(progress),
-            "config": dataclasses.asdict(config),
-            "files": checksums,
-        }
-        (temporary / _STATE).write_text(json.dumps(state, indent=1))
-        _flush(temporary / _STATE)
-        _flush(temporary)
-        temporary.rename(final)
-        _flush(folder)
-        for old in _complete(config.run_dir)[: -config.train.keep_checkpoints]:
-            shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {final}: {error}; nothing of it was kept") from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, after every file was compared with its size and checksum. Raises CheckpointError."""
-    state = _read_json(folder)
-    try:
-        for name, expected in state["files"].items():
-            nbytes = (folder / name).stat().st_size
-            if nbytes != expected["nbytes"]:
-                raise CheckpointError(_damaged(folder / name, f"it has {nbytes} bytes instead of {expected['nbytes']}"))
-            if _sha256(folder / name) != expected["sha256"]:
-                raise CheckpointError(_damaged(folder / name, "its checksum is not the one it was written with"))
-    except OSError as error:
-        raise CheckpointError(_damaged(folder, f"{error.strerror}: {error.filename}")) from error
-    return state
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    """state.json as it was written. Raises CheckpointError where it is not, or of another format."""
-    try:
-        state: dict[str, Any] = json.loads((folder / _STATE).read_text())
-        if state["format"] != _FORMAT:
-            raise CheckpointError(f"{folder} has checkpoint format {state['format']}, this program reads {_FORMAT}")
-        for key in ("step", "position", "config", "files"):
-            state[key]
-    except OSError as error:
-        raise CheckpointError(_damaged(folder, f"{error.strerror}: {error.filename}")) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(_damaged(folder / _STATE, f"it is not what was written ({error!r})")) from error
-    return state
-
-
-def _damaged(path: Path, why: str) -> str:
-    return f"{path} is damaged: {why}; delete its checkpoint folder to go on from the one before"
-
-
-def stored_model(folder: Path, state: dict[str, Any]) -> ModelConfig:
-    """The model that a checkpoint holds. Raises CheckpointError where this program's models have other fields."""
-    try:
-        return ModelConfig(**state["config"]["model"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} describes a model that this program does not know: {error}") from error
-
-
 def require_same_model(config: Config, mesh: Mesh) -> None:
     """Raises CheckpointError on every rank where the run's newest checkpoint is of another model. It reads state.json
     alone, so that it can stand before anything is allocated."""
@@ -190,7 +136,7 @@ def require_same_model(config: Config, mesh: Mesh) -> None:
     def check() -> None:
         folder = latest(config.run_dir)
         if folder is not None:
-            _refuse_another_model(folder, _read_json(folder), config)
+            _refuse_another_model(folder, read_json(folder), config)
 
     on_rank_0(mesh.world, check)
 
@@ -208,36 +154,80 @@ def _refuse_another_model(folder: Path, state: dict[str, Any], config: Config) -
         )
 
 
-def changed_since(folder: Path, config: Config) -> list[str]:
-    """What a run's configuration says otherwise than the one a checkpoint was written with, in words."""
-    stored, now = _read_json(folder)["config"], dataclasses.asdict(config)
-    return [
-        f"{table}.{key} was {stored[table][key]!r}, is {value!r}"
-        for table, values in now.items()
-        if isinstance(values, dict) and table in stored
-        for key, value in values.items()
-        if key in stored[table] and stored[table][key] != value
-    ]
+def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer, sync: Synchronous) -> Progress:
+    """Fills parameters, moments and what [sync] and wires keep from a checkpoint on all ranks, together, and says how
+    far it was.
 
-
-def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer) -> Progress:
-    """Fills parameters and moments from a checkpoint on all ranks, together, and says how far it was.
-
+    A run of other workers: each goes on from worker (its own number modulo theirs). What the run saved did not have is
+    left as it is; residuals of other ranks or settings, and exchanges under way of another method, are lost.
     Raises CheckpointError on every rank for a damaged checkpoint, or one of another model."""
 
-    def check() -> dict[str, int]:
+    def check() -> dict[str, Any]:
         state = read_state(folder)
         _refuse_another_model(folder, state, config)
-        return {"step": state["step"], "position": state["position"]}
+        known = ("step", "position", "updates", "workers", "ranks", "sync")
+        return {"files": list(state["files"]), **{key: state[key] for key in known if key in state}}
 
-    progress = Progress(**on_rank_0(mesh.world, check))
-    for kind in (PARAMETERS, *MOMENTS):
-        file = safe_open(folder / f"{kind}.safetensors", "pt") if mesh.world.rank == 0 else None
-        for name, whole_spec in specs_of_whole(config.model, mesh).items():
-            whole = file.get_tensor(name) if file is not None else torch.empty(whole_spec.shape)
-            mesh.world.broadcast(whole, 0)
-            if name in optimizer.specs:
-                optimizer.put(kind, name, shard(whole, optimizer.specs[name], mesh))
-    optimizer.set_steps(progress.step)
+    state = on_rank_0(mesh.world, check)
+    available = set(state["files"])
+    sync.expect(state.get("sync", {}))
+    try:
+        for file, kind in sync.files.items():
+            _read(folder, _first(available, file, _of_worker(file, 0)), kind, config, mesh, optimizer)
+        for file, kind in sync.worker_files.items():
+            for worker in range(mesh.layout.workers):
+                source = _first(available, _of_worker(file, worker % state.get("workers", 1)), file)
+                _read(folder, source, kind, config, mesh, optimizer, worker)
+        sync.unpack()
+    finally:
+        sync.release()
+    if state.get("ranks") == _ranks(config, mesh):
+        _read_residuals(folder, available, mesh, _residuals(optimizer, sync))
+    n_updates = state.get("updates", state["step"])
+    optimizer.set_steps(n_updates)
     optimizer.publish()
-    return progress
+    return Progress(state["step"], state["position"], n_updates)
+
+
+def _first(available: set[str], *files: str) -> str | None:
+    """The first of the files that a checkpoint has."""
+    return next((name for file in files if (name := f"{file}.safetensors") in available), None)
+
+
+def _read(
+    folder: Path,
+    file_name: str | None,
+    kind: str,
+    config: Config,
+    mesh: Mesh,
+    optimizer: Optimizer,
+    worker: int | None = None,
+) -> None:
+    """A kind of the optimizer's state from a file that rank 0 sees; None leaves it. worker: the one that takes it, None
+    for every one."""
+    if file_name is None:
+        return
+    file = safe_open(folder / file_name, "pt") if mesh.world.rank == 0 else None
+    for name, whole_spec in specs_of_whole(config.model, mesh).items():
+        whole = file.get_tensor(name) if file is not None else torch.empty(whole_spec.shape)
+        mesh.world.broadcast(whole, 0)
+        if name in optimizer.specs and worker in (None, mesh.worker_index):
+            optimizer.put(kind, name, shard(whole, optimizer.specs[name], mesh))
+
+
+def _read_residuals(folder: Path, available: set[str], mesh: Mesh, own: list[Tensor]) -> None:
+    for rank, numel in enumerate(_every_length(mesh, own)):
+        name = _first(available, _of_rank(rank))
+        if name is None or not numel:
+            continue
+        flat = torch.empty(numel)
+        if mesh.world.rank == 0:
+            flat = safe_open(folder / name, "pt").get_tensor("residuals")
+            if rank:
+                mesh.world.send(flat, rank, rank).wait(SLOW_S)
+        elif mesh.world.rank == rank:
+            mesh.world.recv(flat, 0, rank).wait(SLOW_S)
+        if mesh.world.rank == rank:
+            with torch.no_grad():
+                for each, lost in zip(own, flat.split([each.numel() for each in own]), strict=True):
+                    each.copy_(lost.view(each.shape))

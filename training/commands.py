@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from training import checkpoint
-from training.checkpoint import Progress
-from training.config import Config, LayoutConfig, resolve_layout, to_toml
+from training import checkpoint_files
+from training.checkpoint_files import Progress
+from training.config import Config, LayoutConfig, SyncConfig, WireConfig, resolve_layout, to_toml
 from training.data import open_tokenizer, train_bpe, write_token_shard
 from training.data.streams import read_documents
 from training.data.tokens import as_text
@@ -81,10 +81,10 @@ def _alone(world: Group, command: str) -> None:
 def export(config: Config, world: Group) -> None:
     """Writes the newest checkpoint as a Hugging Face model, with its tokenizer."""
     _alone(world, "export")
-    newest = checkpoint.latest(config.run_dir)
+    newest = checkpoint_files.latest(config.run_dir)
     if newest is None:
         raise CheckpointError(_no_checkpoint(config))
-    model = checkpoint.stored_model(newest, checkpoint.read_state(newest))
+    model = checkpoint_files.stored_model(newest, checkpoint_files.read_state(newest))
     folder = Path(config.export.folder) if config.export.folder else config.run_dir / "hugging_face"
     dtype = torch.bfloat16 if config.export.precision == "bf16" else torch.float32
     export_model(model, newest / f"{PARAMETERS}.safetensors", folder, dtype)
@@ -96,15 +96,16 @@ def export(config: Config, world: Group) -> None:
 def import_(config: Config, world: Group, folder: Path) -> None:
     """Makes a run whose checkpoint of step 0 has the parameters of a Hugging Face model; config.model is that model."""
     _alone(world, "import")
-    if checkpoint.latest(config.run_dir) is not None:
+    if checkpoint_files.latest(config.run_dir) is not None:
         raise ConfigError(f"{config.run_dir} has a checkpoint already; choose another --name")
-    mesh = Mesh(world, resolve_layout(dataclasses.replace(config, layout=LayoutConfig()), 1))
+    alone = dataclasses.replace(config, layout=LayoutConfig(), sync=SyncConfig(), wire=WireConfig())
+    mesh = Mesh(world, resolve_layout(alone, 1))
     with torch.device("meta"):
         specs = specs_of(GPT(config.model, mesh))
     parameters = import_model(config.model, folder, {name: spec.shape for name, spec in specs.items()})
     mesh.close()
     zeros = {moment: {name: torch.zeros_like(each) for name, each in parameters.items()} for moment in MOMENTS}
-    checkpoint.write(config, {PARAMETERS: parameters, **zeros}, Progress())
+    checkpoint_files.write(config, {PARAMETERS: parameters, **zeros}, Progress())
     tokenizer = folder / "tokenizer.json"
     if tokenizer.exists() and config.data.tokenizer == "bytes":
         shutil.copyfile(tokenizer, config.run_dir / tokenizer.name)
@@ -118,11 +119,11 @@ def import_(config: Config, world: Group, folder: Path) -> None:
 
 def inspect(path: Path) -> None:
     """Prints what a checkpoint, or the newest of a run's folder, holds, after its checksums were compared."""
-    folder = path if (path / "state.json").exists() else checkpoint.latest(path)
+    folder = path if (path / "state.json").exists() else checkpoint_files.latest(path)
     if folder is None:
         raise CheckpointError(f"there is no checkpoint at {path}; give a run's folder or one of its checkpoints")
-    state = checkpoint.read_state(folder)
-    model = checkpoint.stored_model(folder, state)
+    state = checkpoint_files.read_state(folder)
+    model = checkpoint_files.stored_model(folder, state)
     table = Table("parameter", "shape", "rms", "largest")
     n_bad = 0
     with safe_open(folder / f"{PARAMETERS}.safetensors", "pt") as file:

@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training import schedules
+from training import checks, schedules
 from training.errors import ConfigError
 from training.model_config import ModelConfig
 from training.stages import Placement, Stages, assign_layers
 
 PRESETS = Path(__file__).parent / "presets"
+
+Wire = Literal["none", "bf16", "fp8", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,6 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: bf16 parameters and activations, fp32 masters and gradients
     bucket_kib: int = 0  # gradients reduced together, at most; 0: as the links ask for (docs/overlap.md)
-    wire: Literal["none", "bf16", "fp8", "int8", "int4"] = "none"  # how gradients cross hosts (docs/wire.md)
-    error_feedback: bool = True  # with a wire: what it loses is added to the next step's gradients
     eval_every: int = 50
     eval_sequences: int = 64
     recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
@@ -93,6 +93,35 @@ class TrainConfig:
     memory_gib: float = 0.0  # of a rank; a run that is predicted to need more is refused; 0: not checked
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """How each axis's values cross hosts (docs/wire.md); inside a host all stays as it is. "none": as they are."""
+
+    dp: Wire = "none"  # gradients
+    outer: Wire = "none"  # between workers ([sync]): differences of parameters, or gradients
+    tp: Wire = "none"  # activations and their gradients, gathered and scattered around layers
+    cp: Wire = "none"  # attention's heads, with layout.context "ulysses"
+    ep: Wire = "none"  # rows to their experts: bf16 or fp8
+    pp: Wire = "none"  # refused: messages have no wire
+    error_feedback: bool = True  # dp, outer: what coding loses is added to what is sent next
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    """When ranks agree on parameters (docs/synchronise.md). Workers are neighbouring ranks, a host's say, that have one
+    model between them; what the other axes exchange stays within a worker."""
+
+    method: Literal["synchronous", "local_sgd", "diloco", "streaming_diloco", "stale"] = "synchronous"
+    workers: int = 1
+    every: int = 50  # local_sgd, diloco, streaming_diloco: steps between exchanges
+    outer_lr: float = 0.7  # diloco, streaming_diloco
+    outer_momentum: float = 0.9  # the same; Nesterov's
+    fragments: int = 2  # streaming_diloco: parts of the model that take turns
+    delay: int = 1  # streaming_diloco: steps that an exchange may take beside computation
+    mixing: float = 0.5  # streaming_diloco: the share of a worker's own parameters that it keeps at an exchange
+    staleness: int = 1  # stale: steps after which gradients are applied
 
 
 @dataclass(frozen=True)
@@ -142,6 +171,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    wire: WireConfig = field(default_factory=WireConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -238,7 +269,7 @@ def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks of each axis: pp * dp * cp * tp is the world size, and ep divides dp."""
+    """Ranks of each axis: workers * pp * dp * cp * tp is the world size, and ep divides dp, a worker's own."""
 
     dp: int
     tp: int
@@ -250,6 +281,7 @@ class Layout:
     moe_chunks: int = 0
     experts_over_tp: bool = False
     tp_overlap: Literal["auto", "always", "never"] = "auto"
+    workers: int = 1
 
     @property
     def expert_ranks(self) -> int:
@@ -257,7 +289,8 @@ class Layout:
         return self.ep * (self.tp if self.experts_over_tp else 1)
 
     def __str__(self) -> str:
-        axes = [f"dp {self.dp}", f"tp {self.tp}"]
+        axes = [f"{self.workers} workers"] if self.workers > 1 else []
+        axes += [f"dp {self.dp}", f"tp {self.tp}"]
         axes += [f"{name} {n}" for name, n in (("cp", self.cp), ("pp", self.pp)) if n > 1]
         return (
             " × ".join(axes)
@@ -266,19 +299,31 @@ class Layout:
         )
 
     @property
-    def n_ranks(self) -> int:
+    def worker_ranks(self) -> int:
         return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def n_ranks(self) -> int:
+        return self.workers * self.worker_ranks
+
+    @property
+    def n_data(self) -> int:
+        """Parts that a batch is cut into."""
+        return self.workers * self.dp
 
 
 def resolve_layout(config: Config, world_size: int) -> Layout:
     """The layout of world_size ranks. Raises ConfigError where something does not divide, naming both numbers."""
     model, data, layout, train = config.model, config.data, config.layout, config.train
-    _check_ranges(config)
-    _divides("layout.tp", layout.tp, "the ranks", world_size)
-    _divides("layout.cp", layout.cp, "the ranks / layout.tp", world_size // layout.tp)
-    _divides("layout.pp", layout.pp, "the ranks / (layout.tp × layout.cp)", world_size // (layout.tp * layout.cp))
+    checks.ranges(config)
+    checks.synchronisation(config, world_size)
+    world_size //= config.sync.workers
+    checks.divides("layout.tp", layout.tp, "the ranks", world_size)
+    checks.divides("layout.cp", layout.cp, "the ranks / layout.tp", world_size // layout.tp)
+    checks.divides("layout.pp", layout.pp, "the ranks / (layout.tp × layout.cp)", world_size // (layout.tp * layout.cp))
     tp, cp = layout.tp, layout.cp
     dp = world_size // (tp * cp * layout.pp)
+    of_workers = f"{config.sync.workers} workers × " if config.sync.workers > 1 else ""
     for name, width in (
         ("model.n_heads", model.n_heads),
         ("model.n_kv_heads", model.n_kv_heads),
@@ -287,31 +332,33 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         ("model.vocab_size", model.vocab_size),
         ("data.seq_len", data.seq_len),
     ):
-        _divides("layout.tp", tp, name, width)
-    _check_context(config)
-    _divides(
-        f"{dp} data parallel ranks × train.accumulation",
-        dp * train.accumulation,
+        checks.divides("layout.tp", tp, name, width)
+    checks.context(config)
+    checks.divides(
+        f"{of_workers}{dp} data parallel ranks × train.accumulation",
+        config.sync.workers * dp * train.accumulation,
         "train.global_batch",
         train.global_batch,
     )
-    _divides("data parallel ranks", dp, "train.eval_sequences", train.eval_sequences)
+    n_data = config.sync.workers * dp
+    checks.divides(f"{of_workers}data parallel ranks", n_data, "train.eval_sequences", train.eval_sequences)
     ep = layout.ep or (math.gcd(dp, model.n_experts) if model.n_experts else 1)
     if ep > 1 and not model.n_experts:
         raise ConfigError(f"layout.ep is {ep} but the model has no experts; set model.n_experts, or layout.ep to 1")
     if model.n_experts:
-        _divides("layout.ep", ep, "data parallel ranks", dp)
-        _divides("layout.ep", ep, "model.n_experts", model.n_experts)
+        checks.divides("layout.ep", ep, "data parallel ranks", dp)
+        checks.divides("layout.ep", ep, "model.n_experts", model.n_experts)
         if layout.experts_over_tp:
-            _divides("layout.ep × layout.tp", ep * tp, "model.n_experts", model.n_experts)
+            checks.divides("layout.ep × layout.tp", ep * tp, "model.n_experts", model.n_experts)
     elif layout.experts_over_tp:
         raise ConfigError(
             "layout.experts_over_tp is set but the model has no experts; set model.n_experts, or unset it"
         )
     stages_of(config)
     schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
-    # auto times products, so that the last bits may differ from run to run.
-    tp_overlap = "never" if layout.tp_overlap == "auto" and config.monitor.deterministic else layout.tp_overlap
+    # auto times products, so that the last bits may differ from run to run; pieces cross whole.
+    whole = config.monitor.deterministic or config.wire.tp != "none"
+    tp_overlap = "never" if layout.tp_overlap == "auto" and whole else layout.tp_overlap
     found = Layout(
         dp=dp,
         tp=tp,
@@ -323,8 +370,10 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         moe_chunks=layout.moe_chunks,
         experts_over_tp=layout.experts_over_tp,
         tp_overlap=tp_overlap,
+        workers=config.sync.workers,
     )
-    _check_zero(config, found)
+    checks.zero(config, found)
+    checks.wires(config)
     if layout.moe_chunks < 0:
         raise ConfigError(f"layout.moe_chunks is {layout.moe_chunks}; give 1 or more, or 0 for the library's choice")
     if layout.moe_exchange == "flat" and layout.moe_dedup != "auto":
@@ -333,28 +382,6 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
             "expert; set moe_exchange to 'dedup' or 'overlapped'"
         )
     return found
-
-
-def _check_zero(config: Config, resolved: Layout) -> None:
-    layout = config.layout
-    if not 0 <= layout.zero <= 3:
-        raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
-    if config.train.offload_parameters and layout.zero < 3:
-        raise ConfigError(
-            f"train.offload_parameters needs layout.zero 3, it is {layout.zero}: with less, every rank has parameters "
-            "whole and in use all the time; set layout.zero to 3, also on one rank"
-        )
-    if layout.zero == 0:
-        if layout.zero_ranks:
-            raise ConfigError(f"layout.zero_ranks is {layout.zero_ranks} but layout.zero is 0; set layout.zero to 1..3")
-        return
-    if config.train.wire != "none":
-        raise ConfigError(f"train.wire {config.train.wire!r} needs layout.zero 0: sharded gradients cross whole")
-    if layout.zero_ranks:
-        _divides("layout.zero_ranks", layout.zero_ranks, "data × context parallel ranks", resolved.dp * resolved.cp)
-        if config.model.n_experts:
-            copies = resolved.dp * resolved.cp * resolved.tp // resolved.expert_ranks
-            _divides("layout.zero_ranks", layout.zero_ranks, "ranks that hold the same experts", copies)
 
 
 def stages_of(config: Config) -> Stages:
@@ -371,58 +398,3 @@ def stages_of(config: Config) -> Stages:
     zbv = layout.schedule == "zbv" and layout.pp > 1
     placement = Placement(layout.pp, 2 if zbv else layout.chunks, zbv)
     return assign_layers(config.model.n_layers, placement, given)
-
-
-def _check_context(config: Config) -> None:
-    model, layout = config.model, config.layout
-    if layout.cp == 1:
-        return
-    pieces = 2 * layout.cp * layout.tp
-    if config.data.seq_len % pieces:
-        raise ConfigError(
-            f"data.seq_len ({config.data.seq_len}) is no multiple of 2 × layout.cp × layout.tp ({pieces}): each "
-            "context parallel rank has an early and a late part of the sequence, cut over its tp ranks; change one"
-        )
-    if layout.context == "ulysses":
-        for name, heads in (("model.n_heads", model.n_heads), ("model.n_kv_heads", model.n_kv_heads)):
-            _divides("layout.tp × layout.cp", layout.tp * layout.cp, name, heads)
-
-
-def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
-    if divisor < 1 or value % divisor:
-        raise ConfigError(f"{divisor_name} ({divisor}) does not divide {name} ({value}); change one of them")
-
-
-def _check_ranges(config: Config) -> None:
-    model, data, train = config.model, config.data, config.train
-    for name, value in (
-        ("model.vocab_size", model.vocab_size),
-        ("model.n_layers", model.n_layers),
-        ("model.d_model", model.d_model),
-        ("model.n_heads", model.n_heads),
-        ("model.n_kv_heads", model.n_kv_heads),
-        ("model.d_ff", model.d_ff),
-        ("data.seq_len", data.seq_len),
-        ("train.steps", train.steps),
-        ("train.global_batch", train.global_batch),
-        ("train.accumulation", train.accumulation),
-        ("train.loss_chunk", train.loss_chunk),
-        ("train.eval_every", train.eval_every),
-        ("train.eval_sequences", train.eval_sequences),
-        ("train.checkpoint_every", train.checkpoint_every),
-        ("train.keep_checkpoints", train.keep_checkpoints),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    model.check()
-    if model.block == "gpt2" and data.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
-            "change one of them"
-        )
-    if train.bucket_kib < 0:
-        raise ConfigError(f"train.bucket_kib is {train.bucket_kib}; give KiB, or 0 for what the links ask for")
-    if not 0.0 < data.val_fraction < 1.0:
-        raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
-    if not config.name or Path(config.name).name != config.name:
-        raise ConfigError(f"name is {config.name!r}; it names a folder in out_dir, so it must not hold a path")

@@ -44,8 +44,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mesh: Mesh, kind: str, doc
     if mesh.cp.size == 1:
         return _whole_attention(query, key, value, documents)
     if kind == "ulysses":
-        gathered = [_SequenceForHeads.apply(each, mesh.cp) for each in (query, key, value)]
-        return _HeadsForSequence.apply(_whole_attention(*gathered, documents), mesh.cp)
+        gathered = [_SequenceForHeads.apply(each, mesh) for each in (query, key, value)]
+        return _HeadsForSequence.apply(_whole_attention(*gathered, documents), mesh)
     repeats = query.shape[2] // key.shape[2]
     out: Tensor = _RingAttention.apply(query, key, value, mesh.cp, repeats, documents)
     return out
@@ -72,45 +72,45 @@ def _order(seq_len: int, n_ranks: int) -> Tensor:
     return torch.cat([positions(seq_len, n_ranks, rank) for rank in range(n_ranks)])
 
 
-def _to_heads(x: Tensor, group: MeteredGroup) -> Tensor:
+def _to_heads(x: Tensor, mesh: Mesh) -> Tensor:
     """[S/cp, B, H, d] to [S, B, H/cp, d], in the order of positions."""
-    n = group.size
+    n = mesh.cp.size
     sent = x.unflatten(2, (n, -1)).permute(2, 0, 1, 3, 4).contiguous()  # [cp, S/cp, B, H/cp, d]
     received = torch.empty_like(sent)
-    group.all_to_all(received.flatten(0, 1), sent.flatten(0, 1))
+    mesh.cp.all_to_all(received.flatten(0, 1), sent.flatten(0, 1), wire=mesh.wire["cp"])
     rows = received.flatten(0, 1)
     return torch.empty_like(rows).index_copy_(0, _order(rows.shape[0], n), rows)
 
 
-def _to_sequence(x: Tensor, group: MeteredGroup) -> Tensor:
+def _to_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     """The reverse: [S, B, H/cp, d] to [S/cp, B, H, d]."""
-    n = group.size
+    n = mesh.cp.size
     sent = x[_order(x.shape[0], n)]
     received = torch.empty_like(sent)
-    group.all_to_all(received, sent)
+    mesh.cp.all_to_all(received, sent, wire=mesh.wire["cp"])
     return received.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
 
 
 class _SequenceForHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: MeteredGroup) -> Tensor:
-        ctx.group = group
-        return _to_heads(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return _to_heads(x, mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_sequence(grad, ctx.group), None
+        return _to_sequence(grad, ctx.mesh), None
 
 
 class _HeadsForSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: MeteredGroup) -> Tensor:
-        ctx.group = group
-        return _to_sequence(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return _to_sequence(x, mesh)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grad, ctx.group), None
+        return _to_heads(grad, ctx.mesh), None
 
 
 class _Step:

@@ -70,6 +70,7 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
             state += itemsize  # what a master rounds to
         optimizer += state * numel / copies
         parts[block] = parts.get(block, 0.0) + numel / copies
+        optimizer += 4 * numel / copies * _kept_between_workers(config)
     block_numel = max((numel for block, numel in largest.items() if block), default=0.0)
     if zero == 3:
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
@@ -78,6 +79,17 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
     if train.offload_optimizer or train.offload_parameters:
         optimizer += 2 * 12 * max(parts.values(), default=0.0)  # one is updated, the next one arrives
     return Estimate(int(parameters), int(gradients), int(optimizer), _activations(config, layout, pp_index))
+
+
+def _kept_between_workers(config: Config) -> int:
+    """fp32 numbers of each parameter that [sync] keeps: what is exchanged and coding's loss; shared, momentum."""
+    sync = config.sync
+    if sync.method == "synchronous":
+        return 0
+    exchange = 2 if config.wire.outer != "none" and config.wire.error_feedback else 1
+    if sync.method == "stale":
+        return exchange * (sync.staleness + 1)
+    return exchange + (1 if sync.method == "local_sgd" else 2)
 
 
 def _held(spec: ParamSpec, layout: Layout, zero_ranks: int) -> tuple[float, int]:
@@ -105,7 +117,7 @@ def _activations(config: Config, layout: Layout, pp_index: int) -> int:
         saved = held / placement.n_chunks * sum(_block(config, layout, index) for index in layers)
         if train.recompute == "full":
             saved += max(_block(config, layout, index, "none") for index in layers)
-    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.dp * train.accumulation))
+    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.n_data * train.accumulation))
     chunk = min(train.loss_chunk, tokens)
     logits = 2 * 4 * chunk * model.vocab_size // layout.tp if stages_of(config).placement.last_rank == pp_index else 0
     return int(saved) + logits
@@ -116,7 +128,7 @@ def _block(config: Config, layout: Layout, index: int, recompute: str | None = N
     model, train = config.model, config.train
     recompute = recompute or train.recompute
     itemsize = 2 if train.precision == "bf16" else 4
-    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.dp * train.accumulation))
+    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.n_data * train.accumulation))
     narrow = tokens / layout.tp * model.d_model  # numbers of x between layers
     if recompute == "full":
         return narrow * itemsize

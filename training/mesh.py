@@ -6,6 +6,9 @@ apart, for they talk least:
 
     rank = ((stage * dp + dp_index) * cp + cp_index) * tp + tp_index           dp_index = replica * ep + ep_index
 
+Where ranks do not synchronise at every step ([sync]), that is the rank within a worker: the first world / workers ranks
+are worker 0, and so on. Every axis stays within a worker; "outer" is between them.
+
 Each parameter belongs to an axis. Its gradient is summed over the ranks that hold the same values but saw other tokens:
 
     axis     cut over           gradient summed over
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from training.config import Layout
+from training.config import Layout, WireConfig
 from training.errors import BY_NAME, ConfigError, TrainingError
 from training.stages import Placement
 
@@ -37,14 +40,18 @@ if TYPE_CHECKING:
     from pycomm.overlap import MatmulPlan, WeightGradients
 
 Axis = Literal["tp", "ep", "tied"] | None
-SLOW_S = 600.0  # a deadline for waits on another rank's disk or on what only rank 0 does
+SLOW_S = 600.0  # a deadline for waits on another rank's disk, on what only rank 0 does, or on a slower worker
 
 
 # Names of groups; "zero" is what ZeRO cuts or copies over where that is no axis, "alone" a group of one rank.
-AXES = ("world", "tp", "cp", "dp", "ep", "pp", "sequence", "stage", "expert_replicas", "tied", "zero", "alone")
+AXES = (
+    *("world", "worker", "outer", "tp", "cp", "dp", "ep", "pp", "sequence", "stage", "expert_replicas", "tied"),
+    *("zero", "alone"),
+)
 
 
 class _Place(NamedTuple):
+    worker: int
     pp: int
     dp: int
     cp: int
@@ -54,10 +61,11 @@ class _Place(NamedTuple):
 
     @staticmethod
     def of(rank: int, layout: Layout) -> _Place:
-        outer, tp = divmod(rank, layout.tp)
+        worker, within = divmod(rank, layout.worker_ranks)
+        outer, tp = divmod(within, layout.tp)
         outer, cp = divmod(outer, layout.cp)
         pp, dp = divmod(outer, layout.dp)
-        return _Place(pp, dp, cp, tp, *divmod(dp, layout.ep))
+        return _Place(worker, pp, dp, cp, tp, *divmod(dp, layout.ep))
 
 
 class MeteredGroup:
@@ -88,21 +96,26 @@ class MeteredGroup:
         op: str = "sum",
         *,
         async_op: bool = False,
+        timeout_s: float | None = None,
         wire: str | None = None,
         wire_residual: Tensor | None = None,
     ) -> Any:
         with self._blocking():
-            result = self.group.all_reduce(x, op, async_op=async_op, wire=wire, wire_residual=wire_residual)
+            result = self.group.all_reduce(
+                x, op, async_op=async_op, timeout_s=timeout_s, wire=wire, wire_residual=wire_residual
+            )
         return MeteredWork(result, self) if async_op else result
 
-    def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False) -> Any:
+    def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False, wire: str | None = None) -> Any:
         with self._blocking():
-            result = self.group.all_gather(output, input, async_op=async_op)
+            result = self.group.all_gather(output, input, async_op=async_op, wire=wire)
         return MeteredWork(result, self) if async_op else result
 
-    def reduce_scatter(self, output: Tensor, input: Tensor, op: str = "sum", *, async_op: bool = False) -> Any:
+    def reduce_scatter(
+        self, output: Tensor, input: Tensor, op: str = "sum", *, async_op: bool = False, wire: str | None = None
+    ) -> Any:
         with self._blocking():
-            result = self.group.reduce_scatter(output, input, op, async_op=async_op)
+            result = self.group.reduce_scatter(output, input, op, async_op=async_op, wire=wire)
         return MeteredWork(result, self) if async_op else result
 
     def all_to_all(
@@ -111,9 +124,11 @@ class MeteredGroup:
         input: Tensor,
         output_counts: Sequence[int] | None = None,
         input_counts: Sequence[int] | None = None,
+        *,
+        wire: str | None = None,
     ) -> None:
         with self._blocking():
-            self.group.all_to_all(output, input, output_counts, input_counts)
+            self.group.all_to_all(output, input, output_counts, input_counts, wire=wire)
 
     def explanation(self, op: str, nbytes: int) -> Explanation:
         return self.group.explanation(op, nbytes)
@@ -157,13 +172,20 @@ class MeteredWork:
 class Mesh:
     """This rank's place in a layout, and its group along each axis. Every rank of the world constructs it together."""
 
-    def __init__(self, world: Group, layout: Layout, placement: Placement | None = None) -> None:
-        """placement: of the pipeline's stages; None: one stage a rank."""
+    def __init__(
+        self, world: Group, layout: Layout, placement: Placement | None = None, wire: WireConfig | None = None
+    ) -> None:
+        """placement: of the pipeline's stages; None: one stage a rank. wire: of each axis; None: none."""
         if layout.n_ranks != world.size:
             raise ConfigError(f"the layout {layout} has {layout.n_ranks} ranks, the group has {world.size}")
         self.layout = layout
         self.placement = placement or Placement(layout.pp)
         self.weight_gradients: WeightGradients | None = None  # of the forward or backward that runs, where put off
+        given = wire or WireConfig()
+        self.wire: dict[str, str | None] = {
+            axis: None if (each := getattr(given, axis)) == "none" else each
+            for axis in ("dp", "outer", "tp", "cp", "ep")
+        }
         self.world = MeteredGroup(world, "world")
         self._own: list[Group] = []
         self.exchanges: dict[tuple[int, int, int], ExpertParallel] = {}  # of moe.py: one for all layers that are alike
@@ -172,20 +194,32 @@ class Mesh:
         self._by_partition: dict[tuple[Any, ...], MeteredGroup] = {(0,) * world.size: self.world}
         places = [_Place.of(rank, layout) for rank in range(world.size)]
         here = places[world.rank]
-        self.dp_index, self.pp_index = here.dp, here.pp
-        self.tp = self._axis("tp", [(at.pp, at.dp, at.cp) for at in places])
-        self.cp = self._axis("cp", [(at.pp, at.dp, at.tp) for at in places])
-        self.data = self._axis("dp", [(at.pp, at.tp) for at in places])  # data and context parallel ranks
-        over_tp = layout.experts_over_tp  # then the expert parallel ranks of all tp ranks are one group
-        self.ep = self._axis("ep", [(at.pp, at.replica, at.cp, 0 if over_tp else at.tp) for at in places])
-        self.pp = self._axis("pp", [(at.dp, at.cp, at.tp) for at in places])
-        self.sequence = self._axis("sequence", [(at.pp, at.dp) for at in places])  # the ranks of the same sequences
-        self.stage = self._axis("stage", [at.pp for at in places])
-        self.expert_replicas = self._axis("expert_replicas", [(at.pp, at.ep, at.tp if over_tp else 0) for at in places])
+        self.worker_index, self.dp_index, self.pp_index = here.worker, here.dp, here.pp
+        self.data_index = here.worker * layout.dp + here.dp  # of the parts of a batch
         last = self.placement.last_rank
         self.ties = last != 0  # whether the embedding's table is on two stages
-        ends = (0, last)
-        self.tied = self._axis("tied", [(-1, rank) if at.pp not in ends else at.tp for rank, at in enumerate(places)])
+        over_tp = layout.experts_over_tp  # then the expert parallel ranks of all tp ranks are one group
+        holders: dict[Axis, list[Any]] = {  # ranks of equal color in a worker hold the same piece of a parameter
+            None: [(at.pp,) for at in places],
+            "tp": [(at.pp, at.tp) for at in places],
+            "ep": [(at.pp, at.ep, at.tp if over_tp else 0) for at in places],
+            "tied": [(at.tp,) if at.pp in (0, last) else (-1, *at[1:]) for at in places],
+        }
+        self.worker = self._axis("worker", [at.worker for at in places])  # the ranks that have one model between them
+        self.tp = self._axis("tp", [(at.worker, at.pp, at.dp, at.cp) for at in places])
+        self.cp = self._axis("cp", [(at.worker, at.pp, at.dp, at.tp) for at in places])
+        self.data = self._axis("dp", _within(places, holders["tp"]))  # data and context parallel ranks
+        self.ep = self._axis("ep", [(at.worker, at.pp, at.replica, at.cp, 0 if over_tp else at.tp) for at in places])
+        self.pp = self._axis("pp", [(at.worker, at.dp, at.cp, at.tp) for at in places])
+        self.sequence = self._axis("sequence", [(at.worker, at.pp, at.dp) for at in places])  # of the same sequences
+        self.stage = self._axis("stage", _within(places, holders[None]))
+        self.expert_replicas = self._axis("expert_replicas", _within(places, holders["ep"]))
+        self.tied = self._axis("tied", _within(places, holders["tied"]))
+        self.outer = self.world
+        self._all_holders: dict[Axis, MeteredGroup] = {}
+        if layout.workers > 1:
+            self.outer = self._axis("outer", [at[1:] for at in places])  # the ranks of the same place in each worker
+            self._all_holders = {axis: self._axis("outer", colors) for axis, colors in holders.items()}
         self._with_leader: dict[Axis, bool] = {
             None: here.dp == here.cp == here.tp == 0,
             "tp": here.dp == here.cp == 0,
@@ -223,13 +257,17 @@ class Mesh:
         """The group that holds the same values of a parameter of this axis, and sums its gradient."""
         return {None: self.stage, "tp": self.data, "tied": self.tied, "ep": self.expert_replicas}[axis]
 
+    def all_holders(self, axis: Axis) -> MeteredGroup:
+        """The ranks of all workers that hold the same piece of a parameter of this axis, where there are workers."""
+        return self._all_holders[axis]
+
     def with_leader(self, axis: Axis) -> bool:
         """Whether this rank's shards(axis) hold the first rank of its stage (as their rank 0)."""
         return self._with_leader[axis]
 
-    def leader(self, pp_index: int) -> int:
-        """The first rank of a pipeline rank's ranks, in the world."""
-        return pp_index * self.stage.size
+    def leader(self, pp_index: int, worker: int = 0) -> int:
+        """The first rank of a pipeline rank's ranks of a worker, in the world."""
+        return worker * self.layout.worker_ranks + pp_index * self.stage.size
 
     @property
     def on_last_stage(self) -> bool:
@@ -264,6 +302,10 @@ class Mesh:
             exchange.close()
         for group in self._own:
             group.close()
+
+
+def _within(places: Sequence[_Place], colors: Sequence[Any]) -> list[Any]:
+    return [(at.worker, color) for at, color in zip(places, colors, strict=True)]
 
 
 def on_rank_0(world: MeteredGroup, action: Callable[[], Any]) -> Any:

@@ -59,7 +59,11 @@ class MixtureOfExperts(ShardedModule):
                 "none" if layout.moe_exchange == "flat" else layout.moe_dedup
             )
             self.mesh.exchanges[key] = ExpertParallel(
-                self.mesh.ep.group, *key, dedup=dedup, chunks=layout.moe_chunks or "auto"
+                self.mesh.ep.group,
+                *key,
+                dedup=dedup,
+                chunks=layout.moe_chunks or "auto",
+                wire=self.mesh.wire["ep"],  # type: ignore[arg-type]  # checks.py lets no other pass
             )
         return self.mesh.exchanges[key]
 

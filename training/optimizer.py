@@ -47,7 +47,7 @@ class Optimizer:
         offloads = train.offload_optimizer or train.offload_parameters
         self._files = FileMemory(config.offload_dir) if offloads else None
         state_files = self._files if train.offload_optimizer else None
-        state_memory = state_files or InMemory()
+        self._state_memory = state_memory = state_files or InMemory()
         for name in self.untrained if layout.zero else parameters:
             fill(name)
         self._state: Replicated | Sharded
@@ -57,10 +57,16 @@ class Optimizer:
                 model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, parts, state_files, fill
             )
         else:
-            wire = None if train.wire == "none" else train.wire
             bucket_nbytes = train.bucket_kib * 1024 or None
             self._state = Replicated(
-                trained, self.specs, mesh, dtype, bucket_nbytes, wire, train.error_feedback, state_memory
+                trained,
+                self.specs,
+                mesh,
+                dtype,
+                bucket_nbytes,
+                mesh.wire["dp"],
+                config.wire.error_feedback,
+                state_memory,
             )
         updated = list(self._state.updated())
         # What lies in files is updated tensor by tensor, so that no more than two are in memory.
@@ -94,6 +100,22 @@ class Optimizer:
     def gradients(self) -> dict[str, Tensor]:
         """The summed gradient of masters, after wait()."""
         return self._state.gradients()
+
+    def add_state(self, kind: str) -> dict[str, Tensor]:
+        """One more number for each that is updated, 0 at first, which pieces() and put() know by this kind; what this
+        rank has of each, as masters."""
+        for master, _ in self._state.updated():
+            self._moments[master][kind] = self._state_memory.zeros(master.shape, torch.float32)
+        return self._state.held(self._of(kind))
+
+    def drop_state(self, kind: str) -> None:
+        for master, _ in self._state.updated():
+            del self._moments[master][kind]
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        """What coding lost of gradients on this rank in the last step, by name; {} without a wire or error feedback."""
+        return self._state.residuals
 
     def syncing(self, last: bool) -> AbstractContextManager[None]:
         """Around a backward: its gradients add up; with last, the step's last ones, they are reduced as they come."""

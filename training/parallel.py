@@ -32,48 +32,48 @@ from training.mesh import Axis, Mesh, MeteredGroup
 from training.sharding import ParamSpec, ShardedModule
 
 
-def _all_gather(x: Tensor, group: MeteredGroup) -> Tensor:
+def _all_gather(x: Tensor, group: MeteredGroup, wire: str | None = None) -> Tensor:
     output = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    group.all_gather(output, x.contiguous())
+    group.all_gather(output, x.contiguous(), wire=wire)
     return output
 
 
-def _reduce_scatter(x: Tensor, group: MeteredGroup) -> Tensor:
+def _reduce_scatter(x: Tensor, group: MeteredGroup, wire: str | None = None) -> Tensor:
     output = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    group.reduce_scatter(output, x.contiguous())
+    group.reduce_scatter(output, x.contiguous(), wire=wire)
     return output
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: MeteredGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return _all_gather(x, mesh.tp, mesh.wire["tp"])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.group), None
+        return _reduce_scatter(grad, ctx.mesh.tp, ctx.mesh.wire["tp"]), None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: MeteredGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        return _reduce_scatter(x, mesh.tp, mesh.wire["tp"])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.group), None
+        return _all_gather(grad, ctx.mesh.tp, ctx.mesh.wire["tp"]), None
 
 
 def gather_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     """[S/tp, B, D] of each tensor parallel rank to the whole [S, B, D]; backward reduce-scatters the gradient."""
-    return x if mesh.tp.size == 1 else _GatherSequence.apply(x, mesh.tp)
+    return x if mesh.tp.size == 1 else _GatherSequence.apply(x, mesh)
 
 
 def reduce_scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     """Partial sums [S, B, D] to this rank's part of their sum, [S/tp, B, D]; backward all-gathers the gradient."""
-    return x if mesh.tp.size == 1 else _ReduceScatterSequence.apply(x, mesh.tp)
+    return x if mesh.tp.size == 1 else _ReduceScatterSequence.apply(x, mesh)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh) -> Tensor:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import pycomm
 from pycomm.errors import TopologyError
-from training import schedules
+from training import checks, schedules
 from training.config import Config, Layout, resolve_layout
 from training.errors import ConfigError
 from training.layer_rate import Alone, planning_flops
@@ -100,6 +100,7 @@ def search(config: Config, topology: Any, flops_per_s: float) -> Plan:
     """The best config.plan.show meshes of a topology's ranks (pycomm.Topology). flops_per_s: that a rank reaches.
 
     Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
+    checks.plans(config)
     links, refused, specs = Links(topology), Counter[str](), whole_specs(config)
     costs = Costs(config.model, specs)
     candidates = [

@@ -33,6 +33,7 @@ class Replicated:
         """memory: of masters that are not the parameters themselves."""
         self._parameters = parameters
         self.masters: dict[str, Tensor] = {}
+        self.residuals: dict[str, Tensor] = {}  # what coding lost of each gradient on this rank in the last step
         self._buckets: list[tuple[MeteredGroup, GradientBuckets]] = []
         for name, parameter in parameters.items():
             self.masters[name] = parameter.detach()
@@ -50,6 +51,9 @@ class Replicated:
             self._buckets.append((group, buckets))
             for name in names:
                 self.masters[name].grad = buckets.gradient(parameters[name])
+                residual = buckets.residual(parameters[name])
+                if residual is not None:
+                    self.residuals[name] = residual
 
     def updated(self) -> Iterator[tuple[Tensor, bool]]:
         """Each tensor that the optimizer updates, and whether it decays."""
@@ -90,6 +94,10 @@ class Replicated:
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.copy_(self.masters[name])
+
+    def held(self, of: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+        """What this rank has of each parameter, by name, of a tensor for each that is updated."""
+        return {name: of[master] for name, master in self.masters.items()}
 
     def pieces(self, of: Mapping[Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, this rank's piece as the axes cut it) of a tensor for each that is updated."""

@@ -59,16 +59,18 @@ def training_paragraph(trainer: Trainer, totals: Totals, eval_loss: float, peak_
 
 def communication_paragraph(trainer: Trainer, totals: Totals) -> str:
     """Bytes inside and between hosts, how much of it was hidden, and which schedule carried the gradients and why."""
-    world = trainer.mesh.world
-    if world.size == 1:
+    ranks = trainer.mesh.worker
+    if trainer.mesh.world.size == 1:
         return "Communication: none; there was one rank."
-    n_hosts = len(set(world.group.host_ids))
+    n_hosts = len(set(ranks.group.host_ids))
+    workers = trainer.mesh.layout.workers
+    counted = f"all {ranks.size} ranks" if workers == 1 else f"the {ranks.size} ranks of the first of {workers} workers"
     text = _fill(
         f"Communication: a step moved {_mib(totals.bytes_inside_hosts / totals.n_steps)} inside hosts and "
-        f"{_mib(totals.bytes_between_hosts / totals.n_steps)} between them, all {world.size} ranks on {n_hosts} "
-        f"{'host' if n_hosts == 1 else 'hosts'} together. Engines were busy {totals.busy_s / world.size:.1f} s a rank, "
+        f"{_mib(totals.bytes_between_hosts / totals.n_steps)} between them, {counted} on {n_hosts} "
+        f"{'host' if n_hosts == 1 else 'hosts'} together. Engines were busy {totals.busy_s / ranks.size:.1f} s a rank, "
         f"{totals.hidden_share:.0%} of it hidden behind compute; a rank waited "
-        f"{totals.blocked_s / (totals.step_s * world.size):.0%} of its time."
+        f"{totals.blocked_s / (totals.step_s * ranks.size):.0%} of its time."
     )
     return "\n\n".join([text, *_schedules(trainer)])
 

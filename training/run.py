@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from training import checkpoint
+from training import checkpoint_files
 from training.config import Config
 from training.generate import sample_text
 from training.live import LiveTable
@@ -54,8 +54,8 @@ def _run(trainer: Trainer, console: Console) -> None:
         + (f"resumed at step {trainer.progress.step}" if resumed else "a new run"),
         soft_wrap=True,
     )
-    newest = checkpoint.latest(config.run_dir) if resumed and trainer.mesh.world.rank == 0 else None
-    for change in checkpoint.changed_since(newest, config) if newest else []:
+    newest = checkpoint_files.latest(config.run_dir) if resumed and trainer.mesh.world.rank == 0 else None
+    for change in checkpoint_files.changed_since(newest, config) if newest else []:
         console.print(f"  {change}", soft_wrap=True)
     if trainer.progress.step >= config.train.steps:
         console.print(
@@ -90,7 +90,7 @@ def _train(trainer: Trainer, console: Console, metrics: Sinks | None, totals: To
             result = trainer.train_step()
             profiler.after(result.step)
             totals.add(result)
-            record = _record(result, trainer.mesh.world.size, flops_per_token / peak_flops)
+            record = _record(result, trainer.mesh.worker.size, flops_per_token / peak_flops)
             done = result.step == train.steps
             if done or result.step % train.eval_every == 0:
                 eval_loss = trainer.evaluate()
@@ -113,7 +113,7 @@ def _peak_flops(trainer: Trainer) -> float:
     return float(total)
 
 
-def _record(result: StepResult, world_size: int, peak_s_per_token: float) -> dict[str, Any]:
+def _record(result: StepResult, n_ranks: int, peak_s_per_token: float) -> dict[str, Any]:
     record = dataclasses.asdict(result)
     del record["stopping"]
     by_axis = record.pop("blocked_by_axis_s")
@@ -122,8 +122,8 @@ def _record(result: StepResult, world_size: int, peak_s_per_token: float) -> dic
         **record,
         "tokens_per_s": tokens_per_s,
         "mfu": tokens_per_s * peak_s_per_token,
-        "exposed_share": result.exposed_share(world_size),
-        "exposed_by_axis": {axis: blocked_s / (result.step_s * world_size) for axis, blocked_s in by_axis.items()},
+        "exposed_share": result.exposed_share(n_ranks),
+        "exposed_by_axis": {axis: blocked_s / (result.step_s * n_ranks) for axis, blocked_s in by_axis.items()},
     }
 
 

@@ -53,8 +53,10 @@ class Sharded:
     ) -> None:
         """n_ranks: that a flat is cut over, 0 for all of the gradient's group. memory: of parts in dtype;
         master_memory: of fp32 ones, where dtype is another. fill: initialises the parameter of a name."""
+        self.residuals: dict[str, Tensor] = {}  # a reduce_scatter does not say what coding lost
         modules = dict(model.named_modules()) if stage == 3 else {}
         cuts: list[Cut] = []
+        wire = mesh.wire["dp"]
         self._held: list[_Held] = []
         for group, names in by_gradient_group(parameters, specs, mesh):
             n = n_ranks or group.size
@@ -68,7 +70,7 @@ class Sharded:
                 tied = mesh.ties and group is mesh.tied
                 reduce = "wait" if tied else "last" if stage == 1 else "each"
                 module = modules[block] if block and stage == 3 else None
-                cuts.append(Cut([parameters[name] for name in members], shards, module, copies, reduce))
+                cuts.append(Cut([parameters[name] for name in members], shards, module, copies, reduce, wire))
                 self._held.append(_Held(members, decays, shards, copies.size))
         names_of = {parameter: name for name, parameter in parameters.items()}
         self._sharded = ShardedModules(
@@ -132,7 +134,11 @@ class Sharded:
     @property
     def masters(self) -> dict[str, Tensor]:
         """This rank's part of each parameter that it has a part of, 1-D."""
-        return {name: master[part] for name, master, part, _ in self._parts()}
+        return self.held({unit.master: unit.master for _, unit in self._each})
+
+    def held(self, of: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+        """What this rank has of each parameter, by name, of a tensor for each that is updated."""
+        return {name: of[master][part] for name, master, part, _ in self._parts()}
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: master.grad[part] for name, master, part, _ in self._parts() if master.grad is not None}

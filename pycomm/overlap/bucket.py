@@ -59,6 +59,7 @@ class Landed:
 class Slot:
     index: int  # of the parameter
     gradient: Tensor  # in the parameter's shape; from the first wait() on a view of its bucket
+    residual: Tensor | None = None  # the same, where coding's loss is fed back
     bucket: Bucket | None = None
     written: bool = field(default=False)  # since the last wait()
     counted: bool = field(default=False)  # as brought by the synchronising backward

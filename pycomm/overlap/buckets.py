@@ -88,6 +88,9 @@ class GradientBuckets:
             p: Slot(index, torch.zeros(p.shape, dtype=dtype, device=p.device))
             for index, p in enumerate(self.parameters)
         }
+        if self._feeds_back:
+            for slot in self._slots.values():
+                slot.residual = torch.zeros_like(slot.gradient)
         self._hooks = [p.register_post_accumulate_grad_hook(self._take) for p in self._slots]  # type: ignore[no-untyped-call]
 
     def _check(self) -> None:
@@ -124,6 +127,11 @@ class GradientBuckets:
         """The parameter's summed gradient: always the same Tensor object, and after the first wait() the same memory.
         With reduce_scatter only what owned() names of it is reduced."""
         return self._slots[parameter].gradient
+
+    def residual(self, parameter: Tensor) -> Tensor | None:
+        """What coding lost of the parameter's gradient on this rank in the last step, to be added in the next; None
+        without error feedback. Always the same Tensor object, so that a checkpoint can read it and write it back."""
+        return self._slots[parameter].residual
 
     def owned(self) -> Iterator[tuple[Tensor, int, Tensor]]:
         """(parameter, begin, values) for what this rank holds of each after a reduce_scatter's wait(): values, 1-D, is
@@ -210,6 +218,10 @@ class GradientBuckets:
                 view = flat[at : at + parameter.numel()].view(parameter.shape)
                 view.copy_(slot.gradient)
                 slot.gradient.data = view  # who holds the tensor sees the bucket from here on
+                if slot.residual is not None:
+                    assert residual is not None
+                    lost = residual[at : at + parameter.numel()].view(parameter.shape)
+                    slot.residual.data = lost.copy_(slot.residual)
                 slot.bucket = bucket
                 at += parameter.numel()
 

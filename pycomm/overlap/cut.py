@@ -61,13 +61,16 @@ class Cut:
     copies: ranks that keep the same part and see other data: gradients are added up over them too (hybrid sharding).
     None: this rank alone.
     reduce: gradients cross in "each" backward, as soon as the cut has all of its own (ZeRO-2 and 3); in the "last" one,
-    the first outside no_sync(), and add up before (ZeRO-1); or in "wait"() alone, where ranks run other backwards."""
+    the first outside no_sync(), and add up before (ZeRO-1); or in "wait"() alone, where ranks run other backwards.
+    wire: their precision on the wire, as pycomm.Group.reduce_scatter() knows it; None: whole. What coding loses is not
+    fed back."""
 
     parameters: Sequence[Tensor]
     group: ShardGroup
     module: nn.Module | None = None
     copies: ShardGroup | None = None
     reduce: Literal["each", "last", "wait"] = "each"
+    wire: str | None = None
 
     def check(self, index: int) -> None:
         """Raises InvalidArgument for parameters that cannot share a flat tensor."""
@@ -111,6 +114,7 @@ class Unit:
     ) -> None:
         """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards."""
         self.cut, self.group = cut, cut.group
+        self._options = {} if cut.wire is None else {"wire": cut.wire}  # of the reducing collectives
         first = cut.parameters[0]
         numel = sum(p.numel() for p in cut.parameters)
         whole = torch.zeros(numel + -numel % cut.group.size, dtype=first.dtype, device=first.device)
@@ -219,7 +223,7 @@ class Unit:
             self._reducing = (None, whole, whole)
             return
         part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
-        self._reducing = (self.group.reduce_scatter(part, whole, op, async_op=True), whole, part)
+        self._reducing = (self.group.reduce_scatter(part, whole, op, async_op=True, **self._options), whole, part)
 
     def drain(self) -> None:
         """What is being reduced is this rank's, and the whole gradient's memory free."""
@@ -237,7 +241,7 @@ class Unit:
         assert self._reduced is not None
         if copies is None or copies.size == 1:
             return None
-        return copies.all_reduce(self._reduced, op, async_op=True)
+        return copies.all_reduce(self._reduced, op, async_op=True, **self._options)
 
     def deliver(self) -> None:
         """master.grad has the sum, added to what was there."""

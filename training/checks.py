@@ -1,0 +1,186 @@
+"""Checks of a configuration that need neither tensors nor ranks. Each raises ConfigError: both sides and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from training.config import Config, Layout
+
+
+def zero(config: Config, resolved: Layout) -> None:
+    layout = config.layout
+    if not 0 <= layout.zero <= 3:
+        raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
+    if config.train.offload_parameters and layout.zero < 3:
+        raise ConfigError(
+            f"train.offload_parameters needs layout.zero 3, it is {layout.zero}: with less, every rank has parameters "
+            "whole and in use all the time; set layout.zero to 3, also on one rank"
+        )
+    if layout.zero == 0:
+        if layout.zero_ranks:
+            raise ConfigError(f"layout.zero_ranks is {layout.zero_ranks} but layout.zero is 0; set layout.zero to 1..3")
+        return
+    if layout.zero_ranks:
+        divides("layout.zero_ranks", layout.zero_ranks, "data × context parallel ranks", resolved.dp * resolved.cp)
+        if config.model.n_experts:
+            copies = resolved.dp * resolved.cp * resolved.tp // resolved.expert_ranks
+            divides("layout.zero_ranks", layout.zero_ranks, "ranks that hold the same experts", copies)
+
+
+def context(config: Config) -> None:
+    model, layout = config.model, config.layout
+    if layout.cp == 1:
+        return
+    pieces = 2 * layout.cp * layout.tp
+    if config.data.seq_len % pieces:
+        raise ConfigError(
+            f"data.seq_len ({config.data.seq_len}) is no multiple of 2 × layout.cp × layout.tp ({pieces}): each "
+            "context parallel rank has an early and a late part of the sequence, cut over its tp ranks; change one"
+        )
+    if layout.context == "ulysses":
+        for name, heads in (("model.n_heads", model.n_heads), ("model.n_kv_heads", model.n_kv_heads)):
+            divides("layout.tp × layout.cp", layout.tp * layout.cp, name, heads)
+
+
+def divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if divisor < 1 or value % divisor:
+        raise ConfigError(f"{divisor_name} ({divisor}) does not divide {name} ({value}); change one of them")
+
+
+def ranges(config: Config) -> None:
+    model, data, train = config.model, config.data, config.train
+    for name, value in (
+        ("model.vocab_size", model.vocab_size),
+        ("model.n_layers", model.n_layers),
+        ("model.d_model", model.d_model),
+        ("model.n_heads", model.n_heads),
+        ("model.n_kv_heads", model.n_kv_heads),
+        ("model.d_ff", model.d_ff),
+        ("data.seq_len", data.seq_len),
+        ("train.steps", train.steps),
+        ("train.global_batch", train.global_batch),
+        ("train.accumulation", train.accumulation),
+        ("train.loss_chunk", train.loss_chunk),
+        ("train.eval_every", train.eval_every),
+        ("train.eval_sequences", train.eval_sequences),
+        ("train.checkpoint_every", train.checkpoint_every),
+        ("train.keep_checkpoints", train.keep_checkpoints),
+    ):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    model.check()
+    if model.block == "gpt2" and data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
+            "change one of them"
+        )
+    if train.bucket_kib < 0:
+        raise ConfigError(f"train.bucket_kib is {train.bucket_kib}; give KiB, or 0 for what the links ask for")
+    if not 0.0 < data.val_fraction < 1.0:
+        raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
+    if not config.name or Path(config.name).name != config.name:
+        raise ConfigError(f"name is {config.name!r}; it names a folder in out_dir, so it must not hold a path")
+
+
+# What each method of [sync] reads beside `workers`.
+_SETTINGS = {
+    "synchronous": (),
+    "local_sgd": ("every",),
+    "diloco": ("every", "outer_lr", "outer_momentum"),
+    "streaming_diloco": ("every", "outer_lr", "outer_momentum", "fragments", "delay", "mixing"),
+    "stale": ("staleness",),
+}
+
+
+def synchronisation(config: Config, world_size: int) -> None:
+    sync = config.sync
+    known = _SETTINGS[sync.method]
+    for each in dataclasses.fields(sync):
+        value = getattr(sync, each.name)
+        if each.name not in ("method", "workers", *known) and value != each.default:
+            users = " or ".join(repr(method) for method, names in _SETTINGS.items() if each.name in names)
+            raise ConfigError(
+                f"sync.{each.name} is {value}, which sync.method {sync.method!r} does not read; leave it out, or set "
+                f"sync.method to {users}"
+            )
+    if sync.method == "synchronous":
+        if sync.workers != 1:
+            raise ConfigError(
+                f"sync.workers is {sync.workers} but sync.method is 'synchronous', whose ranks are one worker; choose "
+                f"another method ({', '.join(each for each in _SETTINGS if each != sync.method)}), or 1 worker"
+            )
+        if config.wire.outer != "none":
+            raise ConfigError(
+                f"wire.outer is {config.wire.outer!r} but sync.method is 'synchronous': there are no workers to "
+                "exchange with; set wire.dp for gradients, or choose another method"
+            )
+        return
+    if sync.workers < 2:
+        raise ConfigError(
+            f"sync.method {sync.method!r} needs sync.workers of at least 2 (the number of hosts, say), "
+            f"got {sync.workers}"
+        )
+    divides("sync.workers", sync.workers, "the ranks", world_size)
+    divides("sync.workers", sync.workers, "train.global_batch", config.train.global_batch)
+    if config.layout.auto:
+        plans(config)
+    if config.model.router_bias:
+        raise ConfigError(
+            f"model.router_bias moves by the load of all ranks in each step, which sync.method {sync.method!r} does "
+            "not gather; balance with model.aux_loss_weight instead"
+        )
+    for name, value, low, high in (
+        ("every", sync.every, 1, None),
+        ("fragments", sync.fragments, 1, min(config.model.n_layers, sync.every)),
+        ("delay", sync.delay, 0, sync.every - 1),
+        ("staleness", sync.staleness, 1, None),
+    ):
+        if name in known and (value < low or (high is not None and value > high)):
+            most = "" if high is None else f" and at most {high}"
+            of = {"fragments": " (one for each layer, and one exchange a step)", "delay": " (below sync.every)"}
+            raise ConfigError(f"sync.{name} is {value}; give at least {low}{most}{of.get(name, '')}")
+    for name, ratio in (("outer_momentum", sync.outer_momentum), ("mixing", sync.mixing)):
+        if name in known and not 0.0 <= ratio < 1.0:
+            raise ConfigError(f"sync.{name} is {ratio}; it must be at least 0 and below 1")
+    if "outer_lr" in known and not sync.outer_lr > 0.0:
+        raise ConfigError(f"sync.outer_lr is {sync.outer_lr}; it must be above 0")
+
+
+def plans(config: Config) -> None:
+    """The planner's own check."""
+    if config.sync.method != "synchronous":
+        raise ConfigError(
+            f"plan and layout.auto time synchronous steps, not sync.method {config.sync.method!r}; give the axes "
+            "(layout.tp, layout.pp, ...), or plan a worker's ranks with sync.method 'synchronous'"
+        )
+
+
+def wires(config: Config) -> None:
+    wire, layout = config.wire, config.layout
+    if wire.pp != "none":
+        raise ConfigError(
+            f"wire.pp is {wire.pp!r}, but activations go between stages as messages, which have no wire; leave it out "
+            "(train.precision 'bf16' halves them)"
+        )
+    if wire.cp != "none" and layout.context == "ring" and layout.cp > 1:
+        raise ConfigError(
+            f"wire.cp is {wire.cp!r}, but ring attention passes keys and values on as messages, which have no wire; "
+            "set layout.context to 'ulysses', or leave it out"
+        )
+    if wire.ep not in ("none", "bf16", "fp8"):
+        raise ConfigError(f"wire.ep is {wire.ep!r}; rows travel to their experts as bf16 or fp8: give one of these")
+    if wire.tp != "none" and layout.tp_overlap == "always":
+        raise ConfigError(
+            f"wire.tp is {wire.tp!r} with layout.tp_overlap 'always', whose pieces are messages, which have no wire; set "
+            "layout.tp_overlap to 'never', or leave wire.tp out"
+        )
+    if layout.zero and wire.dp != "none" and wire.error_feedback:
+        raise ConfigError(
+            f"wire.dp {wire.dp!r} with layout.zero {layout.zero} has no error feedback: a reduce_scatter does not say "
+            "what coding lost; set wire.error_feedback to false, or layout.zero to 0"
+        )

@@ -99,7 +99,7 @@ def contenders(config: Config, world: Any, two_hosts: bool) -> Iterator[tuple[st
         yield ALONE[0], Ours(with_layout(config, zero=3, zero_ranks=2), world)
         yield ALONE[1], Ours(with_layout(config, 4, pp=2), world)
         wired = with_layout(config)
-        yield ALONE[2], Ours(dataclasses.replace(wired, train=dataclasses.replace(wired.train, wire="int8")), world)
+        yield ALONE[2], Ours(dataclasses.replace(wired, wire=dataclasses.replace(wired.wire, dp="int8")), world)
 
 
 @contextmanager

@@ -176,8 +176,8 @@ def wires(config: Config) -> None:
         raise ConfigError(f"wire.ep is {wire.ep!r}; rows travel to their experts as bf16 or fp8: give one of these")
     if wire.tp != "none" and layout.tp_overlap == "always":
         raise ConfigError(
-            f"wire.tp is {wire.tp!r} with layout.tp_overlap 'always', whose pieces are messages, which have no wire; set "
-            "layout.tp_overlap to 'never', or leave wire.tp out"
+            f"wire.tp is {wire.tp!r} with layout.tp_overlap 'always', whose pieces are messages, which have no wire; "
+            "set layout.tp_overlap to 'never', or leave wire.tp out"
         )
     if layout.zero and wire.dp != "none" and wire.error_feedback:
         raise ConfigError(

@@ -13,7 +13,7 @@ import pytest
 from spawn import run_ranks
 from training_runs import curve, tiny
 
-from training.config import Config, LayoutConfig
+from training.config import Config, LayoutConfig, WireConfig
 
 N_STEPS = 20
 TOLERANCE = 1e-5  # relative; measured: at most 3e-7
@@ -124,7 +124,8 @@ def test_bf16_follows_fp32(single_process: Any) -> None:
 
 @pytest.mark.parametrize("wire", ["bf16", "fp8", "int8"])
 def test_a_wire_follows_fp32(single_process: Any, wire: str) -> None:
-    results = run_ranks(curve, 4, tiny(wire=wire), N_STEPS, hosts=["a", "a", "b", "b"])
+    config = dataclasses.replace(tiny(), wire=WireConfig(dp=wire))
+    results = run_ranks(curve, 4, config, N_STEPS, hosts=["a", "a", "b", "b"])
     assert all(result == results[0] for result in results), "ranks disagree"
     losses, _, held_out = results[0]
     np.testing.assert_allclose(losses, single_process({})[0], rtol=5e-3)

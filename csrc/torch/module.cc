@@ -204,8 +204,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              if (device_planner.is_none()) return PyGroup(std::move(group));
              std::vector<std::string> hosts;
              for (const int rank : ranks) hosts.push_back(endpoint->member(rank).host);
-             return PyGroup(std::move(group), device_options(store, std::move(nccl_wheel),
-                                                             std::move(hosts), device_planner));
+             return PyGroup(std::move(group),
+                            DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
+                                                device_planner_of(device_planner)});
            }),
            py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("key"), py::arg("ranks"),
            py::arg("planner"), py::arg("timeout_s"), py::arg("device_planner") = py::none(),

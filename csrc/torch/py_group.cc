@@ -1,5 +1,7 @@
 #include "torch/py_group.h"
 
+#include <c10/core/DeviceGuard.h>
+
 #include "torch/arrays.h"
 #include "torch/method.h"
 
@@ -101,6 +103,14 @@ void* stream_of(const char* what, std::initializer_list<const View*> arrays) {
   return stream(first);
 }
 
+// The device is current where torch knows such devices; else it is the caller's to make it so.
+struct Current {
+  explicit Current(const c10::Device& device) {
+    if (!device.is_cpu() && c10::impl::hasDeviceGuardImpl(device.type())) guard.emplace(device);
+  }
+  std::optional<c10::DeviceGuard> guard;
+};
+
 // On a device a call that is not asynchronous is put on the arrays' stream and returns at once.
 py::object submit(PyGroup& self, Call call, bool async_op, const py::object& result,
                   const py::object& keep, std::initializer_list<const View*> arrays) {
@@ -115,9 +125,12 @@ py::object submit(PyGroup& self, Call call, bool async_op, const py::object& res
     call.stream = stream_of(what, arrays);
     group = &self.on(what, (**arrays.begin()).device);
   }
+  const Current current(device ? (**arrays.begin()).device : c10::Device(at::kCPU));
   if (!async_op) {
-    Blocking blocking;
-    group->run(call);
+    {
+      Blocking blocking;
+      group->run(call);
+    }
     return result;
   }
   py::list kept;
@@ -145,6 +158,7 @@ std::shared_ptr<Work> start_message(PyGroup& self, const char* what, const View&
   Message message{is_send, data.data, data.nbytes(), peer, stream_of(what, {&data}), {}};
   Group& group = self.on(what, data.device);
   auto keep = held(py::make_tuple(x, data.owner));
+  const Current current(data.device);
   Blocking blocking;
   return group.start_together({}, {message}, limit_of(timeout_s), std::move(keep));
 }
@@ -316,13 +330,17 @@ py::object send(PyGroup& self, const py::object& x, int dst, int64_t tag, bool a
   if (on_device(data)) {
     const auto work = start_message(self, "send", data, true, dst, tag, timeout_s, x);
     if (async_op) return py::cast(PyWork(work));
-    Blocking blocking;
-    work->order_before(stream_of("send", {&data}));
+    {
+      Blocking blocking;
+      work->order_before(stream_of("send", {&data}));
+    }
     return py::none();
   }
   if (!async_op) {
-    Blocking blocking;
-    group.run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
+    {
+      Blocking blocking;
+      group.run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
+    }
     return py::none();
   }
   std::shared_ptr<void> keep = held(x);

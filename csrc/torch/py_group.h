@@ -29,6 +29,11 @@ class PyGroup {
  private:
   struct Devices {
     explicit Devices(std::optional<DeviceSide::Options> given) : options(std::move(given)) {}
+    ~Devices() {  // the device's watch may want the GIL for the last arrays it holds
+      std::optional<py::gil_scoped_release> release;
+      if (side != nullptr && Py_IsInitialized() && PyGILState_Check()) release.emplace();
+      side.reset();
+    }
     const std::optional<DeviceSide::Options> options;
     std::mutex mutex;
     std::shared_ptr<DeviceSide> side;

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, PeerTimeout, PycommError
+from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, PeerTimeout
 
 
 def test_collectives_equal_gloos() -> None:
@@ -141,7 +141,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
         (lambda: dist.all_reduce(torch.ones(2, dtype=torch.int32), dist.ReduceOp.BXOR), "NCCL has no bxor of int32"),
         (lambda: dist.recv(torch.ones(2)), "name the source"),
         (lambda: dist.send(torch.ones(2), (rank + 1) % n, tag=3), "have no tag"),
-        (lambda: backend.all_reduce_wire(torch.ones(2), "sum", "fp8", torch.ones(2)), "are of CPU tensors"),
+        (lambda: backend.all_reduce_wire(torch.ones(2), "sum", "fp8", torch.ones(3)), "of as many elements"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             wrong()
@@ -337,15 +337,3 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
         part = planned.split_group(mine, timedelta(seconds=30), None, f"{name}{mine[0]}", name)  # type: ignore[union-attr]
         dist.all_to_all_single(got := torch.empty(2, dtype=torch.int64), torch.tensor([rank, rank + 10]), group=part)
         assert got.tolist() == [one + 10 * mine.index(rank) for one in mine]
-    # No memory for what passes a rank: all are told why, and other groups go on.
-    full = dist.new_group()
-    dist.all_reduce(torch.ones(100), group=full)
-    switches.fake_device_out_of_memory(rank == 1)
-    with pytest.raises(PycommError, match=r"KiB of device memory .* out of memory; leave room"):
-        for _ in range(2):  # a rank may have done its part of the first before it is told
-            dist.all_to_all_single(torch.empty(1 << 20), torch.ones(1 << 20), group=full)
-    switches.fake_device_out_of_memory(False)
-    dist.all_reduce(x := torch.ones(3), group=planned)
-    assert x.tolist() == [4.0] * 3
-    with pytest.raises(InvalidArgument, match="this backend moves tensors on cpu and cuda"):
-        dist.all_gather([torch.empty(2) for _ in range(3)] + [torch.empty(2, device="meta")], torch.ones(2))

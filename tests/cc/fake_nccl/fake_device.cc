@@ -16,7 +16,6 @@
 namespace {
 
 std::atomic<int> delay_us{0};
-std::atomic<bool> out_of_memory{false};
 
 class ThreadStream final : public FakeStream {
  public:
@@ -112,10 +111,7 @@ class HostDevice final : public pycomm::cuda::Device {
     return std::chrono::duration<double>(last(to)->at - last(from)->at).count();
   }
   bool capturing(Stream) override { return false; }
-  void* allocate(size_t nbytes) override {
-    if (out_of_memory) throw pycomm::Error(pycomm::Code::internal, "out of memory");
-    return ::calloc(1, nbytes);
-  }
+  void* allocate(size_t nbytes) override { return ::calloc(1, nbytes); }
   void release(void* memory) override { ::free(memory); }
   void* allocate_pinned(size_t nbytes) override { return ::calloc(1, nbytes); }
   void release_pinned(void* memory) override { ::free(memory); }
@@ -217,7 +213,6 @@ class HostDevice final : public pycomm::cuda::Device {
 extern "C" {
 
 void fake_device_delay(int microseconds) { delay_us = microseconds; }
-void fake_device_out_of_memory(bool out) { out_of_memory = out; }
 void* fake_device_new_stream() { return HostDevice("").new_stream(); }
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes) {
   HostDevice("").in_order(stream, [=] { std::memset(memory, byte, nbytes); });

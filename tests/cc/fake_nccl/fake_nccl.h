@@ -19,8 +19,6 @@ void fake_nccl_async_error(int rank, int result, const char* text);
 void fake_nccl_slow_init(int polls);
 // What is on a stream runs this much later.
 void fake_device_delay(int microseconds);
-// From now on, or no longer, devices of this process have no memory to allocate.
-void fake_device_out_of_memory(bool out);
 // A stream for a test in Python: made, given a memset to do in its turn, waited for, and freed.
 void* fake_device_new_stream();
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes);

@@ -124,13 +124,13 @@ def measure_groups(group: pycomm.Group) -> dict[str, Any]:
 
     note("made")
     for inner in groups:
-        for _ in range(2):  # both slots
+        for _ in range(16):  # all slots
             inner.all_reduce(np.zeros(1))
     note("8 B calls")
     for inner in groups:
-        for _ in range(2):
-            inner.all_reduce(np.zeros(4096))
-    note("32 KiB calls")
+        for _ in range(128):  # all slots
+            inner.all_reduce(np.zeros(2048))
+    note("16 KiB calls")
     for inner in groups:
         x = np.zeros(8 << 10, np.uint8)
         sent = [inner.send(np.zeros_like(x), peer, async_op=True) for peer in everyone if peer != me]

@@ -126,11 +126,11 @@ def assert_call(group, collective, numel, *args, **options):
 
 
 def sizes_of(collective, n):
-    """Elements of int32 around what changes the path: ranks, the board's 48 inline bytes and its 32 KiB, a ring."""
-    board = 8192 // n if collective in SPLIT else 8192  # the board takes the whole tensor
+    """Elements of int32 around what changes the path: ranks, the board's 48 inline bytes and its 16 KiB, a ring."""
+    board = 4096 // n if collective in SPLIT else 4096  # the board takes the whole tensor
     inline = 12 // n if collective in SPLIT else 12
     around = {edge + d for edge in (n, board) for d in (-1, 0, 1)} | {inline, inline + 1}
-    large = 300_001 if n == 2 else 150_001  # above a ring, which shrinks as ranks double
+    large = 600_001 if n <= 4 else 150_001  # above a ring
     return sorted({size for size in around if size >= 0} | {0, 1, 1013, large // (n if collective in SPLIT else 1)})
 
 

@@ -159,7 +159,7 @@ def check_messages(group):
 
 
 def fill_the_ring_then_offer(group):
-    n_small, small, large = 32, (32768 - 64) // 8, 1 << 20  # with their headers, just what the ring holds
+    n_small, small, large = 64, (32768 - 64) // 8, 1 << 20  # with their headers, just what the ring holds
     if group.rank == 0:
         sends = [group.send(np.full(small, float(i)), 1, async_op=True) for i in range(n_small)]
         x = pycomm.empty(large)

@@ -51,7 +51,7 @@ std::byte* Board::payload(int rank, uint64_t nbytes) const {
   BoardEntry& entry = segment_.board(rank);
   const uint32_t slot = sequence_ % kBoardSlots;
   if (nbytes <= kInlineBytes) return entry.lines[slot].payload;
-  return nbytes <= kSmallBytes ? entry.small[slot] : entry.large[sequence_ % kLargeSlots];
+  return nbytes <= kSmallBytes ? entry.small[slot] : segment_.large_slot(rank, sequence_, nbytes);
 }
 
 void Board::prepare() {
@@ -61,7 +61,8 @@ void Board::prepare() {
 }
 
 bool Board::has_room(const Launch& launch, uint64_t payload_nbytes) {
-  const uint32_t n_slots = payload_nbytes > kSmallBytes ? kLargeSlots : kBoardSlots;
+  const uint32_t n_slots =
+      payload_nbytes > kSmallBytes ? std::min(kBoardSlots, segment_.n_large_slots()) : kBoardSlots;
   awaited_ = sequence_ - n_slots + 1;
   return all_entered(awaited_) &&
          all_agree(sequence_ - kBoardSlots, launch.fingerprint.sequence - kBoardSlots);

@@ -94,7 +94,8 @@ std::string list_of(const std::vector<int>& ranks) {
   return text;
 }
 
-constexpr Clock::duration kCoreLook = std::chrono::milliseconds(1);
+constexpr Clock::duration kCoreLook = std::chrono::microseconds(250);
+constexpr Clock::duration kHeld = std::chrono::milliseconds(50);
 constexpr Clock::duration kShortestStay = std::chrono::milliseconds(10);
 constexpr Clock::duration kLongestStay = std::chrono::seconds(1);
 
@@ -473,20 +474,24 @@ int Endpoint::freer_core() const {
 
 void Endpoint::leave_crowded_core() {
   // All relaxed: were two threads of this rank to move at once, it would do no harm.
-  const auto now = Clock::now().time_since_epoch(),
-             due = next_look_.load(std::memory_order_relaxed);
-  if (now < due) return;
+  const auto now = Clock::now().time_since_epoch();
+  if (now < next_look_.load(std::memory_order_relaxed)) return;
   next_look_.store(now + kCoreLook, std::memory_order_relaxed);
   const int core = freer_core();
-  if (!crowded_.exchange(core >= 0, std::memory_order_relaxed) || core < 0) return;
+  const bool was_crowded = crowded_.exchange(core >= 0, std::memory_order_relaxed);
+  if (core < 0) return;
+  const auto moved = moved_.load(std::memory_order_relaxed),
+             stay = stay_.load(std::memory_order_relaxed);
+  if (!was_crowded) {
+    // Where the system moved it back at once, for load that is not ours, leave it there for longer
+    // and longer. Else it held until ranks slept and were woken together: that is new.
+    stay_.store(now - moved > kHeld ? kShortestStay : std::min(2 * stay, kLongestStay),
+                std::memory_order_relaxed);
+    return;
+  }
+  if (now < moved + stay) return;
   crowded_.store(false, std::memory_order_relaxed);
-  // Where the system moves it back, for load that is not ours, leave it there for longer and
-  // longer.
-  const auto stay = stay_.load(std::memory_order_relaxed);
-  const auto next =
-      now > due + kLongestStay ? kShortestStay : std::clamp(2 * stay, kShortestStay, kLongestStay);
-  stay_.store(next, std::memory_order_relaxed);
-  next_look_.store(now + next, std::memory_order_relaxed);
+  moved_.store(now, std::memory_order_relaxed);
   cpu_set_t usable, there;
   CPU_ZERO(&there);
   CPU_SET(core, &there);

@@ -140,10 +140,11 @@ class Endpoint {
   std::vector<int> local_ranks_;
   std::vector<int> local_index_;  // by rank; -1 on other hosts
   bool oversubscribed_ = false;
-  // Of leave_crowded_core(): the next look, whether the last one found a freer core, and how long
-  // to stay after a move.
+  // Of leave_crowded_core(): the next look, whether the last one found a freer core, the last move,
+  // and how long to stay after it.
   std::atomic<Clock::duration> next_look_{};
   std::atomic<bool> crowded_{false};
+  std::atomic<Clock::duration> moved_{};
   std::atomic<Clock::duration> stay_{};
   Secret secret_{};
   std::unique_ptr<Mailbox> mailbox_;

@@ -12,7 +12,8 @@ constexpr uint64_t kKeptScratch = 4 << 20;
 struct Entry {
   Offer offer;
   uint64_t previous_ns = 0;  // what the collective before took it, from when all had entered
-  uint64_t reaches = 0;      // 1: it gets at ordinary memory of all the others
+  uint32_t probe_ns = 0;     // of that, too; 0: it had none
+  uint32_t reaches = 0;      // 1: it gets at ordinary memory of all the others
 };
 
 // What an uneven all_to_all says of itself beside its Entry, per rank: where what it is to take
@@ -48,7 +49,8 @@ bool overlap(const std::byte* a, uint64_t a_nbytes, const std::byte* b, uint64_t
 
 Large::Large(const Segment& segment, Board& board, Reach& reach, Endpoint& endpoint,
              const std::vector<int>& ranks, int rank)
-    : board_(board),
+    : segment_(segment),
+      board_(board),
       reach_(reach),
       direct_(segment, board, reach, endpoint, ranks, rank),
       staged_(segment, endpoint, ranks, rank),
@@ -123,6 +125,8 @@ void Large::begin(const Launch& launch) {
   input_ = input_apart(launch);
   sent_nbytes_ = bytes_for_others(launch);
   way_ = Way::shared;
+  // In one call of eight, and in all that take so long that it costs nothing. All ranks or none.
+  probes_ = board_.sequence() % 8 == 0 || largest_piece(launch, n_) >= 1 << 20;
   if (!is_uneven_exchange(launch)) choose_way(launch, largest_piece(launch, n_));
 }
 
@@ -133,12 +137,29 @@ void Large::choose_way(const Launch& launch, uint64_t largest) {
     way_ = ways_.choose(static_cast<int>(launch.fingerprint.collective), nbytes_);
 }
 
+// Nanoseconds that the next rank's lines take. Relaxed: only the time matters.
+uint64_t Large::probe() const {
+  const BoardEntry& next = segment_.board((rank_ + 1) % n_);
+  const auto begin = Clock::now();
+  uint64_t sum = 0;
+  for (size_t i = 0; i < kProbeLines; ++i)
+    sum += next.probe[i * kWordsPerLine].load(std::memory_order_relaxed);
+  asm volatile("" : : "r"(sum));  // read before the clock is
+  return static_cast<uint64_t>((Clock::now() - begin).count());
+}
+
 bool Large::offer(const Launch& launch) {
   const bool uneven = is_uneven_exchange(launch);
   if (!board_.has_room(launch, uneven ? kBoardBytes : sizeof(Entry))) return false;
   offered_ = true;
-  const Entry entry{
-      {reach_.place(input_), reach_.place(launch.output)}, measured_.ns, reach_.reaches_all()};
+  if (probes_)
+    for (size_t i = 0; i < kProbeLines; ++i)
+      segment_.board(rank_).probe[i * kWordsPerLine].store(board_.sequence(),
+                                                           std::memory_order_relaxed);
+  const Entry entry{{reach_.place(input_), reach_.place(launch.output)},
+                    measured_.ns,
+                    measured_.probe_ns,
+                    reach_.reaches_all()};
   std::memcpy(board_.payload(rank_, sizeof(entry)), &entry, sizeof(entry));
   if (uneven) {
     auto* rows = reinterpret_cast<Row*>(board_.payload(rank_, kBoardBytes));
@@ -158,6 +179,7 @@ void Large::enter(const Launch& launch) {
   offers_.resize(static_cast<size_t>(n_));
   bool all_in_heaps = true;
   uint64_t slowest_ns = 0;
+  uint32_t dearest_ns = 0;
   all_reach_ = true;
   for (int i = 0; i < n_; ++i) {
     Entry entry;
@@ -165,9 +187,11 @@ void Large::enter(const Launch& launch) {
     offers_[static_cast<size_t>(i)] = entry.offer;
     all_in_heaps = all_in_heaps && !Direct::lacks(launch, i, entry.offer);
     slowest_ns = std::max(slowest_ns, entry.previous_ns);
+    dearest_ns = std::max(dearest_ns, entry.probe_ns);
     all_reach_ = all_reach_ && entry.reaches;
   }
   if (slowest_ns > 0) ways_.record(measured_.kind, measured_.nbytes, measured_.way, slowest_ns);
+  if (dearest_ns > 0) ways_.probed(dearest_ns);
   uint64_t largest = 0;
   std::vector<uint64_t> starts;
   if (is_uneven_exchange(launch)) {
@@ -188,7 +212,9 @@ void Large::enter(const Launch& launch) {
   }
   if (is_uneven_exchange(launch)) choose_way(launch, largest);
   in_place_ = all_in_heaps || way_ == Way::pulled;
-  measured_ = {static_cast<int>(launch.fingerprint.collective), nbytes_, way_, 0};
+  measured_ = {static_cast<int>(launch.fingerprint.collective), nbytes_, way_, 0, 0};
+  if (probes_)
+    measured_.probe_ns = static_cast<uint32_t>(std::clamp<uint64_t>(probe(), 1, UINT32_MAX));
   measures_ = all_reach_ && !all_in_heaps && nbytes_ >= Ways::kLeast;
   if (measures_) entered_at_ = Clock::now();
   if (in_place_)

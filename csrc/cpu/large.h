@@ -2,7 +2,9 @@
 // enter over the board, each saying where its memory lies; then all take one way: in place
 // (direct.h), where all memory that the collective needs is in heaps, or is better pulled from
 // where it is (ways.h); else over the stages (staged.h). Who gave ordinary memory that is not
-// pulled knows at once that it will be the latter, and begins.
+// pulled knows at once that it will be the latter, and begins. Now and then each rank writes some
+// lines as it enters and times how long the next rank's take to read: the price of a line between
+// cores, which tells which way is the faster (ways.h).
 #pragma once
 
 #include <memory>
@@ -34,9 +36,11 @@ class Large {
   const std::byte* input_apart(const Launch& launch);
   uint64_t bytes_for_others(const Launch& launch) const;
   void choose_way(const Launch& launch, uint64_t largest);
+  uint64_t probe() const;
   bool offer(const Launch& launch);
   void enter(const Launch& launch);
 
+  const Segment& segment_;
   Board& board_;
   Reach& reach_;
   Direct direct_;
@@ -46,6 +50,7 @@ class Large {
 
   bool offered_ = false;
   bool entered_ = false;
+  bool probes_ = false;
   bool in_place_ = false;
   bool begun_ = false;  // with what is moved over the stages
   const std::byte* input_ = nullptr;
@@ -56,7 +61,8 @@ class Large {
     int kind = 0;
     uint64_t nbytes = 0;
     Way way = Way::shared;
-    uint64_t ns = 0;  // this rank's; 0: nothing to learn from it
+    uint64_t ns = 0;        // this rank's; 0: nothing to learn from it
+    uint32_t probe_ns = 0;  // likewise
   };
   Ways ways_{kCollectives};
   bool all_reach_ = false;  // each other's ordinary memory; known from the first collective on

@@ -10,9 +10,8 @@ namespace {
 constexpr uint64_t kMagic = 0x70636f6d6d6d7367ull;
 constexpr uint64_t kSegmentBytes = 64 * 1024;
 constexpr uint64_t kLocalSegmentBytes = 16 * 1024;  // one is read while the next is written
-constexpr uint64_t kEagerBytes = 16 * 1024;  // larger ones wait for their receive where they can
-constexpr uint64_t kTogether = 464;          // with its header, eight lines
-constexpr uint64_t kBudget = 2 << 20;        // bytes moved before the engine's lock is let go
+constexpr uint64_t kTogether = 464;                 // with its header, eight lines
+constexpr uint64_t kBudget = 2 << 20;  // bytes moved before the engine's lock is let go
 }  // namespace
 
 Messages::Messages(int n_ranks, int rank, ChannelOf channel_of, Finish finish)
@@ -75,6 +74,7 @@ bool Messages::take(const std::shared_ptr<MessageOp>& op, int source, const SetA
       op->source = source;
       state.receiving.push_back({op, aside.transit});
       state.receiving.back().transit.here = op->data;
+      state.receiving.back().transit.accepted = Clock::now();
       return true;
     }
   } else if (fits && op->nbytes > 0) {
@@ -120,18 +120,19 @@ bool Messages::advance_send(int peer, Peer& state) {
   uint64_t spent = 0;
   while (!state.sends.empty()) {
     const auto op = state.sends.front();
-    const bool offers = state.out_bytes > 0
-                            ? state.out.use != 0
-                            : state.rendezvous != nullptr && op->nbytes > kEagerBytes &&
-                                  state.rendezvous->offers(peer, op->data, op->nbytes);
+    bool offers = state.out.use != 0;
     if (state.out_bytes == 0) {
       state.out = {kMagic, op->tag, op->nbytes, 0, {}, 0};
+      offers = false;
+      if (state.rendezvous != nullptr && op->nbytes >= Ways::kLeast) {
+        state.out.place = state.rendezvous->place(op->data);
+        offers = state.rendezvous->offers(peer, state.out.place, op->nbytes);
+      }
       if (offers) {
         const auto offer = state.rendezvous->offer(peer, op->data, op->nbytes);
         if (!offer) break;  // a message before it has to arrive first
         state.offer = *offer;
         state.out.use = offer->use;
-        state.out.place = state.rendezvous->place(op->data);
         state.out.slot = offer->slot;
       }
     }
@@ -211,8 +212,14 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (!wanted(peer)) break;
       SetAside aside{state.in.tag,
                      {},
-                     {peer, static_cast<uint32_t>(state.in.slot), state.in.use, state.in.nbytes,
-                      nullptr, state.in.place, false}};
+                     {peer,
+                      static_cast<uint32_t>(state.in.slot),
+                      state.in.use,
+                      state.in.nbytes,
+                      nullptr,
+                      state.in.place,
+                      false,
+                      {}}};
       channel.align_read();
       state.in_bytes = 0;
       moved = true;
@@ -241,13 +248,12 @@ bool Messages::advance_recv(int peer, Peer& state) {
       size_t n = 0;
       if (state.rendezvous != nullptr) {
         const auto here = channel.readable();
-        // Most likely the host's others send as much.
         n = std::min(here.size(), left);
-        const bool measures = state.in.nbytes >= Ways::kLeast;
-        const auto begin = measures ? Clock::now() : Clock::time_point();
+        if (n > 0 && state.payload == 0 && state.in.nbytes >= Ways::kLeast)
+          state.in_since = Clock::now();
+        // Most likely the host's others send as much.
         copy(to + state.payload, here.data(), n,
              exceeds_cache(2 * peers_.size() * state.in.nbytes));
-        if (measures) state.in_ns += static_cast<uint64_t>((Clock::now() - begin).count());
         if (n > 0) channel.consume(n);
       } else {
         n = channel.read(to + state.payload, left);
@@ -258,8 +264,8 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (n == 0 || spent > kBudget) break;
     }
     if (state.payload == state.in.nbytes) {
-      if (const uint64_t ns = std::exchange(state.in_ns, 0); ns > 0)
-        state.rendezvous->read_from_ring(peer, state.in.nbytes, ns);
+      if (state.rendezvous != nullptr && state.in.nbytes >= Ways::kLeast)
+        state.rendezvous->came_over_ring(peer, state.in.place, state.in.nbytes, state.in_since);
       channel.align_read();
       const auto target = std::exchange(state.target, nullptr);
       SetAside aside = std::exchange(state.aside, {});

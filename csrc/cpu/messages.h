@@ -48,7 +48,7 @@ class Messages {
     int64_t tag;
     uint64_t nbytes;
     uint64_t use;  // of a transfer record, 0: the bytes follow
-    Place place;
+    Place place;   // known where the receiver is on this host and the message is large
     uint64_t slot;
   };
   struct SetAside {
@@ -72,7 +72,7 @@ class Messages {
     std::shared_ptr<MessageOp> target;
     SetAside aside;
     uint64_t payload = 0;
-    uint64_t in_ns = 0;  // what copying it out of the ring took
+    Clock::time_point in_since{};  // when its first byte was read
     std::list<SetAside> waiting;
     Rendezvous* rendezvous = nullptr;
     Transit offer;  // of sends.front(), while its header is on its way

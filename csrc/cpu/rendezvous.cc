@@ -25,7 +25,7 @@ Rendezvous::Rendezvous(const Segment& segment, Reach& reach, Endpoint& endpoint,
       places_(places),
       rank_(rank),
       uses_(ranks.size() * kTransfers),
-      ways_(ranks.size(), Ways(1)) {}
+      ways_(ranks.size(), Ways(2)) {}
 
 TransferRecord& Rendezvous::record(int from, int to, uint32_t slot) const {
   return segment_.transfer(places_[static_cast<size_t>(from)], places_[static_cast<size_t>(to)],
@@ -42,33 +42,47 @@ std::optional<Transit> Rendezvous::offer(int peer, const void* data, uint64_t nb
     record.taken.store(0, std::memory_order_relaxed);
     record.state.store(word(use, offered), std::memory_order_relaxed);
     sent_nbytes_ += nbytes;
-    return Transit{peer, slot,  use, nbytes, static_cast<std::byte*>(const_cast<void*>(data)),
-                   {},   false, 0,   0};
+    auto* here = static_cast<std::byte*>(const_cast<void*>(data));
+    return Transit{peer, slot, use, nbytes, here, {}, false, {}};
   }
   return std::nullopt;
 }
 
-bool Rendezvous::offers(int peer, const void* data, uint64_t nbytes) const {
-  if (reach_.place(data).in_heap) return true;
-  // What the ring holds goes on its way before it is asked for, and stays so.
-  if (nbytes <= segment_.ring_bytes() || !reach_.reaches(peer)) return false;
-  const uint64_t wanted = record(rank_, peer, 0).pulls.load(std::memory_order_relaxed);
-  return wanted >> Ways::class_of(nbytes) & 1;
+bool Rendezvous::has_choice(int peer, const Place& from, uint64_t nbytes) const {
+  if (nbytes < Ways::kLeast) return false;
+  // What the ring holds goes on its way before it is asked for, and from ordinary memory stays so.
+  return from.in_heap || (nbytes > segment_.ring_bytes() && reach_.reaches(peer));
 }
 
-void Rendezvous::read_from_ring(int peer, uint64_t nbytes, uint64_t ns) {
-  if (nbytes > segment_.ring_bytes() && reach_.reaches(peer)) learn(peer, nbytes, Way::shared, ns);
+// A bit of TransferRecord::unusual: the receiver wants messages like it from a heap over the ring,
+// from ordinary memory pulled.
+static uint64_t bit(const Place& from, uint64_t nbytes) {
+  return uint64_t{1} << (Ways::class_of(nbytes) + (from.in_heap ? 32 : 0));
+}
+
+bool Rendezvous::offers(int peer, const Place& from, uint64_t nbytes) const {
+  if (!has_choice(peer, from, nbytes)) return false;
+  const uint64_t unusual = record(rank_, peer, 0).unusual.load(std::memory_order_relaxed);
+  return ((unusual & bit(from, nbytes)) != 0) != from.in_heap;
+}
+
+void Rendezvous::came_over_ring(int peer, const Place& from, uint64_t nbytes,
+                                Clock::time_point since) {
+  learn(peer, from, nbytes, Way::shared, since);
 }
 
 // Tells the sender, too, how the next message of this size is wanted.
-void Rendezvous::learn(int peer, uint64_t nbytes, Way way, uint64_t ns) {
+void Rendezvous::learn(int peer, const Place& from, uint64_t nbytes, Way way,
+                       Clock::time_point since) {
+  if (!has_choice(peer, from, nbytes)) return;
+  const int kind = from.in_heap ? 1 : 0;
+  const auto ns = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - since);
   Ways& ways = ways_[static_cast<size_t>(peer)];
-  ways.record(0, nbytes, way, ns);
-  auto& wanted = record(peer, rank_, 0).pulls;
-  const uint64_t bit = uint64_t{1} << Ways::class_of(nbytes);
-  const uint64_t was = wanted.load(std::memory_order_relaxed);  // this rank alone writes it
-  const bool pulls = ways.choose(0, nbytes) == Way::pulled;
-  wanted.store(pulls ? was | bit : was & ~bit, std::memory_order_relaxed);
+  ways.record(kind, nbytes, way, static_cast<uint64_t>(ns.count()));
+  auto& unusual = record(peer, rank_, 0).unusual;
+  const uint64_t was = unusual.load(std::memory_order_relaxed);  // this rank alone writes it
+  const bool is = (ways.choose(kind, nbytes) == Way::pulled) != from.in_heap;
+  unusual.store(is ? was | bit(from, nbytes) : was & ~bit(from, nbytes), std::memory_order_relaxed);
 }
 
 void Rendezvous::unmake(const Transit& transit) {
@@ -134,13 +148,8 @@ bool Rendezvous::advance_recv(Transit& transit, bool* moved) {
   TransferRecord& record = this->record(transit.peer, rank_, transit.slot);
   if (!transit.moved) {
     *moved = true;
-    const bool measures = !transit.there.in_heap && transit.nbytes >= Ways::kLeast;
-    const auto begin = measures ? Clock::now() : Clock::time_point();
-    for (int i = 0; i < kBlocksAtOnce && !transit.moved; ++i) {
+    for (int i = 0; i < kBlocksAtOnce && !transit.moved; ++i)
       transit.moved = !move_block(record, transit, false);
-      transit.blocks += !transit.moved;
-    }
-    if (measures) transit.ns += static_cast<uint64_t>((Clock::now() - begin).count());
     if (!transit.moved) return false;
   }
   // Acquire: what the sender wrote has arrived.
@@ -148,9 +157,7 @@ bool Rendezvous::advance_recv(Transit& transit, bool* moved) {
   reach_.require_sound(transit.peer);
   record.received.store(transit.use, std::memory_order_release);
   ring(transit.peer);
-  // The two sides shared the work, as far as each came to it.
-  if (!transit.there.in_heap && transit.nbytes >= Ways::kLeast && transit.blocks > 0)
-    learn(transit.peer, transit.nbytes, Way::pulled, transit.ns);
+  learn(transit.peer, transit.there, transit.nbytes, Way::pulled, transit.accepted);
   return *moved = true;
 }
 

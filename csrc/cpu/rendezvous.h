@@ -1,9 +1,9 @@
 // Rendezvous: a large message from the heap of a rank of this host (heap.h) goes to the receiver's
 // memory in one copy, which both sides work on where that is in a heap too: each takes the next
-// block that nobody has taken. So does one from ordinary memory, where the receiver finds that
-// faster than reading it from the ring (ways.h) and both reach the other's memory. The message lane
-// carries only the offer; what follows goes over a few transfer records per ordered pair in the
-// segment. Thread safety: none; the engine's lock guards it.
+// block that nobody has taken. So does one from ordinary memory, where both reach the other's
+// memory. The receiver measures whether that or reading it from the ring is faster (ways.h) and
+// tells the sender. The message lane carries only the offer; what follows goes over a few transfer
+// records per ordered pair in the segment. Thread safety: none; the engine's lock guards it.
 //
 //   sender    offered ------------------> sees accepted, moves blocks, says sent   -> done
 //   receiver           accepts: address, moves blocks, says received               -> done
@@ -29,8 +29,7 @@ struct Transit {
   std::byte* here = nullptr;
   Place there;         // the other side's memory
   bool moved = false;  // this side finds no block left, and has said so
-  uint64_t ns = 0;     // what the receiver's blocks took
-  uint64_t blocks = 0;
+  Clock::time_point accepted{};
 };
 
 class Rendezvous {
@@ -40,10 +39,10 @@ class Rendezvous {
              const std::vector<int>& ranks, const std::vector<int>& places, int rank);
 
   Place place(const void* data) const { return reach_.place(data); }
-  // Whether a message to `peer` goes this way.
-  bool offers(int peer, const void* data, uint64_t nbytes) const;
-  // A message from `peer` came over the ring, and copying it out took `ns`.
-  void read_from_ring(int peer, uint64_t nbytes, uint64_t ns);
+  // Whether a message to `peer` from there goes this way.
+  bool offers(int peer, const Place& from, uint64_t nbytes) const;
+  // A message from `peer` came over the ring, first byte to last, since then.
+  void came_over_ring(int peer, const Place& from, uint64_t nbytes, Clock::time_point since);
   // Takes a free record for a message to `peer`; nullopt while all are in use.
   std::optional<Transit> offer(int peer, const void* data, uint64_t nbytes);
   // Gives the record back where the offer did not go out.
@@ -62,7 +61,8 @@ class Rendezvous {
 
  private:
   TransferRecord& record(int from, int to, uint32_t slot) const;
-  void learn(int peer, uint64_t nbytes, Way way, uint64_t ns);
+  bool has_choice(int peer, const Place& from, uint64_t nbytes) const;
+  void learn(int peer, const Place& from, uint64_t nbytes, Way way, Clock::time_point since);
   bool move_block(TransferRecord& record, const Transit& transit, bool is_send);
   void ring(int peer) { endpoint_.ring(ranks_[static_cast<size_t>(peer)]); }
 
@@ -73,7 +73,7 @@ class Rendezvous {
   const std::vector<int>& places_;
   const int rank_;
   std::vector<uint64_t> uses_;  // of this rank's own records, by peer and slot
-  std::vector<Ways> ways_;      // of messages from ordinary memory, by peer
+  std::vector<Ways> ways_;      // of messages by peer, from ordinary memory and from a heap
   uint64_t sent_nbytes_ = 0;
 };
 

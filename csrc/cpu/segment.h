@@ -1,13 +1,16 @@
 // Segment: the shared memory of one group's ranks on one host. One mapping, laid out here and
 // nowhere else:
 //   header | board entry per rank | transfer records per ordered pair | ring per ordered pair and
-//   lane | stage per rank
+//   lane | board's large slots per rank | stage per rank
+// What ranks write by turns and others read is larger than the own caches of two cores: a line has
+// then left both for the shared cache when it is written again, which takes a third of the time.
 // Anonymous (memfd): pages cost memory once they are touched, and everything goes with the last
 // process.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -17,12 +20,12 @@
 
 namespace pycomm::cpu {
 
-constexpr size_t kBoardBytes = 32 * 1024;  // a rank's largest contribution to a native collective
+constexpr size_t kBoardBytes = 16 * 1024;  // a rank's largest contribution to a native collective
 constexpr size_t kStageSlot = 64 * 1024;   // a block of a large collective (staged.h)
 constexpr size_t kInlineBytes = 48;        // rides in the flag's own cache line
-constexpr size_t kSmallBytes = 2 * 1024;   // above it a rank is at most one collective ahead
-constexpr uint32_t kBoardSlots = 16;       // how far ahead a rank may be
-constexpr uint32_t kLargeSlots = 2;
+constexpr size_t kSmallBytes = 2 * 1024;   // above it fewer collectives ahead with many ranks
+constexpr size_t kProbeLines = 32, kWordsPerLine = 8;
+constexpr uint32_t kBoardSlots = 16;                  // how far ahead a rank may be
 constexpr uint32_t kAnnouncements = 2 * kBoardSlots;  // so those that are compared are still there
 
 // A rank's contribution to a native collective (board.h).
@@ -51,9 +54,10 @@ struct alignas(128) BoardEntry {  // so that the transfer records behind them ar
   alignas(64) std::atomic<uint64_t> given{0};    // blocks in its stage, over all collectives
   alignas(64) std::atomic<uint64_t> reduced{0};  // (staged.h), of which its own piece is reduced
   alignas(64) std::atomic<uint64_t> taken{0};    // blocks of the others that it needs no more
-  Announcement announcements[kAnnouncements];    // by the collective's sequence number
+  // Lines to time the reading of (large.h).
+  alignas(64) std::atomic<uint64_t> probe[kProbeLines * kWordsPerLine];
+  Announcement announcements[kAnnouncements];  // by the collective's sequence number
   alignas(64) std::byte small[kBoardSlots][kSmallBytes];
-  alignas(64) std::byte large[kLargeSlots][kBoardBytes];
 };
 
 // Single producer, single consumer. head and tail count bytes from the start; tail - head <= the
@@ -75,7 +79,7 @@ struct Place {
 struct alignas(128) TransferRecord {
   std::atomic<uint64_t> state{0};              // use << 2 | offered, accepted or withdrawn
   Place place;                                 // where the receiver wants it; with `accepted`
-  std::atomic<uint64_t> pulls{0};              // of record 0: what the receiver would rather pull
+  std::atomic<uint64_t> unusual{0};            // of record 0: what the receiver wants otherwise
   alignas(64) std::atomic<uint64_t> taken{0};  // blocks that one side or the other moves
   std::atomic<uint64_t> sent{0};               // use whose blocks the sender has moved
   std::atomic<uint64_t> received{0};           // use that is over: the record is free
@@ -96,21 +100,26 @@ class Segment {
  public:
   explicit Segment(int n_ranks) : n_ranks_(n_ranks) {}
   static size_t ring_bytes(int n_ranks) {
-    // Halved as ranks double, so that a rank's share stays near 2 MiB a lane; 64 KiB keeps a
-    // segment in flight.
-    size_t bytes = size_t{1} << 20;
-    for (int n = 2; n < n_ranks && bytes > (size_t{64} << 10); n *= 2) bytes /= 2;
+    // All of a lane's together within the cache that cores share; 64 KiB keeps a segment in flight.
+    const auto n = static_cast<size_t>(n_ranks);
+    size_t bytes = size_t{2} << 20;
+    while (n * (n - 1) * bytes > size_t{32} << 20 && bytes > size_t{64} << 10) bytes /= 2;
     return bytes;
   }
+  // Of the board, for contributions of more than kSmallBytes. A power of two, since sequence
+  // numbers wrap.
+  static uint32_t n_large_slots(int n_ranks) {
+    const size_t share = (size_t{8} << 20) / static_cast<size_t>(n_ranks) / kBoardBytes;
+    return static_cast<uint32_t>(std::bit_floor(std::clamp<size_t>(share, 2, 128)));
+  }
   static size_t stage_bytes(int n_ranks) {
-    // Above a core's own cache (staged.h says why), and all of them within the one that cores
-    // share.
     const size_t share = (size_t{8} << 20) / static_cast<size_t>(n_ranks);
     return std::clamp(share, size_t{256} << 10, size_t{2} << 20) / kStageSlot * kStageSlot;
   }
   size_t nbytes() const {
     return stages_offset() + static_cast<size_t>(n_ranks_) * stage_bytes(n_ranks_);
   }
+  uint32_t n_large_slots() const { return n_large_slots(n_ranks_); }
   void attach(Mapping mapping) { mapping_ = std::move(mapping); }
 
   SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(mapping_.data()); }
@@ -125,6 +134,13 @@ class Segment {
     return ring(from, to, lane) + sizeof(RingControl);
   }
   size_t ring_bytes() const { return ring_bytes(n_ranks_); }
+  // Room for nbytes. A small contribution lies elsewhere in its slot each time round.
+  std::byte* large_slot(int index, uint32_t sequence, size_t nbytes) const {
+    const uint32_t n = n_large_slots();
+    const size_t used = (nbytes + 63) / 64 * 64, round = sequence / n % (kBoardBytes / used);
+    return mapping_.data() + large_slots_offset() +
+           (static_cast<size_t>(index) * n + sequence % n) * kBoardBytes + round * used;
+  }
   std::byte* stage(int index) const {
     return mapping_.data() + stages_offset() + static_cast<size_t>(index) * stage_bytes(n_ranks_);
   }
@@ -143,6 +159,9 @@ class Segment {
     return n * n * kTransfers * sizeof(TransferRecord);
   }
   size_t stages_offset() const {
+    return large_slots_offset() + static_cast<size_t>(n_ranks_) * n_large_slots() * kBoardBytes;
+  }
+  size_t large_slots_offset() const {
     const auto n = static_cast<size_t>(n_ranks_);
     return kHeaderBytes + n * sizeof(BoardEntry) + transfers_nbytes() +
            kLanes * n * n * ring_stride();

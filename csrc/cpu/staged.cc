@@ -10,8 +10,8 @@ namespace pycomm::cpu {
 namespace {
 
 constexpr uint64_t kLine = 64;
-constexpr uint64_t kLeastWidth = 4096;
-constexpr uint64_t kStepsAhead = 4;    // a small tensor is cut into as many blocks
+constexpr uint64_t kLeastWidth = 16384;
+constexpr uint64_t kStepsAhead = 2;    // a small tensor is cut into as many blocks
 constexpr uint64_t kBudget = 2 << 20;  // bytes moved before the engine's lock is let go
 
 constexpr uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
@@ -125,7 +125,10 @@ Staged::Part Staged::part(const Launch& launch, int piece, uint64_t block, bool 
 }
 
 std::byte* Staged::slot(int rank, uint64_t block, int piece) const {
-  return segment_.stage(rank) + (base_ + block) % n_slots_ * kStageSlot +
+  const uint64_t used = width_ * (one_for_all_ ? 1 : static_cast<uint64_t>(n_));
+  // A small block lies elsewhere in its slot each time round, so that all of the stage is used.
+  const uint64_t round = (base_ + block) / n_slots_ % (kStageSlot / used);
+  return segment_.stage(rank) + (base_ + block) % n_slots_ * kStageSlot + round * used +
          (one_for_all_ ? 0 : static_cast<uint64_t>(piece) * width_);
 }
 

@@ -29,7 +29,7 @@ int Ways::class_of(uint64_t nbytes) {
 }
 
 Ways::Cell& Ways::cell(int kind, uint64_t nbytes) {
-  return cells_[static_cast<size_t>(kind * kClasses + class_of(nbytes))];
+  return cells()[kind * kClasses + class_of(nbytes)];
 }
 
 // The lesser of the last two: a call that something else held up changes nothing.
@@ -39,7 +39,7 @@ uint64_t Ways::recent(const Cell& cell, Way way) {
 
 Way Ways::choose(int kind, uint64_t nbytes) {
   const Cell& cell = this->cell(kind, nbytes);
-  if (!cell.known) return latest_;
+  if (!cell.known) return latest_[far_];
   return cell.awaited > 0 ? other(cell.way) : cell.way;
 }
 
@@ -48,12 +48,12 @@ void Ways::compare(Cell& cell, uint64_t nbytes) {
   uint64_t mine = recent(cell, cell.way), theirs = recent(cell, other(cell.way));
   // Where the two are near each other shared memory is the better guess: other programs slow it
   // more while it is tried.
-  if (theirs < (cell.way == Way::shared ? mine * 8 / 10 : mine)) {
+  if (theirs < (cell.way == Way::shared ? mine * 9 / 10 : mine)) {
     cell.way = other(cell.way);
     std::swap(mine, theirs);
-    for (Cell& each : cells_)  // they may find the same
-      if (each.known && each.way != cell.way)
-        each.countdown = std::min<uint64_t>(each.countdown, kUntried);
+    for (Cell* each = cells(); each < cells() + n_cells_; ++each)  // they may find the same
+      if (each->known && each->way != cell.way)
+        each->countdown = std::min<uint64_t>(each->countdown, kUntried);
   }
   const uint64_t loss = std::max(theirs, mine) - mine;
   // What the first calls say of a process that has just started does not hold for long.
@@ -73,7 +73,7 @@ void Ways::record(int kind, uint64_t nbytes, Way way, uint64_t time) {
     cell.known = true;
     cell.way = way;
     // What is right for one size mostly is for others: only the first of a kind is tried at once.
-    const auto* first = &cells_[static_cast<size_t>(kind * kClasses)];
+    const Cell* first = cells() + kind * kClasses;
     const bool told =
         std::any_of(first, first + kClasses, [](const Cell& c) { return c.most > 0; });
     cell.most = told ? kMost : kFewest;
@@ -85,7 +85,15 @@ void Ways::record(int kind, uint64_t nbytes, Way way, uint64_t time) {
     const bool slower = recent(cell, way) > cell.usual * 3 / 2;
     if (slower || --cell.countdown == 0) cell.awaited = calls_of_try(other(way), nbytes);
   }
-  latest_ = cell.way;
+  latest_[far_] = cell.way;
+}
+
+void Ways::probed(uint64_t time) {
+  // The lesser of two: a probe that something else held up changes nothing.
+  const uint64_t price = std::min(time, std::exchange(probe_, time));
+  if (price == 0) return;  // the first
+  least_probe_ = std::min(least_probe_, price);
+  far_ = price * 2 > least_probe_ * (far_ ? 3 : 4);
 }
 
 }  // namespace pycomm::cpu

@@ -65,6 +65,25 @@ TEST(what_changes_is_noticed) {
   EXPECT_TRUE(machine.dearer(1000, 1 << 20) < 200);
 }
 
+TEST(what_was_found_before_cores_moved_holds_when_they_are_back) {
+  Clockwork machine{.shared = 2, .pulled = 3};
+  const auto moved = [&](uint64_t shared, uint64_t price) {
+    machine.shared = shared;
+    machine.ways.probed(price);
+    machine.ways.probed(price);
+  };
+  moved(2, 100);
+  machine.dearer(1000, 1 << 20);
+  moved(12, 350);
+  machine.dearer(1000, 1 << 20);
+  moved(2, 110);
+  machine.ways.probed(900);  // held up by something else
+  EXPECT_TRUE(machine.dearer(20, 1 << 20) < 5);
+  moved(12, 350);
+  EXPECT_TRUE(machine.dearer(20, 1 << 20) < 5);
+  EXPECT_EQ(machine.dearer(8, 64 << 20), 0);  // another size, while lines are as dear
+}
+
 TEST(one_size_tells_the_next_of_its_kind) {
   Clockwork far{.shared = 10, .pulled = 2};
   far.dearer(100, 1 << 20);

@@ -46,6 +46,8 @@ class Group:
         ranks: Sequence[int],
         planner: Any,
         timeout_s: float,
+        device_planner: Any = None,
+        nccl_wheel: str = "",
     ) -> None: ...
     @property
     def rank(self) -> int: ...
@@ -198,7 +200,6 @@ class Backend(C10dBackend):
         nccl_wheel: str,
         hosts: list[str],
         device_planner: Any,
-        hierarchical_nbytes: int | None,
         split: Callable[[Store, list[int], str], Group],
         merge: Callable[[Store, int, int, str, float], Backend],
     ) -> None: ...

@@ -5,11 +5,15 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | variable | meaning |
 |---|---|
 | PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py) |
+| PYCOMM_CUDA_TOPOLOGY | the same of GPUs and what joins them: which way their collectives take (device_choice.py) |
+| PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
+| PYCOMM_CUDA_BETWEEN_HOSTS | nccl (the default); tcp: tensors on GPUs go through host memory and the CPU engine |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |
 
-Rank 0's variables count; a rank whose PYCOMM_TOPOLOGY is another one says so."""
+Rank 0's variables count; a rank whose PYCOMM_TOPOLOGY is another one says so. What a wrong one raises on rank 0 the
+others raise as well."""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ def agree(store: Store, endpoint: _C.Endpoint, topology: Topology | str | Path |
     led = topology_from_document(job["topology"]) if job["topology"] else None
     _compare(endpoint, topology, led)
     (text,) = _await(own, ["table"], limit, "rank 0")
-    return _job_plan(endpoint, led, text, job["explains"])
+    return _job_plan(endpoint, led, text, job)
 
 
 def table_folder() -> Path:
@@ -101,7 +105,8 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
         given = _given(topology)
         led = given and fit(given, endpoint.host_ids)
         job |= {"topology": led and topology_to_document(led), "asks_hardware": bool(files)}
-    except TopologyError as error:
+        job |= _device_settings(endpoint.host_ids)
+    except (TopologyError, InvalidArgument) as error:
         job["error"] = str(error)
         raise
     finally:
@@ -116,7 +121,22 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
             text = _find_table(files, plain, hardware)
     finally:
         own.set("table", text)
-    return _job_plan(endpoint, led, text, explains)
+    return _job_plan(endpoint, led, text, job)
+
+
+def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
+    """What the environment says of collectives on GPUs. Raises TopologyError, InvalidArgument."""
+    path, nbytes = (os.environ.get(f"PYCOMM_CUDA_{name}") or None for name in ("TOPOLOGY", "HIERARCHICAL_BYTES"))
+    if nbytes is not None and not nbytes.isdecimal():
+        raise InvalidArgument(f"PYCOMM_CUDA_HIERARCHICAL_BYTES={nbytes!r} is not a number of bytes")
+    between = os.environ.get("PYCOMM_CUDA_BETWEEN_HOSTS") or "nccl"
+    if between not in ("nccl", "tcp"):
+        raise InvalidArgument(f"PYCOMM_CUDA_BETWEEN_HOSTS={between!r} is neither nccl nor tcp")
+    return {
+        "between_hosts": between,
+        "device_topology": path and topology_to_document(fit(Topology.load(path), host_ids)),
+        "hierarchical_nbytes": nbytes and int(nbytes),
+    }
 
 
 def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
@@ -139,13 +159,16 @@ def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[st
     )
 
 
-def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, explains: bool) -> JobPlan:
+def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[str, Any]) -> JobPlan:
     host_ids = tuple(endpoint.host_ids)
     table = from_json(text) if text else None
     topology = led
     if led is None and table is not None:
         topology = table.for_hosts(Topology.from_host_ids(host_ids))
-    return JobPlan(host_ids, topology, table, explains)
+    devices = topology_from_document(job["device_topology"]) if job["device_topology"] else None
+    return JobPlan(
+        host_ids, topology, table, job["explains"], devices, job["hierarchical_nbytes"], job["between_hosts"]
+    )
 
 
 def _first_ranks(host_ids: Sequence[str]) -> list[int]:

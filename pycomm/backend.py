@@ -10,7 +10,6 @@ pycomm's, and call torch's own for all others.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -20,10 +19,9 @@ import torch.distributed as c10d
 from torch._C._distributed_c10d import Store
 
 from pycomm import _C
-from pycomm.errors import InvalidArgument
 from pycomm.gpus import nccl_wheel
 from pycomm.group import engine_group, make_endpoint
-from pycomm.planning import DevicePlanning, Endpoint
+from pycomm.planning import Endpoint, plan_devices
 
 DEVICES = ("cpu", "cuda")
 
@@ -48,22 +46,8 @@ def _backend(endpoint: Endpoint, store: Store, name: str, ranks: list[int], time
 
     group = engine_group(endpoint, store, name, f"c10d/{name}", ranks, timeout_s)
     hosts = [endpoint.host_ids[rank] for rank in ranks]
-    topology, _ = endpoint.job.of(ranks)
-    planning = DevicePlanning(topology, ranks.index(endpoint.rank))
-    return _C.Backend(group, endpoint, store, nccl_wheel(), hosts, planning, _hierarchical_nbytes(hosts), split, _merge)
-
-
-def _hierarchical_nbytes(hosts: list[str]) -> int | None:
-    """From which size on collectives on devices go inside hosts and across in turn (pycomm/calls.py); None: never.
-
-    PYCOMM_CUDA_HIERARCHICAL_BYTES, the same on all ranks; there is no default, since no figure was measured that could
-    say when this beats NCCL's own choice. Hosts with unequal numbers of ranks leave all to NCCL."""
-    given = os.environ.get("PYCOMM_CUDA_HIERARCHICAL_BYTES")
-    if given is None or len({hosts.count(host) for host in hosts}) != 1:
-        return None
-    if not given.isdecimal():
-        raise InvalidArgument(f"PYCOMM_CUDA_HIERARCHICAL_BYTES={given!r} is not a number of bytes")
-    return int(given)
+    planning = plan_devices(endpoint.job, name, ranks, endpoint.rank)
+    return _C.Backend(group, endpoint, store, nccl_wheel(), hosts, planning, split, _merge)
 
 
 def _merge(store: Store, rank: int, size: int, name: str, timeout_s: float) -> _C.Backend:

@@ -35,7 +35,7 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _explain(argv: Sequence[str]) -> int:
-    from pycomm import explain, launch, plot, table
+    from pycomm import device_choice, explain, launch, plot, table
     from pycomm.planners import PLANNERS
     from pycomm.simulate import simulate
     from pycomm.topology import Topology
@@ -53,10 +53,14 @@ def _explain(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks-per-host", type=int, metavar="R", help="ranks on each host")
     parser.add_argument("--topology", metavar="FILE", help="a topology in TOML, instead of the options above")
     parser.add_argument("--table", metavar="FILE", help="a table of `pycomm tune`: its layout, links and times")
+    parser.add_argument(
+        "--devices",
+        action="store_true",
+        help="of tensors on GPUs, which --topology describes: NCCL's whole or in steps",
+    )
     parser.add_argument("--png", metavar="FILE", help="draw the choice as a space-time diagram; needs matplotlib")
     options = parser.parse_args(argv)
     layout = (options.ranks, options.hosts, options.ranks_per_host)
-    tuned = None
     nbytes = explain.parse_nbytes(options.nbytes)
     tuned = None
     if options.table is not None:
@@ -74,6 +78,11 @@ def _explain(argv: Sequence[str]) -> int:
         topology = Topology.emulated([2, 2])
     else:
         topology = Topology.emulated(launch.parse_layout(*layout))
+    if options.devices:
+        if options.topology is None or options.png is not None:
+            parser.error("--devices needs --topology, with what joins the GPUs, and draws nothing")
+        print(device_choice.explain_devices(topology, options.collective, nbytes))
+        return 0
     found = explain.explain(topology, options.collective, nbytes, table=tuned)
     print(found)
     if options.png is not None:
@@ -145,9 +154,11 @@ def _cuda_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     if info["nccl_problem"]:
         return [*rows, ("nccl", str(info["nccl_problem"]))]
     version = info["nccl_version"]
-    lacks = [name for name, present in info["nccl_features"].items() if not present]
-    found = f"{version // 10000}.{version // 100 % 100}.{version % 100} at {info['nccl_path']}"
-    return [*rows, ("nccl", found + (f", without {', '.join(lacks)}" if lacks else ""))]
+    rows.append(("nccl", f"{version // 10000}.{version // 100 % 100}.{version % 100} at {info['nccl_path']}"))
+    for feature in info["nccl_features"]:
+        there = "yes" if feature["present"] else f"no, needs NCCL {feature['since']}"
+        rows.append(("", f"{feature['name']:<13}{feature['symbol']:<25}{there:<21}{feature['gives']}"))
+    return rows
 
 
 def _distribution_version(name: str) -> str:

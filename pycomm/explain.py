@@ -50,6 +50,8 @@ class Explanation:
         """One sentence."""
         if self.topology.n_ranks == 1:
             return "One rank has nobody to exchange with."
+        if len(self.candidates) == 1:
+            return f"{self.choice} is the only way there is here."
         chosen = next(candidate for candidate in self.candidates if candidate.algorithm == self.choice)
         rival = next(candidate for candidate in self.candidates if candidate is not chosen)
         lead, name = rival.expected_s / chosen.expected_s, rival.algorithm

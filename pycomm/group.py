@@ -1,4 +1,4 @@
-"""Group: collectives and messages over a set of ranks, on torch CPU tensors and numpy arrays, without a copy.
+"""Group: collectives and messages over a set of ranks, on arrays of torch, numpy, CuPy and others, without a copy.
 
 init() makes the first group of a job from torchrun's environment or from any torch.distributed Store; groups of fewer
 ranks come from it. Each runs on the C++ engine (csrc/cpu), which asks here for choice tables and programs, once."""
@@ -23,9 +23,10 @@ from pycomm._C import Stats, Work
 from pycomm.agreement import agree, fit
 from pycomm.errors import InvalidArgument, PycommError, PycommWarning
 from pycomm.explain import Explanation, format_nbytes
+from pycomm.gpus import nccl_wheel
 from pycomm.machine import local_address
 from pycomm.planners import PLANNERS, Planner
-from pycomm.planning import Endpoint, JobPlan, plan
+from pycomm.planning import Endpoint, JobPlan, plan, plan_devices
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
@@ -47,7 +48,9 @@ def engine_group(
 class Group(_C.Group):
     """One rank's membership in a group of ranks 0 .. size-1.
 
-    Arrays are contiguous torch CPU tensors or C-contiguous numpy arrays. Every rank calls the same collectives in the
+    Arrays are contiguous: torch tensors, numpy arrays, and those of any library with __dlpack__ or, on a CUDA device,
+    __cuda_array_interface__. A call's arrays are on the host, or on the one device of this rank, where NCCL does it, in
+    the order of their current stream (docs/cuda.md). Every rank calls the same collectives in the
     same order; a call that differs raises CollectiveMismatch on every rank. `op` is one of sum, avg, product, min, max,
     band, bor, bxor (csrc/core/dtype.h). With async_op a Work comes back at once, and the arrays must not be touched
     until its wait(); otherwise the result. `timeout_s` replaces the group's deadline for one call. `algorithm` names a
@@ -75,7 +78,8 @@ class Group(_C.Group):
     ) -> None:
         self._job = job or endpoint.job
         planning = plan(self._job, name, ranks, endpoint.rank)
-        super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s)
+        devices = plan_devices(self._job, name, ranks, endpoint.rank)
+        super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s, devices, nccl_wheel())
         self.topology = planning.topology
         self._planning = planning
         self._endpoint = endpoint

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pycomm import _C, planners, project
 from pycomm.calls import CALL_PLANNERS
 from pycomm.check import check, check_coded
+from pycomm.device_choice import HIERARCHICAL, NATIVE, explain_devices, has_calls, threshold_table
+from pycomm.device_choice import choice_table as device_choice_table
 from pycomm.errors import InvalidArgument, ScheduleError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
 from pycomm.own import Own
@@ -57,33 +59,18 @@ def _call_program(topology: Topology, rank: int, collective: str) -> CallProgram
 
 
 @dataclass(frozen=True)
-class DevicePlanning:
-    """What the CUDA engine asks for where it does not leave the whole to NCCL."""
-
-    topology: Topology
-    rank: int
-
-    def choices(self, collective: str, root: int, coded: bool) -> Choices:
-        return ((None, "hierarchical"),)
-
-    def program(self, collective: str, algorithm: str, root: int, coded: bool) -> CallProgram:
-        if algorithm != "hierarchical" or collective not in CALL_PLANNERS:
-            raise InvalidArgument(
-                f"{collective} has no algorithm {algorithm!r} on devices; {', '.join(CALL_PLANNERS)} have "
-                "'hierarchical', and all are NCCL's where none is given"
-            )
-        return _call_program(self.topology, self.rank, collective)
-
-
-@dataclass(frozen=True)
 class JobPlan:
     """What all ranks of a job plan from. topology: of all ranks, given or measured; None: default figures. table: that
-    was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0."""
+    was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology,
+    hierarchical_nbytes, between_hosts: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
 
     host_ids: tuple[str, ...]
     topology: Topology | None = None
     table: TuningTable | None = None
     explains: bool = False
+    device_topology: Topology | None = None
+    hierarchical_nbytes: int | None = None
+    between_hosts: str = "nccl"
 
     def of(self, ranks: Sequence[int]) -> tuple[Topology, TuningTable | None]:
         """A group's topology, and the table where its times hold: for the group of all ranks, in their order."""
@@ -148,6 +135,76 @@ class Planning:
         return lines or [f"{collective}: {algorithm}, which the caller named"]
 
 
+class DevicePlanning:
+    """What the CUDA engine asks for, for collectives that it can leave to NCCL or take inside hosts and across in turn
+    (device_choice.py). Every rank answers alike."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        figures: Topology | None = None,
+        hierarchical_nbytes: int | None = None,
+        explain_as: str | None = None,
+        staged: bool = False,
+    ) -> None:
+        """figures: the topology of the devices, where one was given. hierarchical_nbytes: from that size on
+        hierarchical, whatever that costs. Without either NCCL has all. explain_as: as Planning's."""
+        self.topology = topology
+        self.rank = rank
+        self.figures = figures
+        self.hierarchical_nbytes = hierarchical_nbytes
+        self.staged = staged  # all goes through the host, whose engine plans it
+        self._explain_as = explain_as
+        self._explained: set[str] = set()
+
+    def select(self, ranks: Sequence[int]) -> DevicePlanning:
+        """Of a group of some of the ranks, of which this is one."""
+        topology = self.topology.select(ranks)
+        figures = None if self.figures is None else topology
+        staged = self.staged and len(topology.hosts) > 1
+        return DevicePlanning(topology, list(ranks).index(self.rank), figures, self.hierarchical_nbytes, staged=staged)
+
+    def choices(self, collective: str, root: int, coded: bool) -> Choices:
+        if coded:  # NCCL has no wire
+            return ((None, HIERARCHICAL),)
+        table, why = self._table(collective)
+        if self._explain_as is not None and collective not in self._explained:
+            self._explained.add(collective)
+            for line in self._lines(collective, table, why):
+                print(f"pycomm: group {self._explain_as!r} on devices: {line}", file=sys.stderr, flush=True)
+        return table
+
+    def _table(self, collective: str) -> tuple[Choices, str]:
+        """The table and, where no costs were compared, why it is this one."""
+        if not has_calls(self.topology, collective):
+            return ((None, NATIVE),), "NCCL's, since hosts have different numbers of ranks"
+        if self.hierarchical_nbytes is not None:
+            return threshold_table(self.hierarchical_nbytes), "as PYCOMM_CUDA_HIERARCHICAL_BYTES says"
+        if self.figures is None:
+            return ((None, NATIVE),), "NCCL's, since PYCOMM_CUDA_TOPOLOGY gives no figures of the devices' links"
+        return device_choice_table(self.figures, collective), ""
+
+    def _lines(self, collective: str, table: Choices, why: str) -> list[str]:
+        lines, beyond = [], 0
+        for limit, name in table:
+            at = limit if limit is not None else max(2 * beyond, 1 << 20)
+            said = f"{name}, {why}"
+            if not why and self.figures is not None:
+                said = _one_line(explain_devices(self.figures, collective, at))
+            lines.append(f"{collective} {_size_class(beyond, limit)}: {said}")
+            beyond = limit or beyond
+        return lines
+
+    def program(self, collective: str, algorithm: str, root: int, coded: bool) -> CallProgram:
+        if algorithm != HIERARCHICAL or collective not in CALL_PLANNERS:
+            raise InvalidArgument(
+                f"{collective} has no algorithm {algorithm!r} on devices; {', '.join(CALL_PLANNERS)} have "
+                f"{HIERARCHICAL!r}, and all are NCCL's where none is given"
+            )
+        return _call_program(self.topology, self.rank, collective)
+
+
 def _size_class(beyond: int, limit: int | None) -> str:
     if limit is None:
         return f"above {format_nbytes(beyond)}" if beyond else "of any size"
@@ -168,3 +225,17 @@ def plan(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -> Planni
     topology, table = job.of(ranks)
     rank = list(ranks).index(job_rank)
     return Planning(topology, rank, table, name if job.explains and rank == 0 else None)
+
+
+def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -> DevicePlanning:
+    """The same for tensors on devices."""
+    rank = list(ranks).index(job_rank)
+    figures = None if job.device_topology is None else job.device_topology.select(ranks)
+    return DevicePlanning(
+        figures or Topology.from_host_ids([job.host_ids[one] for one in ranks]),
+        rank,
+        figures,
+        job.hierarchical_nbytes,
+        name if job.explains and rank == 0 else None,
+        job.between_hosts == "tcp" and len({job.host_ids[one] for one in ranks}) > 1,
+    )

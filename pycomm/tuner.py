@@ -9,6 +9,7 @@ Deterministic: every rank of a group computes the same from the same topology an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -116,6 +117,11 @@ def choice_table(
     found = costs(topology, collective, ladder, root, table, own, coded)
     best = found.expected_s.min(axis=0) * np.where(found.measured.any(axis=0), 1.0, TIE)
     winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
+    return as_choices(ladder, winners)
+
+
+def as_choices(ladder: Sequence[int], winners: Sequence[str]) -> Choices:
+    """The choice table of a ladder of sizes, whose last one's winner wins beyond it."""
     choices: list[tuple[int | None, str]] = []
     for nbytes, name, following in zip(ladder, winners, [*winners[1:], None], strict=True):
         if name != following:

@@ -19,14 +19,13 @@ LIBRARY = ROOT / "build/fake_nccl/libfake_nccl.so"
 def build() -> Path:
     """The library, compiled where it is older than its sources."""
     folder = ROOT / "tests/cc/fake_nccl"
-    sources = [folder / "fake_nccl.cc", folder / "fake_device.cc"]
     newest = max(path.stat().st_mtime for path in [*folder.iterdir(), ROOT / "csrc/cuda/device.h"])
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime < newest:
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)
         made = LIBRARY.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-DFAKE_VERSION=22905"]
         includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cc'}"]
-        subprocess.run(["c++", *flags, *includes, *map(str, sources), "-o", str(made)], check=True)
+        subprocess.run(["c++", *flags, *includes, *map(str, folder.glob("*.cc")), "-o", str(made)], check=True)
         made.rename(LIBRARY)
     return LIBRARY
 

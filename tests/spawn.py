@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +21,23 @@ def run_ranks(
     timeout_s: float = 60,
     op_timeout_s: float = 30,
     may_die: Collection[int] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What fn(group, *args) returned, by rank. fn is a module-level function. hosts: an emulated host's label per rank.
+    environment: set in each rank before it begins.
 
     may_die: ranks whose end without a result is expected; they give None. Raises RanksFailed with every traceback."""
-    return run_processes(_rank, n_ranks, fn, op_timeout_s, args, hosts=hosts, timeout_s=timeout_s, may_die=may_die)
+    return run_processes(
+        _rank,
+        n_ranks,
+        fn,
+        op_timeout_s,
+        args,
+        hosts=hosts,
+        timeout_s=timeout_s,
+        may_die=may_die,
+        environment=environment,
+    )
 
 
 def _rank(

@@ -90,3 +90,6 @@ def _on_cpu(group) -> None:  # type: ignore[no-untyped-def]
         assert (whole == np.concatenate([np.arange(numel) + 1000 * rank for rank in range(4)])).all()
         group.reduce_scatter(mine, whole, algorithm="as_calls")
         assert (mine == 4 * (np.arange(numel) + 1000 * group.rank)).all()
+        pieces = np.arange(4 * numel, dtype=np.int64).reshape(4, numel) + 1_000_000 * group.rank
+        group.all_to_all(got := np.empty_like(pieces), pieces, algorithm="as_calls")
+        assert (got == np.arange(numel) + numel * group.rank + 1_000_000 * np.arange(4)[:, None]).all()

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import fake_nccl
 import pytest
 
 from pycomm.cli import COMMANDS
@@ -98,3 +99,19 @@ def test_info_names_versions_and_the_extension(pycomm_command):
     cuda = {"cuda", "nccl"} if hasattr(_C, "cuda_info") else {"cuda"}
     assert {"pycomm", "python", "machine", "numpy", "torch", "extension"} | cuda == set(rows)
     assert "_C" in rows["extension"] and rows["cuda"].startswith("runtime" if "nccl" in cuda else "not compiled in")
+
+
+def test_info_lists_what_an_nccl_has_and_what_it_lacks(pycomm_command, monkeypatch):
+    from pycomm import _C
+
+    library = str(fake_nccl.build())
+    monkeypatch.setenv("PYCOMM_NCCL_LIB", library)
+    _, stdout, _ = pycomm_command("info")
+    if not hasattr(_C, "cuda_info"):
+        assert "not compiled in" in stdout
+        return
+    lines = [line.split() for line in stdout.splitlines()]
+    assert ["nccl", "2.29.5", "at", library] in lines
+    table = {line[0]: line for line in lines if len(line) > 2 and line[1].startswith("nccl")}
+    assert table["shrink"][1:3] == ["ncclCommShrink", "yes"] and "ranks that are left" in " ".join(table["shrink"])
+    assert " ".join(table["grow"]).startswith("grow ncclCommGrow no, needs NCCL 2.29.0")

@@ -28,7 +28,7 @@ PYTHON_ROWS = [
     ["own"],
     ["tuner"],
     ["explain"],
-    ["plot"],
+    ["plot", "device_choice"],
     ["machine", "gpus"],
     ["discover"],
     ["planning"],

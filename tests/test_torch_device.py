@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from datetime import timedelta
 from typing import Any
@@ -142,7 +141,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
         (lambda: dist.all_reduce(torch.ones(2, dtype=torch.int32), dist.ReduceOp.BXOR), "NCCL has no bxor of int32"),
         (lambda: dist.recv(torch.ones(2)), "name the source"),
         (lambda: dist.send(torch.ones(2), (rank + 1) % n, tag=3), "have no tag"),
-        (lambda: backend.all_reduce_wire(torch.ones(2), "sum", "fp8", torch.ones(2)), "are of CPU tensors"),
+        (lambda: backend.all_reduce_wire(torch.ones(2), "sum", "fp8", torch.ones(3)), "of as many elements"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             wrong()
@@ -187,6 +186,38 @@ def _models(rank: int, n: int, switches: Any) -> None:
     assert switches.fake_nccl_n_communicators() > 0
 
 
+def test_ddp_trains_through_the_host_where_nccl_cannot() -> None:
+    variables = {"PYCOMM_CUDA_BETWEEN_HOSTS": "tcp"}
+    run_device_ranks(_staged, 3, hosts=["a", "a", "b"], timeout_s=60, environment=variables)
+
+
+def _staged(rank: int, n: int, switches: Any) -> None:
+    gloo = dist.new_group(backend="gloo")
+    trained = []
+    for group in (None, gloo):
+        torch.manual_seed(1)
+        model = DistributedDataParallel(torch.nn.Linear(20, 20), process_group=group)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(3):
+            torch.manual_seed(10 * step + rank)
+            optimizer.zero_grad()
+            model(torch.randn(8, 20)).square().mean().backward()
+            optimizer.step()
+        trained.append(model.module.weight.detach())
+    assert torch.allclose(*trained, rtol=1e-5, atol=1e-6)
+    peers = [(rank + 1) % n, (rank - 1) % n]
+    given, got = torch.arange(5) + 10 * rank, torch.zeros(5, dtype=torch.int64)
+    messages = [dist.P2POp(dist.isend, given, peers[0]), dist.P2POp(dist.irecv, got, peers[1])]
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    assert got.tolist() == (torch.arange(5) + 10 * peers[1]).tolist()
+    part = dist.new_group([0, 2])
+    if rank != 1:
+        dist.all_reduce(x := torch.ones(2, 3).t(), group=part)
+        assert (x == 2).all()
+    assert switches.fake_nccl_n_communicators() == 0
+
+
 def test_a_late_rank_and_a_mistaken_one_raise_and_the_processes_live() -> None:
     run_device_ranks(_failures, 2, timeout_s=40)
 
@@ -214,11 +245,11 @@ def _failures(rank: int, n: int, switches: Any) -> None:
 
 
 def test_hierarchical_calls_equal_gloos() -> None:
-    run_device_ranks(_hierarchical, 4, hosts=["a", "b", "a", "b"], timeout_s=60)
+    variables = {"PYCOMM_CUDA_HIERARCHICAL_BYTES": "1"}
+    run_device_ranks(_hierarchical, 4, hosts=["a", "b", "a", "b"], timeout_s=60, environment=variables)
 
 
 def _hierarchical(rank: int, n: int, switches: Any) -> None:
-    os.environ["PYCOMM_CUDA_HIERARCHICAL_BYTES"] = "1"
     gloo, planned = dist.new_group(backend="gloo"), dist.new_group()
 
     def values(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -235,7 +266,9 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
         work = dist.all_reduce(again, group=group, async_op=True)
         assert work is not None
         work.wait()
-        return [x, y, gathered, again]
+        exchanged = torch.empty(n * numel, dtype=dtype)
+        dist.all_to_all_single(exchanged, values(n * numel, dtype), group=group)
+        return [x, y, gathered, again, exchanged]
 
     for numel in (0, 1, 5, 64, 4097, 40000):
         for dtype in (torch.int64, torch.float32, torch.bfloat16):
@@ -252,9 +285,10 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
     average = torch.full((100,), float(rank))
     dist.all_reduce(average, dist.ReduceOp.AVG, planned)
     assert average.unique().tolist() == [1.5]
-    with pytest.raises(InvalidArgument, match="average of integers cannot be taken in two steps"):
-        dist.all_reduce(torch.ones(3, dtype=torch.int64), dist.ReduceOp.AVG, planned)
-    # With a wire: all ranks get the same bits, off by no more than a code's step of each host's sum.
+    average = torch.full((3,), rank)  # of integers, which NCCL rounds once
+    dist.all_reduce(average, dist.ReduceOp.AVG, planned)
+    assert average.tolist() == [1, 1, 1]
+    # With a wire: all ranks get the same bits, off by half a step of each host's sum and of the result.
     backend = planned._get_backend(torch.device("cpu"))
     for numel in (1, 300, 40000):
         for wire, relative in (("int8", 0.5 / 127), ("fp8", 1 / 16)):
@@ -266,12 +300,40 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
                 dist.all_reduce(largest, dist.ReduceOp.MAX, gloo)
                 backend.all_reduce_wire(x, op, wire).wait()
                 exact = exact / n if op == "avg" else exact
-                steps = 2 * 2 * largest.item() * relative * (1 / n if op == "avg" else 1)
+                steps = (2 * 2 + n * (1 + relative)) * largest.item() * relative * (1 / n if op == "avg" else 1)
                 assert 0 <= (x - exact).abs().max().item() <= steps * 1.001
                 assert numel == 1 or not torch.equal(x, exact)
                 everyone = [torch.empty(numel) for _ in range(n)]
                 dist.all_gather(everyone, x, group=gloo)
                 assert all(torch.equal(x, other) for other in everyone)
+    # Error feedback: results and what is lost at the end add up to the exact sums, whichever rank coded what.
+    for numel in (1, 300, 40000):
+        for wire, op in (("int8", "sum"), ("fp8", "avg")):
+            generator = torch.Generator().manual_seed(numel + rank)
+            lost, total, exact = torch.full((numel,), 9.0), torch.zeros(numel), torch.zeros(numel, dtype=torch.float64)
+            without, scale = torch.zeros(numel), n if op == "avg" else 1
+            for turn in range(6):
+                given = torch.randn(numel, generator=generator)
+                exact += given / scale
+                plain, x = given.clone(), given + lost if turn else given.clone()
+                backend.all_reduce_wire(plain, op, wire).wait()
+                backend.all_reduce_wire(x, op, wire, lost).wait()
+                total, without = total + x, without + plain
+            everything = torch.stack([exact, lost.double() / scale])
+            dist.all_reduce(everything, group=gloo)
+            assert torch.allclose(total + everything[1], everything[0], rtol=1e-5, atol=1e-4)
+            assert numel == 1 or not torch.allclose(without.double(), everything[0], rtol=1e-3, atol=1e-2)
+    lost = torch.ones(8)
+    one_host = dist.new_group([0, 2])  # nothing crosses, so nothing is lost
+    if rank in (0, 2):
+        one_host._get_backend(torch.device("cpu")).all_reduce_wire(torch.ones(8), "sum", "int8", lost).wait()
+        assert not lost.any()
     with pytest.raises(InvalidArgument, match="fp8 or int8"):
         backend.all_reduce_wire(torch.ones(2), "sum", "bf16").wait()
-    assert switches.fake_nccl_n_communicators() == 3  # the group's, inside hosts, across
+    assert switches.fake_nccl_n_communicators() == 3 + (rank in (0, 2))  # the group's, inside hosts, across
+    # Parts of the group plan for themselves: two hosts of one rank each, or one host, which has no way but NCCL's.
+    for name, ranks in (("across", [[0, 1], [2, 3]]), ("inside", [[0, 2], [1, 3]])):
+        mine = next(one for one in ranks if rank in one)
+        part = planned.split_group(mine, timedelta(seconds=30), None, f"{name}{mine[0]}", name)  # type: ignore[union-attr]
+        dist.all_to_all_single(got := torch.empty(2, dtype=torch.int64), torch.tensor([rank, rank + 10]), group=part)
+        assert got.tolist() == [one + 10 * mine.index(rank) for one in mine]

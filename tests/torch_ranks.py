@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -61,16 +61,27 @@ def run_torch_ranks(
     timeout_s: float = 60,
     op_timeout_s: float = 30,
     may_die: Collection[int] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What fn(rank, n_ranks, *args) returned, by rank, each called with the default process group of `backend` at hand.
 
-    hosts: a label per rank, for emulated hosts. op_timeout_s: the group's timeout. may_die: ranks whose end without a
-    result is expected; they give None. Raises RanksFailed, with nothing left running.
+    hosts: a label per rank, for emulated hosts. environment: set in each rank before it begins. op_timeout_s: the
+    group's timeout. may_die: ranks whose end without a result is expected; they give None. Raises RanksFailed, with
+    nothing left running.
     """
     if backend == "gloo":
         hosts = None
     return run_processes(
-        _torch_rank, n_ranks, fn, args, backend, op_timeout_s, hosts=hosts, timeout_s=timeout_s, may_die=may_die
+        _torch_rank,
+        n_ranks,
+        fn,
+        args,
+        backend,
+        op_timeout_s,
+        hosts=hosts,
+        timeout_s=timeout_s,
+        may_die=may_die,
+        environment=environment,
     )
 
 
@@ -81,16 +92,17 @@ def run_processes(
     hosts: Sequence[str] | None,
     timeout_s: float,
     may_die: Collection[int],
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What body(store_port, rank, n_ranks, *args) returned in a process of its own, by rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks: dict[Connection, tuple[int, BaseProcess]] = {}
     for rank in range(n_ranks):
         ours, theirs = _context.Pipe(duplex=False)
-        host = None if hosts is None else hosts[rank]
+        variables = dict(environment or {}) | ({} if hosts is None else {"PYCOMM_HOST_ID": hosts[rank]})
         process = _context.Process(
             target=_rank_main,
-            args=(theirs, body, store.port, rank, n_ranks, host, args),
+            args=(theirs, body, store.port, rank, n_ranks, variables, args),
             daemon=True,
         )
         process.start()
@@ -145,13 +157,12 @@ def _rank_main(
     port: int,
     rank: int,
     n_ranks: int,
-    host: str | None,
+    variables: Mapping[str, str],
     args: tuple[Any, ...],
 ) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
-    if host is not None:
-        os.environ["PYCOMM_HOST_ID"] = host
+    os.environ.update(variables)
     try:
         connection.send((True, body(port, rank, n_ranks, *args)))
     except BaseException:  # a failed rank says why, whatever it was

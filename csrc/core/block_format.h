@@ -45,6 +45,13 @@ PYCOMM_HD constexpr float largest(BlockCode code) {
   return code == BlockCode::int8 ? 127.0f : code == BlockCode::int4 ? 7.0f : 448.0f;
 }
 
+// Where it is kept what coding loses: to[i] += factor * (x[i] - what is read of it). nullptr:
+// nowhere.
+struct Loss {
+  float* to = nullptr;
+  float factor = 1.0f;
+};
+
 // |x| as bits. They order as the magnitudes do, with NaN above infinity above every finite value,
 // so one maximum over a block finds its largest value and whether all are finite. Signed, since
 // that is what SSE and AVX compare; never negative.

@@ -74,6 +74,12 @@ constexpr bool is_float8(DType dtype) {
 // What a reduction of `dtype` goes through the engine as. A sum of fp8 that is rounded at every hop
 // keeps no digit that is right, so fp8 is widened once, summed in fp32 and rounded once, at the
 // end.
+// Real or complex; fp8 aside, of which nothing but sums of converted values are taken.
+constexpr bool is_floating(DType dtype) {
+  return dtype == DType::float16 || dtype == DType::bfloat16 || dtype == DType::float32 ||
+         dtype == DType::float64 || dtype == DType::complex64 || dtype == DType::complex128;
+}
+
 constexpr DType reduced_as(DType dtype) { return is_float8(dtype) ? DType::float32 : dtype; }
 
 // avg is sum, then a division by the group's size at the end (integers truncate, as NCCL does).

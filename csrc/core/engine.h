@@ -88,7 +88,8 @@ struct Launch {
                                // it is fp32, while input and output hold fingerprint.dtype: the
                                // engine converts
   Wire wire = Wire::none;      // of the program's coded steps
-  float* residual = nullptr;   // as long as the output: gets what this rank's coding lost
+  float* residual = nullptr;   // as long as the output: gets what this rank's coding lost. On a
+                               // device also without a wire, where it becomes zero
   const void* must_be_finite = nullptr;  // the caller's output, where the operation is to fail with
                                          // Code::nonfinite if that holds NaN or infinity
   ReduceOp op = ReduceOp::sum;

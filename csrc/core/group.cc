@@ -156,10 +156,10 @@ Launch Group::bind(const Call& call) {
   check(call);
   if (call.wire != Wire::none) check_wire(call);
   const bool on_device = engine_->on_device();
-  if (on_device && (call.residual != nullptr || call.must_be_finite))
-    throw Error(Code::invalid_argument,
-                std::string(name_of(call.collective)) + " in group '" + name_ +
-                    "': wire_residual and wire_nonfinite are of CPU tensors; leave them out");
+  if (on_device && call.must_be_finite)
+    throw Error(Code::invalid_argument, std::string(name_of(call.collective)) + " in group '" +
+                                            name_ +
+                                            "': wire_nonfinite is of CPU tensors; leave it out");
   const bool crosses_coded = call.wire != Wire::none && engine_->spans_hosts();
   const bool coded = crosses_coded && !on_device;  // a device's engine codes by itself
   // Engines on host memory convert fp8; a device's reduces what it is given, or refuses.
@@ -170,12 +170,13 @@ Launch Group::bind(const Call& call) {
   const bool uneven = !call.counts.empty();
   Launch launch;
   launch.dtype = dtype;
+  if (on_device) launch.residual = call.residual;
   if (crosses_coded && on_device) {
     launch.wire = call.wire;
   } else if (coded) {
     launch.wire = call.wire;
     launch.residual = call.residual;
-  } else if (call.residual != nullptr) {
+  } else if (call.residual != nullptr && !on_device) {
     std::fill_n(call.residual, call.numel, 0.0f);
   }
   if (call.must_be_finite) launch.must_be_finite = call.output;
@@ -200,20 +201,27 @@ Launch Group::bind(const Call& call) {
 
   const uint64_t nbytes = call.numel * element;
   const uint64_t native_limit = engine_->native_nbytes(call.collective, !uneven);
-  if (call.algorithm == kNative && nbytes > native_limit)
+  if (call.algorithm == kNative && nbytes > native_limit && !on_device)
     throw Error(Code::invalid_argument, std::string("the native path of ") +
                                             name_of(call.collective) + " takes at most " +
                                             std::to_string(native_limit) + " bytes" +
                                             (uneven ? " with uneven counts" : "") +
                                             " in this group; leave the algorithm to the group");
-  const bool native = (size_ > 1 || on_device) && !(on_device && crosses_coded) &&
-                      native_limit > 0 && nbytes <= native_limit &&
-                      (call.algorithm.empty() || call.algorithm == kNative);
+  bool native = (size_ > 1 || on_device) && !(on_device && crosses_coded) && native_limit > 0 &&
+                nbytes <= native_limit && (call.algorithm.empty() || call.algorithm == kNative);
+  if (!native && on_device && !crosses_coded) {
+    // A device's engine does any size natively; where it has another way the planner chooses. An
+    // average of integers has no other: it is rounded once.
+    const bool once = call.algorithm.empty() && reduces(call.collective) &&
+                      call.op == ReduceOp::avg && !is_floating(call.dtype);
+    native = once || choose(call, nbytes, false) == kNative;
+  }
   if (!native && call.collective != Collective::barrier) {
     // Uneven all_to_all goes pairwise: only its two ends know a piece's size, so nobody could
     // forward it.
-    const std::string& algorithm =
-        exchange && uneven && call.algorithm.empty() ? "pairwise" : choose(call, nbytes, coded);
+    const std::string& algorithm = exchange && uneven && call.algorithm.empty()
+                                       ? "pairwise"
+                                       : choose(call, nbytes, crosses_coded);
     if (exchange && uneven && algorithm != "pairwise")
       throw Error(Code::invalid_argument,
                   "all_to_all with uneven counts runs 'pairwise', not '" + algorithm +

@@ -51,6 +51,11 @@ void Program::finish() {
         PYCOMM_CHECK(call.partition >= 0 && call.partition < static_cast<int>(partitions.size()) &&
                          !call.ranks.empty(),
                      where);
+        const size_t n = call.ranks.size();
+        const size_t runs = call.collective == Collective::all_reduce   ? 1
+                            : call.collective == Collective::all_to_all ? n * n
+                                                                        : n;
+        PYCOMM_CHECK(!call.chunks.empty() && call.chunks.size() % runs == 0, where);
         for (const int32_t chunk : call.chunks) PYCOMM_CHECK(chunk >= 0 && chunk < n_chunks, where);
         break;
       }

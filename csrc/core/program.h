@@ -48,8 +48,8 @@ struct PeerSteps {
 };
 
 // A whole collective over some of the ranks, on some of the chunks; pycomm/calls.py says what each
-// promises. Of a device's engine. REQUIRES: chunks.size() is a multiple of ranks.size(), but in
-// all_reduce.
+// promises. Of a device's engine. REQUIRES: chunks.size() is a multiple of ranks.size(), in
+// all_to_all of its square, in all_reduce any.
 struct SubCall {
   Collective collective;
   int partition;               // index into Program::partitions

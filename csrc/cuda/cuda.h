@@ -19,6 +19,7 @@
 #include "core/block_format.h"
 #include "core/dtype.h"
 #include "core/status.h"
+#include "cuda/nccl_api.h"
 #include "cuda/peer_protocol.h"
 
 namespace pycomm::cuda {
@@ -31,8 +32,8 @@ Status reduce(void* dst, const void* a, const void* b, size_t numel, DType dtype
 
 // src to its quantised form of quantised_nbytes(numel, code) (core/block_format.h), code int8 or
 // e4m3. REQUIRES: dst is 16-byte aligned.
-Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
-                void* stream);
+Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code, void* stream,
+                Loss loss = {});
 
 // And back: dst[i] = value, or dst[i] += value where accumulate. REQUIRES: src is 16-byte aligned.
 Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
@@ -42,6 +43,11 @@ Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCo
 // stride_bytes apart: in fp32, in their order, rounded once. REQUIRES: as dequantise.
 Status dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
                       DType dtype, BlockCode code, float factor, void* stream);
+
+// dst = the quantised form of what dequantise_sum would give in float32, without that in between.
+// dst may be one of the forms. REQUIRES: both are 16-byte aligned.
+Status requantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      BlockCode code, float factor, void* stream, Loss loss = {});
 
 struct Tensor {
   void* data;
@@ -77,7 +83,7 @@ struct Info {
   std::string device_problem;
   std::string nccl_path;
   int nccl_version = 0;  // 21805 is 2.18.5
-  std::vector<std::pair<std::string, bool>> nccl_features;
+  std::vector<NcclFeature> nccl_features;
   std::string nccl_problem;
 };
 

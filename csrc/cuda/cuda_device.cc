@@ -115,15 +115,32 @@ class CudaDevice final : public Device {
     return memory;
   }
   void release(void* memory) override { (void)cudaFree(memory); }
+  void* allocate_pinned(size_t nbytes) override {
+    const Current current(index_);
+    void* memory = nullptr;
+    require(cudaHostAlloc(&memory, nbytes, cudaHostAllocDefault), "cudaHostAlloc");
+    return memory;
+  }
+  void release_pinned(void* memory) override { (void)cudaFreeHost(memory); }
   void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
     const Current current(index_);
-    require(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDeviceToDevice, as_stream(stream)),
+    require(cudaMemcpyAsync(dst, src, nbytes, cudaMemcpyDefault, as_stream(stream)),
             "cudaMemcpyAsync");
   }
-  void quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
+  void zero(void* memory, size_t nbytes, Stream stream) override {
+    const Current current(index_);
+    require(cudaMemsetAsync(memory, 0, nbytes, as_stream(stream)), "cudaMemsetAsync");
+  }
+  void quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code, Loss loss,
                 Stream stream) override {
     const Current current(index_);
-    require(cuda::quantise(dst, src, numel, dtype, code, stream));
+    require(cuda::quantise(dst, src, numel, dtype, code, stream, loss));
+  }
+  void requantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      BlockCode code, float factor, Loss loss, Stream stream) override {
+    const Current current(index_);
+    require(
+        cuda::requantise_sum(dst, src, n_forms, stride_bytes, numel, code, factor, stream, loss));
   }
   void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
                       DType dtype, BlockCode code, float factor, Stream stream) override {
@@ -144,5 +161,18 @@ class CudaDevice final : public Device {
 }  // namespace
 
 std::shared_ptr<Device> cuda_device(int index) { return std::make_shared<CudaDevice>(index); }
+
+int device_index_of(const void* memory) {
+  int current = 0;
+  if (memory == nullptr) {
+    require(cudaGetDevice(&current), "cudaGetDevice");
+    return current;
+  }
+  cudaPointerAttributes found{};
+  require(cudaPointerGetAttributes(&found, memory), "cudaPointerGetAttributes");
+  if (found.type != cudaMemoryTypeDevice && found.type != cudaMemoryTypeManaged)
+    throw Error(Code::invalid_argument, "the array's memory is the host's, not a CUDA device's");
+  return found.device;
+}
 
 }  // namespace pycomm::cuda

@@ -40,10 +40,17 @@ class Device {
 
   virtual void* allocate(size_t nbytes) = 0;
   virtual void release(void* memory) = 0;
+  // Memory of the host that the device copies to and from by itself.
+  virtual void* allocate_pinned(size_t nbytes) = 0;
+  virtual void release_pinned(void* memory) = 0;
   virtual void copy(void* dst, const void* src, size_t nbytes, Stream stream) = 0;
+  virtual void zero(void* memory, size_t nbytes, Stream stream) = 0;
   // What cuda.h's functions of these names do.
   virtual void quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
-                        Stream stream) = 0;
+                        Loss loss, Stream stream) = 0;
+  virtual void requantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes,
+                              size_t numel, BlockCode code, float factor, Loss loss,
+                              Stream stream) = 0;
   virtual void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes,
                               size_t numel, DType dtype, BlockCode code, float factor,
                               Stream stream) = 0;
@@ -55,5 +62,9 @@ class Device {
 // The CUDA device with this index, made current by each of its members. Errors: Error(internal)
 // where there is no such device or no driver.
 std::shared_ptr<Device> cuda_device(int index);
+
+// The index of the device whose memory this is; the current one's for nullptr. Errors:
+// Error(invalid_argument) for memory of the host, Error(internal) without a driver.
+int device_index_of(const void* memory);
 
 }  // namespace pycomm::cuda

@@ -41,9 +41,6 @@ struct EngineOptions {
   int rank = 0;
   std::vector<std::string> hosts;  // by rank: which host it is on
   void* stream = nullptr;          // for start(); the engine makes one where there is none
-  // From this size on, in bytes, all_reduce, reduce_scatter and all_gather with even counts run as
-  // planned (hierarchical.cc) where ranks stand on several hosts; below it NCCL does the whole.
-  uint64_t planned_nbytes = UINT64_MAX;
 };
 
 class CudaEngine final : public Engine, public std::enable_shared_from_this<CudaEngine> {
@@ -52,6 +49,8 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   static std::shared_ptr<CudaEngine> create(EngineOptions options);
   ~CudaEngine() override;
 
+  // 0 where ranks stand on several hosts and the collective can go inside them and across in turn
+  // (hierarchical.cc): then the planner's choices say which sizes are "native", NCCL's as a whole.
   uint64_t native_nbytes(Collective collective, bool even) const override;
   bool on_device() const override { return true; }
   bool spans_hosts() const override { return spans_hosts_; }
@@ -110,6 +109,7 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   Status too_late(const Operation& operation);
   void end_all(const Status& why);
 
+  // collectives.cc, engine.cc
   std::shared_ptr<Operation> describe(const Launch& launch);
   void submit(const std::shared_ptr<Operation>& operation, Communicator& communicator,
               Device::Stream stream, Device::Stream callers, const Communicator::Calls& calls,
@@ -123,14 +123,16 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   void run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
                    Device::Stream stream);
   struct Places;
-  void code(const Launch& launch, const SubCall& call, const Places& places, std::byte* forms,
-            Device::Stream stream) const;
-  NcclResult exchange_forms(const Launch& launch, const SubCall& call, std::byte* forms,
-                            NcclComm* comm, Device::Stream stream) const;
-  void sum_forms(const Launch& launch, const SubCall& call, Places& places, std::byte* forms,
-                 Device::Stream stream) const;
+  std::byte* partial_memory(uint64_t nbytes);
+  NcclResult enqueue_exchange(const SubCall& call, const Places& places, NcclComm* comm,
+                              Device::Stream stream) const;
   NcclResult enqueue_call(const Launch& launch, const SubCall& call, Places& places, NcclComm* comm,
                           Device::Stream stream) const;
+  // coded.cc
+  uint64_t forms_nbytes(const Launch& launch, const SubCall& call) const;
+  void run_coded(const Launch& launch, const SubCall& call, Places& places, std::byte* forms,
+                 Layer& on, const std::string& what) const;
+  // messages.cc
   std::shared_ptr<Work> start_message(const Message& message, std::shared_ptr<void> keep_alive);
   void set_communicator(std::shared_ptr<Communicator> made);
   std::string who(int rank) const;  // "rank 2 (host b)"

@@ -2,39 +2,12 @@
 // made by split when it is first used, and a stream; a call waits for the calls before it that
 // touched its chunks, and for no others, so that tiles are under way at once. All ranks start the
 // calls in one order.
-//
-// A chunk's value lies in the input until a call writes it, then in the output if it belongs to
-// this rank's result, else in memory of the engine's.
 #include <algorithm>
 
-#include "cuda/engine.h"
+#include "cuda/places.h"
 #include "cuda/reduction.h"
 
 namespace pycomm::cuda {
-
-// Where each chunk's value is during one launch.
-struct CudaEngine::Places {
-  const Launch& launch;
-  const int rank;
-  std::byte* const partial;
-  std::vector<bool> written;
-  std::vector<uint64_t> partial_offset;  // of chunks that are not in the result
-
-  bool in_result(int chunk) const {
-    return launch.program->collective != Collective::reduce_scatter || chunk == rank;
-  }
-  uint64_t nbytes(int chunk) const { return launch.layout.nbytes(chunk); }
-  const std::byte* read(int chunk) const {
-    return written[static_cast<size_t>(chunk)]
-               ? write(chunk)
-               : static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(chunk);
-  }
-  std::byte* write(int chunk) const {
-    return in_result(chunk)
-               ? static_cast<std::byte*>(launch.output) + launch.layout.output_offset(chunk)
-               : partial + partial_offset[static_cast<size_t>(chunk)];
-  }
-};
 
 namespace {
 
@@ -44,67 +17,13 @@ bool is_coded(const Launch& launch, const SubCall& call) {
          call.ranks.size() > 1;
 }
 
-uint64_t numel_of(const Launch& launch, int chunk) {
-  return launch.layout.nbytes(chunk) / size_of(launch.fingerprint.dtype);
-}
-
-uint64_t form_nbytes(const Launch& launch, int chunk) {
-  const auto nbytes = static_cast<uint64_t>(
-      quantised_nbytes(static_cast<int64_t>(numel_of(launch, chunk)), block_code(launch.wire)));
-  return (nbytes + 15) / 16 * 16;
-}
-
 }  // namespace
-
-// A coded all_reduce of a chunk: each rank codes its sum, all get all codes, and each adds what
-// they stand for, its own too, in rank order: so all ranks end with the same bits. `forms`: this
-// rank's own, then all ranks', for each chunk.
-void CudaEngine::code(const Launch& launch, const SubCall& call, const Places& places,
-                      std::byte* forms, Device::Stream stream) const {
-  for (const int chunk : call.chunks) {
-    device_.quantise(forms, places.read(chunk), numel_of(launch, chunk), launch.fingerprint.dtype,
-                     block_code(launch.wire), stream);
-    forms += form_nbytes(launch, chunk) * (call.ranks.size() + 1);
-  }
-}
-
-NcclResult CudaEngine::exchange_forms(const Launch& launch, const SubCall& call, std::byte* forms,
-                                      NcclComm* comm, Device::Stream stream) const {
-  NcclResult result = NcclResult::success;
-  for (const int chunk : call.chunks) {
-    const uint64_t nbytes = form_nbytes(launch, chunk);
-    if (nbytes > 0) {
-      const NcclResult one =
-          options_.api->all_gather(forms, forms + nbytes, nbytes, NcclDType::uint8, comm, stream);
-      if (one != NcclResult::success && one != NcclResult::in_progress) result = one;
-    }
-    forms += nbytes * (call.ranks.size() + 1);
-  }
-  return result;
-}
-
-void CudaEngine::sum_forms(const Launch& launch, const SubCall& call, Places& places,
-                           std::byte* forms, Device::Stream stream) const {
-  const auto n = static_cast<int>(call.ranks.size());
-  // The sums inside hosts are averages already.
-  const float factor = launch.op == ReduceOp::avg ? 1.0f / static_cast<float>(n) : 1.0f;
-  for (const int chunk : call.chunks) {
-    const uint64_t nbytes = form_nbytes(launch, chunk);
-    device_.dequantise_sum(places.write(chunk), forms + nbytes, n, static_cast<int64_t>(nbytes),
-                           numel_of(launch, chunk), launch.fingerprint.dtype,
-                           block_code(launch.wire), factor, stream);
-    places.written[static_cast<size_t>(chunk)] = true;
-    forms += nbytes * (call.ranks.size() + 1);
-  }
-}
 
 uint64_t CudaEngine::native_nbytes(Collective collective, bool even) const {
   const bool planned = collective == Collective::all_reduce ||
                        collective == Collective::reduce_scatter ||
-                       collective == Collective::all_gather;
-  if (!planned || !even || !spans_hosts_ || options_.planned_nbytes == UINT64_MAX)
-    return UINT64_MAX;
-  return std::max<uint64_t>(options_.planned_nbytes, 1) - 1;
+                       collective == Collective::all_gather || collective == Collective::all_to_all;
+  return planned && even && spans_hosts_ ? 0 : UINT64_MAX;
 }
 
 // REQUIRES: mutex_ is held. All ranks of the group call it, for the same partition.
@@ -123,36 +42,40 @@ CudaEngine::Layer& CudaEngine::layer(const Partition& partition, const std::vect
   return layers_.emplace(partition, Layer{std::move(made), stream}).first->second;
 }
 
+// Memory for what passes this rank. REQUIRES: mutex_ is held.
+std::byte* CudaEngine::partial_memory(uint64_t nbytes) {
+  if (nbytes > partial_nbytes_) {
+    // What is under way still uses the old one, which stays.
+    const uint64_t larger = std::max(nbytes, 2 * partial_nbytes_);
+    try {
+      partials_.push_back(device_.allocate(larger));
+    } catch (const Error& error) {
+      throw Error(error.code(), me_ + ": " + std::to_string(larger >> 10) +
+                                    " KiB of device memory for values on their way through this "
+                                    "rank: " +
+                                    error.what() +
+                                    "; leave room, or leave smaller tensors to NCCL with "
+                                    "PYCOMM_CUDA_HIERARCHICAL_BYTES");
+    }
+    partial_nbytes_ = larger;
+  }
+  return static_cast<std::byte*>(partials_.empty() ? nullptr : partials_.back());
+}
+
 void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
                              Device::Stream stream) {
   const Program& program = *launch.program;
-  Places places{launch, rank_, nullptr,
-                std::vector<bool>(static_cast<size_t>(program.n_chunks), false),
-                std::vector<uint64_t>(static_cast<size_t>(program.n_chunks), 0)};
+  Places at{launch, rank_, nullptr, {}, {}};
   uint64_t needed = 0;
-  const auto take = [&](uint64_t nbytes) {
-    return std::exchange(needed, needed + (nbytes + 15) / 16 * 16);
-  };
-  for (int chunk = 0; chunk < program.n_chunks; ++chunk) {
-    if (places.in_result(chunk)) continue;
-    places.partial_offset[static_cast<size_t>(chunk)] = take(places.nbytes(chunk));
-  }
+  const auto take = [&](uint64_t nbytes) { return std::exchange(needed, needed + nbytes); };
+  at.place(take);
   std::vector<uint64_t> forms_offset;  // by step, of those whose values are coded
   for (const Step& step : program.steps) {
     const SubCall& call = program.calls[static_cast<size_t>(step.call)];
-    uint64_t nbytes = 0;
-    if (is_coded(launch, call))
-      for (const int chunk : call.chunks)
-        nbytes += form_nbytes(launch, chunk) * (call.ranks.size() + 1);
-    forms_offset.push_back(take(nbytes));
+    needed = (needed + 15) / 16 * 16;
+    forms_offset.push_back(take(is_coded(launch, call) ? forms_nbytes(launch, call) : 0));
   }
-  if (needed > partial_nbytes_) {
-    // What is under way still uses the old one, which stays.
-    partial_nbytes_ = std::max(needed, 2 * partial_nbytes_);
-    partials_.push_back(device_.allocate(partial_nbytes_));
-  }
-  Places at{launch, rank_, static_cast<std::byte*>(partials_.empty() ? nullptr : partials_.back()),
-            std::move(places.written), std::move(places.partial_offset)};
+  at.partial = partial_memory(needed);
 
   const auto mark = [&](Device::Stream on) {
     const auto event = operation->inner.emplace_back(watch_->event());
@@ -175,18 +98,15 @@ void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operati
       const auto& [event, of] = ends[static_cast<size_t>(program.deps[step.dep_begin + d])];
       if (of != on.stream) device_.wait(on.stream, event);
     }
-    std::byte* const forms =
-        static_cast<std::byte*>(partials_.empty() ? nullptr : partials_.back()) + forms_offset[i];
-    const bool coded = is_coded(launch, call);
-    if (coded) code(launch, call, at, forms, on.stream);
-    on.communicator->run(operation->what + ", step " + std::to_string(i) + " of " +
+    const std::string what = operation->what + ", step " + std::to_string(i) + " of " +
                              std::to_string(program.steps.size()) + " (" +
-                             name_of(call.collective) + ")",
-                         operation->deadline, [&](NcclComm* comm) {
-                           return coded ? exchange_forms(launch, call, forms, comm, on.stream)
-                                        : enqueue_call(launch, call, at, comm, on.stream);
-                         });
-    if (coded) sum_forms(launch, call, at, forms, on.stream);
+                             name_of(call.collective) + ")";
+    if (is_coded(launch, call))
+      run_coded(launch, call, at, at.partial + forms_offset[i], on, what);
+    else
+      on.communicator->run(what, operation->deadline, [&](NcclComm* comm) {
+        return enqueue_call(launch, call, at, comm, on.stream);
+      });
     ends[i] = {mark(on.stream), on.stream};
   }
   for (const Device::Stream on : entered) device_.wait(stream, mark(on));
@@ -208,8 +128,7 @@ NcclResult CudaEngine::enqueue_call(const Launch& launch, const SubCall& call, P
     if (one != NcclResult::success && one != NcclResult::in_progress) result = one;
   };
   const auto n = call.ranks.size(), each = call.chunks.size() / n;
-  const auto me = static_cast<size_t>(std::find(call.ranks.begin(), call.ranks.end(), rank_) -
-                                      call.ranks.begin());
+  const auto me = static_cast<size_t>(place_in(call, rank_));
   // One call of NCCL's where the chunks lie one after the other and are as long as each other.
   const auto regular = [&](auto&& place) {
     for (size_t i = 1; i < call.chunks.size(); ++i)
@@ -222,7 +141,9 @@ NcclResult CudaEngine::enqueue_call(const Launch& launch, const SubCall& call, P
   const auto write = [&](int chunk) -> const std::byte* { return places.write(chunk); };
   const int first = call.chunks[0];
   const uint64_t run = places.nbytes(first) * each;
-  if (call.collective == Collective::all_reduce) {
+  if (call.collective == Collective::all_to_all) {
+    note(enqueue_exchange(call, places, comm, stream));
+  } else if (call.collective == Collective::all_reduce) {
     for (const int chunk : call.chunks)
       if (places.nbytes(chunk) > 0)
         note(api.all_reduce(places.read(chunk), places.write(chunk), elements(places.nbytes(chunk)),
@@ -252,8 +173,44 @@ NcclResult CudaEngine::enqueue_call(const Launch& launch, const SubCall& call, P
     }
   }
   for (size_t i = 0; i < call.chunks.size(); ++i)
-    if (call.collective != Collective::reduce_scatter || i / each == me)
-      places.written[static_cast<size_t>(call.chunks[i])] = true;
+    if (const int to = route(call, i).to; to == -1 || to == static_cast<int>(me))
+      places.written.insert(call.chunks[i]);
+  return result;
+}
+
+// What one rank gives another of a call's chunks: those for one destination of the whole collective
+// as one message, since they lie together at both ends; any others one by one.
+NcclResult CudaEngine::enqueue_exchange(const SubCall& call, const Places& places, NcclComm* comm,
+                                        Device::Stream stream) const {
+  const NcclApi& api = *options_.api;
+  NcclResult result = NcclResult::success;
+  const auto note = [&](NcclResult one) {
+    if (one != NcclResult::success && one != NcclResult::in_progress) result = one;
+  };
+  const int me = place_in(call, rank_);
+  for (size_t i = 0, end; i < call.chunks.size(); i = end) {
+    const Route along = route(call, i);
+    const int first = call.chunks[i];
+    uint64_t nbytes = places.nbytes(first);
+    // The sources follow one another, as their pieces in the destination's output.
+    for (end = i + 1; end < call.chunks.size() && route(call, end) == along &&
+                      call.chunks[end] == call.chunks[end - 1] + size_;
+         ++end) {
+      if (along.from == me)
+        PYCOMM_CHECK(places.read(call.chunks[end]) == places.read(first) + nbytes,
+                     "what goes on together lies together");
+      nbytes += places.nbytes(call.chunks[end]);
+    }
+    if (nbytes == 0 || (along.from != me && along.to != me)) continue;
+    if (along.from == along.to) {
+      if (places.read(first) != places.write(first))
+        device_.copy(places.write(first), places.read(first), nbytes, stream);
+    } else if (along.from == me) {
+      note(api.send(places.read(first), nbytes, NcclDType::uint8, along.to, comm, stream));
+    } else {
+      note(api.recv(places.write(first), nbytes, NcclDType::uint8, along.from, comm, stream));
+    }
+  }
   return result;
 }
 

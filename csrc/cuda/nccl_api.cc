@@ -11,20 +11,27 @@ constexpr const char* kRemedy =
     "; install nvidia-nccl-cu13 or nvidia-nccl-cu12, or set PYCOMM_NCCL_LIB to a libnccl.so.2 of "
     "2.18 or newer";
 
-// Optional parts, each known by a function that came with it.
-constexpr std::pair<const char*, const char*> kFeatures[] = {
-    {"split", "ncclCommSplit"},              // 2.18
-    {"register", "ncclCommRegister"},        // 2.19
-    {"allocate", "ncclMemAlloc"},            // 2.19
-    {"window", "ncclCommWindowRegister"},    // 2.27
-    {"shrink", "ncclCommShrink"},            // 2.27
-    {"alltoall", "ncclAlltoAll"},            // 2.28
-    {"gather", "ncclGather"},                // 2.28
-    {"scatter", "ncclScatter"},              // 2.28
-    {"revoke", "ncclCommRevoke"},            // 2.29
-    {"grow", "ncclCommGrow"},                // 2.29
-    {"suspend", "ncclCommSuspend"},          // 2.29.7
-    {"call_config", "ncclAllReduceConfig"},  // 2.31
+// Optional parts, each known by a function that came with it. Copy-engine collectives have none:
+// they are a setting of a communicator whose buffers are windows.
+constexpr const char* kByVersion = "-";
+constexpr struct {
+  const char *name, *symbol;
+  int since;
+  const char* gives;
+} kFeatures[] = {
+    {"split", "ncclCommSplit", 21800, "sub-groups, and the parts of hierarchical collectives"},
+    {"register", "ncclCommRegister", 21900, "not used"},
+    {"allocate", "ncclMemAlloc", 21900, "not used"},
+    {"window", "ncclCommWindowRegister", 22700, "not used"},
+    {"shrink", "ncclCommShrink", 22700, "a group of the ranks that are left"},
+    {"alltoall", "ncclAlltoAll", 22800, "not used: messages in one launch do the same"},
+    {"gather", "ncclGather", 22800, "not used: messages in one launch do the same"},
+    {"scatter", "ncclScatter", 22800, "not used: messages in one launch do the same"},
+    {"copy_engine", kByVersion, 22800, "not used"},
+    {"revoke", "ncclCommRevoke", 22900, "a broken group's operations end, and it can be shrunk"},
+    {"grow", "ncclCommGrow", 22900, "not used"},
+    {"suspend", "ncclCommSuspend", 22907, "not used"},
+    {"call_config", "ncclAllReduceConfig", 23100, "not used"},
 };
 
 template <class Function>
@@ -111,8 +118,11 @@ Status NcclApi::load(const std::string& path) {
   std::string optional;
   look_up(library, "ncclCommShrink", &comm_shrink, &optional);
   look_up(library, "ncclCommRevoke", &comm_revoke, &optional);
-  for (const auto& [name, symbol] : kFeatures)
-    features_.emplace_back(name, ::dlsym(library, symbol) != nullptr);
+  for (const auto& [name, symbol, since, gives] : kFeatures) {
+    const bool present =
+        symbol == kByVersion ? version_ >= since : ::dlsym(library, symbol) != nullptr;
+    features_.push_back({name, symbol, since, gives, present});
+  }
   return {};
 }
 

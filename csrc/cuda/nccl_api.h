@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/status.h"
@@ -55,6 +54,15 @@ struct NcclConfig {
 constexpr int kNcclShrinkAbort = 1;
 constexpr int kNcclNoColor = -1;  // of comm_split: this rank is in none of the new communicators
 
+// What versions of NCCL differ in: known by a symbol ("-": by the version), since when, what pycomm
+// makes of it, and whether the open library has it.
+struct NcclFeature {
+  std::string name, symbol;
+  int since;
+  std::string gives;
+  bool present;
+};
+
 // An open NCCL. Immutable after open(), so any thread may use it. Streams are cudaStream_t as
 // void*.
 class NcclApi {
@@ -67,9 +75,8 @@ class NcclApi {
   static Status open(const std::string& wheel, std::shared_ptr<const NcclApi>* result);
 
   const std::string& path() const { return path_; }
-  int version() const { return version_; }  // 21805 is 2.18.5
-  // What versions differ in, in a fixed order: (name, whether this library has it).
-  const std::vector<std::pair<std::string, bool>>& features() const { return features_; }
+  int version() const { return version_; }                                // 21805 is 2.18.5
+  const std::vector<NcclFeature>& features() const { return features_; }  // in a fixed order
 
   // NCCL's word for a result, with the communicator's last error where there is one.
   std::string describe(NcclResult result, NcclComm* comm) const;
@@ -107,7 +114,7 @@ class NcclApi {
 
   std::string path_;
   int version_ = 0;
-  std::vector<std::pair<std::string, bool>> features_;
+  std::vector<NcclFeature> features_;
   const char* (*error_string_)(NcclResult) = nullptr;
   const char* (*last_error_)(NcclComm*) = nullptr;
 };

@@ -1,5 +1,6 @@
 // Block quantisation for the wire, and back. The format and the arithmetic of one value stand in
 // core/block_format.h.
+#include "cuda/block_lanes.h"
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 
@@ -22,24 +23,12 @@ struct Arguments {
   bool aligned;  // tensor is 16-byte aligned
 };
 
-template <int n>
-struct alignas(n) Codes {
-  uint8_t x[n];
-};
-
-// What one lane does for one block, and where.
 template <class T>
-struct Place {
-  int64_t block, first;  // first: the lane's first element
-  int n;                 // its elements inside the tensor
-  bool whole;            // all of a vector, aligned
-  __device__ Place(const Arguments<T>& args, int64_t at) {
-    block = at / Config<T>::kLanes;
-    first = at * Config<T>::kPerLane;
-    const int64_t left = args.numel - first;
-    n = static_cast<int>(left < 0 ? 0 : left < Config<T>::kPerLane ? left : Config<T>::kPerLane);
-    whole = args.aligned && n == Config<T>::kPerLane;
-  }
+struct Place : Lane {
+  bool whole;  // all of a vector, aligned
+  __device__ Place(const Arguments<T>& args, int64_t at)
+      : Lane(lane_at<Config<T>::kPerLane>(at, args.numel)),
+        whole(args.aligned && n == Config<T>::kPerLane) {}
 };
 
 template <class T>
@@ -63,29 +52,32 @@ __device__ void store(const Arguments<T>& args, const Place<T>& place, const Vec
     if (k < place.n) args.tensor[place.first + k] = x.x[k];
 }
 
+// The largest magnitude of this thread's block. Its lanes leave a loop over blocks together, so
+// they, and only they, take part in its shuffles.
+template <class T>
+__device__ int32_t largest_of_block(const float* values) {
+  constexpr int kLanes = Config<T>::kLanes;
+  const unsigned mask = (kLanes == 32 ? ~0u : 0xffffu) << (threadIdx.x % 32 / kLanes * kLanes);
+  int32_t largest = largest_of_lane<Config<T>::kPerLane>(values);
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    largest = ::max(largest, __shfl_xor_sync(mask, largest, offset));
+  return largest;
+}
+
 template <class T, BlockCode kCode>
-__global__ void __launch_bounds__(kThreads) quantise_kernel(const Arguments<T> args) {
+__global__ void __launch_bounds__(kThreads)
+    quantise_kernel(const Arguments<T> args, const Loss loss) {
   using C = Config<T>;
   const int64_t n_lanes = n_blocks(args.numel) * C::kLanes, stride = int64_t{gridDim.x} * kThreads;
-  // The lanes of one block leave the loop together, so they, and only they, take part in its
-  // shuffles.
-  const unsigned block_mask = (C::kLanes == 32 ? ~0u : 0xffffu)
-                              << (threadIdx.x % 32 / C::kLanes * C::kLanes);
   for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < n_lanes; at += stride) {
     const Place<T> place(args, at);
     const Vector<T> x = load(args, place);
-    int32_t max = 0;
+    float values[C::kPerLane];
 #pragma unroll
-    for (int k = 0; k < C::kPerLane; ++k) max = ::max(max, magnitude_bits(widen(x.x[k])));
-#pragma unroll
-    for (int offset = C::kLanes / 2; offset > 0; offset /= 2)
-      max = ::max(max, __shfl_xor_sync(block_mask, max, offset));
-    const BlockScale scale = block_scale(max, kCode);
-    Codes<C::kPerLane> codes;
-#pragma unroll
-    for (int k = 0; k < C::kPerLane; ++k) codes.x[k] = encode(kCode, widen(x.x[k]), scale.to_code);
-    *reinterpret_cast<Codes<C::kPerLane>*>(args.codes + place.first) = codes;
-    if (at % C::kLanes == 0) args.scales[place.block] = scale.to_value;
+    for (int k = 0; k < C::kPerLane; ++k) values[k] = widen(x.x[k]);
+    code_lane<C::kPerLane, kCode>(args.codes, args.scales, place, values,
+                                  largest_of_block<T>(values), loss);
   }
 }
 
@@ -102,38 +94,39 @@ __global__ void __launch_bounds__(kThreads) dequantise_kernel(const Arguments<T>
 #pragma unroll
     for (int k = 0; k < C::kPerLane; ++k) {
       const float value = decode(kCode, codes.x[k], to_value);
-      // __fadd_rn is never fused with decode's product, so a CPU that rounds both gets the same
-      // bits.
-      x.x[k] = narrow<T>(kAccumulate ? __fadd_rn(widen(x.x[k]), value) : value);
+      x.x[k] = narrow<T>(kAccumulate ? rounded_sum(widen(x.x[k]), value) : value);
     }
     store(args, place, x);
   }
 }
 
-// The sum of the tensors that several quantised forms hold, in their order, times a factor.
+template <BlockCode kCode>
+__global__ void __launch_bounds__(kThreads)
+    requantise_sum_kernel(const Arguments<float> from, const Arguments<float> to, const Forms forms,
+                          const Loss loss) {
+  using C = Config<float>;
+  const int64_t n_lanes = n_blocks(from.numel) * C::kLanes, stride = int64_t{gridDim.x} * kThreads;
+  for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < n_lanes; at += stride) {
+    const Place<float> place(from, at);
+    float sum[C::kPerLane];
+    sum_lane<C::kPerLane, kCode>(from.codes, from.scales, place, forms, sum);
+    code_lane<C::kPerLane, kCode>(to.codes, to.scales, place, sum, largest_of_block<float>(sum),
+                                  loss);
+  }
+}
+
 template <class T, BlockCode kCode>
 __global__ void __launch_bounds__(kThreads)
-    dequantise_sum_kernel(const Arguments<T> args, int n_forms, int64_t stride_bytes,
-                          float factor) {
+    dequantise_sum_kernel(const Arguments<T> args, const Forms forms) {
   using C = Config<T>;
   const int64_t n_lanes = n_blocks(args.numel) * C::kLanes, stride = int64_t{gridDim.x} * kThreads;
   for (int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x; at < n_lanes; at += stride) {
     const Place<T> place(args, at);
     float sum[C::kPerLane];
-    for (int form = 0; form < n_forms; ++form) {
-      const auto codes = *reinterpret_cast<const Codes<C::kPerLane>*>(
-          args.codes + form * stride_bytes + place.first);
-      const float to_value = *reinterpret_cast<const float*>(
-          reinterpret_cast<const char*>(args.scales + place.block) + form * stride_bytes);
-#pragma unroll
-      for (int k = 0; k < C::kPerLane; ++k) {
-        const float value = decode(kCode, codes.x[k], to_value);
-        sum[k] = form == 0 ? value : __fadd_rn(sum[k], value);
-      }
-    }
+    sum_lane<C::kPerLane, kCode>(args.codes, args.scales, place, forms, sum);
     Vector<T> x;
 #pragma unroll
-    for (int k = 0; k < C::kPerLane; ++k) x.x[k] = narrow<T>(__fmul_rn(sum[k], factor));
+    for (int k = 0; k < C::kPerLane; ++k) x.x[k] = narrow<T>(sum[k]);
     store(args, place, x);
   }
 }
@@ -159,6 +152,13 @@ Status check(const char* kernel, const void* quantised, BlockCode code) {
                                       std::to_string(misalignment) + " bytes off"};
 }
 
+Status check_stride(const char* kernel, int64_t stride_bytes) {
+  if (stride_bytes % kVectorBytes == 0) return {};
+  return {Code::invalid_argument, std::string("CUDA kernel '") + kernel +
+                                      "' needs forms a multiple of 16 bytes apart; they are " +
+                                      std::to_string(stride_bytes)};
+}
+
 template <class T>
 unsigned grid(const Arguments<T>& args) {
   return grid_for(n_blocks(args.numel) * Config<T>::kLanes);
@@ -166,15 +166,15 @@ unsigned grid(const Arguments<T>& args) {
 
 }  // namespace
 
-Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code,
-                void* stream) {
+Status quantise(void* dst, const void* src, size_t numel, DType dtype, BlockCode code, void* stream,
+                Loss loss) {
   if (Status status = check("quantise", dst, code); !status.ok()) return status;
   return for_float_type("quantise", dtype, [&]<class T>(T) -> Status {
     const auto args = arguments<T>(dst, const_cast<void*>(src), numel);  // the kernel only reads it
     if (numel == 0) return {};
     const auto kernel = code == BlockCode::int8 ? quantise_kernel<T, BlockCode::int8>
                                                 : quantise_kernel<T, BlockCode::e4m3>;
-    kernel<<<grid(args), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    kernel<<<grid(args), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, loss);
     return launched("quantise");
   });
 }
@@ -198,19 +198,31 @@ Status dequantise(void* dst, const void* src, size_t numel, DType dtype, BlockCo
 Status dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
                       DType dtype, BlockCode code, float factor, void* stream) {
   if (Status status = check("dequantise_sum", src, code); !status.ok()) return status;
-  if (stride_bytes % kVectorBytes != 0)
-    return {Code::invalid_argument,
-            "CUDA kernel 'dequantise_sum' needs forms a multiple of 16 bytes apart; they are " +
-                std::to_string(stride_bytes)};
+  if (Status status = check_stride("dequantise_sum", stride_bytes); !status.ok()) return status;
   return for_float_type("dequantise_sum", dtype, [&]<class T>(T) -> Status {
     const auto args = arguments<T>(const_cast<void*>(src), dst, numel);
     if (numel == 0) return {};
     const auto kernel = code == BlockCode::int8 ? dequantise_sum_kernel<T, BlockCode::int8>
                                                 : dequantise_sum_kernel<T, BlockCode::e4m3>;
-    kernel<<<grid(args), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, n_forms,
-                                                                           stride_bytes, factor);
+    kernel<<<grid(args), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        args, Forms{n_forms, stride_bytes, factor});
     return launched("dequantise_sum");
   });
+}
+
+Status requantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      BlockCode code, float factor, void* stream, Loss loss) {
+  for (const void* buffer : {static_cast<const void*>(dst), src})
+    if (Status status = check("requantise_sum", buffer, code); !status.ok()) return status;
+  if (Status status = check_stride("requantise_sum", stride_bytes); !status.ok()) return status;
+  if (numel == 0) return {};
+  const auto from = arguments<float>(const_cast<void*>(src), nullptr, numel);
+  const auto to = arguments<float>(dst, nullptr, numel);
+  const auto kernel = code == BlockCode::int8 ? requantise_sum_kernel<BlockCode::int8>
+                                              : requantise_sum_kernel<BlockCode::e4m3>;
+  kernel<<<grid(from), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      from, to, Forms{n_forms, stride_bytes, factor}, loss);
+  return launched("requantise_sum");
 }
 
 }  // namespace pycomm::cuda

@@ -101,8 +101,14 @@ std::shared_ptr<Communicator> CudaEngine::communicator(Clock::time_point deadlin
       const NcclUniqueId id = exchange_id("id", rank_ == 0, deadline);
       set_communicator(Communicator::create(options_.api, id, rank_, size_, me_, deadline));
     } catch (const Error& error) {
-      watch_->fail(error.status());
-      throw;
+      const std::string remedy =
+          spans_hosts_ && error.code() != Code::invalid_argument
+              ? " Where NCCL cannot connect hosts, PYCOMM_CUDA_BETWEEN_HOSTS=tcp goes through the "
+                "host instead."
+              : "";
+      const Error told(error.code(), error.what() + remedy);
+      watch_->fail(told.status());
+      throw told;
     }
   }
   return communicator_;

@@ -1,4 +1,5 @@
-// Arrays from Python, torch tensors and numpy arrays, used where they lie.
+// Arrays from Python, used where they lie: torch tensors and numpy arrays, and those of any library
+// that has __cuda_array_interface__ or __dlpack__.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -10,12 +11,17 @@
 
 namespace pycomm::torch_layer {
 
-// A tensor or array, checked: CPU, contiguous, of a known dtype.
+// A tensor or array, checked: contiguous, of a known dtype.
 struct View {
   void* data = nullptr;
   uint64_t numel = 0;
   uint64_t rows = 1;  // dim 0
   DType dtype = DType::bytes;
+  c10::Device device = at::kCPU;
+  void* stream = nullptr;  // on a device: in whose order it stands; its current one where
+                           // has_stream is false
+  bool has_stream = false;
+  py::object owner = py::none();  // keeps the memory, beside the array itself
   uint64_t row() const { return rows == 0 ? 0 : numel / rows; }
   uint64_t nbytes() const { return numel * size_of(dtype); }
 };
@@ -48,13 +54,18 @@ inline DType numpy_dtype(const char* what, const py::dtype& dtype) {
   refuse(what, "numpy dtype " + dtype.attr("name").cast<std::string>() + " is not supported");
 }
 
+// Of an array of another library. __cuda_array_interface__ says on which stream it stands; what
+// __dlpack__ gives on a device is put in the order of torch's current stream, or of the default
+// one.
+View foreign_view(const char* what, py::handle object, bool writable);
+
 inline View view(const char* what, py::handle object, bool writable) {
   View view;
   if (THPVariable_Check(object.ptr())) {
     const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-    if (!tensor.device().is_cpu())
+    if (!tensor.device().is_cpu() && !tensor.device().is_cuda())
       refuse(what, "the tensor is on " + tensor.device().str() +
-                       "; this group moves CPU memory, call .cpu()");
+                       "; groups move memory of CPUs and CUDA devices, call .cpu()");
     if (tensor.layout() != at::kStrided) refuse(what, "the tensor is sparse; call .to_dense()");
     if (!tensor.is_contiguous()) refuse(what, "the tensor is not contiguous; call .contiguous()");
     if (tensor.is_conj() || tensor.is_neg())
@@ -72,11 +83,10 @@ inline View view(const char* what, py::handle object, bool writable) {
     view.numel = static_cast<uint64_t>(tensor.numel());
     view.rows = tensor.dim() > 0 ? static_cast<uint64_t>(tensor.size(0)) : 1;
     view.data = tensor.data_ptr();
+    view.device = tensor.device();
     return view;
   }
-  if (!py::isinstance<py::array>(object))
-    refuse(what, "takes a torch tensor or a numpy array, got " +
-                     std::string(py::str(py::type::of(object))));
+  if (!py::isinstance<py::array>(object)) return foreign_view(what, object, writable);
   const auto array = py::reinterpret_borrow<py::array>(object);
   if ((array.flags() & py::array::c_style) == 0)
     refuse(what, "the array is not C-contiguous; call numpy.ascontiguousarray()");
@@ -91,6 +101,13 @@ inline View view(const char* what, py::handle object, bool writable) {
   view.rows = array.ndim() > 0 ? static_cast<uint64_t>(array.shape(0)) : 1;
   view.data = const_cast<void*>(array.data());
   return view;
+}
+
+inline View host_view(const char* what, py::handle object, bool writable) {
+  View found = view(what, object, writable);
+  if (!found.device.is_cpu())
+    refuse(what, "the array is on " + found.device.str() + "; this works on CPU memory, copy it");
+  return found;
 }
 
 }  // namespace pycomm::torch_layer

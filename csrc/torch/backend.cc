@@ -197,6 +197,9 @@ PycommBackend::WorkPtr PycommBackend::all_reduce_wire(const at::Tensor& tensor, 
     if (checked("all_reduce residual", *residual).scalar_type() != at::kFloat ||
         residual->numel() != tensor.numel() || !residual->is_contiguous())
       refuse("all_reduce residual", "must be contiguous float32 of as many elements as the tensor");
+    if (residual->device() != tensor.device())
+      refuse("all_reduce residual", "is on " + residual->device().str() + ", the tensor on " +
+                                        tensor.device().str() + "; put both on one device");
     plan.call.residual = residual->mutable_data_ptr<float>();
     plan.held.push_back(*residual);
   }

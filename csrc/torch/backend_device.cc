@@ -17,7 +17,7 @@ std::shared_ptr<DeviceSide> PycommBackend::device_side() const {
 
 DeviceSide& PycommBackend::device_side(const c10::Device& device) {
   const std::lock_guard lock(device_mutex_);
-  if (device_side_ == nullptr) device_side_ = DeviceSide::create(device_options_, device, *group_);
+  if (device_side_ == nullptr) device_side_ = DeviceSide::create(device_options_, device, group_);
   if (device_side_->device() != device)
     refuse("a call", "the tensor is on " + device.str() + ", this group works on " +
                          device_side_->device().str() +

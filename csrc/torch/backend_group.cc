@@ -99,7 +99,7 @@ PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std:
   }
   DeviceSide::Options options = device_options_;
   options.store = store;
-  options.planned_nbytes = UINT64_MAX;  // it was planned for the ranks of this one
+  options.planner = device_options_.planner.select(ranks);
   options.hosts.clear();
   for (const int rank : ranks)
     options.hosts.push_back(device_options_.hosts[static_cast<size_t>(rank)]);

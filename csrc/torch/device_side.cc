@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
+#include "cuda/staged.h"
 #include "torch/tensors.h"
 
 namespace pycomm::torch_layer {
@@ -50,18 +51,36 @@ std::shared_ptr<Store> store_of(const DeviceSide::Options& options) {
 
 }  // namespace
 
+c10::Device device_of(const void* memory) {
+  if (test_library() != nullptr) return {at::kCUDA, 0};
+#ifdef PYCOMM_WITH_CUDA
+  return {at::kCUDA, static_cast<c10::DeviceIndex>(cuda::device_index_of(memory))};
+#else
+  (void)memory;
+  throw Error(Code::invalid_argument,
+              "an array on a CUDA device: this pycomm was built without CUDA; build it where nvcc "
+              "is found (docs/install.md)");
+#endif
+}
+
+void* current_stream_of(const c10::Device& device) {
+  if (test_library() != nullptr || !c10::impl::hasDeviceGuardImpl(device.type())) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
 bool DeviceSide::serves(const c10::Device& device) {
   return device.is_cuda() || (device.is_cpu() && test_library() != nullptr);
 }
 
-// What create() and split() do alike: opens NCCL and the device, takes a stream of torch's.
+// What create() and split() do alike: opens the device, takes a stream of torch's, opens NCCL.
 std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c10::Device& device,
                                                 cuda::EngineOptions* engine) {
   std::optional<c10::Stream> stream;
-  if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
-    throw Error(status);
+  if (!options.planner.staged)
+    if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
+      throw Error(status);
   engine->device = open_device(device, engine->rank);
-  if (!engine->device->is_host_memory()) {
+  if (!engine->device->is_host_memory() && c10::impl::hasDeviceGuardImpl(device.type())) {
     stream = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device, true);
     engine->stream = stream->native_handle();
   }
@@ -69,17 +88,25 @@ std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c1
   return std::shared_ptr<DeviceSide>(new DeviceSide(device, stream));
 }
 
+void DeviceSide::serve(std::shared_ptr<Engine> engine, Group& like, const Planner& planner) {
+  group_ = std::make_shared<Group>(like.name(), like.rank(), like.size(), std::move(engine),
+                                   planner, like.timeout());
+}
+
 std::shared_ptr<DeviceSide> DeviceSide::create(const Options& options, const c10::Device& device,
-                                               Group& like) {
+                                               const std::shared_ptr<Group>& host) {
   cuda::EngineOptions engine;
-  engine.name = like.name();
-  engine.rank = like.rank();
+  engine.name = host->name();
+  engine.rank = host->rank();
   engine.hosts = options.hosts;
-  engine.planned_nbytes = options.planned_nbytes;
   auto self = prepare(options, device, &engine);
+  if (options.planner.staged) {
+    self->serve(std::make_shared<cuda::StagedEngine>(engine.device, host, engine.stream), *host,
+                options.planner.planner);
+    return self;
+  }
   self->engine_ = cuda::CudaEngine::create(std::move(engine));
-  self->group_ = std::make_shared<Group>(like.name(), like.rank(), like.size(), self->engine_,
-                                         options.planner, like.timeout());
+  self->serve(self->engine_, *host, options.planner.planner);
   return self;
 }
 
@@ -87,7 +114,8 @@ std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std:
                                               Group* like) {
   const c10::DeviceGuard guard(device_);
   const auto deadline = Clock::now() + group_->timeout();
-  if (!engine_->has_communicator()) return nullptr;  // the new group meets when it is used
+  if (engine_ == nullptr || !engine_->has_communicator())
+    return nullptr;  // the new group meets when it is used
   const auto hash = fnv1a(ranks.data(), ranks.size() * sizeof(int));
   const int color = like == nullptr ? cuda::kNcclNoColor : static_cast<int>(hash & 0x7fffffff);
   cuda::EngineOptions engine;
@@ -99,14 +127,13 @@ std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std:
   engine.rank = like->rank();
   auto self = prepare(options, device_, &engine);
   self->engine_ = engine_->split(color, like->rank(), ranks, std::move(engine), deadline);
-  self->group_ = std::make_shared<Group>(like->name(), like->rank(), like->size(), self->engine_,
-                                         options.planner, like->timeout());
+  self->serve(self->engine_, *like, options.planner.planner);
   return self;
 }
 
 void* DeviceSide::current_stream() const {
   if (!has_streams()) return nullptr;
-  return c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+  return current_stream_of(device_);
 }
 
 void* DeviceSide::own_stream() const { return has_streams() ? stream_->native_handle() : nullptr; }

@@ -21,6 +21,18 @@
 
 namespace pycomm::torch_layer {
 
+// The device whose memory this is; that which is current for nullptr. Throws for the host's.
+c10::Device device_of(const void* memory);
+// torch's current stream there; nullptr, the default one, where torch knows no such devices.
+void* current_stream_of(const c10::Device& device);
+
+// pycomm/planning.py's DevicePlanning.
+struct DevicePlanner {
+  Planner planner;
+  bool staged = false;  // all goes through the host (cuda/staged.h), not NCCL
+  std::function<DevicePlanner(const std::vector<int>& ranks)> select;  // of some of the ranks
+};
+
 class DeviceSide {
  public:
   // What all devices of a backend have in common.
@@ -28,15 +40,14 @@ class DeviceSide {
     c10::intrusive_ptr<c10d::Store> store;  // the backend's own
     std::string nccl_wheel;                 // path of torch's libnccl.so.2, or empty
     std::vector<std::string> hosts;         // by rank
-    Planner planner;                        // pycomm/planning.py's DevicePlanning
-    uint64_t planned_nbytes = UINT64_MAX;   // as cuda::EngineOptions'
+    DevicePlanner planner;
   };
 
   // Whether tensors of this device are ours.
   static bool serves(const c10::Device& device);
-  // Local: ranks meet in the first operation. like: whose name, rank, size and timeout it has.
+  // Local: ranks meet in the first operation. host: the same ranks' group of host memory.
   static std::shared_ptr<DeviceSide> create(const Options& options, const c10::Device& device,
-                                            Group& like);
+                                            const std::shared_ptr<Group>& host);
   // Ranks of this one, by NCCL's split; nullptr where this rank is not among them. All ranks call.
   std::shared_ptr<DeviceSide> split(const Options& options, const std::vector<int>& ranks,
                                     Group* like);
@@ -55,10 +66,11 @@ class DeviceSide {
       : device_(device), stream_(stream) {}
   static std::shared_ptr<DeviceSide> prepare(const Options& options, const c10::Device& device,
                                              cuda::EngineOptions* engine);
+  void serve(std::shared_ptr<Engine> engine, Group& like, const Planner& planner);
 
   const c10::Device device_;
   const std::optional<c10::Stream> stream_;
-  std::shared_ptr<cuda::CudaEngine> engine_;
+  std::shared_ptr<cuda::CudaEngine> engine_;  // nullptr where all is staged
   std::shared_ptr<Group> group_;
 };
 

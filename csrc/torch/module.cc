@@ -98,6 +98,15 @@ std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint
                                  timeout);
 }
 
+// `planning` has staged and select(ranks) as well.
+DevicePlanner device_planner_of(const py::object& planning) {
+  return {planner_of(planning), planning.attr("staged").cast<bool>(),
+          [keep = held(planning)](const std::vector<int>& ranks) {
+            py::gil_scoped_acquire gil;
+            return device_planner_of(static_cast<py::object*>(keep.get())->attr("select")(ranks));
+          }};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -189,11 +198,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
                        const c10::intrusive_ptr<c10d::Store>& store, const std::string& name,
                        const std::string& key, const std::vector<int>& ranks,
-                       const py::object& planner, double timeout_s) {
-             return PyGroup(make_group(endpoint, store, name, key, ranks, planner, timeout_s));
+                       const py::object& planner, double timeout_s,
+                       const py::object& device_planner, std::string nccl_wheel) {
+             auto group = make_group(endpoint, store, name, key, ranks, planner, timeout_s);
+             if (device_planner.is_none()) return PyGroup(std::move(group));
+             std::vector<std::string> hosts;
+             for (const int rank : ranks) hosts.push_back(endpoint->member(rank).host);
+             return PyGroup(std::move(group),
+                            DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
+                                                device_planner_of(device_planner)});
            }),
            py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("key"), py::arg("ranks"),
-           py::arg("planner"), py::arg("timeout_s"))
+           py::arg("planner"), py::arg("timeout_s"), py::arg("device_planner") = py::none(),
+           py::arg("nccl_wheel") = "")
       .def_property_readonly("rank", [](const PyGroup& group) { return group.group()->rank(); })
       .def_property_readonly("size", [](const PyGroup& group) { return group.group()->size(); })
       .def_property_readonly("name", [](const PyGroup& group) { return group.group()->name(); })
@@ -202,9 +219,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           [](const PyGroup& group) {
             return static_cast<double>(group.group()->timeout().count()) / 1e3;
           },
-          [](PyGroup& group, double timeout_s) {
-            group.group()->set_timeout(milliseconds_of(timeout_s));
-          })
+          [](PyGroup& group, double timeout_s) { group.set_timeout(milliseconds_of(timeout_s)); })
       .def("native_nbytes",
            [](const PyGroup& group, const std::string& collective) {
              return group.group()->engine().native_nbytes(parse_collective(collective), true);
@@ -224,14 +239,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("close",
            [](const PyGroup& group) {
              py::gil_scoped_release release;
-             group.group()->engine().close();
+             group.close();
            })
       .def(
           "_closer",
           [](const PyGroup& group) {
-            return py::cpp_function([group = group.group()] {
+            return py::cpp_function([group] {
               py::gil_scoped_release release;
-              group->engine().close();
+              group.close();
             });
           },
           "close() for whoever must not hold on to the group.");
@@ -241,8 +256,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init([](const PyGroup& group, const std::shared_ptr<cpu::Endpoint>& endpoint,
                        const c10::intrusive_ptr<c10d::Store>& store, std::string nccl_wheel,
                        std::vector<std::string> hosts, const py::object& device_planner,
-                       std::optional<uint64_t> hierarchical_nbytes, const py::object& split,
-                       const py::object& merge) {
+                       const py::object& split, const py::object& merge) {
              const auto callable = [](const std::shared_ptr<void>& keep) -> py::object& {
                return *static_cast<py::object*>(keep.get());
              };
@@ -262,13 +276,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              return c10::make_intrusive<PycommBackend>(
                  group.group(), endpoint,
                  DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
-                                     planner_of(device_planner),
-                                     hierarchical_nbytes.value_or(UINT64_MAX)},
+                                     device_planner_of(device_planner)},
                  std::move(makers));
            }),
            py::arg("group"), py::arg("endpoint"), py::arg("store"), py::arg("nccl_wheel"),
-           py::arg("hosts"), py::arg("device_planner"), py::arg("hierarchical_nbytes"),
-           py::arg("split"), py::arg("merge"))
+           py::arg("hosts"), py::arg("device_planner"), py::arg("split"), py::arg("merge"))
       .def_property_readonly("endpoint", &PycommBackend::endpoint)
       .def(
           "all_reduce_wire",
@@ -296,8 +308,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                        py::arg("capability") = py::make_tuple(device.major, device.minor),
                        py::arg("n_multiprocessors") = device.n_multiprocessors,
                        py::arg("memory_nbytes") = device.memory_nbytes));
-        py::dict features;
-        for (const auto& [name, present] : info.nccl_features) features[py::str(name)] = present;
+        py::list features;
+        for (const auto& feature : info.nccl_features)
+          features.append(
+              py::dict(py::arg("name") = feature.name, py::arg("symbol") = feature.symbol,
+                       py::arg("since") = cuda::nccl_version_name(feature.since),
+                       py::arg("gives") = feature.gives, py::arg("present") = feature.present));
         return py::dict(
             py::arg("runtime_version") = info.runtime_version,
             py::arg("driver_version") = info.driver_version, py::arg("devices") = devices,

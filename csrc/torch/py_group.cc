@@ -1,5 +1,7 @@
 #include "torch/py_group.h"
 
+#include <c10/core/DeviceGuard.h>
+
 #include "torch/arrays.h"
 #include "torch/method.h"
 
@@ -81,23 +83,87 @@ std::vector<uint64_t> elements(const Group& group, const char* what,
   return result;
 }
 
-py::object submit(Group& group, Call call, bool async_op, const py::object& result,
-                  const py::object& keep) {
+bool on_device(const View& view) { return !view.device.is_cpu(); }
+
+// The stream of a call's arrays. Throws where they are on several devices, or several streams.
+void* stream_of(const char* what, std::initializer_list<const View*> arrays) {
+  const auto stream = [](const View& view) {
+    void* const found = view.has_stream ? view.stream : current_stream_of(view.device);
+    return reinterpret_cast<uintptr_t>(found) == 1 ? nullptr : found;  // two names of the default
+  };
+  const View& first = **arrays.begin();
+  for (const View* view : arrays) {
+    if (view->device != first.device)
+      refuse(what, "one array is on " + first.device.str() + ", another on " + view->device.str() +
+                       "; all arrays of a call must be on one device");
+    if (stream(*view) != stream(first))
+      refuse(what, "its arrays stand on two streams of " + first.device.str() +
+                       "; make one current and give both in its order");
+  }
+  return stream(first);
+}
+
+// The device is current where torch knows such devices; else it is the caller's to make it so.
+struct Current {
+  explicit Current(const c10::Device& device) {
+    if (!device.is_cpu() && c10::impl::hasDeviceGuardImpl(device.type())) guard.emplace(device);
+  }
+  std::optional<c10::DeviceGuard> guard;
+};
+
+// On a device a call that is not asynchronous is put on the arrays' stream and returns at once.
+py::object submit(PyGroup& self, Call call, bool async_op, const py::object& result,
+                  const py::object& keep, std::initializer_list<const View*> arrays) {
+  Group* group = self.group().get();
+  bool device = false, owned = false;
+  for (const View* view : arrays) {
+    device |= on_device(*view);
+    owned |= !view->owner.is_none();
+  }
+  if (device) {
+    const char* const what = name_of(call.collective);
+    call.stream = stream_of(what, arrays);
+    group = &self.on(what, (**arrays.begin()).device);
+  }
+  const Current current(device ? (**arrays.begin()).device : c10::Device(at::kCPU));
   if (!async_op) {
-    Blocking blocking;
-    group.run(call);
+    {
+      Blocking blocking;
+      group->run(call);
+    }
     return result;
   }
-  auto keep_alive = held(keep);
+  py::list kept;
+  kept.append(keep);
+  if (owned)
+    for (const View* view : arrays) kept.append(view->owner);
+  auto keep_alive = held(std::move(kept));
   std::shared_ptr<Work> work;
   {
     py::gil_scoped_release release;
-    work = group.start(call, std::move(keep_alive));
+    work = group->start(call, std::move(keep_alive));
   }
   return py::cast(PyWork(std::move(work)));
 }
 
-py::object all_reduce(Group& group, const py::object& x, ReduceOp op, bool async_op,
+// A message of an array on a device.
+std::shared_ptr<Work> start_message(PyGroup& self, const char* what, const View& data, bool is_send,
+                                    int peer, int64_t tag, std::optional<double> timeout_s,
+                                    const py::object& x) {
+  if (peer < 0) refuse(what, "from any rank: NCCL must know who sends; name the source");
+  if (tag != 0)
+    refuse(what,
+           "tag " + std::to_string(tag) +
+               ": NCCL's messages have no tag, they come in the order in which they are sent");
+  Message message{is_send, data.data, data.nbytes(), peer, stream_of(what, {&data}), {}};
+  Group& group = self.on(what, data.device);
+  auto keep = held(py::make_tuple(x, data.owner));
+  const Current current(data.device);
+  Blocking blocking;
+  return group.start_together({}, {message}, limit_of(timeout_s), std::move(keep));
+}
+
+py::object all_reduce(PyGroup& self, const py::object& x, ReduceOp op, bool async_op,
                       std::optional<double> timeout_s, std::optional<std::string> algorithm,
                       Wire wire, Nonfinite wire_nonfinite, const py::object& wire_residual) {
   const View data = view("all_reduce", x, true);
@@ -105,8 +171,9 @@ py::object all_reduce(Group& group, const py::object& x, ReduceOp op, bool async
                          {async_op, timeout_s, algorithm, wire, wire_nonfinite});
   call.op = op;
   call.input = call.output = data.data;
+  View residual = data;
   if (!wire_residual.is_none()) {
-    const View residual = view("all_reduce wire_residual", wire_residual, true);
+    residual = view("all_reduce wire_residual", wire_residual, true);
     if (wire == Wire::none)
       refuse("all_reduce", "wire_residual is what a wire loses, but there is no wire; give one");
     if (residual.dtype != DType::float32 || residual.numel != data.numel)
@@ -115,33 +182,37 @@ py::object all_reduce(Group& group, const py::object& x, ReduceOp op, bool async
                                              " of " + std::to_string(residual.numel));
     call.residual = static_cast<float*>(residual.data);
   }
-  return submit(group, std::move(call), async_op, x, py::make_tuple(x, wire_residual));
+  return submit(self, std::move(call), async_op, x, py::make_tuple(x, wire_residual),
+                {&data, &residual});
 }
 
-py::object reduce(Group& group, const py::object& x, int root, ReduceOp op, bool async_op,
+py::object reduce(PyGroup& self, const py::object& x, int root, ReduceOp op, bool async_op,
                   std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  Group& group = *self.group();
   const View data = view("reduce", x, group.rank() == root);
   Call call = start_call(Collective::reduce, data, data.numel, {async_op, timeout_s, algorithm});
   call.op = op;
   call.root = root;
   call.input = data.data;
   call.output = group.rank() == root ? data.data : nullptr;
-  return submit(group, std::move(call), async_op, x, x);
+  return submit(self, std::move(call), async_op, x, x, {&data});
 }
 
-py::object broadcast(Group& group, const py::object& x, int root, bool async_op,
+py::object broadcast(PyGroup& self, const py::object& x, int root, bool async_op,
                      std::optional<double> timeout_s, std::optional<std::string> algorithm) {
+  Group& group = *self.group();
   const View data = view("broadcast", x, group.rank() != root);
   Call call = start_call(Collective::broadcast, data, data.numel, {async_op, timeout_s, algorithm});
   call.root = root;
   call.input = call.output = data.data;
-  return submit(group, std::move(call), async_op, x, x);
+  return submit(self, std::move(call), async_op, x, x, {&data});
 }
 
-py::object all_gather(Group& group, const py::object& output, const py::object& input,
+py::object all_gather(PyGroup& self, const py::object& output, const py::object& input,
                       const std::optional<std::vector<int64_t>>& counts, bool async_op,
                       std::optional<double> timeout_s, std::optional<std::string> algorithm,
                       Wire wire, Nonfinite wire_nonfinite) {
+  Group& group = *self.group();
   const View out = view("all_gather output", output, true),
              in = view("all_gather input", input, false);
   Call call = start_call(Collective::all_gather, out, out.numel,
@@ -149,14 +220,16 @@ py::object all_gather(Group& group, const py::object& output, const py::object& 
   call.counts = elements(group, "all_gather", counts, out, in, "output", "input");
   call.input = in.data;
   call.output = out.data;
-  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+  return submit(self, std::move(call), async_op, output, py::make_tuple(output, input),
+                {&out, &in});
 }
 
-py::object reduce_scatter(Group& group, const py::object& output, const py::object& input,
+py::object reduce_scatter(PyGroup& self, const py::object& output, const py::object& input,
                           ReduceOp op, const std::optional<std::vector<int64_t>>& counts,
                           bool async_op, std::optional<double> timeout_s,
                           std::optional<std::string> algorithm, Wire wire,
                           Nonfinite wire_nonfinite) {
+  Group& group = *self.group();
   const View out = view("reduce_scatter output", output, true),
              in = view("reduce_scatter input", input, false);
   Call call = start_call(Collective::reduce_scatter, in, in.numel,
@@ -165,13 +238,16 @@ py::object reduce_scatter(Group& group, const py::object& output, const py::obje
   call.counts = elements(group, "reduce_scatter", counts, in, out, "input", "output");
   call.input = in.data;
   call.output = out.data;
-  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+  return submit(self, std::move(call), async_op, output, py::make_tuple(output, input),
+                {&out, &in});
 }
 
-py::object gather(Group& group, const py::object& output, const py::object& input, int root,
+py::object gather(PyGroup& self, const py::object& output, const py::object& input, int root,
                   bool async_op, std::optional<double> timeout_s,
                   std::optional<std::string> algorithm) {
+  Group& group = *self.group();
   const View in = view("gather input", input, false);
+  View out = in;
   Call call =
       start_call(Collective::gather, in, in.numel * ranks(group), {async_op, timeout_s, algorithm});
   call.root = root;
@@ -179,20 +255,23 @@ py::object gather(Group& group, const py::object& output, const py::object& inpu
   if (group.rank() == root) {
     if (output.is_none())
       refuse("gather", "the root (rank " + std::to_string(root) + ") must give an output");
-    const View out = view("gather output", output, true);
+    out = view("gather output", output, true);
     elements(group, "gather", std::nullopt, out, in, "output", "input");
     call.output = out.data;
   } else if (!output.is_none()) {
     refuse("gather",
            "only the root (rank " + std::to_string(root) + ") gives an output; pass None");
   }
-  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+  return submit(self, std::move(call), async_op, output, py::make_tuple(output, input),
+                {&out, &in});
 }
 
-py::object scatter(Group& group, const py::object& output, const py::object& input, int root,
+py::object scatter(PyGroup& self, const py::object& output, const py::object& input, int root,
                    bool async_op, std::optional<double> timeout_s,
                    std::optional<std::string> algorithm) {
+  Group& group = *self.group();
   const View out = view("scatter output", output, true);
+  View in = out;
   Call call = start_call(Collective::scatter, out, out.numel * ranks(group),
                          {async_op, timeout_s, algorithm});
   call.root = root;
@@ -200,21 +279,23 @@ py::object scatter(Group& group, const py::object& output, const py::object& inp
   if (group.rank() == root) {
     if (input.is_none())
       refuse("scatter", "the root (rank " + std::to_string(root) + ") must give an input");
-    const View in = view("scatter input", input, false);
+    in = view("scatter input", input, false);
     elements(group, "scatter", std::nullopt, in, out, "input", "output");
     call.input = in.data;
   } else if (!input.is_none()) {
     refuse("scatter",
            "only the root (rank " + std::to_string(root) + ") gives an input; pass None");
   }
-  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+  return submit(self, std::move(call), async_op, output, py::make_tuple(output, input),
+                {&out, &in});
 }
 
-py::object all_to_all(Group& group, const py::object& output, const py::object& input,
+py::object all_to_all(PyGroup& self, const py::object& output, const py::object& input,
                       const std::optional<std::vector<int64_t>>& output_counts,
                       const std::optional<std::vector<int64_t>>& input_counts, bool async_op,
                       std::optional<double> timeout_s, std::optional<std::string> algorithm,
                       Wire wire, Nonfinite wire_nonfinite) {
+  Group& group = *self.group();
   const View out = view("all_to_all output", output, true),
              in = view("all_to_all input", input, false);
   Call call = start_call(Collective::all_to_all, in, std::max(in.numel, out.numel),
@@ -231,22 +312,35 @@ py::object all_to_all(Group& group, const py::object& output, const py::object& 
   }
   call.input = in.data;
   call.output = out.data;
-  return submit(group, std::move(call), async_op, output, py::make_tuple(output, input));
+  return submit(self, std::move(call), async_op, output, py::make_tuple(output, input),
+                {&out, &in});
 }
 
-py::object barrier(Group& group, bool async_op, std::optional<double> timeout_s) {
+py::object barrier(PyGroup& self, bool async_op, std::optional<double> timeout_s) {
   Call call;
   call.collective = Collective::barrier;
   call.timeout = limit_of(timeout_s);
-  return submit(group, std::move(call), async_op, py::none(), py::none());
+  return submit(self, std::move(call), async_op, py::none(), py::none(), {});
 }
 
-py::object send(Group& group, const py::object& x, int dst, int64_t tag, bool async_op,
+py::object send(PyGroup& self, const py::object& x, int dst, int64_t tag, bool async_op,
                 std::optional<double> timeout_s) {
+  Group& group = *self.group();
   const View data = view("send", x, false);
+  if (on_device(data)) {
+    const auto work = start_message(self, "send", data, true, dst, tag, timeout_s, x);
+    if (async_op) return py::cast(PyWork(work));
+    {
+      Blocking blocking;
+      work->order_before(stream_of("send", {&data}));
+    }
+    return py::none();
+  }
   if (!async_op) {
-    Blocking blocking;
-    group.run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
+    {
+      Blocking blocking;
+      group.run_send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s));
+    }
     return py::none();
   }
   std::shared_ptr<void> keep = held(x);
@@ -258,11 +352,22 @@ py::object send(Group& group, const py::object& x, int dst, int64_t tag, bool as
   return py::cast(PyWork(std::move(work)));
 }
 
-py::object recv(Group& group, const py::object& x, std::optional<int> src, int64_t tag,
+py::object recv(PyGroup& self, const py::object& x, std::optional<int> src, int64_t tag,
                 bool async_op, std::optional<double> timeout_s) {
+  Group& group = *self.group();
   const View data = view("recv", x, true);
   if (src && *src < 0)
     refuse("recv", "src is " + std::to_string(*src) + "; give a rank, or None for any");
+  if (on_device(data)) {
+    const int from = src.value_or(-1);
+    const auto work = start_message(self, "recv", data, false, from, tag, timeout_s, x);
+    if (async_op) return py::cast(PyWork(work));
+    {
+      Blocking blocking;
+      work->order_before(stream_of("recv", {&data}));
+    }
+    return py::int_(from);
+  }
   if (!async_op) {
     int source = -1;
     {
@@ -282,6 +387,37 @@ py::object recv(Group& group, const py::object& x, std::optional<int> src, int64
 }
 
 }  // namespace
+
+Group& PyGroup::on(const char* what, const c10::Device& device) {
+  const std::lock_guard lock(devices_->mutex);
+  if (!devices_->options)
+    refuse(what, "the array is on " + device.str() +
+                     "; this group moves CPU memory, copy it to the host first");
+  auto& side = devices_->side;
+  if (side == nullptr) side = DeviceSide::create(*devices_->options, device, group_);
+  if (side->device() != device)
+    refuse(what, "the array is on " + device.str() + ", this group works on " +
+                     side->device().str() +
+                     ", where its first array was; a rank has one device, make it current before "
+                     "arrays are made");
+  return side->group();
+}
+
+void PyGroup::set_timeout(Milliseconds timeout) const {
+  group_->set_timeout(timeout);
+  const std::lock_guard lock(devices_->mutex);
+  if (devices_->side != nullptr) devices_->side->group().set_timeout(timeout);
+}
+
+void PyGroup::close() const {
+  std::shared_ptr<DeviceSide> side;
+  {
+    const std::lock_guard lock(devices_->mutex);
+    side = devices_->side;
+  }
+  if (side != nullptr) side->group().engine().close();
+  group_->engine().close();
+}
 
 Wire parse_wire(const std::string& name) {
   for (int wire = 1; wire < kWires; ++wire)

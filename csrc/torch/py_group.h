@@ -2,21 +2,44 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 
 #include "core/group.h"
 #include "torch/blocking.h"
+#include "torch/device_side.h"
 #include "torch/python.h"
 
 namespace pycomm::torch_layer {
 
+// A group of CPU memory and, from the first array on a device on, the same ranks' group there. Any
+// thread may use it; copies are the same group.
 class PyGroup {
  public:
-  explicit PyGroup(std::shared_ptr<Group> group) : group_(std::move(group)) {}
+  // devices: nullopt for a group whose arrays are always the host's.
+  explicit PyGroup(std::shared_ptr<Group> group,
+                   std::optional<DeviceSide::Options> devices = std::nullopt)
+      : group_(std::move(group)), devices_(std::make_shared<Devices>(std::move(devices))) {}
   const std::shared_ptr<Group>& group() const { return group_; }
-  Group& operator*() const { return *group_; }
+  PyGroup& operator*() { return *this; }  // what def_method() gives its functions
+  // The group of memory on this device. Throws where the group works on another one.
+  Group& on(const char* what, const c10::Device& device);
+  void set_timeout(Milliseconds timeout) const;
+  void close() const;
 
  private:
+  struct Devices {
+    explicit Devices(std::optional<DeviceSide::Options> given) : options(std::move(given)) {}
+    ~Devices() {  // the device's watch may want the GIL for the last arrays it holds
+      std::optional<py::gil_scoped_release> release;
+      if (side != nullptr && Py_IsInitialized() && PyGILState_Check()) release.emplace();
+      side.reset();
+    }
+    const std::optional<DeviceSide::Options> options;
+    std::mutex mutex;
+    std::shared_ptr<DeviceSide> side;
+  };
   const std::shared_ptr<Group> group_;
+  const std::shared_ptr<Devices> devices_;
 };
 
 class PyWork {

@@ -29,7 +29,7 @@ std::vector<cpu::Rows> sources_of(const char* what, const py::sequence& objects,
                                   uint64_t width) {
   std::vector<cpu::Rows> sources;
   for (const py::handle object : objects) {
-    const View source = view(what, object, false);
+    const View source = host_view(what, object, false);
     if (source.dtype != dtype || (source.rows > 0 && source.row() != width))
       refuse(what, "a source has rows of " + std::to_string(source.row()) + " " +
                        name_of(source.dtype) + ", not " + std::to_string(width) + " " +
@@ -42,7 +42,7 @@ std::vector<cpu::Rows> sources_of(const char* what, const py::sequence& objects,
 
 DType dtype_of_first(const char* what, const py::sequence& objects) {
   if (objects.size() == 0) refuse(what, "give at least one source");
-  return view(what, objects[0], false).dtype;
+  return host_view(what, objects[0], false).dtype;
 }
 
 uint64_t width_of(py::handle tensor) {
@@ -52,13 +52,13 @@ uint64_t width_of(py::handle tensor) {
 void copy_rows(const py::object& out, const py::sequence& sources, const py::object& source,
                const py::object& rows, const py::object& to) {
   const char* what = "copy_rows";
-  const View target = view(what, out, true), from = view(what, source, false),
-             row = view(what, rows, false);
+  const View target = host_view(what, out, true), from = host_view(what, source, false),
+             row = host_view(what, rows, false);
   const uint64_t width = width_of(out);
   if (from.numel != row.numel) refuse(what, "source and rows differ in length");
   const int64_t* places = nullptr;
   if (!to.is_none()) {
-    const View place = view(what, to, false);
+    const View place = host_view(what, to, false);
     if (place.numel != row.numel) refuse(what, "to and rows differ in length");
     places = indices(what, place);
   }
@@ -73,8 +73,8 @@ void copy_rows(const py::object& out, const py::sequence& sources, const py::obj
 void combine_rows(const py::object& out, const py::sequence& sources, const py::object& source,
                   const py::object& rows, const py::object& offsets, const py::object& weights) {
   const char* what = "combine_rows";
-  const View target = view(what, out, true), from = view(what, source, false),
-             row = view(what, rows, false), offset = view(what, offsets, false);
+  const View target = host_view(what, out, true), from = host_view(what, source, false),
+             row = host_view(what, rows, false), offset = host_view(what, offsets, false);
   const uint64_t width = width_of(out);
   const DType dtype = dtype_of_first(what, sources);
   require_summable(what, dtype);
@@ -85,7 +85,7 @@ void combine_rows(const py::object& out, const py::sequence& sources, const py::
                      " rows; there must be one more");
   const float* factors = nullptr;
   if (!weights.is_none()) {
-    const View weight = view(what, weights, false);
+    const View weight = host_view(what, weights, false);
     if (weight.dtype != DType::float32 || weight.numel != row.numel)
       refuse(what, "weights must be float32, one for each term");
     factors = static_cast<const float*>(weight.data);
@@ -102,7 +102,7 @@ void combine_rows(const py::object& out, const py::sequence& sources, const py::
 void code_rows(const py::object& coded, const py::object& values, const std::string& wire,
                bool encodes) {
   const char* what = encodes ? "encode_rows" : "decode_rows";
-  const View code = view(what, coded, encodes), value = view(what, values, !encodes);
+  const View code = host_view(what, coded, encodes), value = host_view(what, values, !encodes);
   const Wire form = parse_wire(wire);
   require_summable(what, value.dtype);
   const uint64_t width = width_of(values);

@@ -2,6 +2,8 @@
 // it; `make test` only compiles it. Without a GPU every test fails: none may pass by not running.
 #include <memory>
 
+#include "core/wire.h"
+#include "cpu/coding.h"
 #include "cuda/cuda.h"
 #include "gpu_memory.h"
 #include "testing.h"
@@ -103,6 +105,38 @@ TEST(dequantise_sum_adds_forms_in_order_and_rounds_once) {
           cpu::from_float32(expected.data(), sums.data(), numel, dtype);
         EXPECT_TRUE(out.read() == expected);
       }
+}
+
+TEST(requantise_sum_gives_the_cpu_engines_bits) {
+  for (const Wire wire : {Wire::int8, Wire::fp8})
+    for (const size_t numel : kNumels) {
+      const BlockCode code = block_code(wire);
+      const auto n = static_cast<int64_t>(numel);
+      const auto nbytes = static_cast<size_t>(quantised_nbytes(n, code));
+      const int64_t stride = (quantised_nbytes(n, code) + 15) / 16 * 16;
+      std::vector<char> forms(static_cast<size_t>(3 * stride));
+      std::vector<float> sum(numel, 0.0f), decoded(numel), lost(numel);
+      for (int form = 0; form < 3; ++form) {
+        const auto x = widened(values(numel, DType::float32, static_cast<unsigned>(20 + form)),
+                               numel, DType::float32);
+        char* const at = forms.data() + form * stride;
+        cpu::encode(at, x.data(), numel, wire);
+        cpu::decode(decoded.data(), at, numel, wire);
+        for (size_t i = 0; i < numel; ++i) sum[i] = form == 0 ? decoded[i] : sum[i] + decoded[i];
+      }
+      for (float& value : sum) value *= 0.5f;
+      std::vector<char> expected(nbytes);
+      cpu::encode(expected.data(), sum.data(), numel, wire);
+      cpu::decode(decoded.data(), expected.data(), numel, wire);
+      for (size_t i = 0; i < numel; ++i) lost[i] = 2.5f * (sum[i] - decoded[i]);
+      const Memory given(forms, 0), found(nbytes), loss(numel * sizeof(float));
+      require(cudaMemset(loss.data(), 0, numel * sizeof(float)));
+      require(cuda::requantise_sum(found.data(), given.data(), 3, stride, numel, code, 0.5f,
+                                   nullptr, {reinterpret_cast<float*>(loss.data()), 2.5f}));
+      require(cudaDeviceSynchronize());
+      EXPECT_TRUE(found.read() == expected);
+      EXPECT_TRUE(std::memcmp(loss.read().data(), lost.data(), numel * sizeof(float)) == 0);
+    }
 }
 
 TEST(all_reduce_of_peers_on_one_device) {

@@ -24,10 +24,15 @@ TEST(dtypes_and_ops_without_a_kernel_are_refused_by_name) {
 TEST(a_misaligned_quantised_buffer_is_refused) {
   for (const Status& status :
        {cuda::quantise(memory + 4, memory, 4, DType::float32, BlockCode::int8, nullptr),
-        cuda::dequantise(memory, memory + 4, 4, DType::float32, BlockCode::e4m3, true, nullptr)}) {
+        cuda::dequantise(memory, memory + 4, 4, DType::float32, BlockCode::e4m3, true, nullptr),
+        cuda::requantise_sum(memory, memory + 4, 2, 16, 4, BlockCode::int8, 1.0f, nullptr)}) {
     EXPECT_EQ(status.code, Code::invalid_argument);
     EXPECT_TRUE(status.message.find("4 bytes off") != std::string::npos);
   }
+  const Status status =
+      cuda::requantise_sum(memory, memory, 2, 20, 4, BlockCode::int8, 1.0f, nullptr);
+  EXPECT_TRUE(status.message.find("a multiple of 16 bytes apart; they are 20") !=
+              std::string::npos);
 }
 
 TEST(int4_is_refused_by_name) {
@@ -44,6 +49,7 @@ TEST(nothing_to_do_needs_no_gpu) {
   EXPECT_TRUE(cuda::quantise(memory, memory, 0, DType::bfloat16, BlockCode::int8, nullptr).ok());
   EXPECT_TRUE(
       cuda::dequantise(memory, memory, 0, DType::float32, BlockCode::e4m3, false, nullptr).ok());
+  EXPECT_TRUE(cuda::requantise_sum(memory, memory, 2, 16, 0, BlockCode::e4m3, 1.0f, nullptr).ok());
   const std::vector<cuda::Tensor> empty(300,
                                         cuda::Tensor{memory, 0});  // more than one launch takes
   EXPECT_TRUE(cuda::pack(memory, empty, 0.5f, DType::float32, nullptr).ok());

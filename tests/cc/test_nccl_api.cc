@@ -39,10 +39,11 @@ TEST(good_library_opens_with_version_path_and_features) {
   ASSERT_TRUE(opened.status.ok());
   EXPECT_EQ(opened.api->version(), 22905);
   EXPECT_EQ(opened.api->path(), FAKE_NCCL_GOOD);
-  std::map<std::string, bool> features(opened.api->features().begin(),
-                                       opened.api->features().end());
+  std::map<std::string, bool> features;
+  for (const auto& feature : opened.api->features()) features[feature.name] = feature.present;
   EXPECT_EQ(features.size(), opened.api->features().size());
-  for (const char* present : {"split", "register", "window", "shrink", "alltoall", "revoke"})
+  for (const char* present :
+       {"split", "register", "window", "shrink", "alltoall", "revoke", "copy_engine"})
     EXPECT_TRUE(features.at(present));
   for (const char* absent : {"suspend", "grow", "allocate"}) EXPECT_TRUE(!features.at(absent));
 }
@@ -50,7 +51,8 @@ TEST(good_library_opens_with_version_path_and_features) {
 TEST(oldest_library_opens_without_the_newer_features) {
   const Opened opened = open(FAKE_NCCL_OLDEST);
   ASSERT_TRUE(opened.status.ok());
-  for (const auto& [name, present] : opened.api->features()) EXPECT_EQ(present, name == "split");
+  for (const auto& feature : opened.api->features())
+    EXPECT_EQ(feature.present, feature.name == "split");
 }
 
 TEST(describe_names_version_result_and_last_error) {

@@ -200,7 +200,7 @@ TEST(dtypes_and_operations_that_nccl_lacks_are_refused_before_anything_is_sent) 
     Call named = all_reduce(y.data(), y.size());
     named.wire = Wire::fp8;
     named.must_be_finite = true;
-    EXPECT_THROWS("wire_nonfinite are of CPU tensors", rank.group.run(named));
+    EXPECT_THROWS("wire_nonfinite is of CPU tensors", rank.group.run(named));
     EXPECT_EQ(rank.engine->sequence(), 0u);
     // Both kinds still move, and logic of bools works.
     Call moved = call_of(Collective::broadcast, DType::int16, small, small);

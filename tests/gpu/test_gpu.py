@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from spawn import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch_ranks import run_torch_ranks
 
@@ -96,6 +97,35 @@ def _graph(rank: int, n: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, expected) and torch.equal(z, plus + 1)
+
+
+class _Foreign:
+    """A tensor that shows nothing but __cuda_array_interface__, on torch's current stream."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            **x.__cuda_array_interface__,
+            "version": 3,
+            "stream": torch.cuda.current_stream().cuda_stream or 1,
+        }
+
+
+def test_arrays_of_other_libraries_are_reduced_in_place() -> None:
+    run_ranks(_foreign, n_gpus(), timeout_s=120)
+
+
+def _foreign(group: Any) -> None:
+    torch.cuda.set_device(group.rank)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x = torch.zeros(1 << 20, device="cuda")
+        torch.cuda._sleep(2_000_000)
+        x += group.rank + 1
+        group.all_reduce(_Foreign(x))
+        y = x + 1
+        group.all_reduce(z := torch.ones(5, device="cuda"))
+    torch.cuda.synchronize()
+    assert (y == 1 + group.size * (group.size + 1) // 2).all() and (z == group.size).all()
 
 
 def test_ddp_trains_as_on_nccl() -> None:

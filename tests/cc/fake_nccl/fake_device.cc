@@ -6,6 +6,7 @@
 #include <deque>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "core/status.h"
 #include "cuda/device.h"
@@ -112,46 +113,40 @@ class HostDevice final : public pycomm::cuda::Device {
   bool capturing(Stream) override { return false; }
   void* allocate(size_t nbytes) override { return ::calloc(1, nbytes); }
   void release(void* memory) override { ::free(memory); }
+  void* allocate_pinned(size_t nbytes) override { return ::calloc(1, nbytes); }
+  void release_pinned(void* memory) override { ::free(memory); }
   void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
     in_order(stream, [=] { std::memmove(dst, src, nbytes); });
   }
+  void zero(void* memory, size_t nbytes, Stream stream) override {
+    in_order(stream, [=] { std::memset(memory, 0, nbytes); });
+  }
   void quantise(void* dst, const void* src, size_t numel, pycomm::DType dtype,
-                pycomm::BlockCode code, Stream stream) override {
+                pycomm::BlockCode code, pycomm::Loss loss, Stream stream) override {
     in_order(stream, [=] {
-      auto* const codes = static_cast<uint8_t*>(dst);
-      const auto n = static_cast<int64_t>(numel);
-      for (int64_t first = 0; first < n; first += pycomm::kBlockNumel) {
-        int32_t largest = 0;
-        for (int64_t i = first; i < std::min(n, first + pycomm::kBlockNumel); ++i)
-          largest = std::max(largest, pycomm::magnitude_bits(value(src, i, dtype)));
-        const auto scale = pycomm::block_scale(largest, code);
-        for (int64_t i = first; i < first + pycomm::kBlockNumel; ++i)
-          codes[i] = pycomm::encode(code, i < n ? value(src, i, dtype) : 0.0f, scale.to_code);
-        std::memcpy(codes + pycomm::scales_offset(n, code) + first / pycomm::kBlockNumel * 4,
-                    &scale.to_value, 4);
-      }
+      std::vector<float> values(numel);
+      for (size_t i = 0; i < numel; ++i) values[i] = value(src, static_cast<int64_t>(i), dtype);
+      code_values(dst, values, code, loss);
+    });
+  }
+  void requantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                      pycomm::BlockCode code, float factor, pycomm::Loss loss,
+                      Stream stream) override {
+    in_order(stream, [=] {
+      code_values(dst, sums(src, n_forms, stride_bytes, numel, code, factor), code, loss);
     });
   }
   void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes, size_t numel,
                       pycomm::DType dtype, pycomm::BlockCode code, float factor,
                       Stream stream) override {
     in_order(stream, [=] {
-      const auto n = static_cast<int64_t>(numel);
-      for (int64_t i = 0; i < n; ++i) {
-        float sum = 0;
-        for (int form = 0; form < n_forms; ++form) {
-          const auto* const codes = static_cast<const uint8_t*>(src) + form * stride_bytes;
-          float to_value;
-          std::memcpy(&to_value,
-                      codes + pycomm::scales_offset(n, code) + i / pycomm::kBlockNumel * 4, 4);
-          sum += pycomm::decode(code, codes[i], to_value);
-        }
-        sum *= factor;
+      const auto found = sums(src, n_forms, stride_bytes, numel, code, factor);
+      for (size_t i = 0; i < numel; ++i) {
         if (dtype == pycomm::DType::float32)
-          static_cast<float*>(dst)[i] = sum;
+          static_cast<float*>(dst)[i] = found[i];
         else
           static_cast<uint16_t*>(dst)[i] =
-              fake::narrow(sum, dtype == pycomm::DType::float16 ? 5 : 8);
+              fake::narrow(found[i], dtype == pycomm::DType::float16 ? 5 : 8);
       }
     });
   }
@@ -161,6 +156,42 @@ class HostDevice final : public pycomm::cuda::Device {
   }
 
  private:
+  // By the CPU engine's functions of one value, in plain loops.
+  static void code_values(void* dst, const std::vector<float>& values, pycomm::BlockCode code,
+                          pycomm::Loss loss) {
+    auto* const codes = static_cast<uint8_t*>(dst);
+    const auto n = static_cast<int64_t>(values.size());
+    for (int64_t first = 0; first < n; first += pycomm::kBlockNumel) {
+      const auto at = [&](int64_t i) { return i < n ? values[static_cast<size_t>(i)] : 0.0f; };
+      int32_t largest = 0;
+      for (int64_t i = first; i < first + pycomm::kBlockNumel; ++i)
+        largest = std::max(largest, pycomm::magnitude_bits(at(i)));
+      const auto scale = pycomm::block_scale(largest, code);
+      for (int64_t i = first; i < first + pycomm::kBlockNumel; ++i) {
+        codes[i] = pycomm::encode(code, at(i), scale.to_code);
+        if (loss.to != nullptr && i < n)
+          loss.to[i] += loss.factor * (at(i) - pycomm::decode(code, codes[i], scale.to_value));
+      }
+      std::memcpy(codes + pycomm::scales_offset(n, code) + first / pycomm::kBlockNumel * 4,
+                  &scale.to_value, 4);
+    }
+  }
+  static std::vector<float> sums(const void* src, int n_forms, int64_t stride_bytes, size_t numel,
+                                 pycomm::BlockCode code, float factor) {
+    std::vector<float> found(numel, 0.0f);
+    const auto n = static_cast<int64_t>(numel);
+    for (int form = 0; form < n_forms; ++form) {
+      const auto* const codes = static_cast<const uint8_t*>(src) + form * stride_bytes;
+      for (int64_t i = 0; i < n; ++i) {
+        float to_value;
+        std::memcpy(&to_value, codes + pycomm::scales_offset(n, code) + i / pycomm::kBlockNumel * 4,
+                    4);
+        found[static_cast<size_t>(i)] += pycomm::decode(code, codes[i], to_value);
+      }
+    }
+    for (float& one : found) one *= factor;
+    return found;
+  }
   static float value(const void* array, int64_t i, pycomm::DType dtype) {
     if (dtype == pycomm::DType::float32) return static_cast<const float*>(array)[i];
     return static_cast<float>(fake::widen(static_cast<const uint16_t*>(array)[i],
@@ -179,7 +210,20 @@ class HostDevice final : public pycomm::cuda::Device {
 
 }  // namespace
 
-extern "C" void fake_device_delay(int microseconds) { delay_us = microseconds; }
+extern "C" {
+
+void fake_device_delay(int microseconds) { delay_us = microseconds; }
+void* fake_device_new_stream() { return HostDevice("").new_stream(); }
+void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes) {
+  HostDevice("").in_order(stream, [=] { std::memset(memory, byte, nbytes); });
+}
+void fake_device_synchronize(void* stream) {
+  Mark mark;
+  HostDevice("").in_order(stream, [&mark] { mark.pass(); });
+  mark.wait();
+}
+void fake_device_free_stream(void* stream) { HostDevice("").free_stream(stream); }
+}
 
 // What PYCOMM_TEST_DEVICE names: csrc/torch asks a library for its device by this function.
 extern "C" pycomm::cuda::Device* pycomm_test_device(const char* id) { return new HostDevice(id); }

@@ -6,6 +6,8 @@
 // pycomm needs, FAKE_WITHOUT_NEWER what came after 2.18. At run time:
 #pragma once
 
+#include <cstddef>
+
 extern "C" {
 // The next call of this function in this process fails with this result and last error.
 void fake_nccl_fail_next(const char* function, int result, const char* text);
@@ -17,7 +19,12 @@ void fake_nccl_async_error(int rank, int result, const char* text);
 void fake_nccl_slow_init(int polls);
 // What is on a stream runs this much later.
 void fake_device_delay(int microseconds);
-// Communicators and streams that exist in this process.
+// A stream for a test in Python: made, given a memset to do in its turn, waited for, and freed.
+void* fake_device_new_stream();
+void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes);
+void fake_device_synchronize(void* stream);
+void fake_device_free_stream(void* stream);
+// Communicators that exist in this process.
 int fake_nccl_n_communicators();
 }
 

@@ -1,0 +1,264 @@
+"""Collectives on arrays of other libraries: DLPack on the host; __cuda_array_interface__ and DLPack on a device (host
+memory over a fake NCCL here) on the arrays' own stream."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_nccl import build
+from spawn import run_ranks
+
+from pycomm.errors import InvalidArgument
+
+
+class OnHost:
+    """An array that has nothing but DLPack; of an older library, which takes no arguments but `stream`."""
+
+    def __init__(self, array: Any, older: bool = False) -> None:
+        self.array = array
+        self.older = older
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.older and options:
+            raise TypeError("unexpected keyword argument")
+        return self.array.__dlpack__(**options)
+
+
+class OnDevice:
+    """An array as CuPy's, by __cuda_array_interface__."""
+
+    def __init__(self, array: Any, stream: int | None = None, **changes: Any) -> None:
+        self.array = array
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.ctypes.data, False),
+            "version": 3,
+            "strides": None if array.flags.c_contiguous else array.strides,
+            "stream": stream,
+            **changes,
+        }
+
+
+class OnDeviceByDlpack(OnHost):
+    device = 0
+    asked: tuple[Any, ...] = ()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, self.device)
+
+    def __dlpack__(self, stream: Any = None, **options: Any) -> Any:
+        self.asked += (stream,)
+        return super().__dlpack__(**options)
+
+
+def test_dlpack_on_the_host_is_read_and_written_in_place() -> None:
+    run_ranks(_on_host, 2)
+
+
+def _on_host(group: Any) -> None:
+    for older in (False, True):
+        x = torch.full((3, 5), float(group.rank + 1), dtype=torch.bfloat16)
+        assert group.all_reduce(given := OnHost(x, older)) is given
+        assert x.unique().tolist() == [3.0]
+        whole, mine = torch.zeros(6, dtype=torch.int64), np.full(3, group.rank, np.int64)
+        work = group.all_gather(OnHost(whole, older), OnHost(mine), async_op=True)
+        work.wait()
+        assert whole.tolist() == [0, 0, 0, 1, 1, 1]
+    fixed = np.ones(4)
+    fixed.flags.writeable = False
+    with pytest.raises(InvalidArgument, match=r"read-only|readonly"):
+        group.all_reduce(OnHost(fixed))
+    with pytest.raises(InvalidArgument, match=r"not C-contiguous; copy it, with ascontiguousarray\(\)"):
+        group.all_reduce(OnHost(torch.ones(4, 4).t()[:2]))
+    with pytest.raises(
+        InvalidArgument, match=r"takes a torch tensor, a numpy array, or one with .*, got <class 'list'>"
+    ):
+        group.all_reduce([1.0])
+    odd_class = type("Odd", (OnHost,), {"__dlpack_device__": lambda self: (7, 0)})
+    with pytest.raises(InvalidArgument, match="device of DLPack's type 7"):
+        group.all_reduce(odd_class(torch.ones(3)))
+
+
+def test_arrays_on_a_device_take_nccl_in_the_order_of_their_stream() -> None:
+    library = str(build())
+    variables = {"PYCOMM_NCCL_LIB": library, "PYCOMM_TEST_DEVICE": library, "PYCOMM_CUDA_HIERARCHICAL_BYTES": "64"}
+    run_ranks(_on_device, 4, hosts=["a", "b", "a", "b"], environment=variables)
+
+
+def _on_device(group: Any) -> None:
+    fake = ctypes.CDLL(os.environ["PYCOMM_TEST_DEVICE"])
+    fake.fake_device_delay(300)
+    fake.fake_device_new_stream.restype = ctypes.c_void_p
+    stream = fake.fake_device_new_stream()
+
+    def synchronize() -> None:
+        fake.fake_device_synchronize(ctypes.c_void_p(stream))
+
+    # What was put on the stream comes first, and what is put on it next comes after; nobody waits in between.
+    x = np.zeros(1000, np.uint8)
+    for _ in range(5):
+        fake.fake_device_fill(ctypes.c_void_p(stream), ctypes.c_void_p(x.ctypes.data), group.rank + 1, x.nbytes)
+        group.all_reduce(OnDevice(x, stream), op="max")
+        group.all_reduce(OnDevice(x, stream), op="sum")
+        synchronize()
+        assert (x == 16).all()
+    for numel in (0, 1, 7, 40000):
+        _every_collective(group, numel, stream, synchronize)
+        # Ranks of a host side by side, so that what crosses hosts goes in one piece each.
+        side_by_side = group.new_group([0, 2, 1, 3])
+        _every_collective(side_by_side, numel, stream, synchronize)
+        side_by_side.close()
+    # Messages; async; DLPack, on the host's own stream here.
+    given = np.full(300, group.rank, np.int32)
+    if group.rank < 2:
+        peer = 1 - group.rank
+        work = group.send(OnDevice(given, stream), peer, async_op=True)
+        assert group.recv(OnDevice(got := np.zeros_like(given), stream), peer) == peer
+        synchronize()
+        work.wait()
+        assert (got == peer).all()
+    y = torch.ones(3, dtype=torch.float16)
+    work = group.all_reduce(by_dlpack := OnDeviceByDlpack(y), async_op=True)
+    work.wait()
+    assert y.tolist() == [4.0] * 3 and by_dlpack.asked[-1] == 1
+    _refusals(group, stream, fake)
+    group.barrier()
+    synchronize()
+    fake.fake_device_free_stream(ctypes.c_void_p(stream))
+
+
+def test_arrays_on_a_device_go_through_the_host_where_nccl_cannot() -> None:
+    variables = {
+        "PYCOMM_NCCL_LIB": "/nowhere/libnccl.so.2",
+        "PYCOMM_TEST_DEVICE": str(build()),
+        "PYCOMM_CUDA_BETWEEN_HOSTS": "tcp",
+    }
+    run_ranks(_staged, 4, hosts=["a", "b", "a", "b"], environment=variables)
+
+
+def _staged(group: Any) -> None:
+    fake = ctypes.CDLL(os.environ["PYCOMM_TEST_DEVICE"])
+    fake.fake_device_delay(300)
+    fake.fake_device_new_stream.restype = ctypes.c_void_p
+    stream = fake.fake_device_new_stream()
+
+    def synchronize() -> None:
+        fake.fake_device_synchronize(ctypes.c_void_p(stream))
+
+    x = np.zeros(1000, np.uint8)
+    for _ in range(3):
+        fake.fake_device_fill(ctypes.c_void_p(stream), ctypes.c_void_p(x.ctypes.data), group.rank + 1, x.nbytes)
+        group.all_reduce(OnDevice(x, stream), op="max")
+        group.all_reduce(OnDevice(x, stream), op="bxor", async_op=True).wait()
+        group.all_reduce(OnDevice(x, stream))
+        synchronize()
+        assert (x == 0).all()
+    sent = group.stats().bytes_between_hosts
+    for numel in (0, 1, 7, 40000):
+        _every_collective(group, numel, stream, synchronize)
+    assert group.stats().bytes_between_hosts > sent
+    # Uneven pieces, a wire with its residual, messages.
+    counts = [0, 3, 1, 2]
+    mine = np.full(counts[group.rank], group.rank, np.int64)
+    whole = np.zeros(6, np.int64)
+    group.all_gather(OnDevice(whole, stream), OnDevice(mine, stream), counts)
+    rows, given = [group.rank + 2 * rank for rank in range(4)], [rank + 2 * group.rank for rank in range(4)]
+    out = np.concatenate([np.full(count, 10 * group.rank + rank) for rank, count in enumerate(rows)])
+    got = np.zeros(sum(given), np.int64)
+    group.all_to_all(OnDevice(got, stream), OnDevice(out, stream), given, rows)
+    y = np.random.default_rng(group.rank).standard_normal(500).astype(np.float32)
+    exact, lost = y.astype(np.float64), np.full(500, 9, np.float32)
+    group.all_reduce(exact)
+    group.all_reduce(OnDevice(y, stream), wire="int8", wire_residual=OnDevice(lost, stream))
+    peer = (group.rank + 2) % 4
+    if group.rank < 2:
+        group.send(OnDevice(whole, stream), peer)
+    else:
+        group.recv(OnDevice(received := np.zeros_like(whole), stream), peer)
+    synchronize()
+    assert whole.tolist() == [1, 1, 1, 2, 3, 3] and (group.rank < 2 or (received == whole).all())
+    assert got.tolist() == [10 * rank + group.rank for rank, count in enumerate(given) for _ in range(count)]
+    group.all_reduce(everything := lost.astype(np.float64))
+    assert np.allclose(y + everything, exact, atol=1e-4) and not np.allclose(y, exact, atol=1e-4)
+    group.barrier()
+    fake.fake_device_free_stream(ctypes.c_void_p(stream))
+
+
+def _every_collective(group: Any, numel: int, stream: int, synchronize: Any) -> None:
+    n, me = group.size, group.rank
+    mine = np.arange(numel, dtype=np.int64) + 100 * me
+    everyone = np.concatenate([np.arange(numel) + 100 * rank for rank in range(n)])
+
+    def check(run: Any, result: Any, expected: Any) -> None:
+        run()
+        synchronize()
+        assert (result == expected).all(), (result, expected)
+
+    x = mine.copy()
+    check(lambda: group.all_reduce(OnDevice(x, stream)), x, n * np.arange(numel) + 100 * n * (n - 1) // 2)
+    average = mine.copy()  # of integers NCCL takes it whole, hierarchical or not
+    check(lambda: group.all_reduce(OnDevice(average, stream), op="avg"), average, x // n)
+    whole = np.full(n * numel, -1)
+    check(lambda: group.all_gather(OnDevice(whole, stream), OnDevice(mine, stream)), whole, everyone)
+    part = np.full(numel, -1)
+    check(lambda: group.reduce_scatter(OnDevice(part, stream), OnDevice(whole, stream)), part, n * mine)
+    pieces = (np.arange(n * numel) + 1_000_000 * me).reshape(n, numel)
+    got = np.full_like(pieces, -1)
+    check(
+        lambda: group.all_to_all(OnDevice(got, stream), OnDevice(pieces, stream)),
+        got,
+        np.arange(numel) + numel * me + 1_000_000 * np.arange(n)[:, None],
+    )
+    x = mine.copy()
+    check(lambda: group.broadcast(OnDevice(x, stream), 1), x, np.arange(numel) + 100)
+    check(lambda: group.reduce(OnDevice(x, stream), 2, "max"), x, np.arange(numel) + 100)
+    out = np.full(n * numel, -1)
+    if me == 3:
+        check(lambda: group.gather(OnDevice(out, stream), OnDevice(mine, stream), 3), out, everyone)
+    else:
+        group.gather(None, OnDevice(mine, stream), 3)
+    part = np.full(numel, -1)
+    source = OnDevice(everyone, stream) if me == 0 else None
+    check(lambda: group.scatter(OnDevice(part, stream), source), part, mine)
+
+
+def _refusals(group: Any, stream: int, fake: Any) -> None:
+    """Bad input is told before anything is sent: the group goes on afterwards."""
+    ones = np.ones(4)
+    before = group.stats().ops
+    for text, call in {
+        "not C-contiguous": lambda: group.all_reduce(OnDevice(np.ones((4, 4)).T[:2], stream)),
+        "the array is read-only": lambda: group.all_reduce(OnDevice(ones, data=(ones.ctypes.data, True))),
+        r"bytes are swapped \(>f8\)": lambda: group.all_reduce(OnDevice(ones, typestr=">f8")),
+        "names no dtype": lambda: group.all_reduce(OnDevice(ones, typestr="|V8")),
+        "has a mask": lambda: group.all_reduce(OnDevice(ones, mask=OnDevice(ones))),
+        "stream is 0": lambda: group.all_reduce(OnDevice(ones, stream=0)),
+        "one array is on cuda:0, another on cpu": lambda: group.all_to_all(OnDevice(ones, stream), np.ones(4)),
+        "stand on two streams of cuda:0": lambda: group.all_to_all(OnDevice(ones, stream), OnDevice(ones)),
+        "NCCL has no sum of int16": lambda: group.all_reduce(OnDevice(np.ones(4, np.int16), stream)),
+        "NCCL has no band of int64": lambda: group.all_reduce(OnDevice(np.ones(4, np.int64), stream), op="band"),
+        "5 elements do not divide by 4": lambda: group.all_to_all(OnDevice(np.ones(5)), OnDevice(np.ones(5))),
+        "name the source": lambda: group.recv(OnDevice(ones, stream)),
+        "have no tag": lambda: group.send(OnDevice(ones, stream), (group.rank + 1) % 4, tag=3),
+        "wire_nonfinite is of CPU": lambda: group.all_reduce(
+            OnDevice(np.ones(4, np.float32), stream), wire="fp8", wire_nonfinite="raise"
+        ),
+    }.items():
+        with pytest.raises(InvalidArgument, match=text):
+            call()
+    elsewhere = OnDeviceByDlpack(torch.ones(3))
+    elsewhere.device = 1
+    with pytest.raises(InvalidArgument, match="the array is on cuda:1, this group works on cuda:0"):
+        group.all_reduce(elsewhere)
+    group.all_reduce(OnDevice(ones, stream))
+    fake.fake_device_synchronize(ctypes.c_void_p(stream))
+    assert (ones == 4).all() and group.stats().ops == before

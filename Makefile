@@ -50,7 +50,7 @@ benchmark: build
 test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)
 	$(CTEST) build/cc-plain$(PYCOMM_CUDA)
-	$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadgroup tests
+	$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile tests
 
 # On a machine with GPUs and a torch for CUDA (PYCOMM_PYTHON). Each fails where there is none.
 test-gpu: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt

@@ -7,20 +7,6 @@ import pytest
 os.environ["PYCOMM_TUNE_DIR"] = "/nonexistent"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): pytest-xdist runs these tests in one process")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """Where tests run in several processes (make test), those that share a fixture of their module stay together: it is
-    made once, and many of their ranks took part in it."""
-    for item in items:
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        if any(fixture.scope == "module" for of_name in definitions for fixture in of_name):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture
 def pycomm_command(capsys):
     """pycomm_command("explain", "all_reduce", ..): (exit code, stdout, stderr) of the command, run in this process: a

@@ -50,12 +50,15 @@ bool overlap(const std::byte* a, uint64_t a_nbytes, const std::byte* b, uint64_t
 Large::Large(const Segment& segment, Board& board, Reach& reach, Endpoint& endpoint,
              const std::vector<int>& ranks, int rank)
     : segment_(segment),
+      endpoint_(endpoint),
       board_(board),
       reach_(reach),
       direct_(segment, board, reach, endpoint, ranks, rank),
       staged_(segment, endpoint, ranks, rank),
       rank_(rank),
-      n_(static_cast<int>(ranks.size())) {
+      n_(static_cast<int>(ranks.size())),
+      next_((rank + 1) % n_),
+      beside_{ranks[static_cast<size_t>(next_)]} {
   static_assert(sizeof(Entry) <= kInlineBytes);
 }
 
@@ -137,9 +140,11 @@ void Large::choose_way(const Launch& launch, uint64_t largest) {
     way_ = ways_.choose(static_cast<int>(launch.fingerprint.collective), nbytes_);
 }
 
-// Nanoseconds that the next rank's lines take. Relaxed: only the time matters.
-uint64_t Large::probe() const {
-  const BoardEntry& next = segment_.board((rank_ + 1) % n_);
+// Nanoseconds that the next rank's lines take; 0 where it waits on this core, whose own cache has
+// them. Relaxed: only the time matters.
+uint64_t Large::probe() {
+  if (endpoint_.shares_core(beside_)) return 0;
+  const BoardEntry& next = segment_.board(next_);
   const auto begin = Clock::now();
   uint64_t sum = 0;
   for (size_t i = 0; i < kProbeLines; ++i)
@@ -213,8 +218,7 @@ void Large::enter(const Launch& launch) {
   if (is_uneven_exchange(launch)) choose_way(launch, largest);
   in_place_ = all_in_heaps || way_ == Way::pulled;
   measured_ = {static_cast<int>(launch.fingerprint.collective), nbytes_, way_, 0, 0};
-  if (probes_)
-    measured_.probe_ns = static_cast<uint32_t>(std::clamp<uint64_t>(probe(), 1, UINT32_MAX));
+  if (probes_) measured_.probe_ns = static_cast<uint32_t>(std::min<uint64_t>(probe(), UINT32_MAX));
   measures_ = all_reach_ && !all_in_heaps && nbytes_ >= Ways::kLeast;
   if (measures_) entered_at_ = Clock::now();
   if (in_place_)

@@ -36,17 +36,20 @@ class Large {
   const std::byte* input_apart(const Launch& launch);
   uint64_t bytes_for_others(const Launch& launch) const;
   void choose_way(const Launch& launch, uint64_t largest);
-  uint64_t probe() const;
+  uint64_t probe();
   bool offer(const Launch& launch);
   void enter(const Launch& launch);
 
   const Segment& segment_;
+  Endpoint& endpoint_;
   Board& board_;
   Reach& reach_;
   Direct direct_;
   Staged staged_;
   const int rank_;
   const int n_;
+  const int next_;                 // the rank whose lines this one reads
+  const std::vector<int> beside_;  // its endpoint rank
 
   bool offered_ = false;
   bool entered_ = false;

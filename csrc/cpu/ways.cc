@@ -15,7 +15,7 @@ constexpr uint64_t kFewest = 4, kUntried = 16, kMost = 64, kDearest = 20;
 // Of a try; the last two count. The caches are full of what the other way used, and shared memory
 // is a ring of some size, which has to come round.
 uint64_t calls_of_try(Way way, uint64_t nbytes) {
-  constexpr uint64_t kRing = 2 << 20, kLongest = 33;
+  constexpr uint64_t kRing = 2 << 20, kLongest = 129;
   return way == Way::pulled ? 2 : std::clamp<uint64_t>(1 + kRing / nbytes, 2, kLongest);
 }
 

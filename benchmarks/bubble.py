@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from typing import Any
 
 import torch
-from common import RESULTS, environment, markdown_table, run_ranks, write_json
+from common import environment, markdown_table, read_json, run_ranks, write_json
 from sleeping import PARTS, Seconds, put_to_sleep
 
 import pycomm
@@ -118,13 +117,12 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.sizes) - set(SIZES):
         parser.error(f"no size {', '.join(sorted(unknown))}")
-    path = RESULTS / "bubble.json"
     for size in options.sizes or SIZES:
         about = environment()
         new = {size: {"environment": about, "rank_s": RANK_S, "results": section(*SIZES[size])}}
         print(table(new), flush=True)
         if not options.dry:
-            record = (json.loads(path.read_text()) if path.exists() else {}) | new
+            record = read_json("bubble") | new
             write_json("bubble", {key: record[key] for key in SIZES if key in record})
 
 

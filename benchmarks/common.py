@@ -148,6 +148,13 @@ def write_json(name: str, record: dict[str, Any]) -> Path:
     return path
 
 
+def read_json(name: str) -> dict[str, Any]:
+    """What write_json() left there; {} where nothing is."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def write_figures(page: Path, parts: Sequence[str]) -> None:
     """Replaces what stands between the page's marks."""
     begin, end = "<!-- figures: begin -->\n", "<!-- figures: end -->"

@@ -24,7 +24,7 @@ import sys
 from typing import Any
 
 import torch
-from common import RESULTS, as_measured, environment, run_ranks, write_json
+from common import as_measured, environment, read_json, run_ranks, write_json
 from netns import emulated_hosts, why_unavailable
 from sleeping import Seconds, alone, put_to_sleep
 
@@ -129,7 +129,6 @@ def main() -> int:
         print(f"exposed.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
-    path = RESULTS / "exposed.json"
     for preset in options.presets or PRESETS:
         about = environment()
         configs = [config_of(preset, schedule) for schedule in SCHEDULES]
@@ -144,7 +143,7 @@ def main() -> int:
             print(f"{preset} {json.dumps({k: v for k, v in each.items() if k != 'step_s'})}", flush=True)
             print(f"   steps {each['step_s'][:5]}", flush=True)
         if not options.dry:
-            record = json.loads(path.read_text()) if path.exists() else {}
+            record = read_json("exposed")
             parts = {part: [round(s, 6) for s in dataclasses.astuple(each)] for part, each in alone_s.items()}
             record[preset] = {
                 "environment": about,

@@ -14,7 +14,6 @@ ways at once, between two hosts, and does nothing else. For an all_reduce of S b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, environment, serve_store, size_name, write_json
+from common import environment, read_json, serve_store, size_name, write_json
 from hosts_report import plot, table, write_page
 from links import compile_bare
 from netns import Network, emulated_hosts, why_unavailable
@@ -155,8 +154,7 @@ def main() -> int:
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
     PEERS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / "hosts.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_json("hosts")
     measured = options.collectives.split(",")
     for name in options.sections or SECTIONS:
         command = ["python", "benchmarks/hosts.py", name, "--collectives", options.collectives]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
 import os
 import shlex
 import socket
@@ -37,7 +36,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, environment, markdown_table, microseconds, run_ranks, size_name, write_figures, write_json
+from common import (
+    RESULTS,
+    environment,
+    markdown_table,
+    microseconds,
+    read_json,
+    run_ranks,
+    size_name,
+    write_figures,
+    write_json,
+)
 from netns import HOSTS, emulated_hosts, why_unavailable
 
 MIB = 1 << 20
@@ -527,7 +536,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no section {', '.join(sorted(unknown))}")
     path = RESULTS / "links.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_json("links")
     if options.tables:
         write_tables(record)
         return 0

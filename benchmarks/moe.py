@@ -15,7 +15,6 @@ bytes are payload) and without. Writes results/moe.json and the tables of docs/m
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import RESULTS, environment, markdown_table, run_ranks, write_figures, write_json
+from common import environment, markdown_table, read_json, run_ranks, write_figures, write_json
 from netns import emulated_hosts, why_unavailable
 from torch import Tensor
 
@@ -265,8 +264,7 @@ def main() -> int:
     if "hosts" in sections and (why := why_unavailable()) is not None:
         print(f"moe.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
-    path = RESULTS / "moe.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_json("moe")
     where = environment()
     if "hosts" in sections:
         record["2 hosts x 4 ranks, 200 Mbit/s"] = {"environment": where, **on_hosts()}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import RESULTS, as_measured, environment, markdown_table, run_ranks, write_figures, write_json
+from common import as_measured, environment, markdown_table, read_json, run_ranks, write_figures, write_json
 from netns import emulated_hosts, why_unavailable
 from overlap_plot import plot
 from torch import Tensor, nn
@@ -455,8 +454,7 @@ def main() -> int:
         print(f"overlap.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
-    path = RESULTS / "overlap.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_json("overlap")
     for name in options.sections or SECTIONS:
         record[name] = {"environment": environment(), "result": section(name)}
         print("\n".join(tables({name: record[name]})), flush=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import RESULTS, as_measured, environment, run_ranks, write_json
+from common import as_measured, environment, read_json, run_ranks, write_json
 from netns import emulated_hosts, why_unavailable
 from sleeping import by_flops, put_to_sleep
 
@@ -148,7 +147,6 @@ def main() -> int:
         print(f"planner.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
-    path = RESULTS / "planner.json"
     for name in wanted:
         about, begin = environment(), time.perf_counter()
         found = section(name)
@@ -165,7 +163,7 @@ def main() -> int:
                 flush=True,
             )
         if not options.dry:
-            record = json.loads(path.read_text()) if path.exists() else {}
+            record = read_json("planner")
             record[name] = {"environment": about, "result": found}
             write_json("planner", {key: record[key] for key in SECTIONS if key in record})
     return 0

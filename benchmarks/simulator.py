@@ -10,7 +10,6 @@ A run replaces its own set-ups in results/simulator.json and writes the table of
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from common import RESULTS, environment, markdown_table, run_ranks, size_name, write_figures, write_json
+from common import environment, markdown_table, read_json, run_ranks, size_name, write_figures, write_json
 from netns import emulated_hosts, why_unavailable
 
 import pycomm
@@ -146,8 +145,7 @@ def main() -> int:
     if (why := why_unavailable()) is not None:
         print(f"simulator.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
-    path = RESULTS / "simulator.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = read_json("simulator")
     for name in options.setups or SETUPS:
         record[name] = set_up(name)
         print(table({name: record[name]}), flush=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, markdown_table, run_ranks, write_figures, write_json
+from common import environment, markdown_table, read_json, run_ranks, write_figures, write_json
 
 import pycomm
 import training.trainer
@@ -161,8 +160,7 @@ def main() -> None:
     names, seeds = args.choices.split(";"), [int(each) for each in args.seeds.split(",")]
     if unknown := [each for each in names if each not in CHOICES]:
         parser.error(f"--choices: there is no {unknown[0]!r}; there are {'; '.join(CHOICES)}")
-    path = RESULTS / "synchronise.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = read_json("synchronise")
     if record.get("steps") != args.steps:
         record = {"steps": args.steps, "curve_every": CURVE_EVERY, "runs": []}
     record["environment"] = here = environment()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import RESULTS, as_measured, environment, run_ranks, write_json
+from common import as_measured, environment, read_json, run_ranks, write_json
 from netns import emulated_hosts, why_unavailable
 from plain_torch import Contender, DataParallel, Pipelining, require_plain
 from torch import Tensor
@@ -189,7 +188,6 @@ def main() -> int:
         print(f"trainer.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
-    path = RESULTS / "trainer.json"
     for name in wanted:
         about, begin = environment(), time.perf_counter()
         found = section(name)
@@ -197,7 +195,7 @@ def main() -> int:
         for who, each in found["step_s"].items():
             print(f"  {who:<30} {1e3 * each['median']:8.1f} ms  losses within {found['losses_apart'][who]}", flush=True)
         if not options.dry:
-            record = json.loads(path.read_text()) if path.exists() else {}
+            record = read_json("trainer")
             record[name] = {"environment": about, "result": found}
             write_json("trainer", {key: record[key] for key in SECTIONS if key in record})
     return 0

@@ -11,13 +11,12 @@ A run replaces its own rates in results/tuned.json."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from typing import Any
 
 import numpy as np
-from common import RESULTS, environment, markdown_table, run_ranks, size_name, write_json
+from common import environment, markdown_table, read_json, run_ranks, size_name, write_json
 from netns import emulated_hosts, why_unavailable
 
 HOSTS = ("a",) * 4 + ("b",) * 4
@@ -99,8 +98,7 @@ def main() -> int:
     if why := why_unavailable():
         print(f"tuned: cannot run here: {why}", file=sys.stderr)
         return 2
-    path = RESULTS / "tuned.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = read_json("tuned")
     for rate in rates:
         about = environment()
         with emulated_hosts() as network:

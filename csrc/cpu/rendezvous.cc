@@ -14,6 +14,12 @@ constexpr uint64_t kNone = uint64_t{1} << 40;
 enum State : uint64_t { offered = 0, accepted = 1, withdrawn = 2 };
 constexpr uint64_t word(uint64_t use, State state) { return use << 2 | state; }
 
+// A bit of TransferRecord::unusual: the receiver wants messages like it from a heap over the ring,
+// from ordinary memory pulled.
+uint64_t bit(const Place& from, uint64_t nbytes) {
+  return uint64_t{1} << (Ways::class_of(nbytes) + (from.in_heap ? 32 : 0));
+}
+
 }  // namespace
 
 Rendezvous::Rendezvous(const Segment& segment, Reach& reach, Endpoint& endpoint,
@@ -52,12 +58,6 @@ bool Rendezvous::has_choice(int peer, const Place& from, uint64_t nbytes) const 
   if (nbytes < Ways::kLeast) return false;
   // What the ring holds goes on its way before it is asked for, and from ordinary memory stays so.
   return from.in_heap || (nbytes > segment_.ring_bytes() && reach_.reaches(peer));
-}
-
-// A bit of TransferRecord::unusual: the receiver wants messages like it from a heap over the ring,
-// from ordinary memory pulled.
-static uint64_t bit(const Place& from, uint64_t nbytes) {
-  return uint64_t{1} << (Ways::class_of(nbytes) + (from.in_heap ? 32 : 0));
 }
 
 bool Rendezvous::offers(int peer, const Place& from, uint64_t nbytes) const {

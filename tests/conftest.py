@@ -1,10 +1,12 @@
-"""For all tests: no tuning table of the user's own bears on what is tested."""
+"""For all tests: no tuning table of the user's own and no state of the machine's name service bears on what is tested."""
 
 import os
 
 import pytest
 
 os.environ["PYCOMM_TUNE_DIR"] = "/nonexistent"
+# torch's store asks for the name of each client's address, and warns where the machine's DNS does not answer.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @pytest.fixture

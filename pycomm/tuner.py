@@ -122,7 +122,7 @@ def choice_table(
     won = found.expected_s[:, len(ladder) :].argmin(axis=0)  # at each measured size
     winners = []
     for nbytes, expected in zip(ladder, found.expected_s.T, strict=False):
-        nearest = np.argsort(np.abs(np.log2(sizes) - np.log2(nbytes)), kind="stable")[:2] if sizes else []
+        nearest = np.argsort(np.abs(np.log2(sizes) - np.log2(nbytes)), kind="stable")[:2].tolist() if sizes else []
         preferred = [*won[nearest], *range(len(expected))]
         within = (row for row in preferred if expected[row] <= expected.min() * TIE)
         winners.append(found.algorithms[next(within)])

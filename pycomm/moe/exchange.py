@@ -76,7 +76,7 @@ class ExpertParallel:
             not (layout == "rank" and dedup == "none"),
             "layout 'rank' has one row for a token, dedup 'none' sends one for each expert; use dedup 'rank' or 'host'",
         )
-        self.group, self.waits = group, Waits(group)
+        self.group = group
         self.num_experts, self.hidden, self.top_k, self.layout = num_experts, hidden, top_k, layout
         self.placement = placement or Placement.even(num_experts, group.size)
         require(
@@ -99,6 +99,7 @@ class ExpertParallel:
             "dedup='host' needs a pycomm.Group, whose ranks share memory inside a host",
         )
         self._host_group = host_group
+        self.waits = Waits(group, host_group)
         direct = Direct(self.waits, self._geometry.n_hosts == 1)
         transports: dict[Dedup, Transport] = {"rank": direct}
         if layout != "rank":

@@ -49,7 +49,8 @@ class Chunk:
 
 
 class ExpertStream:
-    """One batch of tokens. Iterated once, to the end; then output is there. All ranks together."""
+    """One batch of tokens. Iterated once, to the end; then output is there. All ranks together: one that leaves the
+    loop, by an exception or early, breaks the group, and the others raise GroupClosed with its rank and chunk."""
 
     def __init__(self, moves: Movement, planned: Planned, x: Tensor, weights: Tensor, later: Later | None) -> None:
         self._moves, self._x, self._weights = moves, x, weights
@@ -57,6 +58,7 @@ class ExpertStream:
         self._later = later
         self._output: Tensor | None = None
         self._begun = False
+        self._at = 0  # the chunk that the loop is in; their number where it has ended
 
     @property
     def n_chunks(self) -> int:
@@ -74,6 +76,19 @@ class ExpertStream:
         if self._begun:
             raise RuntimeError("a stream runs once; make another one")
         self._begun = True
+        try:
+            yield from self._chunks()
+        except BaseException as error:
+            if self._at == len(self.plan.crossing_of_stage):  # all has been exchanged: nobody waits for this rank
+                raise
+            what = f"failed in its stream, {type(error).__name__}: {error}"
+            if isinstance(error, GeneratorExit):
+                what = "left its stream's loop, by an exception there or early; see that rank's output for why"
+            waits, n = self._moves.waits, len(self.plan.crossing_of_stage)
+            waits.abandon(f"moe: rank {waits.group.rank} of {waits.group.size}, chunk {self._at + 1} of {n}: it {what}")
+            raise
+
+    def _chunks(self) -> Iterator[Chunk]:
         plan, moves, builds = self.plan, self._moves, torch.is_grad_enabled()
         record = _Record(moves, plan, self._x, self._weights, self._later)
         tickets: tuple[Any, ...] = ()
@@ -104,6 +119,7 @@ class ExpertStream:
                 rows = _Rows.apply(record, index, rows, tickets[index])  # type: ignore[no-untyped-call]
             experts = plan.stage_experts[index]
             counts = plan.stage_counts[index, experts.start : experts.stop]
+            self._at = index
             chunk = Chunk(index, rows, experts, counts, tuple(counts.tolist()))
             yield chunk
             out = _checked(chunk)
@@ -117,6 +133,7 @@ class ExpertStream:
         record.arriving = None
         reducing = reducing or summing()
         y = reducing.finish()
+        self._at = len(plan.crossing_of_stage)
         if builds:
             y = _End.apply(record, expert_out, of_out, y, *tickets[len(plan.crossing_of_stage) :], *held)  # type: ignore[no-untyped-call]
         self._output = y

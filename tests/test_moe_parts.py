@@ -11,6 +11,7 @@ import torch
 from moe_cases import Case, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pycomm import _C
 from pycomm.errors import InvalidArgument
 from pycomm.moe import (
     ExpertParallel,
@@ -194,6 +195,32 @@ def test_static_sizes_read_nothing_from_the_device() -> None:
         plan.check()
     with pytest.raises(InvalidArgument, match=r"topk_weights \[3, 1\]"):
         StaticExpertParallel(OneRank(), 4, 3).dispatch(one.x, one.idx, one.weights[:, :1])
+
+
+def test_output_rows_take_memory_again_that_nobody_holds() -> None:
+    memory = _C.RowMemory(1 << 20)
+    first = memory.empty(64, 128, torch.float32)
+    kept, address = first[3:4], first.data_ptr()
+    kept.fill_(7)
+    del first
+    second = memory.empty(64, 128, torch.float32)  # the view still holds the first one's memory
+    second.fill_(1)
+    assert second.data_ptr() != address and bool((kept == 7).all())
+    del kept
+    third = memory.empty(128, 130, torch.bfloat16)  # another type and size that fit
+    assert third.data_ptr() == address and third.shape == (128, 130) and third.dtype == torch.bfloat16
+    assert memory.empty(64, 20, torch.float32).data_ptr() != address  # held
+    del third
+    assert memory.empty(1, 8, torch.float32).data_ptr() != address  # too small for so much
+    assert memory.empty(0, 8, torch.float16).shape == (0, 8)
+    weight = torch.ones(64, 128, requires_grad=True)
+    product = second * weight  # which keeps second for backward
+    address = second.data_ptr()
+    del second
+    memory.empty(64, 128, torch.float32).fill_(9)
+    assert bool((torch.autograd.grad(product.sum(), [weight])[0] == 1).all())
+    del product
+    assert memory.empty(64, 128, torch.float32).data_ptr() == address
 
 
 def test_batches_of_any_size_follow_each_other_on_one_rank() -> None:

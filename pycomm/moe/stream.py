@@ -23,7 +23,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.moe.autograd import weight_gradients, weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
-from pycomm.moe.rows import spread_rows
+from pycomm.moe.rows import empty_rows, spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -100,7 +100,7 @@ class ExpertStream:
         slot_weights = self._slot_weights
         arriving_weights = None if slot_weights is not None else moves.start_weights("stream, dispatch", plan, weights)
         record.arriving = moves.begin_expand("stream, dispatch", plan, plan.out, x, range(plan.n_chunks))
-        expert_out = x.new_empty((plan.n_out, x.shape[1]))
+        expert_out = empty_rows(moves.memory, x, plan.n_out)
         of_out: Tensor | None = None
         reducing: Reducing | None = None
 

@@ -27,6 +27,7 @@ from pycomm.moe import rows as rows_module
 from pycomm.moe.balance import rank_loads
 from pycomm.moe.cost import Dedup, Links, estimates, rows_between_hosts
 from pycomm.moe.placement import Geometry, Places
+from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.router import imbalance
 from pycomm.moe.rows import Terms, combine_rows, copy_rows, decode_fp8, encode_fp8
 
@@ -88,6 +89,23 @@ def test_kernels_refuse_indices_out_of_range() -> None:
         combine_rows(torch.empty(1, 3), [x], Terms(zero, zero - 1, torch.tensor([0, 1]), 1))
     with pytest.raises(InvalidArgument, match="offsets go from 0 to 0, there are 1 terms"):
         combine_rows(torch.empty(1, 3), [x], Terms(zero, zero, torch.tensor([0, 0]), 1))
+
+
+def test_ids_that_other_ranks_tell_are_not_trusted() -> None:
+    """A rank checks its own ids in words; what comes from others is checked where it is used."""
+    geometry = Geometry.of(1, "ab")
+    places = Places(Placement.even(4, 2), geometry)
+    request = Request((), geometry, places, "rank", "expert", 1, "tokens", 1, None, False)
+    mine, theirs = torch.tensor([[0, 3]]), torch.tensor([[1, 2], [2, 4]])
+    for wrong, text in ((4, "rank 0 names expert 4; there are 0 to 3"), (-1, "rank 0 names expert -1")):
+        theirs[1, 1] = wrong
+        with pytest.raises(InvalidArgument, match=text):
+            make_plan(request, mine, torch.cat([theirs, mine]).to(torch.int16), (2, 1))
+    theirs[1, 1] = 3
+    plan = make_plan(request, mine, torch.cat([theirs, mine]).to(torch.int16), (2, 1))
+    assert plan.expert_counts.tolist() == [2, 2] and plan.out.leg.receives == ((2, 0),)
+    with pytest.raises(InvalidArgument, match="ids are uint8, int16 or int32, not int64"):
+        make_plan(request, mine, torch.cat([theirs, mine]), (2, 1))
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "n_ranks", "n_hosts"), [(256, 8, 8, 2), (16, 2, 4, 4), (8, 8, 8, 2)])

@@ -1,5 +1,5 @@
-// RowMemory: memory of output rows that is taken again once nobody holds it. New pages cost more
-// than what is written to them: of 8 MiB 1.0 ms, beside 0.7 ms for the rows (docs/moe.md).
+// RowMemory: memory of output rows that is taken again once nobody holds it. The system's work for
+// new pages takes longer than writing the rows to them (docs/moe.md).
 // Thread safety: any thread may take, and the last to hold a tensor gives its memory back.
 // Invariant: memory is free, or behind one tensor (and its views), never both.
 #pragma once

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <random>
 #include <string>
+#include <utility>
 
 #include "core/status.h"
 #include "cpu/expert_plan.h"
@@ -124,7 +125,7 @@ struct Exchange {
       if (hosts) {
         sources.clear();
         const Ints& members = places[0].members[at(of.host_of[at(rank)])];
-        for (const auto* kind : {&own, &arrived})
+        for (const std::vector<Ints>* kind : {&std::as_const(own), &arrived})
           for (const int64_t member : members) sources.push_back(&(*kind)[at(member)]);
         for (size_t i = 0; i < members.size(); ++i)
           EXPECT_EQ(tables[at(rank)].out.on_host->arrived[i], length(arrived[at(members[i])]));

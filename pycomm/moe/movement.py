@@ -35,9 +35,11 @@ class Movement:
 
     # Rows.
 
-    def expand(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor) -> Tensor:
-        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire."""
-        found = self.transports[plan.mode].expand(stage, plan, route, self._coded(rows))
+    def expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, then: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire. then: see Transport."""
+        found = self.transports[plan.mode].expand(stage, plan, route, self._coded(rows), then)
         return self._decoded(found, rows.shape[1], rows.dtype)
 
     def begin_expand(

@@ -14,7 +14,7 @@ a stream (stream.py) works on one stage while others cross. All ranks take the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,9 +98,13 @@ class Transport(ABC):
         """Over output rows [n_out, H], to sums in rows' dtype. weights: float32 [n_out]; home_weights: the same numbers
         for this rank's own slots, by (token, place)."""
 
-    def expand(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor) -> Tensor:
-        """The plan's output rows [n_out, width]; zeros for padding."""
+    def expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, then: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The plan's output rows [n_out, width]; zeros for padding. then: called once all rows are on their way."""
         under_way = self.begin_expand(stage, plan, route, rows, range(plan.n_chunks))
+        if then is not None:
+            then()
         out = empty_rows(self.memory, rows, plan.n_out)
         stages = range(len(route.expansions))
         for number in sorted(stages, key=lambda each: plan.crossing_of_stage[each] is not None):  # what is here first

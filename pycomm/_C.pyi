@@ -171,6 +171,35 @@ class Group:
     def close(self) -> None: ...
     def _closer(self) -> Callable[[], None]: ...
 
+class RowMemory:
+    def __init__(self, keeps_nbytes: int) -> None: ...
+    def empty(self, n_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor: ...
+
+class ExpertPlaces:
+    def __init__(
+        self,
+        rank: int,
+        n_experts: int,
+        host_of: Sequence[int],
+        n_held: Sequence[int],
+        rank_of: Sequence[int],
+        local_of: Sequence[int],
+        expert_of: Sequence[int],
+    ) -> None: ...
+
+def expert_tables(
+    places: ExpertPlaces,
+    ids: torch.Tensor,
+    n_tokens: Sequence[int],
+    mode: str,
+    layout: str,
+    cuts_experts: bool,
+    n_crossings: int,
+    n_stages: int,
+    align: int,
+    max_tokens: int,
+    drop: bool,
+) -> dict[str, Any]: ...
 def copy_rows(
     out: torch.Tensor,
     sources: Sequence[torch.Tensor],

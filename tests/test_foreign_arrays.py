@@ -13,6 +13,7 @@ import torch
 from fake_nccl import build
 from spawn import run_ranks
 
+from pycomm import _C
 from pycomm.errors import InvalidArgument
 
 
@@ -131,9 +132,38 @@ def _on_device(group: Any) -> None:
     work.wait()
     assert y.tolist() == [4.0] * 3 and by_dlpack.asked[-1] == 1
     _refusals(group, stream, fake)
+    _rows_by_index()
     group.barrier()
     synchronize()
     fake.fake_device_free_stream(ctypes.c_void_p(stream))
+
+
+class Rows(OnDevice):
+    @property
+    def shape(self) -> Any:
+        return self.array.shape
+
+
+def _rows_by_index() -> None:
+    """Calls with arrays of a device reach the kernels, whose own checks answer; no GPU is needed for that."""
+    rows, index = Rows(np.zeros((2, 4), np.float32)), OnDevice(np.zeros(1, np.int64))
+    on_host, host_index = np.zeros((2, 4), np.float32), np.zeros(1, np.int64)
+    one, ends = Rows(np.zeros((1, 4), np.float32)), OnDevice(np.array([0, 1]))
+    values, coded = Rows(np.zeros((2, 128), np.float32)), Rows(np.zeros(265, np.uint8)[1:].reshape(2, 132))
+    calls = (
+        (
+            lambda: _C.copy_rows(rows, [rows] * 129, index, index),
+            "'expand_rows' takes 1 to 128 buffers of rows",
+        ),
+        (lambda: _C.combine_rows(one, [rows] * 129, index, index, ends), "'combine_rows' takes 1 to 128 buffers"),
+        (lambda: _C.encode_rows(coded, values, "fp8"), "'encode_rows' needs buffers 4-byte aligned"),
+        (lambda: _C.copy_rows(rows, [on_host], index, index), "one tensor is on cuda:0, another on cpu"),
+    )
+    for call, text in calls:
+        with pytest.raises(InvalidArgument, match=text if hasattr(_C, "cuda_info") else "built without CUDA"):
+            call()
+    with pytest.raises(InvalidArgument, match="one tensor is on the CPU, another on cuda:0"):
+        _C.copy_rows(on_host, [rows], host_index, host_index)
 
 
 def test_arrays_on_a_device_go_through_the_host_where_nccl_cannot() -> None:

@@ -11,6 +11,7 @@ import torch
 from moe_cases import Case, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pycomm import _C
 from pycomm.errors import InvalidArgument
 from pycomm.moe import (
     ExpertParallel,
@@ -26,6 +27,7 @@ from pycomm.moe import rows as rows_module
 from pycomm.moe.balance import rank_loads
 from pycomm.moe.cost import Dedup, Links, estimates, rows_between_hosts
 from pycomm.moe.placement import Geometry, Places
+from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.router import imbalance
 from pycomm.moe.rows import Terms, combine_rows, copy_rows, decode_fp8, encode_fp8
 
@@ -87,6 +89,23 @@ def test_kernels_refuse_indices_out_of_range() -> None:
         combine_rows(torch.empty(1, 3), [x], Terms(zero, zero - 1, torch.tensor([0, 1]), 1))
     with pytest.raises(InvalidArgument, match="offsets go from 0 to 0, there are 1 terms"):
         combine_rows(torch.empty(1, 3), [x], Terms(zero, zero, torch.tensor([0, 0]), 1))
+
+
+def test_ids_that_other_ranks_tell_are_not_trusted() -> None:
+    """A rank checks its own ids in words; what comes from others is checked where it is used."""
+    geometry = Geometry.of(1, "ab")
+    places = Places(Placement.even(4, 2), geometry)
+    request = Request((), geometry, places, "rank", "expert", 1, "tokens", 1, None, False)
+    mine, theirs = torch.tensor([[0, 3]]), torch.tensor([[1, 2], [2, 4]])
+    for wrong, text in ((4, "rank 0 names expert 4; there are 0 to 3"), (-1, "rank 0 names expert -1")):
+        theirs[1, 1] = wrong
+        with pytest.raises(InvalidArgument, match=text):
+            make_plan(request, mine, torch.cat([theirs, mine]).to(torch.int16), (2, 1))
+    theirs[1, 1] = 3
+    plan = make_plan(request, mine, torch.cat([theirs, mine]).to(torch.int16), (2, 1))
+    assert plan.expert_counts.tolist() == [2, 2] and plan.out.leg.receives == ((2, 0),)
+    with pytest.raises(InvalidArgument, match="ids are uint8, int16 or int32, not int64"):
+        make_plan(request, mine, torch.cat([theirs, mine]), (2, 1))
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "n_ranks", "n_hosts"), [(256, 8, 8, 2), (16, 2, 4, 4), (8, 8, 8, 2)])
@@ -194,6 +213,33 @@ def test_static_sizes_read_nothing_from_the_device() -> None:
         plan.check()
     with pytest.raises(InvalidArgument, match=r"topk_weights \[3, 1\]"):
         StaticExpertParallel(OneRank(), 4, 3).dispatch(one.x, one.idx, one.weights[:, :1])
+
+
+def test_output_rows_take_memory_again_that_nobody_holds() -> None:
+    memory = _C.RowMemory(1 << 20)
+    first = memory.empty(64, 128, torch.float32)
+    kept, address = first[3:4], first.data_ptr()
+    kept.fill_(7)
+    del first
+    second = memory.empty(64, 128, torch.float32)  # the view still holds the first one's memory
+    second.fill_(1)
+    assert second.data_ptr() != address and bool((kept == 7).all())
+    del kept
+    third = memory.empty(128, 130, torch.bfloat16)  # another type and size that fit
+    assert third.data_ptr() == address and third.shape == (128, 130) and third.dtype == torch.bfloat16
+    assert memory.empty(64, 20, torch.float32).data_ptr() != address  # held
+    del third
+    assert memory.empty(1, 8, torch.float32).data_ptr() != address  # too small for so much
+    assert memory.empty(0, 8, torch.float16).shape == (0, 8)
+    weight = torch.ones(64, 128, requires_grad=True)
+    product = second * weight  # which keeps second for backward
+    address = second.data_ptr()
+    del second
+    memory.empty(64, 128, torch.float32).fill_(9)
+    assert bool((torch.autograd.grad(product.sum(), [weight])[0] == 1).all())
+    del product
+    both = [memory.empty(64, 128, torch.float32) for _ in range(2)]
+    assert address in [each.data_ptr() for each in both]
 
 
 def test_batches_of_any_size_follow_each_other_on_one_rank() -> None:

@@ -13,7 +13,7 @@ from spawn import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pycomm.errors import InvalidArgument
+from pycomm.errors import GroupClosed, InvalidArgument
 from pycomm.moe import ExpertParallel
 from pycomm.overlap import (
     Cut,
@@ -393,12 +393,47 @@ def check_stream_corners(group: Any, ep: Any) -> None:
         ep.stream(x, topk, torch.ones(6, 2), n_chunks=1 + group.rank)
     with pytest.raises(InvalidArgument, match="layout is 'token'"):
         ExpertParallel(group, 6, layout="token", dedup="rank").stream(x, topk, torch.ones(6, 2))
-    with pytest.raises(InvalidArgument, match="another exchange of this ExpertParallel began before"):
-        for chunk in ep.stream(x, topk, torch.ones(6, 2), n_chunks=2):
-            chunk.output = ep.dispatch(x, topk, torch.ones(6, 2)).rows[: len(chunk.rows)]
-    stream = ep.stream(x, topk, torch.ones(6, 2), n_chunks=2)
-    with pytest.raises(InvalidArgument, match=r"nothing as output; set chunk\.output"):
-        list(stream)
+
+
+def check_streams_that_end_early(group: Any) -> None:
+    """A rank that leaves, in whichever way: the others, also those that wait for others of their host, name it."""
+    x, topk = torch.ones(6, 4), torch.tensor([[0, 5]]).repeat(6, 1)
+    weights = torch.ones(6, 2)
+
+    def run(ep: Any, leaver: int, how: str) -> None:
+        for chunk in ep.stream(x, topk, weights, n_chunks=2):
+            if group.rank == leaver and chunk.index == 1:
+                if how == "raises":
+                    raise OSError("no more experts")
+                if how == "breaks":
+                    break
+                continue  # sets no output
+            chunk.output = chunk.rows
+
+    cases = (
+        (0, "raises", OSError, "no more experts", "it left its stream's loop"),
+        (1, "breaks", None, "", "it left its stream's loop"),
+        (2, "forgets", InvalidArgument, "nothing as output; set chunk", "it failed in its stream, InvalidArgument"),
+    )
+    for dedup, (leaver, how, own, own_text, text) in itertools.product(("rank", "host"), cases):
+        inner = group.new_group(range(group.size))
+        ep = ExpertParallel(inner, 6, dedup=dedup)
+        if group.rank == leaver:
+            with pytest.raises(own, match=own_text) if own else nullcontext():
+                run(ep, leaver, how)
+        else:
+            with pytest.raises(GroupClosed, match=f"moe: rank {leaver} of {group.size}, chunk 2 of 4: {text}"):
+                run(ep, leaver, how)
+        with pytest.raises(GroupClosed, match=f"moe: rank {leaver} of {group.size}, chunk 2 of 4: {text}"):
+            ep.plan(topk)
+        ep.close()
+        inner.close()
+    inner = group.new_group(range(group.size))
+    ep = ExpertParallel(inner, 6, dedup="host")
+    with pytest.raises((InvalidArgument, GroupClosed), match="another exchange of this ExpertParallel began before"):
+        for chunk in ep.stream(x, topk, weights, n_chunks=2):
+            chunk.output = ep.dispatch(x, topk, weights).rows[: len(chunk.rows)]
+    inner.close()
 
 
 def _doubled(x: Tensor, topk: Tensor, ep: Any, scale: Tensor) -> Tensor:
@@ -463,6 +498,7 @@ CHECKS = (
     check_cuts,
     check_matmuls,
     check_stream,
+    check_streams_that_end_early,
     check_delayed_gradients,
     check_scorecard,
 )

@@ -68,19 +68,22 @@ def test_from_text_to_an_exported_model_and_back(tmp_path: Path) -> None:
         f"export {run} --export.precision fp32",
         f"import {tmp_path}/bpe/hugging_face tiny {out} {data} --name again",
         f"eval {tmp_path}/again/again.toml",
+        f"scorecard {run}",
         f"import {tmp_path}/bpe/hugging_face tiny {out} --name again",
         f"inspect {tmp_path}/nowhere",
         "export tiny --out-dir /nonexistent",
     )
-    for status, printed in results[:8]:
+    for status, printed in results[:9]:
         assert status == 0, printed
-    prepared, ran, evaluated, sampled, inspected, exported, imported, evaluated_again, *refused = results
+    prepared, ran, evaluated, sampled, inspected, exported, imported, evaluated_again, scored, *refused = results
     assert "a vocabulary of 320 was trained" in prepared[1] and "--data.end-of-document 0" in prepared[1]
     assert "MFU" in ran[1] and "step 5/5" in ran[1]
     assert sampled[1].startswith("import")
     assert "step 5, sequence 40" in inspected[1] and "every value is finite" in inspected[1]
     assert "blocks.1.attention.query.weight" in inspected[1] and "32 × 32" in inspected[1]
     assert "config.json and fp32 safetensors" in exported[1] and "Go on from it with" in imported[1]
+    for figure in ("T_compute", "T_comm", "T_serial", "T ", "exposed communication", "T/max(T_compute, T_comm)"):
+        assert f" {figure}" in scored[1]
     loss = evaluated[1].partition("held-out loss ")[2].split()[0]
     assert "bpe at step 5" in evaluated[1] and "again at step 0" in evaluated_again[1]
     assert f"held-out loss {loss} " in evaluated_again[1]  # the same model

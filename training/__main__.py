@@ -2,6 +2,7 @@
 
   run     [PRESET] [--model.n-layers 6 ...]   train, or resume, or show a finished run
   plan    [PRESET] --gpus 64 --topology FILE  which layout would be fastest there, and why; trains nothing
+  scorecard [PRESET] [...]                    what overlapping gains in one of its steps; trains nothing
   eval    [PRESET] [...]                      the held-out loss of the run's newest checkpoint
   sample  [PRESET] [--sample.prompt "def "]   text of it
   export  [PRESET] [--export.folder DIR]      it as a Hugging Face model
@@ -23,7 +24,7 @@ from pathlib import Path
 from training.config import Config, load_preset, nearest, resolve_layout
 from training.errors import ConfigError, TrainingError
 
-COMMANDS = ("run", "plan", "eval", "sample", "export", "import", "inspect", "prepare")
+COMMANDS = ("run", "plan", "scorecard", "eval", "sample", "export", "import", "inspect", "prepare")
 _PLAN_OPTIONS = ("gpus", "topology", "tflops", "max-cp", "max-pp", "show")  # of [plan], for `plan` without the prefix
 _TAKE_A_PATH = ("import", "inspect", "prepare")
 USAGE_ERROR = 2
@@ -86,7 +87,7 @@ def _do(command: str, path: Path | None, config: Config) -> None:
         from training import plan_layout
 
         return plan_layout.plan(config)
-    if command in ("run", "eval", "sample") and not config.layout.auto:
+    if command in ("run", "scorecard", "eval", "sample") and not config.layout.auto:
         resolve_layout(config, int(os.environ["WORLD_SIZE"]))  # refused before torch is loaded or a group is joined
     from training import commands
 
@@ -105,6 +106,10 @@ def _do(command: str, path: Path | None, config: Config) -> None:
             from training.run import run
 
             return run(config, world)
+        if command == "scorecard":
+            from training.scorecard import score
+
+            return score(config, world)
         if command == "import" and path is not None:
             return commands.import_(config, world, path)
         return {"eval": commands.evaluate, "sample": commands.sample, "export": commands.export}[command](config, world)

@@ -1,15 +1,31 @@
-"""What overlapping gains in a training step: pycomm.overlap's scorecard of one micro-batch of random tokens."""
+"""What overlapping gains in a training step: pycomm.overlap's scorecard of one micro-batch of random tokens.
+
+`pycomm-train scorecard [PRESET]` prints it, as `pycomm bench overlap` prints that of a collective alone."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 
 from pycomm.overlap import Scorecard, measure
+from training.config import Config
+from training.machine import share_cores
+from training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from training.trainer import Trainer
+    from pycomm.group import Group
+
+
+def score(config: Config, world: Group) -> None:
+    """Prints the scorecard of a step of a new model; trains nothing and writes nothing."""
+    share_cores(world)
+    with contextlib.closing(Trainer(config, world)) as trainer:
+        card = scorecard(trainer)
+        sequences = config.train.global_batch // (trainer.mesh.layout.dp * config.train.accumulation)
+    if world.rank == 0:
+        print(f"{config.name}, a micro-batch of {sequences} x {config.data.seq_len} tokens a rank: {card}")
 
 
 def scorecard(trainer: Trainer, n_rounds: int = 3) -> Scorecard:

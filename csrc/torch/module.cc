@@ -13,6 +13,7 @@
 #include "cpu/engine.h"
 #include "torch/backend.h"
 #include "torch/blocking.h"
+#include "torch/expert_plan.h"
 #include "torch/py_group.h"
 #include "torch/python.h"
 #include "torch/rows.h"
@@ -192,6 +193,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("values"), py::arg("wire"), "What a rank that is sent these values reads.");
 
   def_rows(m);
+  def_expert_plan(m);
 
   py::class_<PyGroup> group(m, "Group");
   group

@@ -2,9 +2,13 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
+
 #include "cpu/rows.h"
 #include "torch/arrays.h"
+#include "torch/device_rows.h"
 #include "torch/py_group.h"
+#include "torch/row_memory.h"
 
 namespace pycomm::torch_layer {
 namespace {
@@ -25,24 +29,43 @@ const int64_t* indices(const char* what, const View& view) {
 }
 
 // Sources of rows as wide as `width` values of one dtype.
-std::vector<cpu::Rows> sources_of(const char* what, const py::sequence& objects, DType dtype,
-                                  uint64_t width) {
-  std::vector<cpu::Rows> sources;
+std::vector<View> sources_of(const char* what, const py::sequence& objects, DType dtype,
+                             uint64_t width) {
+  std::vector<View> sources;
   for (const py::handle object : objects) {
-    const View source = host_view(what, object, false);
+    sources.push_back(view(what, object, false));
+    const View& source = sources.back();
     if (source.dtype != dtype || (source.rows > 0 && source.row() != width))
       refuse(what, "a source has rows of " + std::to_string(source.row()) + " " +
                        name_of(source.dtype) + ", not " + std::to_string(width) + " " +
                        name_of(dtype));
-    sources.push_back(
-        {static_cast<const std::byte*>(source.data), static_cast<int64_t>(source.rows)});
   }
   return sources;
 }
 
+std::vector<cpu::Rows> rows_of(const std::vector<View>& sources) {
+  std::vector<cpu::Rows> rows;
+  for (const View& each : sources)
+    rows.push_back({static_cast<const std::byte*>(each.data), static_cast<int64_t>(each.rows)});
+  return rows;
+}
+
+// All are on the CPU, or those of a device are named with what would have to be copied.
+void require_host(const char* what, const std::vector<View>& sources,
+                  std::initializer_list<const View*> others) {
+  const auto check = [&](const View& each) {
+    if (!each.device.is_cpu())
+      refuse(what, "one tensor is on the CPU, another on " + each.device.str() +
+                       "; all must be on one device");
+  };
+  for (const View& each : sources) check(each);
+  for (const View* each : others)
+    if (each != nullptr) check(*each);
+}
+
 DType dtype_of_first(const char* what, const py::sequence& objects) {
   if (objects.size() == 0) refuse(what, "give at least one source");
-  return host_view(what, objects[0], false).dtype;
+  return view(what, objects[0], false).dtype;
 }
 
 uint64_t width_of(py::handle tensor) {
@@ -52,17 +75,18 @@ uint64_t width_of(py::handle tensor) {
 void copy_rows(const py::object& out, const py::sequence& sources, const py::object& source,
                const py::object& rows, const py::object& to) {
   const char* what = "copy_rows";
-  const View target = host_view(what, out, true), from = host_view(what, source, false),
-             row = host_view(what, rows, false);
+  const View target = view(what, out, true), from = view(what, source, false),
+             row = view(what, rows, false);
   const uint64_t width = width_of(out);
   if (from.numel != row.numel) refuse(what, "source and rows differ in length");
-  const int64_t* places = nullptr;
-  if (!to.is_none()) {
-    const View place = host_view(what, to, false);
-    if (place.numel != row.numel) refuse(what, "to and rows differ in length");
-    places = indices(what, place);
-  }
-  const auto all = sources_of(what, sources, target.dtype, width);
+  std::optional<View> place;
+  if (!to.is_none()) place = view(what, to, false);
+  if (place && place->numel != row.numel) refuse(what, "to and rows differ in length");
+  const auto views = sources_of(what, sources, target.dtype, width);
+  if (!target.device.is_cpu()) return device_copy_rows(target, views, from, row, place);
+  require_host(what, views, {&from, &row, place ? &*place : nullptr});
+  const auto all = rows_of(views);
+  const int64_t* places = place ? indices(what, *place) : nullptr;
   const int64_t* at = indices(what, from);
   const int64_t* which = indices(what, row);
   py::gil_scoped_release release;
@@ -73,8 +97,8 @@ void copy_rows(const py::object& out, const py::sequence& sources, const py::obj
 void combine_rows(const py::object& out, const py::sequence& sources, const py::object& source,
                   const py::object& rows, const py::object& offsets, const py::object& weights) {
   const char* what = "combine_rows";
-  const View target = host_view(what, out, true), from = host_view(what, source, false),
-             row = host_view(what, rows, false), offset = host_view(what, offsets, false);
+  const View target = view(what, out, true), from = view(what, source, false),
+             row = view(what, rows, false), offset = view(what, offsets, false);
   const uint64_t width = width_of(out);
   const DType dtype = dtype_of_first(what, sources);
   require_summable(what, dtype);
@@ -83,14 +107,15 @@ void combine_rows(const py::object& out, const py::sequence& sources, const py::
   if (offset.numel != target.rows + 1)
     refuse(what, std::to_string(offset.numel) + " offsets for " + std::to_string(target.rows) +
                      " rows; there must be one more");
-  const float* factors = nullptr;
-  if (!weights.is_none()) {
-    const View weight = host_view(what, weights, false);
-    if (weight.dtype != DType::float32 || weight.numel != row.numel)
-      refuse(what, "weights must be float32, one for each term");
-    factors = static_cast<const float*>(weight.data);
-  }
-  const auto all = sources_of(what, sources, dtype, width);
+  std::optional<View> weight;
+  if (!weights.is_none()) weight = view(what, weights, false);
+  if (weight && (weight->dtype != DType::float32 || weight->numel != row.numel))
+    refuse(what, "weights must be float32, one for each term");
+  const auto views = sources_of(what, sources, dtype, width);
+  if (!target.device.is_cpu()) return device_combine_rows(target, views, from, row, offset, weight);
+  require_host(what, views, {&from, &row, &offset, weight ? &*weight : nullptr});
+  const auto all = rows_of(views);
+  const auto* factors = weight ? static_cast<const float*>(weight->data) : nullptr;
   const int64_t* at = indices(what, from);
   const int64_t* which = indices(what, row);
   const int64_t* starts = indices(what, offset);
@@ -102,7 +127,7 @@ void combine_rows(const py::object& out, const py::sequence& sources, const py::
 void code_rows(const py::object& coded, const py::object& values, const std::string& wire,
                bool encodes) {
   const char* what = encodes ? "encode_rows" : "decode_rows";
-  const View code = host_view(what, coded, encodes), value = host_view(what, values, !encodes);
+  const View code = view(what, coded, encodes), value = view(what, values, !encodes);
   const Wire form = parse_wire(wire);
   require_summable(what, value.dtype);
   const uint64_t width = width_of(values);
@@ -110,6 +135,8 @@ void code_rows(const py::object& coded, const py::object& values, const std::str
       code.numel != code.rows * coded_nbytes(form, width))
     refuse(what, "a row of " + std::to_string(width) + " values takes " +
                      std::to_string(coded_nbytes(form, width)) + " bytes as " + wire);
+  if (!code.device.is_cpu()) return device_code_rows(code, value, width, form, encodes);
+  require_host(what, {}, {&value});
   py::gil_scoped_release release;
   if (encodes)
     cpu::encode_rows(static_cast<std::byte*>(code.data), value.data, value.dtype,
@@ -157,6 +184,11 @@ void def_rows(py::module_& m) {
         code_rows(coded, values, wire, false);
       },
       py::arg("values"), py::arg("coded"), py::arg("wire"), "What encode_rows() was given, about.");
+  py::class_<RowMemory, std::shared_ptr<RowMemory>>(
+      m, "RowMemory", "Memory of output rows that is taken again once nobody holds it.")
+      .def(py::init<int64_t>(), py::arg("keeps_nbytes"))
+      .def("empty", &RowMemory::empty, py::arg("n_rows"), py::arg("width"), py::arg("dtype"),
+           "[n_rows, width], not initialised.");
   m.def("peer_bytes", &peer_bytes, py::arg("endpoint"), py::arg("rank"), py::arg("address"),
         py::arg("nbytes"), "uint8 [nbytes] of the heap of a rank of this host.");
 }

@@ -6,8 +6,8 @@
 
 exchange   ExpertParallel: plan, dispatch, combine       stream      the three as a loop that overlaps
 planning   what all ranks decide alike: way, pieces      cost        what each way costs, and the choice
-plan       where each row of a batch goes: tables are    placement   which rank holds which experts
-           made from a batch by routes, with indices     movement    rows and weights by a plan
+plan       where each row of a batch goes: tables        placement   which rank holds which experts
+                                                         movement    rows and weights by a plan
 transport  rows on their way, and the order of sums      rows        kernels, and rows in fp8
 through_hosts  likewise, once to each host               waits       collectives whose errors name the stage
 autograd   gradients                                     checks      what is refused

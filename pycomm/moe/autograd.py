@@ -8,6 +8,7 @@ Roundings on the way (wire, a host's sums) count as the identity."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ class Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, moves: Movement, plan: ExchangePlan, slot_weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.moves, ctx.plan, ctx.weights_shape = moves, plan, weights.shape
-        arriving = moves.start_weights("dispatch", plan, weights) if slot_weights is None else None  # beside the rows
-        rows = moves.expand("dispatch", plan, plan.out, x)
-        known = arriving() if arriving else slot_weights
-        assert known is not None
-        return rows, known, x.new_empty(0)
+        if slot_weights is not None:
+            return moves.expand("dispatch", plan, plan.out, x), slot_weights, x.new_empty(0)
+        arriving: list[Callable[[], Tensor]] = []
+
+        def send_weights() -> None:  # behind the rows: they cross while the last of these are put in their places
+            arriving.append(moves.start_weights("dispatch", plan, weights))
+
+        rows = moves.expand("dispatch", plan, plan.out, x, send_weights)
+        return rows, arriving[0](), x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

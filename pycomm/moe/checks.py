@@ -56,6 +56,9 @@ def problem_of_rows(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, hidden: i
             f"x is {list(x.shape)}, topk_idx {list(topk_idx.shape)}, topk_weights {list(topk_weights.shape)}; "
             "they must be [T, H], [T, K] and [T, K]"
         )
+    if not x.device == topk_idx.device == topk_weights.device:
+        devices = f"x is on {x.device}, topk_idx on {topk_idx.device}, topk_weights on {topk_weights.device}"
+        return f"{devices}; put all on one device"
     if hidden is not None and x.shape[1] != hidden:
         return f"x is {list(x.shape)}, hidden is {hidden}"
     if not x.dtype.is_floating_point or not topk_weights.dtype.is_floating_point:

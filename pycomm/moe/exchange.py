@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from pycomm import _C
 from pycomm.group import Group
 from pycomm.moe.autograd import Combine, Dispatch, picked
 from pycomm.moe.checks import (
@@ -29,6 +30,8 @@ from pycomm.moe.tables import Cut, ExchangePlan, Layout
 from pycomm.moe.through_hosts import ThroughHosts
 from pycomm.moe.transport import Direct, Transport
 from pycomm.moe.waits import RowsGroup, Waits
+
+KEPT_NBYTES: Final = 256 << 20  # of output rows that nobody holds any more, for the next batch
 
 
 class ExpertParallel:
@@ -76,7 +79,7 @@ class ExpertParallel:
             not (layout == "rank" and dedup == "none"),
             "layout 'rank' has one row for a token, dedup 'none' sends one for each expert; use dedup 'rank' or 'host'",
         )
-        self.group, self.waits = group, Waits(group)
+        self.group = group
         self.num_experts, self.hidden, self.top_k, self.layout = num_experts, hidden, top_k, layout
         self.placement = placement or Placement.even(num_experts, group.size)
         require(
@@ -99,13 +102,15 @@ class ExpertParallel:
             "dedup='host' needs a pycomm.Group, whose ranks share memory inside a host",
         )
         self._host_group = host_group
-        direct = Direct(self.waits, self._geometry.n_hosts == 1)
+        self.waits = Waits(group, host_group)
+        memory = _C.RowMemory(KEPT_NBYTES)
+        direct = Direct(self.waits, memory, self._geometry.n_hosts == 1)
         transports: dict[Dedup, Transport] = {"rank": direct}
         if layout != "rank":
             transports["none"] = direct
         if host_group is not None and isinstance(group, Group):
-            transports["host"] = ThroughHosts(self.waits, group, host_group, self._geometry)
-        self._moves = Movement(self.waits, transports, wire, self._geometry.n_hosts)
+            transports["host"] = ThroughHosts(self.waits, memory, group, host_group, self._geometry)
+        self._moves = Movement(self.waits, memory, transports, wire, self._geometry.n_hosts)
         self._planning = Planning(self._settings, self.waits, self._geometry, tuple(transports))
 
     @property

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pycomm import _C
 from pycomm.group import Group
 from pycomm.moe.cost import Dedup
-from pycomm.moe.rows import decode_fp8, encode_fp8
+from pycomm.moe.rows import decode_fp8, empty_rows, encode_fp8
 from pycomm.moe.tables import ExchangePlan, Route
 from pycomm.moe.transport import Expanding, Reducing, Transport
 from pycomm.moe.waits import Waits
@@ -19,15 +20,26 @@ Wire = Literal["bf16", "fp8"]
 
 
 class Movement:
-    def __init__(self, waits: Waits, transports: dict[Dedup, Transport], wire: Wire | None, n_hosts: int) -> None:
-        self.waits, self.transports, self.wire = waits, transports, wire
+    """memory: of output rows."""
+
+    def __init__(
+        self,
+        waits: Waits,
+        memory: _C.RowMemory,
+        transports: dict[Dedup, Transport],
+        wire: Wire | None,
+        n_hosts: int,
+    ) -> None:
+        self.waits, self.memory, self.transports, self.wire = waits, memory, transports, wire
         self._beside = isinstance(waits.group, Group) and n_hosts > 1  # weights travel beside rows
 
     # Rows.
 
-    def expand(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor) -> Tensor:
-        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire."""
-        found = self.transports[plan.mode].expand(stage, plan, route, self._coded(rows))
+    def expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, then: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire. then: see Transport."""
+        found = self.transports[plan.mode].expand(stage, plan, route, self._coded(rows), then)
         return self._decoded(found, rows.shape[1], rows.dtype)
 
     def begin_expand(
@@ -35,7 +47,7 @@ class Movement:
     ) -> Arriving:
         """The same in steps."""
         under_way = self.transports[plan.mode].begin_expand(stage, plan, route, self._coded(rows), crossings)
-        return Arriving(under_way, lambda found: self._decoded(found, rows.shape[1], rows.dtype))
+        return Arriving(under_way, self.memory, lambda found: self._decoded(found, rows.shape[1], rows.dtype))
 
     def reduce(
         self,
@@ -92,7 +104,7 @@ class Movement:
         self, name: str, output: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]
     ) -> Callable[[], Tensor]:
         group = self.waits.group
-        if not isinstance(group, Group) or not self._beside:
+        if not isinstance(group, Group) or not self._beside or output.device.type != "cpu":
             self.waits.all_to_all(name, output, sent, receives, sends)
             return lambda: output
         work = self.waits.start_all_to_all(group, name, output, sent, receives, sends)
@@ -108,12 +120,12 @@ class Movement:
 class Arriving:
     """What begin_expand() began."""
 
-    def __init__(self, under_way: Expanding, decoded: Callable[[Tensor], Tensor]) -> None:
-        self._under_way, self._decoded = under_way, decoded
+    def __init__(self, under_way: Expanding, memory: _C.RowMemory, decoded: Callable[[Tensor], Tensor]) -> None:
+        self._under_way, self._memory, self._decoded = under_way, memory, decoded
         self.finish = under_way.finish
 
     def stage(self, number: int) -> Tensor:
         """That stage's rows, in the order of their places in the output."""
         n = len(self._under_way.route.expansions[number].to)
-        source = self._under_way.sources[0]
-        return self._decoded(self._under_way.stage(number, source.new_empty((n, source.shape[1])), None))
+        rows = empty_rows(self._memory, self._under_way.sources[0], n)
+        return self._decoded(self._under_way.stage(number, rows, None))

@@ -10,12 +10,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pycomm import _C
 from pycomm.errors import InvalidArgument
 
 
@@ -110,15 +109,11 @@ class Places:
             for local, expert in enumerate(held)
         )
         self.n = len(entries)
+        self._geometry = geometry
         self._elsewhere: dict[torch.device, Places] = {}
         table = torch.tensor([*entries, (geometry.n_hosts, geometry.size, -1, -1)], dtype=torch.int64)
         self.host, self.rank, self.local, self.expert = table.T.contiguous()
         self.n_held = tuple(len(held) for held in placement.experts)  # by rank, used or not
-        ends = itertools.accumulate(
-            (0 if rank in without else self.n_held[rank] for host in geometry.members for rank in host), initial=0
-        )
-        bounds = itertools.pairwise(ends)
-        self._of_rank = {rank: next(bounds) for host in geometry.members for rank in host}
         of_expert: list[list[int]] = [[] for _ in range(placement.num_experts)]
         for place, entry in enumerate(entries):
             of_expert[entry[3]].append(place)
@@ -127,18 +122,11 @@ class Places:
         most = int(self._n_replicas.max())
         self._of_expert = torch.tensor([places + [self.n] * (most - len(places)) for places in of_expert])
 
-    def of_rank(self, rank: int) -> tuple[int, int]:
-        """Its first place, and the one after its last."""
-        return self._of_rank[rank]
-
-    def of_experts(self, topk_idx: NDArray[Any], turn: NDArray[Any]) -> NDArray[Any]:
-        """place [N, K] of each token's slots; a token's replica is that of its turn [N]."""
-        table = self._of_expert.numpy()
-        if table.shape[1] == 1:
-            only: NDArray[Any] = table[:, 0][topk_idx]
-            return only
-        places: NDArray[Any] = table[topk_idx, turn[:, None] % self._n_replicas.numpy()[topk_idx]]
-        return places
+    @cached_property
+    def native(self) -> _C.ExpertPlaces:
+        """What plans are made from (csrc/cpu/expert_plan.h)."""
+        of, tables = self._geometry, (self.rank[:-1].tolist(), self.local[:-1].tolist(), self.expert[:-1].tolist())
+        return _C.ExpertPlaces(of.rank, len(self._of_expert), of.host_index, self.n_held, *tables)
 
     def to(self, device: torch.device) -> Places:
         if device.type == "cpu":

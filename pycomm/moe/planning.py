@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from pycomm.group import Group
-from pycomm.moe.batch import Request
 from pycomm.moe.checks import code_of, require_equal
 from pycomm.moe.cost import Choice, Dedup, Links, estimates
 from pycomm.moe.movement import Wire
 from pycomm.moe.placement import Geometry, Placement, Places
-from pycomm.moe.plan import make_plan
+from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.rows import coded_width
 from pycomm.moe.tables import Cut, ExchangePlan, Layout
 from pycomm.moe.waits import Waits
@@ -57,14 +56,15 @@ class Planning:
         self._settings, self._waits, self._geometry, self._possible = settings, waits, geometry, possible
         self._room = 0  # bytes that a rank may tell in one go
         self._codes: dict[tuple[Any, ...], int] = {}
-        self._choices: dict[tuple[int, int, int], Choice] = {}
+        self._choices: dict[tuple[int, int, int, str], Choice] = {}
 
     # Choice.
 
-    def choice(self, n_tokens: int, top_k: int | None, itemsize: int) -> Choice:
+    def choice(self, n_tokens: int, top_k: int | None, itemsize: int, device: str = "cpu") -> Choice:
+        """device: the type of the rows' device; memory that a host's ranks share is the CPU's."""
         of = self._settings
         top_k = top_k or of.top_k or min(2, of.num_experts)
-        key = (n_tokens, top_k, itemsize)
+        key = (n_tokens, top_k, itemsize, device)
         if key not in self._choices:
             hidden = of.hidden or 1024
             row_nbytes = coded_width(hidden) if of.wire == "fp8" else hidden * (2 if of.wire else itemsize)
@@ -76,7 +76,7 @@ class Planning:
                 n_tokens,
                 row_nbytes,
                 min(itemsize, 2) if of.wire else itemsize,
-                self._possible,
+                tuple(mode for mode in self._possible if device == "cpu" or mode != "host"),
                 of.dedup,
             )
         return self._choices[key]
@@ -131,6 +131,11 @@ class Planning:
         Raises the problem of any rank on all, and whatever ranks differ in."""
         of, device = self._settings, topk_idx.device
         n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
+        if of.dedup == "host" and device.type != "cpu":
+            problem = problem or (
+                f"dedup='host' moves rows in CPU memory that the ranks of a host share; topk_idx is on {device}: use "
+                "'rank', 'none' or 'auto'"
+            )
         needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
         kind = (owner, cut, n_chunks)
         if kind not in self._codes:
@@ -164,16 +169,18 @@ class Planning:
         of_all = _rows(gathered, counts, at, narrow.itemsize * top_k, narrow).cpu()
         itemsize = inputs[0].dtype.itemsize if inputs else 2
         average = max(1, sum(counts) // len(counts))
-        choice = self.choice(average, top_k, itemsize)
+        choice = self.choice(average, top_k, itemsize, device.type)
         why = "as given"
-        if n_chunks is None:
+        if device.type != "cpu" and (n_chunks is None or n_chunks == "auto"):
+            n_chunks, why = 1, "one chunk: on a device crossings are in the order of one stream"
+        elif n_chunks is None:
             n_chunks = self._n_chunks(choice, average)
         elif n_chunks == "auto":
             n_chunks, why = self.stream_chunks(average, top_k, itemsize, cut)
         request = Request(
             owner, self._geometry, places, choice.mode, of.layout, n_chunks, cut, of.align, of.max_tokens, of.drop
         )
-        plan = make_plan(request, of_all, counts).to(device)
+        plan = make_plan(request, topk_idx.cpu(), of_all, counts).to(device)
         slot_weights = None if weights is None else weights.flatten()[plan.slot_weights]
         return Planned(plan, why, slot_weights)
 

@@ -1,4 +1,5 @@
-"""Rows by index, and their form on the wire: in C++ on CPU memory (csrc/cpu/rows.h), elsewhere in torch, same bits."""
+"""Rows by index, and their form on the wire: on CPU memory in C++ (csrc/cpu/rows.h), on a CUDA device in kernels
+(csrc/cuda/moe.h), elsewhere in torch; the same bits. Which it is, is decided here alone."""
 
 from __future__ import annotations
 
@@ -12,20 +13,28 @@ from torch import Tensor
 
 from pycomm import _C
 
-_SUMMED: Final = (torch.float32, torch.bfloat16, torch.float16)  # by the C++ kernels
+_SUMMED: Final = (torch.float32, torch.bfloat16, torch.float16)  # by the kernels
+_DEVICES: Final = ("cpu", "cuda") if hasattr(_C, "cuda_info") else ("cpu",)
 BLOCK: Final = 128  # values of one fp8 scale
 _SMALLEST: Final = 2.0**-100  # csrc/core/block_format.h: a block's maximum counts as at least this
 _LARGEST: Final = 448.0  # of e4m3
 
 
 def _native(*tensors: Tensor) -> bool:
-    """Not where torch traces or fakes its tensors: those have no memory."""
-    return all(type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    """Whether kernels take these; not where torch traces or fakes its tensors: those have no memory."""
+    return all(type(t) is Tensor and t.device.type in _DEVICES and t.is_contiguous() for t in tensors)
+
+
+def empty_rows(memory: _C.RowMemory, like: Tensor, n: int) -> Tensor:
+    """[n, like's width] of its type and on its device, not initialised; on the CPU in memory that is used again."""
+    if _native(like) and like.device.type == "cpu":
+        return memory.empty(n, like.shape[1], like.dtype)
+    return like.new_empty((n, like.shape[1]))
 
 
 def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tensor, to: Tensor | None = None) -> Tensor:
     """out[to[i]] (without `to`: out[i]) becomes sources[source[i]][rows[i]], or zeros where rows[i] is -1; 2-D."""
-    if _native(out, *sources):
+    if _native(out, *sources) and (out.device.type == "cpu" or out.shape[1] * out.itemsize % 2 == 0):
         _C.copy_rows(out, sources, source, rows, to)
         return out
     if to is None:

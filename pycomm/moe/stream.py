@@ -23,7 +23,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.moe.autograd import weight_gradients, weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
-from pycomm.moe.rows import spread_rows
+from pycomm.moe.rows import empty_rows, spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -49,7 +49,8 @@ class Chunk:
 
 
 class ExpertStream:
-    """One batch of tokens. Iterated once, to the end; then output is there. All ranks together."""
+    """One batch of tokens. Iterated once, to the end; then output is there. All ranks together: one that leaves the
+    loop, by an exception or early, breaks the group, and the others raise GroupClosed with its rank and chunk."""
 
     def __init__(self, moves: Movement, planned: Planned, x: Tensor, weights: Tensor, later: Later | None) -> None:
         self._moves, self._x, self._weights = moves, x, weights
@@ -57,6 +58,7 @@ class ExpertStream:
         self._later = later
         self._output: Tensor | None = None
         self._begun = False
+        self._at = 0  # the chunk that the loop is in; their number where it has ended
 
     @property
     def n_chunks(self) -> int:
@@ -74,6 +76,19 @@ class ExpertStream:
         if self._begun:
             raise RuntimeError("a stream runs once; make another one")
         self._begun = True
+        try:
+            yield from self._chunks()
+        except BaseException as error:
+            if self._at == len(self.plan.crossing_of_stage):  # all has been exchanged: nobody waits for this rank
+                raise
+            what = f"failed in its stream, {type(error).__name__}: {error}"
+            if isinstance(error, GeneratorExit):
+                what = "left its stream's loop, by an exception there or early; see that rank's output for why"
+            waits, n = self._moves.waits, len(self.plan.crossing_of_stage)
+            waits.abandon(f"moe: rank {waits.group.rank} of {waits.group.size}, chunk {self._at + 1} of {n}: it {what}")
+            raise
+
+    def _chunks(self) -> Iterator[Chunk]:
         plan, moves, builds = self.plan, self._moves, torch.is_grad_enabled()
         record = _Record(moves, plan, self._x, self._weights, self._later)
         tickets: tuple[Any, ...] = ()
@@ -85,7 +100,7 @@ class ExpertStream:
         slot_weights = self._slot_weights
         arriving_weights = None if slot_weights is not None else moves.start_weights("stream, dispatch", plan, weights)
         record.arriving = moves.begin_expand("stream, dispatch", plan, plan.out, x, range(plan.n_chunks))
-        expert_out = x.new_empty((plan.n_out, x.shape[1]))
+        expert_out = empty_rows(moves.memory, x, plan.n_out)
         of_out: Tensor | None = None
         reducing: Reducing | None = None
 
@@ -104,6 +119,7 @@ class ExpertStream:
                 rows = _Rows.apply(record, index, rows, tickets[index])  # type: ignore[no-untyped-call]
             experts = plan.stage_experts[index]
             counts = plan.stage_counts[index, experts.start : experts.stop]
+            self._at = index
             chunk = Chunk(index, rows, experts, counts, tuple(counts.tolist()))
             yield chunk
             out = _checked(chunk)
@@ -117,6 +133,7 @@ class ExpertStream:
         record.arriving = None
         reducing = reducing or summing()
         y = reducing.finish()
+        self._at = len(plan.crossing_of_stage)
         if builds:
             y = _End.apply(record, expert_out, of_out, y, *tickets[len(plan.crossing_of_stage) :], *held)  # type: ignore[no-untyped-call]
         self._output = y

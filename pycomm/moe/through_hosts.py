@@ -58,8 +58,9 @@ class ThroughHosts(Transport):
     """One expand and one reduce are under way at a time, since each has one piece of shared memory. One that begins
     ends the one before it: a stream's backward that was cut off, say. All ranks do so at the same place."""
 
-    def __init__(self, waits: Waits, group: Group, host: Group, geometry: Geometry) -> None:
-        self.waits, self.group, self.host = waits, group, host
+    def __init__(self, waits: Waits, memory: _C.RowMemory, group: Group, host: Group, geometry: Geometry) -> None:
+        super().__init__(waits, memory)
+        self.group, self.host = group, host
         self.shared = SharedMemory(group, host, geometry.members[geometry.host])
         self.me = geometry.local_index[geometry.rank]
         self._expanding: _HostExpanding | None = None

@@ -14,14 +14,15 @@ a stream (stream.py) works on one stage while others cross. All ranks take the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pycomm import _C
 from pycomm.group import Group
-from pycomm.moe.rows import Terms, combine_rows, copy_rows
+from pycomm.moe.rows import Terms, combine_rows, copy_rows, empty_rows
 from pycomm.moe.tables import ExchangePlan, Leg, Route
 from pycomm.moe.waits import Waits
 
@@ -72,6 +73,11 @@ class Reducing(ABC):
 
 
 class Transport(ABC):
+    """memory: of output rows."""
+
+    def __init__(self, waits: Waits, memory: _C.RowMemory) -> None:
+        self.waits, self.memory = waits, memory
+
     @abstractmethod
     def begin_expand(
         self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
@@ -92,10 +98,14 @@ class Transport(ABC):
         """Over output rows [n_out, H], to sums in rows' dtype. weights: float32 [n_out]; home_weights: the same numbers
         for this rank's own slots, by (token, place)."""
 
-    def expand(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor) -> Tensor:
-        """The plan's output rows [n_out, width]; zeros for padding."""
+    def expand(
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, then: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The plan's output rows [n_out, width]; zeros for padding. then: called once all rows are on their way."""
         under_way = self.begin_expand(stage, plan, route, rows, range(plan.n_chunks))
-        out = rows.new_empty((plan.n_out, rows.shape[1]))
+        if then is not None:
+            then()
+        out = empty_rows(self.memory, rows, plan.n_out)
         stages = range(len(route.expansions))
         for number in sorted(stages, key=lambda each: plan.crossing_of_stage[each] is not None):  # what is here first
             under_way.stage(number, out, route.expansions[number].to)
@@ -130,7 +140,8 @@ def packed(leg: Leg, crossing: int, rows: Tensor) -> Tensor:
 
 
 class Crossings:
-    """The all_to_alls of one leg. at_once: each is waited for where it starts, for want of a wire to wait for."""
+    """The all_to_alls of one leg. at_once: each is waited for where it starts, for want of a wire to wait for; on a
+    device that is no wait of the host's, but the order of the stream that the kernels are on."""
 
     def __init__(
         self, waits: Waits, stage: str, plan: ExchangePlan, leg: Leg, *, back: bool, at_once: bool = False
@@ -166,13 +177,14 @@ class Crossings:
 
 
 class Direct(Transport):
-    def __init__(self, waits: Waits, one_host: bool) -> None:
-        self._waits, self._one_host = waits, one_host
+    def __init__(self, waits: Waits, memory: _C.RowMemory, one_host: bool) -> None:
+        super().__init__(waits, memory)
+        self._one_host = one_host
 
     def begin_expand(
         self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
     ) -> Expanding:
-        return _DirectExpanding(self._crossings(stage, plan, route, back=False), plan, route, rows, crossings)
+        return _DirectExpanding(self._crossings(stage, plan, route, rows, back=False), plan, route, rows, crossings)
 
     def begin_reduce(
         self,
@@ -184,11 +196,12 @@ class Direct(Transport):
         home_weights: Tensor | None,
         travels_as: torch.dtype,
     ) -> Reducing:
-        crossings = self._crossings(stage, plan, route, back=True)
+        crossings = self._crossings(stage, plan, route, rows, back=True)
         return _DirectReducing(crossings, plan, route, rows, weights, home_weights, travels_as)
 
-    def _crossings(self, stage: str, plan: ExchangePlan, route: Route, back: bool) -> Crossings:
-        return Crossings(self._waits, stage, plan, route.leg, back=back, at_once=self._one_host)
+    def _crossings(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, back: bool) -> Crossings:
+        at_once = self._one_host or rows.device.type != "cpu"
+        return Crossings(self.waits, stage, plan, route.leg, back=back, at_once=at_once)
 
 
 class _DirectExpanding(Expanding):

@@ -1,4 +1,5 @@
-"""The collectives of an exchange: every wait is timed, and its error names this rank and the stage that it was in."""
+"""The collectives of an exchange: every wait is timed, and its error names this rank and the stage that it was in. A
+rank that fails takes the others of the exchange along, those that wait for it in its host's group as well."""
 
 from __future__ import annotations
 
@@ -33,11 +34,20 @@ class RowsGroup(Protocol):
 
 
 class Waits:
-    """group's collectives for one exchange. blocked_s: seconds that callers have waited in them."""
+    """group's collectives for one exchange. host: the group of this host's ranks, where there is one. blocked_s:
+    seconds that callers have waited in them."""
 
-    def __init__(self, group: RowsGroup) -> None:
+    def __init__(self, group: RowsGroup, host: Group | None = None) -> None:
         self.group = group
+        self._host = host
         self.blocked_s = 0.0
+
+    def abandon(self, why: str) -> None:
+        """This rank does not go on with an exchange. The others, who would wait for it, raise GroupClosed with `why` at
+        once, in whichever of the groups they wait."""
+        for group in (self.group, self._host):
+            if isinstance(group, Group) and group.size > 1:
+                group.revoke(why)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -47,7 +57,9 @@ class Waits:
         except InvalidArgument:
             raise
         except PycommError as error:
-            raise type(error)(f"moe: rank {self.group.rank} of {self.group.size}, {name}: {error}") from error
+            text = f"moe: rank {self.group.rank} of {self.group.size}, {name}: {error}"
+            self.abandon(text)
+            raise type(error)(text) from error
         finally:
             self.blocked_s += time.perf_counter() - started
 

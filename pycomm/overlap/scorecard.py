@@ -46,11 +46,11 @@ class Scorecard:
         return self.together_s / max(self.compute_s, self.comm_s)
 
     def __str__(self) -> str:
-        share = "none to hide" if self.overlap is None else f"{self.overlap:.0%} hidden"
+        share = "none to hide" if self.overlap is None else f"E_overlap {self.overlap:.2f}"
         return (
-            f"compute {format_s(self.compute_s)}, communication {format_s(self.comm_s)}, one after the other "
-            f"{format_s(self.serial_s)}, overlapped {format_s(self.together_s)}: exposed {format_s(self.exposed_s)} "
-            f"({share}), {self.over_limit:.3f} of the longer one"
+            f"T_compute {format_s(self.compute_s)}, T_comm {format_s(self.comm_s)}, "
+            f"T_serial {format_s(self.serial_s)}, T {format_s(self.together_s)}; exposed communication "
+            f"{format_s(self.exposed_s)}, {share}, T/max(T_compute, T_comm) {self.over_limit:.3f}"
         )
 
 

@@ -13,6 +13,9 @@ from spawn import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch_ranks import run_torch_ranks
 
+from pycomm.errors import InvalidArgument
+from pycomm.moe import ExpertParallel
+
 
 def n_gpus() -> int:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -126,6 +129,37 @@ def _foreign(group: Any) -> None:
         group.all_reduce(z := torch.ones(5, device="cuda"))
     torch.cuda.synchronize()
     assert (y == 1 + group.size * (group.size + 1) // 2).all() and (z == group.size).all()
+
+
+def test_the_expert_exchange_has_the_cpus_bits() -> None:
+    run_ranks(_experts, n_gpus(), timeout_s=120)
+
+
+def _experts(group: Any) -> None:
+    torch.cuda.set_device(group.rank)
+    n_experts, top_k = 4 * group.size, 3
+    random = torch.Generator().manual_seed(group.rank)
+    for dtype, hidden, n_tokens in ((torch.float32, 70, 33), (torch.bfloat16, 256, 64), (torch.bfloat16, 5, 0)):
+        idx = torch.rand(n_tokens, n_experts, generator=random).argsort(1)[:, :top_k]
+        x, y_grad = (torch.randn(n_tokens, hidden, generator=random).to(dtype) for _ in range(2))
+        weights = torch.rand(n_tokens, top_k, generator=random)
+        for wire, dedup in ((None, "none"), (None, "rank"), ("fp8", "rank")):
+            found = []
+            for device in ("cpu", "cuda"):
+                ep = ExpertParallel(group, n_experts, wire=wire, dedup=dedup)
+                moved = [each.to(device) for each in (x, idx, weights, y_grad)]
+                mine, of_weights = moved[0].requires_grad_(), moved[2].requires_grad_()
+                dispatched = ep.dispatch(mine, moved[1], of_weights)
+                y = ep.combine(dispatched.rows * 2, dispatched)
+                y.backward(moved[3])
+                assert y.device.type == device and dispatched.rows.device.type == device
+                found.append([each.cpu() for each in (dispatched.rows.detach(), y.detach(), mine.grad)])
+                found[-1].append(of_weights.grad.cpu())
+            for ours, expected in zip(found[1][:3], found[0][:3], strict=True):
+                assert torch.equal(ours, expected), (dtype, wire, dedup)
+            torch.testing.assert_close(found[1][3], found[0][3])  # summed in another order
+    with pytest.raises(InvalidArgument, match="dedup='host' moves rows in CPU memory"):
+        ExpertParallel(group, n_experts, dedup="host").plan(idx.cuda())
 
 
 def test_ddp_trains_as_on_nccl() -> None:

@@ -1,0 +1,139 @@
+#include "torch/device_rows.h"
+
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "torch/device_side.h"
+#ifdef PYCOMM_WITH_CUDA
+#include "cuda/moe.h"
+#endif
+
+namespace pycomm::torch_layer {
+
+#ifdef PYCOMM_WITH_CUDA
+
+namespace {
+
+// The device of all, current while it lives where torch knows such devices, and its current stream.
+class OnDevice {
+ public:
+  OnDevice(const char* what, const View& first, const std::vector<const View*>& others) {
+    for (const View* each : others)
+      if (each->device != first.device)
+        refuse(what, "one tensor is on " + first.device.str() + ", another on " +
+                         each->device.str() + "; all must be on one device");
+    if (c10::impl::hasDeviceGuardImpl(first.device.type())) guard_.emplace(first.device);
+    stream = current_stream_of(first.device);
+  }
+  void* stream;
+
+ private:
+  std::optional<c10::DeviceGuard> guard_;
+};
+
+void require(const char* what, const Status& status) {
+  if (!status.ok())
+    throw Error(status.code, std::string(what) + " on the device: " + status.message);
+}
+
+const int64_t* ints(const char* what, const View& view) {
+  if (view.dtype != DType::int64)
+    refuse(what, std::string("indices must be int64, not ") + name_of(view.dtype));
+  return static_cast<const int64_t*>(view.data);
+}
+
+std::vector<const View*> pointers(const std::vector<View>& sources) {
+  std::vector<const View*> found;
+  for (const View& each : sources) found.push_back(&each);
+  return found;
+}
+
+std::vector<const void*> data_of(const std::vector<View>& sources) {
+  std::vector<const void*> found;
+  for (const View& each : sources) found.push_back(each.data);
+  return found;
+}
+
+}  // namespace
+
+void device_copy_rows(const View& out, const std::vector<View>& sources, const View& source,
+                      const View& rows, const std::optional<View>& to) {
+  const char* what = "copy_rows";
+  std::vector<const View*> all = pointers(sources);
+  all.insert(all.end(), {&source, &rows});
+  if (to) all.push_back(&*to);
+  const OnDevice on(what, out, all);
+  const auto row_nbytes = static_cast<int64_t>(out.rows == 0 ? 0 : out.nbytes() / out.rows);
+  // A copy of the bits, whatever they mean.
+  const DType unit = row_nbytes % 4 == 0 ? DType::float32 : DType::float16;
+  const auto size = static_cast<int64_t>(size_of(unit));
+  if (row_nbytes % size != 0)
+    refuse(what, "a row of " + std::to_string(row_nbytes) +
+                     " bytes; on a device a row's bytes must be an even number");
+  require(what,
+          cuda::expand_rows(out.data, data_of(sources), ints(what, source), ints(what, rows),
+                            to ? ints(what, *to) : nullptr, nullptr,
+                            static_cast<int64_t>(rows.numel), row_nbytes / size, unit, on.stream));
+}
+
+void device_combine_rows(const View& out, const std::vector<View>& sources, const View& source,
+                         const View& rows, const View& offsets,
+                         const std::optional<View>& weights) {
+  const char* what = "combine_rows";
+  std::vector<const View*> all = pointers(sources);
+  all.insert(all.end(), {&source, &rows, &offsets});
+  if (weights) all.push_back(&*weights);
+  const OnDevice on(what, out, all);
+  require(what, cuda::combine_rows(out.data, out.dtype, data_of(sources), sources.front().dtype,
+                                   ints(what, source), ints(what, rows), ints(what, offsets),
+                                   weights ? static_cast<const float*>(weights->data) : nullptr,
+                                   static_cast<int64_t>(out.rows), static_cast<int64_t>(out.row()),
+                                   on.stream));
+}
+
+void device_code_rows(const View& coded, const View& values, uint64_t width, Wire wire,
+                      bool encodes) {
+  const char* what = encodes ? "encode_rows" : "decode_rows";
+  if (wire != Wire::fp8) refuse(what, "on a device rows are coded in fp8 alone");
+  const OnDevice on(what, coded, {&values});
+  const auto n = static_cast<int64_t>(values.rows);
+  if (encodes) {
+    void* const buffer[] = {coded.data};
+    require(what, cuda::encode_rows(buffer, nullptr, nullptr, values.data, nullptr, n,
+                                    static_cast<int64_t>(width), values.dtype, on.stream));
+    return;
+  }
+  const at::Tensor every = at::arange(n, at::TensorOptions().dtype(at::kLong).device(coded.device));
+  const void* const source[] = {coded.data};
+  require(what,
+          cuda::decode_rows(values.data, source, nullptr, every.const_data_ptr<int64_t>(), nullptr,
+                            n, static_cast<int64_t>(width), values.dtype, on.stream));
+}
+
+#else
+
+namespace {
+
+[[noreturn]] void without_cuda(const char* what) {
+  refuse(what,
+         "tensors on a CUDA device: this pycomm was built without CUDA; build it where nvcc is "
+         "found (docs/install.md)");
+}
+
+}  // namespace
+
+void device_copy_rows(const View&, const std::vector<View>&, const View&, const View&,
+                      const std::optional<View>&) {
+  without_cuda("copy_rows");
+}
+void device_combine_rows(const View&, const std::vector<View>&, const View&, const View&,
+                         const View&, const std::optional<View>&) {
+  without_cuda("combine_rows");
+}
+void device_code_rows(const View&, const View&, uint64_t, Wire, bool encodes) {
+  without_cuda(encodes ? "encode_rows" : "decode_rows");
+}
+
+#endif
+
+}  // namespace pycomm::torch_layer

@@ -1,0 +1,24 @@
+// Rows by index on tensors of a CUDA device (cuda/moe.h), on torch's current stream there; rows.cc
+// has them for CPU tensors and sends those of a device here. Indices are not read on the host, so
+// that nothing waits for the device: what made the tables checked them.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "core/wire.h"
+#include "torch/arrays.h"
+
+namespace pycomm::torch_layer {
+
+// All on one device; throws Error(invalid_argument) with the name of what is not.
+void device_copy_rows(const View& out, const std::vector<View>& sources, const View& source,
+                      const View& rows, const std::optional<View>& to);
+void device_combine_rows(const View& out, const std::vector<View>& sources, const View& source,
+                         const View& rows, const View& offsets, const std::optional<View>& weights);
+// One of the two is written. n rows of width values; e4m3 alone.
+void device_code_rows(const View& coded, const View& values, uint64_t width, Wire wire,
+                      bool encodes);
+
+}  // namespace pycomm::torch_layer

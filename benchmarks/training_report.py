@@ -109,34 +109,37 @@ def exposed_table(exposed: Record) -> str:
     return markdown_table(head, rows)
 
 
-def estimate_rows(memory: Record) -> Iterator[tuple[str, int, int, int, int, int]]:
-    """(layout, rank, bytes while made, in steps, counted, estimated)."""
-    for name, ranks in memory["estimate"].items():
+def estimate_rows(memory: Record) -> Iterator[tuple[str, int, Record, float, float]]:
+    """(layout, rank, what was found, the estimate off the process's peak, the same of both beyond the base)."""
+    for name, ranks in memory["estimate"]["results"].items():
         for rank, each in enumerate(ranks):
-            yield name, rank, each["making"], each["steps"], each["counted"], each["estimate"]["total"]
+            peak, estimate, base = max(each["making"], each["steps"]), each["estimate"]["total"], each["base"]
+            yield name, rank, each, estimate / peak - 1, (estimate - base) / (peak - base) - 1
 
 
 def estimate_table(memory: Record) -> str:
     """Of each layout the rank whose estimate is farthest off."""
     rows = []
-    for name in memory["estimate"]:
+    for name in memory["estimate"]["results"]:
         of_layout = [each for each in estimate_rows(memory) if each[0] == name]
-        _, rank, made, steps, counted, estimate = max(of_layout, key=lambda each: abs(each[5] / max(each[2:4]) - 1))
-        cells = [f"{nbytes / MIB:.0f}" for nbytes in (made, steps, counted, estimate)]
-        rows.append([name, str(rank), *cells, f"{estimate / max(made, steps) - 1:+.1%}"])
-    head = ["MiB", "rank", "process, made", "process, steps", "counted", "estimate", "off the process"]
-    return markdown_table(head, rows)
+        _, rank, found, off, beyond = max(of_layout, key=lambda each: abs(each[3]))
+        values = (found["base"], found["making"], found["steps"], found["counted"], found["estimate"]["total"])
+        rows.append([name, str(rank), *(f"{nbytes / MIB:.0f}" for nbytes in values), f"{off:+.1%}", f"{beyond:+.1%}"])
+    head = ["MiB", "rank", "base", "process, made", "process, steps", "counted", "estimate", "off the process"]
+    return markdown_table([*head, "off beyond the base"], rows)
 
 
 def zero3(memory: Record) -> dict[str, float]:
-    """Bytes of the largest rank: total / ranks, a layer's parameters, the bound, and what was found."""
-    ranks = memory["zero3"]
-    share, layer = 16 * ranks[0]["n_parameters"] / memory["ranks"], 4 * max(each["block_numel"] for each in ranks)
+    """Bytes of the largest rank: total / ranks, a layer's parameters, the bound, and what was found, the process's
+    beyond its base."""
+    ranks = memory["zero3"]["results"]
+    share, layer = 16 * ranks[0]["n_parameters"] / len(ranks), 4 * max(each["block_numel"] for each in ranks)
     return {
         "share": share,
         "layer": layer,
         "bound": 1.1 * share + layer,
-        **{key: max(each[key] for each in ranks) for key in ("counted", "steps", "making")},
+        "counted": max(each["counted"] for each in ranks),
+        **{key: max(each[key] - each["base"] for each in ranks) for key in ("steps", "making")},
     }
 
 
@@ -146,8 +149,8 @@ def zero3_table(memory: Record) -> str:
         [what, f"{found[key] / MIB:.1f}", f"{found[key] / found['bound']:.2f}"]
         for what, key in (
             ("counted", "counted"),
-            ("process in steps", "steps"),
-            ("process while made", "making"),
+            ("process in steps, beyond its base", "steps"),
+            ("process while made, beyond its base", "making"),
         )
     ]
     title = (
@@ -210,10 +213,8 @@ def figures(found: dict[str, Record]) -> list[dict[str, Any]]:
         memory = found["training_memory"]
         bound = zero3(memory)
         goal("ZeRO-3 counted / bound", bound["counted"] / bound["bound"], 1.0, "", True)
-        goal("ZeRO-3 process in steps / bound", bound["steps"] / bound["bound"], 1.0, "", True)
-        off = [
-            (abs(e / max(made, steps) - 1), f"{name}, rank {r}") for name, r, made, steps, _, e in estimate_rows(memory)
-        ]
+        goal("ZeRO-3 process in steps, beyond its base / bound", bound["steps"] / bound["bound"], 1.0, "", True)
+        off = [(abs(off), f"{name}, rank {rank}") for name, rank, _, off, _ in estimate_rows(memory)]
         within = sum(each <= 0.10 for each, _ in off)
         goal(f"estimate off the process's peak: {within} of {len(off)} ranks within, most", *_at(max(off), 0.10), True)
     if "planner" in found:
@@ -258,7 +259,7 @@ def page(found: dict[str, Record]) -> list[str]:
     if "training_memory" in found:
         memory = found["training_memory"]
         parts += ["## Memory\n", f"{zero3_table(memory)}\n", f"{estimate_table(memory)}\n"]
-        parts.append(machine(memory["environment"]) + ".\n")
+        parts.append(stamps(memory) + "\n")
     if "planner" in found:
         parts += ["## The planner\n", f"{planner_table(found['planner'])}\n", f"{stamps(found['planner'])}\n"]
     return parts

@@ -21,7 +21,7 @@ from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
 from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
-from training.machine import peak_memory_bytes
+from training.machine import peak_memory_bytes, process_nbytes
 from training.memory import require_fit
 from training.mesh import AXES, SLOW_S, Mesh
 from training.model import GPT, Parallel, specs_of_whole
@@ -75,7 +75,8 @@ class Trainer:
         stages = stages_of(config)
         self.mesh = Mesh(world, resolve_layout(config, world.size), stages.placement, config.wire)
         checkpoint.require_same_model(config, self.mesh)
-        self.memory = require_fit(config, self.mesh.layout, specs_of_whole(config.model, self.mesh))
+        specs = specs_of_whole(config.model, self.mesh)
+        self.memory = require_fit(config, self.mesh.layout, specs, process_nbytes())
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(train.global_batch, train.eval_sequences)
         self._check_same_corpus()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.errors import InvalidArgument
+from pycomm.overlap.pool import Pool
 
 
 class ShardGroup(Protocol):
@@ -72,6 +73,12 @@ class Cut:
     reduce: Literal["each", "last", "wait"] = "each"
     wire: str | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the flat as the parameters are given."""
+        numel = sum(p.numel() for p in self.parameters)
+        return (numel + -numel % self.group.size) * self.parameters[0].itemsize
+
     def check(self, index: int) -> None:
         """Raises InvalidArgument for parameters that cannot share a flat tensor."""
         kinds = {(p.dtype, p.device) for p in self.parameters}
@@ -85,16 +92,12 @@ class Cut:
 class _Copying:
     """The gather of a rank that has no others: from where its shard lies, when it is needed."""
 
-    def __init__(self, flat: Tensor, shard: Tensor) -> None:
-        self._flat, self._shard = flat, shard
+    def __init__(self, flat: Tensor, shard: Tensor, pool: Pool) -> None:
+        self._flat, self._shard, self._pool = flat, shard, pool
 
     def wait(self) -> None:
-        _resize(self._flat)
+        self._pool.fill(self._flat)
         self._flat.copy_(self._shard)
-
-
-def _resize(flat: Tensor) -> None:
-    flat.untyped_storage().resize_(flat.numel() * flat.itemsize)
 
 
 def _placed(values: Tensor, memory: ShardMemory | None) -> Tensor:
@@ -110,14 +113,15 @@ class Unit:
     the type that the parameters came in, and shard itself where that is flat's; its .grad gets the summed gradient."""
 
     def __init__(
-        self, cut: Cut, dtype: torch.dtype, memory: ShardMemory | None, master_memory: ShardMemory | None
+        self, cut: Cut, dtype: torch.dtype, memory: ShardMemory | None, master_memory: ShardMemory | None, pool: Pool
     ) -> None:
-        """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards."""
-        self.cut, self.group = cut, cut.group
+        """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards.
+        pool: of flats and whole gradients."""
+        self.cut, self.group, self._pool = cut, cut.group, pool
         self._options = {} if cut.wire is None else {"wire": cut.wire}  # of the reducing collectives
         first = cut.parameters[0]
         numel = sum(p.numel() for p in cut.parameters)
-        whole = torch.zeros(numel + -numel % cut.group.size, dtype=first.dtype, device=first.device)
+        whole = pool.zeros([numel + -numel % cut.group.size], first.dtype, first.device)
         self.offsets: dict[Tensor, int] = {}
         at = 0
         for parameter in cut.parameters:
@@ -132,6 +136,8 @@ class Unit:
         self.memory, self.master_memory = memory or InMemory(), master_memory or InMemory()
         self.master = _placed(own, master_memory)
         self.shard = self.master if same else _placed(own.to(dtype), memory)
+        if not same:
+            pool.empty(whole)
         for parameter, offset in self.offsets.items():
             parameter.data = self.flat[offset : offset + parameter.numel()].view(parameter.shape)
         self.whole = True
@@ -156,9 +162,9 @@ class Unit:
             return
         self.memory.prefetch(self.shard)
         if self.group.size == 1:
-            self._gather = _Copying(self.flat, self.shard)
+            self._gather = _Copying(self.flat, self.shard, self._pool)
         else:
-            _resize(self.flat)
+            self._pool.fill(self.flat)
             self._gather = self.group.all_gather(self.flat, self.shard, async_op=True)
 
     def finish(self) -> None:
@@ -177,7 +183,7 @@ class Unit:
             self._gather = None
             self.memory.release(self.shard)
         self.whole = False
-        self.flat.untyped_storage().resize_(0)
+        self._pool.empty(self.flat)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -199,13 +205,16 @@ class Unit:
         """Adds a parameter's gradient. Whether every parameter has now brought one that counts."""
         assert parameter.grad is not None
         if self.gradient is None:
-            self.gradient = torch.zeros(self.flat.shape, dtype=self.master.dtype, device=self.flat.device)
+            self.gradient = self._zeros()
         offset = self.offsets[parameter]
         self.gradient[offset : offset + parameter.numel()] += parameter.grad.flatten()
         parameter.grad = None
         if counts:
             self.written.add(parameter)
         return counts and len(self.written) == len(self.offsets)
+
+    def _zeros(self) -> Tensor:
+        return self._pool.zeros(self.flat.shape, self.master.dtype, self.flat.device)
 
     @property
     def reached(self) -> bool:
@@ -218,7 +227,7 @@ class Unit:
         self.written.clear()
         whole, self.gradient = self.gradient, None
         if whole is None:
-            whole = torch.zeros(self.flat.shape, dtype=self.master.dtype, device=self.flat.device)
+            whole = self._zeros()
         if self.group.size == 1:
             self._reducing = (None, whole, whole)
             return
@@ -229,9 +238,10 @@ class Unit:
         """What is being reduced is this rank's, and the whole gradient's memory free."""
         if self._reducing is None:
             return
-        work, _, part = self._reducing
+        work, whole, part = self._reducing
         if work is not None:
             work.wait()
+            self._pool.empty(whole)
         self._reduced = part if self._reduced is None else self._reduced.add_(part)
         self._reducing = None
 

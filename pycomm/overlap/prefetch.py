@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_leaves
 from pycomm.errors import InvalidArgument
 from pycomm.overlap.cut import Cut, ShardGroup, ShardMemory, Unit
 from pycomm.overlap.layout import require_alike, require_leaves
+from pycomm.overlap.pool import Pool
 from pycomm.overlap.trace import Phase, Trace
 
-IN_FLIGHT = 2  # of the largest flat: whole gradients that are being reduced at a time, in bytes
+IN_FLIGHT = 1  # of the largest flat: whole gradients that are being reduced while the next one is filled, in bytes
 
 
 def in_backward() -> bool:
@@ -79,10 +80,12 @@ class ShardedModules:
         self._depth, self._op = depth, op
         self._require_alike(cuts, f"op {op}, depth {depth}, type {dtype}")
         self._units: list[Unit] = []
+        # As many as are whole at a time: flats, gradients on their way, and the one that is filled.
+        pool = Pool((depth + 1 + IN_FLIGHT + 1) * max((cut.nbytes for cut in cuts), default=0))
         for cut in cuts:
             for parameter in cut.parameters if before_cut is not None else ():
                 before_cut(parameter)  # type: ignore[misc]
-            self._units.append(Unit(cut, dtype or cut.parameters[0].dtype, memory, master_memory))
+            self._units.append(Unit(cut, dtype or cut.parameters[0].dtype, memory, master_memory, pool))
         self._of = {p: unit for unit in self._units for p in unit.offsets}
         self._modules: dict[nn.Module, list[Unit]] = {}
         for unit in self._units:

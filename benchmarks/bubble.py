@@ -27,8 +27,9 @@ from sleeping import PARTS, Seconds, put_to_sleep
 
 import pycomm
 from training import schedules
-from training.config import Config, load_preset
+from training.config import Config
 from training.pipeline import Scales
+from training.presets import load_preset
 from training.trainer import Trainer
 
 SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (

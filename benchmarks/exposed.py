@@ -30,7 +30,9 @@ from sleeping import Seconds, alone, put_to_sleep
 
 import pycomm
 from training import schedules
-from training.config import Config, load_preset, resolve_layout, stages_of
+from training.config import Config
+from training.layout import resolve_layout, stages_of
+from training.presets import load_preset
 from training.trainer import StepResult, Trainer
 
 RATE_MBIT = 1000

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import Config, Layout
-from training.mesh import Mesh, MeteredGroup
+from training.config import Config
+from training.layout import Layout
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.model import GPT
 from training.parallel import gather_sequence, reduce_scatter_sequence
 from training.trainer import Trainer

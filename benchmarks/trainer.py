@@ -36,7 +36,8 @@ from plain_torch import Contender, DataParallel, Pipelining, require_plain
 from torch import Tensor
 
 import pycomm
-from training.config import Config, load_preset
+from training.config import Config
+from training.presets import load_preset
 from training.trainer import Trainer
 
 N_RANKS = 4

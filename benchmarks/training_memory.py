@@ -25,10 +25,11 @@ import torch
 from common import environment, read_json, run_ranks, write_json
 
 import pycomm
-from training.config import Config, load_preset
+from training.config import Config
 from training.machine import process_nbytes
 from training.memory import estimate
 from training.model import specs_of_whole
+from training.presets import load_preset
 from training.trainer import Trainer
 
 N_RANKS = 4
@@ -141,11 +142,11 @@ def estimate_section() -> dict[str, Any]:
         found = run_ranks(run, N_RANKS, config_of(MODEL, layout, train, 128, 8), timeout_s=200)
         results[name] = found
         for rank, each in enumerate(found):
-            predicted, peak = each["estimate"]["total"], max(each["making"], each["steps"])
+            predicted, peak, base = each["estimate"]["total"], max(each["making"], each["steps"]), each["base"]
             print(
                 f"{name:<26} rank {rank}: made {each['making'] / MIB:6.0f}  steps {each['steps'] / MIB:6.0f}  counted "
-                f"{each['counted'] / MIB:6.0f}  base {each['base'] / MIB:4.0f}  estimate {predicted / MIB:6.0f} MiB, "
-                f"{predicted / peak - 1:+.1%}; beyond the base {(predicted - each['base']) / (peak - each['base']) - 1:+.1%}",
+                f"{each['counted'] / MIB:6.0f}  base {base / MIB:4.0f}  estimate {predicted / MIB:6.0f} MiB, "
+                f"{predicted / peak - 1:+.1%}; beyond the base {(predicted - base) / (peak - base) - 1:+.1%}",
                 flush=True,
             )
     return results

@@ -27,13 +27,6 @@ def records() -> dict[str, Record]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def machine(about: Record) -> str:
-    return (
-        f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, load {about['load_average_before'][0]}, "
-        f"commit {about['commit']}"
-    )
-
-
 def stamps(record: Record) -> str:
     """Of sections that were measured one by one."""
     first = next(iter(record.values()))["environment"]

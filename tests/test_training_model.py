@@ -14,9 +14,10 @@ from spawn import run_ranks
 from torch import Tensor
 from training_runs import tiny
 
-from training.config import Config, Layout, OptimizerConfig, SampleConfig
+from training.config import Config, OptimizerConfig, SampleConfig
 from training.errors import DivergenceError
 from training.generate import choose, generate
+from training.layout import Layout
 from training.mesh import Mesh
 from training.model import GPT
 from training.model_config import ModelConfig

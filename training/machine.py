@@ -24,7 +24,7 @@ def peak_memory_bytes() -> int:
 @functools.cache
 def process_nbytes() -> int:
     """What Python and the libraries have resident in this process once a step has made them load what they load late:
-    measured after a step of a layer of a few numbers, at the first call, which belongs before anything large is made."""
+    measured after a step of a layer of a few numbers, at the first call; it belongs before anything large is made."""
     layer = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     x = torch.ones(1, 1, 256, 64)

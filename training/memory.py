@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from training import schedules
-from training.config import Config, Layout, stages_of
+from training.config import Config
 from training.errors import ConfigError
+from training.layout import Layout, stages_of
 from training.sharding import ParamSpec
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pycomm.overlap import InMemory
 from training.config import Config, OptimizerConfig
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.offload import FileMemory
 from training.replicated import Replicated
 from training.sharding import ParamSpec, specs_of

@@ -21,13 +21,15 @@ from rich.table import Table
 import pycomm
 from pycomm.errors import TopologyError
 from training import checks, schedules
-from training.config import Config, Layout, resolve_layout
+from training.config import Config
 from training.errors import ConfigError
 from training.layer_rate import Alone, planning_flops
+from training.layout import Layout, resolve_layout
 from training.links import Links
 from training.machine import process_nbytes, share_cores
 from training.memory import Estimate, require_fit
-from training.mesh import Mesh, MeteredGroup, on_rank_0
+from training.mesh import Mesh
+from training.metered import MeteredGroup, on_rank_0
 from training.model import specs_of_whole
 from training.sharding import ParamSpec
 from training.step_time import AXES, Costs, StepTime, step_time

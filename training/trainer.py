@@ -16,14 +16,16 @@ from torch import Tensor
 
 from training import checkpoint, schedules
 from training.checkpoint_files import Progress
-from training.config import Config, resolve_layout, stages_of
+from training.config import Config
 from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
 from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
+from training.layout import resolve_layout, stages_of
 from training.machine import peak_memory_bytes, process_nbytes
 from training.memory import require_fit
-from training.mesh import AXES, SLOW_S, Mesh
+from training.mesh import AXES, Mesh
+from training.metered import SLOW_S
 from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
 from training.offload import ActivationFile

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.overlap import Cut, ShardedModules, ShardMemory
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.replicated import by_gradient_group
 from training.sharding import ParamSpec
 

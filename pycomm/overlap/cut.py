@@ -145,7 +145,9 @@ class Unit:
         self.gradient: Tensor | None = None  # like flat, in master's type, while backwards fill it
         self.written: set[Tensor] = set()  # parameters whose gradients a backward that counts brought
         self._reducing: tuple[Any, Tensor, Tensor] | None = None  # Work, whole, part
-        self._reduced: Tensor | None = None  # the parts of the backwards since the last deliver()
+        self._reduced: Tensor | None = None  # the parts of the backwards since, until add_copies() takes their sum
+        self.final = False  # the step's last gradients are among those that are being reduced
+        self._adding: tuple[Any, Tensor] | None = None  # Work, the sum over copies
         if cut.module is not None:
             self.free()
 
@@ -219,7 +221,7 @@ class Unit:
     @property
     def reached(self) -> bool:
         """Whether a gradient was reduced, or is being, since the last deliver()."""
-        return self._reducing is not None or self._reduced is not None
+        return any(each is not None for each in (self._reducing, self._reduced, self._adding))
 
     def reduce(self, op: str) -> None:
         """Begins to reduce what backwards brought (0 where they brought nothing), after what was begun before."""
@@ -245,16 +247,23 @@ class Unit:
         self._reduced = part if self._reduced is None else self._reduced.add_(part)
         self._reducing = None
 
-    def add_copies(self, op: str) -> Any:
-        """Begins to add up over the ranks that keep the same part; the Work, or None where there are none."""
+    def add_copies(self, op: str) -> None:
+        """Begins to add up what is reduced over the ranks that keep the same part."""
+        self.final = False
+        part, self._reduced = self._reduced, None
+        if part is None:
+            return
+        self.deliver()
         copies = self.cut.copies
-        assert self._reduced is not None
-        if copies is None or copies.size == 1:
-            return None
-        return copies.all_reduce(self._reduced, op, async_op=True, **self._options)
+        alone = copies is None or copies.size == 1
+        self._adding = (None if alone else copies.all_reduce(part, op, async_op=True, **self._options), part)
 
     def deliver(self) -> None:
-        """master.grad has the sum, added to what was there."""
-        assert self._reduced is not None
-        self.master.grad = self._reduced if self.master.grad is None else self.master.grad.add_(self._reduced)
-        self._reduced = None
+        """master.grad has the sum that was begun, added to what was there."""
+        if self._adding is None:
+            return
+        work, part = self._adding
+        if work is not None:
+            work.wait()
+        self.master.grad = part if self.master.grad is None else self.master.grad.add_(part)
+        self._adding = None

@@ -167,9 +167,8 @@ class ShardedModules:
         for unit in self._units:
             unit.drain()
         self._in_flight.clear()
-        for work in [unit.add_copies(self._op) for unit in self._units]:
-            if work is not None:
-                work.wait()
+        for unit in self._units:
+            unit.add_copies(self._op)
         for unit in self._units:
             unit.deliver()
         self._free_all()
@@ -239,6 +238,7 @@ class ShardedModules:
         unit = self._of[parameter]
         counts = unit.cut.reduce == "each" or (unit.cut.reduce == "last" and self._counts)
         if unit.take(parameter, counts):
+            unit.final = self._counts
             self._reduce(unit)
             module = unit.cut.module
             if module is not None and not self._is_next(module):
@@ -250,7 +250,10 @@ class ShardedModules:
             self._in_flight.remove(unit)
         self._in_flight.append(unit)
         while sum(each.gradient_nbytes for each in self._in_flight) > self._most_in_flight:
-            self._in_flight.pop(0).drain()
+            oldest = self._in_flight.pop(0)
+            oldest.drain()
+            if oldest.final:
+                oldest.add_copies(self._op)
 
 
 def _cut(module: nn.Module | Cut, group: ShardGroup | None) -> Cut:

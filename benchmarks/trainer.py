@@ -13,8 +13,8 @@ fails where a contender's differ from the first one's by more than LOSS_TOLERANC
 along, beside which stands no plain contender.
 
 With the presets computing is the larger part of a step here, where four ranks share two cores. "communication@200mbit"
-is a set-up in which it is the smaller one: 6.9 million parameters (28 MB of gradients), one sequence of 64 tokens a rank
-and step. It has no pipelines, whose messages such sequences make small.
+is a set-up in which it is the smaller one: 6.9 million parameters (28 MB of gradients), one sequence of 64 tokens a
+rank and step. It has no pipelines, whose messages such sequences make small.
 
 A run replaces its own sections in results/trainer.json; training_report.py writes docs/training_figures.md. For
 torchtitan see titan.py."""

@@ -255,8 +255,10 @@ class Unit:
             return
         self.deliver()
         copies = self.cut.copies
-        alone = copies is None or copies.size == 1
-        self._adding = (None if alone else copies.all_reduce(part, op, async_op=True, **self._options), part)
+        work = None
+        if copies is not None and copies.size > 1:
+            work = copies.all_reduce(part, op, async_op=True, **self._options)
+        self._adding = (work, part)
 
     def deliver(self) -> None:
         """master.grad has the sum that was begun, added to what was there."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from training_runs import tiny
 
 from training import memory
+from training.config import SyncConfig
 from training.errors import ConfigError
 from training.model import specs_of_whole
 from training.offload import FileMemory
@@ -95,6 +96,7 @@ def run(group: Any, offload_dir: str) -> list[Any]:
         found.append((predicted, block, measured(trainer)))
         trainer.close()
     check_offload(group, offload_dir)
+    check_worker_states_in_files(group, offload_dir)
     return found
 
 
@@ -133,6 +135,20 @@ def check_offload(group: Any, folder: str) -> None:
         del trainer, block
         gc.collect()
         assert in_files(folder)[0] == 0
+
+
+def check_worker_states_in_files(group: Any, folder: str) -> None:
+    """What workers agreed on and their momentum lie in files too, and leave memory after an exchange."""
+    config = tiny(layout={"zero": 3}, model=MODEL, offload_dir=folder, offload_optimizer=True)
+    trainer = Trainer(dataclasses.replace(config, sync=SyncConfig("diloco", workers=2, every=1)), group)
+    for n_steps in range(3):
+        if n_steps:
+            trainer.train_step()
+        size, resident = in_files(folder)
+        numbers = trainer.n_parameters // trainer.mesh.worker.size
+        assert 20 * numbers <= size  # master, two moments, shared, momentum
+        assert resident <= 0.02 * size, (n_steps, resident, size)
+    trainer.close()
 
 
 def numbers_of_a_block(trainer: Trainer, index: int) -> int:

@@ -171,6 +171,13 @@ class Optimizer:
             for each in (x, *(self._moments[x][moment] for moment in MOMENTS)):
                 action(self._files, each)
 
+    def release(self) -> None:
+        """All that lies in files leaves memory: for who has read or written more of it than an update does."""
+        if self._files is not None:
+            for x, state in self._moments.items():
+                for each in (x, *state.values()):
+                    self._files.release(each)
+
     def begin(self) -> None:
         """To be called before a step's first backward."""
         if isinstance(self._state, Sharded):
@@ -185,8 +192,7 @@ class Optimizer:
         """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
         MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
         yield from self._state.pieces(self._of(kind))
-        for x in self._moments:
-            self._in_files(x, FileMemory.release)
+        self.release()
         for name, parameter in self.untrained.items():
             yield name, parameter if kind == PARAMETERS else torch.zeros_like(parameter)
 

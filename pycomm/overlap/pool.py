@@ -23,6 +23,11 @@ class Pool:
         self._nbytes = 0
         self._spare: dict[int, list[Tensor]] = {}  # by bytes: empty tensors whose storages have so many
 
+    @property
+    def nbytes(self) -> int:
+        """Of what it keeps."""
+        return self._nbytes
+
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         x = torch.empty(0, dtype=dtype, device=device)
         numel = torch.Size(shape).numel()

@@ -444,6 +444,14 @@ def check_delayed_gradients(group: Any) -> None:
         buckets.wait()
         for p, exact in zip(model.parameters(), exact_gradients(step, group.size, plain), strict=True):
             torch.testing.assert_close(buckets.gradient(p), exact, rtol=1e-5, atol=1e-5)
+    order: list[int] = []  # of gradients given together: each of a leaf comes alone, in the order of the queue
+    leaves = [torch.zeros(2, requires_grad=True) for _ in range(3)]
+    for index, leaf in enumerate(leaves):
+        leaf.register_post_accumulate_grad_hook(lambda each, index=index: order.append(index * 10 + int(each.grad[0])))
+    for value, index in enumerate((2, 0, 0, 1, 2, 0), 1):
+        later.put(leaves[index], lambda value=value: torch.full((2,), float(value)))
+    later.flush()
+    assert [sorted(order[:2]), sorted(order[2:5]), order[5:]] == [[2, 21], [5, 14, 26], [11]]
     together = WeightGradients(together=True)
     weight = torch.arange(6.0).view(2, 3).requires_grad_()
     pieces = torch.arange(12.0).view(4, 3)

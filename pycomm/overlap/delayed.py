@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pycomm.errors import InvalidArgument
 
-
 _TOGETHER_NBYTES = 1 << 20  # a call into autograd takes longer than computing a small gradient
 
 

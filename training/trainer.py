@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from training import checkpoint, schedules
+from training.cache import KeyValueCache
 from training.checkpoint_files import Progress
 from training.config import Config
 from training.context import own_part, positions
@@ -253,14 +254,27 @@ class Trainer:
         self.mesh.world.all_reduce(total)
         return float(total) / (self.mesh.tp.size * train.eval_sequences * self.config.data.seq_len)
 
-    def next_token_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank."""
+    def new_cache(self) -> KeyValueCache | None:
+        """For next_token_logits() of one text; None with context parallel ranks, whose sequence is cut."""
+        tp = self.mesh.tp.size
+        return KeyValueCache(self.config.data.seq_len + tp) if self.mesh.cp.size == 1 else None
+
+    def next_token_logits(self, tokens: Sequence[int], cache: KeyValueCache | None = None) -> Tensor:
+        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank. cache: of the
+        same text's calls before; then the new tokens alone are computed, until there are more than seq_len."""
         context = list(tokens)[-self.config.data.seq_len :]
+        if len(tokens) > len(context):
+            cache = None  # positions move with each token
+        elif cache is not None:
+            context = context[cache.n_seen :]
         mesh = self.mesh
         pieces = mesh.tp.size * (1 if mesh.cp.size == 1 else 2 * mesh.cp.size)  # that the sequence is cut into
         padded = torch.tensor(context + [0] * (-len(context) % pieces)).unsqueeze(-1)
         logits = torch.zeros(self.config.model.vocab_size)
-        output = self.pipeline.forward(Batch(padded, padded, None))
+        with self.model.keeping(cache):
+            output = self.pipeline.forward(Batch(padded, padded, None))
+        if cache is not None:
+            cache.n_seen += len(context)
         if output is not None:
             with torch.no_grad():
                 own = self.model.logits(output)

@@ -16,6 +16,7 @@ from training_runs import tiny
 from training import memory
 from training.config import SyncConfig
 from training.errors import ConfigError
+from training.machine import process_nbytes, resident_nbytes
 from training.model import specs_of_whole
 from training.offload import FileMemory
 from training.optimizer import MOMENTS, PARAMETERS
@@ -97,6 +98,7 @@ def run(group: Any, offload_dir: str) -> list[Any]:
         trainer.close()
     check_offload(group, offload_dir)
     check_worker_states_in_files(group, offload_dir)
+    check_process_and_groups(group)
     return found
 
 
@@ -135,6 +137,20 @@ def check_offload(group: Any, folder: str) -> None:
         del trainer, block
         gc.collect()
         assert in_files(folder)[0] == 0
+
+
+def check_process_and_groups(group: Any) -> None:
+    """What is measured of the process, and the size that the estimate gives shared memory, of the world's own."""
+    resident = resident_nbytes()
+    assert 0.5 * process_nbytes() < resident < 4 * process_nbytes()  # pages come and go; the tensors here are small
+    assert process_nbytes() > 64 << 20  # torch alone has more
+    rings = 2 * group.size**2 * (2 << 20)  # of each lane and pair
+    sizes = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "pycomm" in line and ".so" not in line:
+            low, high = line.split()[0].split("-")
+            sizes.append(int(high, 16) - int(low, 16))
+    assert any(0 <= size - rings - memory.shared_nbytes(group.size) < 1 << 20 for size in sizes), sizes
 
 
 def check_worker_states_in_files(group: Any, folder: str) -> None:

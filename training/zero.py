@@ -115,7 +115,7 @@ class Sharded:
     def clear(self) -> None:
         """No gradients, for the next step."""
         for _, unit in self._each:
-            unit.master.grad = None
+            unit.clear()
 
     def exchanged(self) -> list[tuple[MeteredGroup, str, int]]:
         """(group, collective, bytes) of each exchange of gradients in a step."""

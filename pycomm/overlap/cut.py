@@ -148,6 +148,7 @@ class Unit:
         self._reduced: Tensor | None = None  # the parts of the backwards since, until add_copies() takes their sum
         self.final = False  # the step's last gradients are among those that are being reduced
         self._adding: tuple[Any, Tensor] | None = None  # Work, the sum over copies
+        self._spare: Tensor | None = None  # memory of a gradient that clear() took, for the next one
         if cut.module is not None:
             self.free()
 
@@ -233,7 +234,9 @@ class Unit:
         if self.group.size == 1:
             self._reducing = (None, whole, whole)
             return
-        part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
+        part, self._spare = self._spare, None
+        if part is None:
+            part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
         self._reducing = (self.group.reduce_scatter(part, whole, op, async_op=True, **self._options), whole, part)
 
     def drain(self) -> None:
@@ -259,6 +262,16 @@ class Unit:
         if copies is not None and copies.size > 1:
             work = copies.all_reduce(part, op, async_op=True, **self._options)
         self._adding = (work, part)
+
+    def clear(self) -> None:
+        """master has no gradient; the next one takes the memory of this one, which nobody else may still need."""
+        gradient, self.master.grad = self.master.grad, None
+        if gradient is None:
+            return
+        if self.group.size == 1:
+            self._pool.empty(gradient)  # a whole one
+        else:
+            self._spare = gradient
 
     def deliver(self) -> None:
         """master.grad has the sum that was begun, added to what was there."""

@@ -10,9 +10,9 @@ gradient, in which it does not compute: 1 - m (F + B + W) / T. Theory, for F = B
     zb_h1         (p - 1)(F + B - W) idle                    arXiv:2401.10241, table 2
     zbv           what the schedule leaves idle              arXiv:2405.15362: none in its steady state, for m >= 2 p
 
-"schedule" is what training/schedules.py's check() counts for the very list of actions that runs. "an action" is how much
-longer than that the step takes, over the actions of a rank: starting one costs what it costs (autograd, messages, a
-rank that wakes), however long it computes, so actions here are as long as those of a model worth a pipeline.
+"schedule" is what training/schedules.py's check() counts for the very list of actions that runs. "an action" is how
+much longer than that the step takes, over the actions of a rank: starting one costs what it costs (autograd, messages,
+a rank that wakes), however long it computes, so actions here are as long as those of a model worth a pipeline.
 A run replaces its own sizes in results/bubble.json; training_report.py writes docs/training_figures.md."""
 
 from __future__ import annotations

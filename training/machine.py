@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import resource
@@ -36,6 +37,13 @@ def process_nbytes() -> int:
 def resident_nbytes() -> int:
     """What this process has in memory now, shared pages included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back_free_memory() -> None:
+    """The kernel gets the pages that malloc() keeps and nothing uses; glibc alone has a call for it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def share_cores(world: Group) -> None:

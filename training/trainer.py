@@ -23,7 +23,7 @@ from training.data import Batch, Corpus, Prefetcher, open_corpus
 from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
 from training.layout import resolve_layout, stages_of
-from training.machine import peak_memory_bytes, process_nbytes
+from training.machine import give_back_free_memory, peak_memory_bytes, process_nbytes
 from training.memory import require_fit
 from training.mesh import AXES, Mesh
 from training.metered import SLOW_S
@@ -160,6 +160,8 @@ class Trainer:
         self.sync.updated(step)
         n_updates = self.progress.updates + updates
         self.progress = Progress(step, self.progress.position + train.global_batch, n_updates)
+        if not self._recent_losses:
+            give_back_free_memory()  # of making the model and laying out buckets
         self._recent_losses.append(loss)
         return StepResult(
             step=step,

@@ -60,6 +60,7 @@ def estimate(
     train, zero = config.train, config.layout.zero
     itemsize = 2 if train.precision == "bf16" else 4
     stages = stages_of(config)
+    as_they_come = zero >= 2 or (zero == 1 and train.accumulation == 1)  # whole gradients are reduced, and gone
     parameters = gradients = optimizer = 0.0
     largest: dict[str, float] = {}  # a block's parameters, whole
     parts: dict[str, float] = {}  # of which this rank keeps so many
@@ -75,8 +76,8 @@ def estimate(
         largest[block] = largest.get(block, 0.0) + numel
         whole_parameters = zero < 3 or not block
         parameters += numel * itemsize if whole_parameters else 0
-        gradients += 4 * numel / (copies if zero >= 2 else 1)
-        gradients += 4 * numel / copies if zero == 1 else 0
+        gradients += 4 * numel / copies
+        gradients += 4 * numel if zero and not as_they_come else 0
         separate = itemsize == 2 or zero > 0
         master_in_file = train.offload_optimizer or (train.offload_parameters and itemsize == 4)
         state = 4 * ((0 if master_in_file else separate) + (0 if train.offload_optimizer else 2))
@@ -88,7 +89,7 @@ def estimate(
     block_numel = max((numel for block, numel in largest.items() if block), default=0.0)
     if zero == 3:
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
-    if zero >= 2:  # one is filled, the one before is on its way (pycomm.overlap.prefetch.IN_FLIGHT)
+    if as_they_come:  # one is filled, the one before is on its way (pycomm.overlap.prefetch.IN_FLIGHT)
         gradients += 4 * (block_numel + max(largest.values(), default=0.0))
     if train.offload_optimizer or train.offload_parameters:
         optimizer += 2 * 12 * max(parts.values(), default=0.0)  # one is updated, the next one arrives

@@ -8,7 +8,7 @@ Four ranks on this host, new processes for each layout. Three figures:
     counted   bytes of all live tensors' storages, the most of what is seen before and after each block's forward and
               backward, and when each parameter of a block has its gradient; the libraries' own buffers are not in it
 
-"estimate" holds the process against training/memory.py's for several layouts; "zero3" is ZeRO-3 of 24 layers with
+"data" and "model" hold the process against training/memory.py's estimate for several layouts; "zero3" is ZeRO-3 of 24 layers with
 hardly any activations (16 tokens a rank, recomputed), beside 16 bytes a parameter (fp32 parameter, gradient, two
 moments) over the ranks, and the largest layer. Needs no root. A run replaces its own sections in
 results/training_memory.json; training_report.py writes docs/training_figures.md."""
@@ -35,16 +35,20 @@ from training.trainer import Trainer
 N_RANKS = 4
 MODEL = {"vocab_size": 4096, "n_layers": 6, "d_model": 768, "n_heads": 12, "n_kv_heads": 12, "d_ff": 2048}
 DEEP = {"vocab_size": 1024, "n_layers": 24, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "d_ff": 1536}
-LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "dp 4": ({}, {}),
-    "dp 4, ZeRO-1": ({"zero": 1}, {}),
-    "dp 4, ZeRO-3": ({"zero": 3}, {}),
-    "dp 4, full recomputation": ({}, {"recompute": "full"}),
-    "tp 4": ({"tp": 4}, {}),
-    "pp 4, 1f1b": ({"pp": 4}, {"accumulation": 8}),
-    "dp 2 × cp 2": ({"cp": 2}, {}),
+LAYOUTS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
+    "data": {
+        "dp 4": ({}, {}),
+        "dp 4, ZeRO-1": ({"zero": 1}, {}),
+        "dp 4, ZeRO-3": ({"zero": 3}, {}),
+        "dp 4, full recomputation": ({}, {"recompute": "full"}),
+    },
+    "model": {
+        "tp 4": ({"tp": 4}, {}),
+        "pp 4, 1f1b": ({"pp": 4}, {"accumulation": 8}),
+        "dp 2 × cp 2": ({"cp": 2}, {}),
+    },
 }
-SECTIONS = ("estimate", "zero3")
+SECTIONS = (*LAYOUTS, "zero3")
 N_STEPS = 3
 MIB = 1 << 20
 
@@ -136,10 +140,10 @@ def run(store: Any, rank: int, n_ranks: int, config: Config) -> dict[str, Any]:
     }
 
 
-def estimate_section() -> dict[str, Any]:
+def estimate_section(section: str) -> dict[str, Any]:
     results = {}
-    for name, (layout, train) in LAYOUTS.items():
-        found = run_ranks(run, N_RANKS, config_of(MODEL, layout, train, 128, 8), timeout_s=200)
+    for name, (layout, train) in LAYOUTS[section].items():
+        found = run_ranks(run, N_RANKS, config_of(MODEL, layout, train, 64, 8), timeout_s=200)
         results[name] = found
         for rank, each in enumerate(found):
             predicted, peak, base = each["estimate"]["total"], max(each["making"], each["steps"]), each["base"]
@@ -174,7 +178,7 @@ def main() -> None:
         parser.error(f"no section {', '.join(sorted(unknown))}")
     for section in options.sections or SECTIONS:
         about = environment()
-        results = estimate_section() if section == "estimate" else zero3_section()
+        results = estimate_section(section) if section in LAYOUTS else zero3_section()
         if not options.dry:
             record = read_json("training_memory") | {section: {"environment": about, "results": results}}
             write_json("training_memory", {key: record[key] for key in SECTIONS if key in record})

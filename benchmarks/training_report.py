@@ -13,6 +13,7 @@ import bubble
 from common import RESULTS, markdown_table, write_figures
 from peers_report import figures_table
 from trainer import ALONE, PAIRS
+from training_memory import LAYOUTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PLOT = DOCS / "training_figures.md", DOCS / "training_figures.png"
@@ -107,7 +108,8 @@ def exposed_table(exposed: Record) -> str:
 
 def estimate_rows(memory: Record) -> Iterator[tuple[str, int, Record, float, float]]:
     """(layout, rank, what was found, the estimate off the process's peak, the same of both beyond the base)."""
-    for name, ranks in memory["estimate"]["results"].items():
+    layouts = [(name, ranks) for section in LAYOUTS for name, ranks in memory[section]["results"].items()]
+    for name, ranks in layouts:
         for rank, each in enumerate(ranks):
             peak, estimate, base = max(each["making"], each["steps"]), each["estimate"]["total"], each["base"]
             yield name, rank, each, estimate / peak - 1, (estimate - base) / (peak - base) - 1
@@ -116,7 +118,7 @@ def estimate_rows(memory: Record) -> Iterator[tuple[str, int, Record, float, flo
 def estimate_table(memory: Record) -> str:
     """Of each layout the rank whose estimate is farthest off."""
     rows = []
-    for name in memory["estimate"]["results"]:
+    for name in dict.fromkeys(each[0] for each in estimate_rows(memory)):
         of_layout = [each for each in estimate_rows(memory) if each[0] == name]
         _, rank, found, off, beyond = max(of_layout, key=lambda each: abs(each[3]))
         values = (found["base"], found["making"], found["steps"], found["counted"], found["estimate"]["total"])

@@ -9,8 +9,8 @@ Four ranks on this host, new processes for each layout. Three figures:
               backward, and when each parameter of a block has its gradient; the libraries' own buffers are not in it
 
 "data" and "model" hold the process against training/memory.py's estimate for several layouts; "zero3" is ZeRO-3 of 24
-layers with hardly any activations (16 tokens a rank, recomputed), beside 16 bytes a parameter (fp32 parameter, gradient,
-two moments) over the ranks, and the largest layer. Needs no root. A run replaces its own sections in
+layers with hardly any activations (16 tokens a rank, recomputed), beside 16 bytes a parameter (fp32 parameter,
+gradient, two moments) over the ranks, and the largest layer. Needs no root. A run replaces its own sections in
 results/training_memory.json; training_report.py writes docs/training_figures.md."""
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from pycomm.table import Times, TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import choice_table, costs
 
-SIZES: Final = tuple(1 << power for power in (10, 14, 17, 20, 22, 24))
+SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
 BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
 CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate is measured
 _FINAL, _FINALISTS = 1.5, 4  # times the quickest's cost in the first round, up to which so many are measured well

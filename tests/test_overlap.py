@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pycomm import _C
 from pycomm.errors import InvalidArgument
 from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
 from pycomm.overlap.layout import pack
@@ -172,6 +173,8 @@ def test_a_pool_hands_on_memory_that_views_follow() -> None:
     pool.empty(nothing)
     pool.fill(nothing)
     assert nothing.numel() == 0
+    with pytest.raises(InvalidArgument, match="both tensors must be on the CPU"):
+        _C.swap_memory(x, torch.empty(1, device="meta"))
 
 
 def test_sizes_follow_from_the_link() -> None:

@@ -2,8 +2,7 @@
 
 A flat of parameters is whole while a module computes, its gradient until it is reduced. Through malloc() that memory
 goes back to the kernel and comes again page by page, or is broken up by small tensors that outlive it: ZeRO-3's heap
-grew by a flat a block, to 2.5 times of what it held (benchmarks/training_memory.py). Devices have an allocator of that
-kind already."""
+grew by a flat with each block of a forward. Devices have an allocator of that kind already."""
 
 from __future__ import annotations
 

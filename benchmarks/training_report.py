@@ -108,7 +108,8 @@ def exposed_table(exposed: Record) -> str:
 
 def estimate_rows(memory: Record) -> Iterator[tuple[str, int, Record, float, float]]:
     """(layout, rank, what was found, the estimate off the process's peak, the same of both beyond the base)."""
-    layouts = [(name, ranks) for section in LAYOUTS for name, ranks in memory[section]["results"].items()]
+    sections = [memory[section]["results"] for section in LAYOUTS if section in memory]
+    layouts = [(name, ranks) for section in sections for name, ranks in section.items()]
     for name, ranks in layouts:
         for rank, each in enumerate(ranks):
             peak, estimate, base = max(each["making"], each["steps"]), each["estimate"]["total"], each["base"]
@@ -214,12 +215,15 @@ def figures(found: dict[str, Record]) -> list[dict[str, Any]]:
             goal(f"exposed communication, {preset}", best["exposed"], 0.10, best["schedule"], True)
     if "training_memory" in found:
         memory = found["training_memory"]
-        bound = zero3(memory)
-        goal("ZeRO-3 counted / bound", bound["counted"] / bound["bound"], 1.0, "", True)
-        goal("ZeRO-3 process in steps, beyond its base / bound", bound["steps"] / bound["bound"], 1.0, "", True)
+        if "zero3" in memory:
+            bound = zero3(memory)
+            goal("ZeRO-3 counted / bound", bound["counted"] / bound["bound"], 1.0, "", True)
+            goal("ZeRO-3 process in steps, beyond its base / bound", bound["steps"] / bound["bound"], 1.0, "", True)
         off = [(abs(off), f"{name}, rank {rank}") for name, rank, _, off, _ in estimate_rows(memory)]
         within = sum(each <= 0.10 for each, _ in off)
-        goal(f"estimate off the process's peak: {within} of {len(off)} ranks within, most", *_at(max(off), 0.10), True)
+        if off:
+            what = f"estimate off the process's peak: {within} of {len(off)} ranks within, most"
+            goal(what, *_at(max(off), 0.10), True)
     if "planner" in found:
         setups = found["planner"]
         off = [(abs(each["result"]["off"][0]), name) for name, each in setups.items()]
@@ -261,7 +265,10 @@ def page(found: dict[str, Record]) -> list[str]:
         parts += ["## Exposed communication\n", f"{exposed_table(found['exposed'])}\n", f"{stamps(found['exposed'])}\n"]
     if "training_memory" in found:
         memory = found["training_memory"]
-        parts += ["## Memory\n", f"{zero3_table(memory)}\n", f"{estimate_table(memory)}\n"]
+        parts.append("## Memory\n")
+        if "zero3" in memory:
+            parts.append(f"{zero3_table(memory)}\n")
+        parts.append(f"{estimate_table(memory)}\n")
         parts.append(stamps(memory) + "\n")
     if "planner" in found:
         parts += ["## The planner\n", f"{planner_table(found['planner'])}\n", f"{stamps(found['planner'])}\n"]

@@ -114,16 +114,17 @@ def put_to_sleep(trainer: Trainer, took: Mapping[str, Seconds]) -> None:
         raise ValueError(f"{trainer.config.name}, {mesh.layout}: dense Llama blocks without cp alone can sleep")
     sleeper = _Sleeper()
 
-    def half(x: Tensor, part: str, modules: Sequence[nn.Module]) -> Tensor:
+    def half(x: Tensor, part: str, leaves: Sequence[nn.Parameter]) -> Tensor:
         whole = gather_sequence(x, mesh)
-        leaves = [p for module in modules for p in module.parameters()]
         y = _Sleeps.apply(whole, whole.shape, took[part], sleeper, mesh.weight_gradients, *leaves)
         return x + reduce_scatter_sequence(y, mesh)
 
     def block(each: nn.Module) -> Callable[..., Any]:
+        attention = [*each.attention_norm.parameters(), *each.attention.parameters()]
+        feed_forward = [*each.feed_forward_norm.parameters(), *each.feed_forward.parameters()]
+
         def forward(x: Tensor, documents: Tensor | None = None) -> tuple[Tensor, None]:
-            x = half(x, "attention", [each.attention_norm, each.attention])
-            return half(x, "feed_forward", [each.feed_forward_norm, each.feed_forward]), None
+            return half(half(x, "attention", attention), "feed_forward", feed_forward), None
 
         return forward
 

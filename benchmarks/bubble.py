@@ -10,7 +10,9 @@ gradient, in which it does not compute: 1 - m (F + B + W) / T. Theory, for F = B
     zb_h1         (p - 1)(F + B - W) idle                    arXiv:2401.10241, table 2
     zbv           what the schedule leaves idle              arXiv:2405.15362: none in its steady state, for m >= 2 p
 
-"schedule" is what training/schedules.py's check() counts for the very list of actions that runs.
+"schedule" is what training/schedules.py's check() counts for the very list of actions that runs. "an action" is how
+much longer than that the step takes, over the actions of a rank: starting one costs what it costs (autograd, messages,
+a rank that wakes), however long it computes, so actions here are as long as those of a model worth a pipeline.
 A run replaces its own sizes in results/bubble.json; training_report.py writes docs/training_figures.md."""
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from sleeping import PARTS, Seconds, put_to_sleep
 
 import pycomm
 from training import schedules
-from training.config import Config, load_preset
+from training.config import Config
 from training.pipeline import Scales
+from training.presets import load_preset
 from training.trainer import Trainer
 
 SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
@@ -39,7 +42,7 @@ SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
     ("zbv", 1),
 )
 SIZES = {"p4m8": (4, 8), "p4m16": (4, 16), "p2m8": (2, 8)}  # ranks, micro-batches
-RANK_S = 0.080  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
+RANK_S = 0.160  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
 N_ROUNDS = 3
 
 
@@ -128,21 +131,26 @@ def main() -> None:
 
 def table(record: dict[str, Any]) -> str:
     """Bubbles in percent of the step."""
-    rows = [
-        [
-            f"{each['schedule']}" + (f" × {each['chunks']}" if each["chunks"] > 1 else ""),
-            str(each["ranks"]),
-            str(each["micro_batches"]),
-            f"{1e3 * statistics.median(each['step_s']):.0f}",
-            f"{each['bubble']:.1%}",
-            "" if each["formula"] is None else f"{each['formula']:.1%}",
-            f"{each['of_schedule']:.1%}",
-            f"{each['bubble'] / each['of_schedule'] - 1:+.1%}",
-        ]
-        for size in record.values()
-        for each in size["results"]
-    ]
-    head = ["schedule", "p", "m", "step, ms", "bubble", "formula", "schedule's", "off"]
+    rows = []
+    for size in record.values():
+        for each in size["results"]:
+            step_s, m = statistics.median(each["step_s"]), each["micro_batches"]
+            schedule_s = 3 * m * size["rank_s"] / (1 - each["of_schedule"])
+            n_actions = m * each["chunks"] * (3 if each["schedule"] in schedules.SPLIT else 2)
+            rows.append(
+                [
+                    f"{each['schedule']}" + (f" × {each['chunks']}" if each["chunks"] > 1 else ""),
+                    str(each["ranks"]),
+                    str(m),
+                    f"{1e3 * step_s:.0f}",
+                    f"{each['bubble']:.1%}",
+                    "" if each["formula"] is None else f"{each['formula']:.1%}",
+                    f"{each['of_schedule']:.1%}",
+                    f"{each['bubble'] / each['of_schedule'] - 1:+.1%}",
+                    f"{1e3 * (step_s - schedule_s) / n_actions:.2f}",
+                ]
+            )
+    head = ["schedule", "p", "m", "step, ms", "bubble", "formula", "schedule's", "off", "an action, ms"]
     return markdown_table(head, rows)
 
 

@@ -11,7 +11,10 @@ nothing is sent: what the schedule leaves idle with the same actions and no comm
 bubble. The rest of `blocked` is exposed communication. Beside it, without the trainer's counters: the step's time over
 that of the schedule alone.
 
-A run replaces its own presets in results/exposed.json; training_report.py writes docs/training_figures.md."""
+"default" has micro-batches of one sequence, 256 tokens; "default-long" is the same model with four, a batch of 64: as
+many exchanges, each beside four times the work.
+
+A run replaces its own set-ups in results/exposed.json; training_report.py writes docs/training_figures.md."""
 
 from __future__ import annotations
 
@@ -30,24 +33,29 @@ from sleeping import Seconds, alone, put_to_sleep
 
 import pycomm
 from training import schedules
-from training.config import Config, load_preset, resolve_layout, stages_of
+from training.config import Config
+from training.layout import resolve_layout, stages_of
+from training.presets import load_preset
 from training.trainer import StepResult, Trainer
 
 RATE_MBIT = 1000
 HOSTS = ["a"] * 4 + ["b"] * 4
-PRESETS = ("default", "laptop")
+SETUPS = {"default": ("default", 16), "default-long": ("default", 64), "laptop": ("laptop", 16)}  # preset, batch
 SCHEDULES: tuple[schedules.Name, ...] = ("1f1b", "zb_h1", "zbv")
 N_STEPS, N_WARM_UP = 9, 2
 N_MICRO_BATCHES = 8
 
 
-def config_of(preset: str, schedule: schedules.Name) -> Config:
+def config_of(setup: str, schedule: schedules.Name) -> Config:
+    preset, global_batch = SETUPS[setup]
     config = load_preset(preset)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
         layout=dataclasses.replace(config.layout, tp=2, pp=2, schedule=schedule),
-        train=dataclasses.replace(config.train, accumulation=N_MICRO_BATCHES, eval_sequences=8),
+        train=dataclasses.replace(
+            config.train, global_batch=global_batch, accumulation=N_MICRO_BATCHES, eval_sequences=8
+        ),
     )
 
 
@@ -120,18 +128,18 @@ def entry(config: Config, took: dict[str, Seconds], steps: list[StepResult]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("presets", nargs="*", help=f"of {', '.join(PRESETS)} (default: all)")
+    parser.add_argument("setups", nargs="*", metavar="SETUP", help=f"of {', '.join(SETUPS)} (default: all)")
     parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
     options = parser.parse_args()
-    if unknown := set(options.presets) - set(PRESETS):
-        parser.error(f"no preset {', '.join(sorted(unknown))}")
+    if unknown := set(options.setups) - set(SETUPS):
+        parser.error(f"no set-up {', '.join(sorted(unknown))}")
     if (why := why_unavailable()) is not None:
         print(f"exposed.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
-    for preset in options.presets or PRESETS:
+    for setup in options.setups or SETUPS:
         about = environment()
-        configs = [config_of(preset, schedule) for schedule in SCHEDULES]
+        configs = [config_of(setup, schedule) for schedule in SCHEDULES]
         slower = len(HOSTS) / len(os.sched_getaffinity(0))
         alone_s = run_ranks(measured_alone, 1, configs[0])[0]
         took = {part: Seconds(*(slower * s for s in dataclasses.astuple(each))) for part, each in alone_s.items()}
@@ -140,19 +148,19 @@ def main() -> int:
             found = run_ranks(run, len(HOSTS), configs, took, hosts=HOSTS, network=network, timeout_s=200)[0]
         entries = [entry(config, took, steps) for config, steps in zip(configs, found, strict=True)]
         for each in entries:
-            print(f"{preset} {json.dumps({k: v for k, v in each.items() if k != 'step_s'})}", flush=True)
+            print(f"{setup} {json.dumps({k: v for k, v in each.items() if k != 'step_s'})}", flush=True)
             print(f"   steps {each['step_s'][:5]}", flush=True)
         if not options.dry:
             record = read_json("exposed")
             parts = {part: [round(s, 6) for s in dataclasses.astuple(each)] for part, each in alone_s.items()}
-            record[preset] = {
+            record[setup] = {
                 "environment": about,
                 "micro_batches": N_MICRO_BATCHES,
                 "alone_s": parts,
                 "slower": slower,
             }
-            record[preset]["results"] = entries
-            write_json("exposed", {key: record[key] for key in PRESETS if key in record})
+            record[setup]["results"] = entries
+            write_json("exposed", {key: record[key] for key in SETUPS if key in record})
     return 0
 
 

@@ -20,7 +20,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from training.config import Config, stages_of
+from training.config import Config
+from training.layout import stages_of
 from training.model_config import ModelConfig
 from training.optimizer import learning_rate
 

@@ -29,10 +29,11 @@ from netns import emulated_hosts, why_unavailable
 from sleeping import by_flops, put_to_sleep
 
 import pycomm
-from training.config import Config, LayoutConfig, load_preset
+from training.config import Config, LayoutConfig
 from training.layer_rate import planning_flops
-from training.mesh import MeteredGroup, on_rank_0
+from training.metered import MeteredGroup, on_rank_0
 from training.plan_layout import Plan, search
+from training.presets import load_preset
 from training.trainer import StepResult, Trainer
 
 FLOPS_PER_S = 10e9

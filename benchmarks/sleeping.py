@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import Config, Layout
-from training.mesh import Mesh, MeteredGroup
+from training.config import Config
+from training.layout import Layout
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.model import GPT
 from training.parallel import gather_sequence, reduce_scatter_sequence
 from training.trainer import Trainer
@@ -39,17 +41,21 @@ class Seconds:
 
 
 class _Sleeper:
-    """Sleeps as long as asked on average: what one call oversleeps the next ones make up for."""
+    """Takes as long as asked on average: what one call takes too long the next ones make up for."""
 
     def __init__(self) -> None:
         self._owed = 0.0
 
-    def sleep(self, seconds: float) -> None:
+    def make(self, seconds: float, *shapes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Zeros of the shapes, in as many seconds: what a layer makes it makes within its time."""
+        begin = time.perf_counter()
+        made = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         self._owed += seconds
-        if self._owed > 0:
-            begin = time.perf_counter()
-            time.sleep(self._owed)
-            self._owed -= time.perf_counter() - begin
+        left = self._owed - (time.perf_counter() - begin)
+        if left > 0:
+            time.sleep(left)
+        self._owed -= time.perf_counter() - begin
+        return made
 
 
 class _Sleeps(torch.autograd.Function):
@@ -61,28 +67,20 @@ class _Sleeps(torch.autograd.Function):
     ) -> Tensor:
         ctx.x, ctx.took, ctx.sleeper, ctx.later = (x.shape, x.dtype), took, sleeper, later
         ctx.leaves = leaves
-        sleeper.sleep(took.forward)
-        return torch.zeros(shape, dtype=x.dtype if x.is_floating_point() else torch.float32)
+        return sleeper.make(took.forward, shape, dtype=x.dtype if x.is_floating_point() else torch.float32)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         took, sleeper, later = ctx.took, ctx.sleeper, ctx.later
-        sleeper.sleep(took.input)
         shape, dtype = ctx.x
-        grads: list[Tensor | None] = [None] * len(ctx.leaves)
+        given = sleeper.make(took.input, *([shape] if dtype.is_floating_point else []), dtype=dtype)
+        grads: Sequence[Tensor | None] = [None] * len(ctx.leaves)
         if later is None:
-            sleeper.sleep(took.weight)
-            grads = [torch.zeros(leaf.shape) for leaf in ctx.leaves]
+            grads = sleeper.make(took.weight, *(leaf.shape for leaf in ctx.leaves))
         else:
             for index, leaf in enumerate(ctx.leaves):
-                later.put(leaf, lambda leaf=leaf, s=0.0 if index else took.weight: _zeros_after(sleeper, s, leaf))
-        given = torch.zeros(shape, dtype=dtype) if dtype.is_floating_point else None
-        return given, None, None, None, None, *grads
-
-
-def _zeros_after(sleeper: _Sleeper, seconds: float, leaf: Tensor) -> Tensor:
-    sleeper.sleep(seconds)
-    return torch.zeros(leaf.shape)
+                later.put(leaf, lambda leaf=leaf, s=0.0 if index else took.weight: sleeper.make(s, leaf.shape)[0])
+        return given[0] if given else None, None, None, None, None, *grads
 
 
 class _SleepingLoss(torch.autograd.Function):
@@ -96,7 +94,7 @@ class _SleepingLoss(torch.autograd.Function):
         n_tokens = x.shape[0] * x.shape[1]
         for first in range(0, n_tokens, chunk):
             n = min(chunk, n_tokens - first)
-            sleeper.sleep(took.total * n / n_tokens)
+            sleeper.make(took.total * n / n_tokens)
             if group.size > 1:
                 group.all_reduce(torch.zeros(n), "max")
                 group.all_reduce(torch.zeros(2, n))
@@ -116,16 +114,17 @@ def put_to_sleep(trainer: Trainer, took: Mapping[str, Seconds]) -> None:
         raise ValueError(f"{trainer.config.name}, {mesh.layout}: dense Llama blocks without cp alone can sleep")
     sleeper = _Sleeper()
 
-    def half(x: Tensor, part: str, modules: Sequence[nn.Module]) -> Tensor:
+    def half(x: Tensor, part: str, leaves: Sequence[nn.Parameter]) -> Tensor:
         whole = gather_sequence(x, mesh)
-        leaves = [p for module in modules for p in module.parameters()]
         y = _Sleeps.apply(whole, whole.shape, took[part], sleeper, mesh.weight_gradients, *leaves)
         return x + reduce_scatter_sequence(y, mesh)
 
     def block(each: nn.Module) -> Callable[..., Any]:
+        attention = [*each.attention_norm.parameters(), *each.attention.parameters()]
+        feed_forward = [*each.feed_forward_norm.parameters(), *each.feed_forward.parameters()]
+
         def forward(x: Tensor, documents: Tensor | None = None) -> tuple[Tensor, None]:
-            x = half(x, "attention", [each.attention_norm, each.attention])
-            return half(x, "feed_forward", [each.feed_forward_norm, each.feed_forward]), None
+            return half(half(x, "attention", attention), "feed_forward", feed_forward), None
 
         return forward
 

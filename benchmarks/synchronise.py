@@ -18,7 +18,8 @@ from common import environment, markdown_table, read_json, run_ranks, write_figu
 
 import pycomm
 import training.trainer
-from training.config import SyncConfig, load_preset
+from training.config import SyncConfig
+from training.presets import load_preset
 from training.trainer import Trainer
 
 CURVE_EVERY = 20  # steps whose losses make one point of the recorded curve

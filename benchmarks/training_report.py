@@ -13,6 +13,7 @@ import bubble
 from common import RESULTS, markdown_table, write_figures
 from peers_report import figures_table
 from trainer import ALONE, PAIRS
+from training_memory import LAYOUTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PLOT = DOCS / "training_figures.md", DOCS / "training_figures.png"
@@ -25,13 +26,6 @@ def records() -> dict[str, Record]:
     names = ("trainer", "torchtitan", "bubble", "exposed", "training_memory", "planner")
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-
-
-def machine(about: Record) -> str:
-    return (
-        f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, load {about['load_average_before'][0]}, "
-        f"commit {about['commit']}"
-    )
 
 
 def stamps(record: Record) -> str:
@@ -52,7 +46,8 @@ def ratios(steps_of: Record) -> Iterator[tuple[str, str, float]]:
     for name, each in steps_of.items():
         steps = each["result"]["step_s"]
         for pair, (ours, theirs) in PAIRS.items():
-            yield name, pair, steps[theirs]["median"] / steps[ours]["median"]
+            if ours in steps:
+                yield name, pair, steps[theirs]["median"] / steps[ours]["median"]
 
 
 def step_table(steps_of: Record) -> str:
@@ -60,6 +55,8 @@ def step_table(steps_of: Record) -> str:
     for name, each in steps_of.items():
         steps = each["result"]["step_s"]
         for pair, (ours, theirs) in PAIRS.items():
+            if ours not in steps:
+                continue
             ms = [1e3 * steps[who]["median"] for who in (ours, theirs)]
             spread = [
                 f"{1e3 * min(steps[who]['turns']):.0f} to {1e3 * max(steps[who]['turns']):.0f}"
@@ -109,34 +106,39 @@ def exposed_table(exposed: Record) -> str:
     return markdown_table(head, rows)
 
 
-def estimate_rows(memory: Record) -> Iterator[tuple[str, int, int, int, int, int]]:
-    """(layout, rank, bytes while made, in steps, counted, estimated)."""
-    for name, ranks in memory["estimate"].items():
+def estimate_rows(memory: Record) -> Iterator[tuple[str, int, Record, float, float]]:
+    """(layout, rank, what was found, the estimate off the process's peak, the same of both beyond the base)."""
+    sections = [memory[section]["results"] for section in LAYOUTS if section in memory]
+    layouts = [(name, ranks) for section in sections for name, ranks in section.items()]
+    for name, ranks in layouts:
         for rank, each in enumerate(ranks):
-            yield name, rank, each["making"], each["steps"], each["counted"], each["estimate"]["total"]
+            peak, estimate, base = max(each["making"], each["steps"]), each["estimate"]["total"], each["base"]
+            yield name, rank, each, estimate / peak - 1, (estimate - base) / (peak - base) - 1
 
 
 def estimate_table(memory: Record) -> str:
     """Of each layout the rank whose estimate is farthest off."""
     rows = []
-    for name in memory["estimate"]:
+    for name in dict.fromkeys(each[0] for each in estimate_rows(memory)):
         of_layout = [each for each in estimate_rows(memory) if each[0] == name]
-        _, rank, made, steps, counted, estimate = max(of_layout, key=lambda each: abs(each[5] / max(each[2:4]) - 1))
-        cells = [f"{nbytes / MIB:.0f}" for nbytes in (made, steps, counted, estimate)]
-        rows.append([name, str(rank), *cells, f"{estimate / max(made, steps) - 1:+.1%}"])
-    head = ["MiB", "rank", "process, made", "process, steps", "counted", "estimate", "off the process"]
-    return markdown_table(head, rows)
+        _, rank, found, off, beyond = max(of_layout, key=lambda each: abs(each[3]))
+        values = (found["base"], found["making"], found["steps"], found["counted"], found["estimate"]["total"])
+        rows.append([name, str(rank), *(f"{nbytes / MIB:.0f}" for nbytes in values), f"{off:+.1%}", f"{beyond:+.1%}"])
+    head = ["MiB", "rank", "base", "process, made", "process, steps", "counted", "estimate", "off the process"]
+    return markdown_table([*head, "off beyond the base"], rows)
 
 
 def zero3(memory: Record) -> dict[str, float]:
-    """Bytes of the largest rank: total / ranks, a layer's parameters, the bound, and what was found."""
-    ranks = memory["zero3"]
-    share, layer = 16 * ranks[0]["n_parameters"] / memory["ranks"], 4 * max(each["block_numel"] for each in ranks)
+    """Bytes of the largest rank: total / ranks, a layer's parameters, the bound, and what was found, the process's
+    beyond its base."""
+    ranks = memory["zero3"]["results"]
+    share, layer = 16 * ranks[0]["n_parameters"] / len(ranks), 4 * max(each["block_numel"] for each in ranks)
     return {
         "share": share,
         "layer": layer,
         "bound": 1.1 * share + layer,
-        **{key: max(each[key] for each in ranks) for key in ("counted", "steps", "making")},
+        "counted": max(each["counted"] for each in ranks),
+        **{key: max(each[key] - each["base"] for each in ranks) for key in ("steps", "making")},
     }
 
 
@@ -146,8 +148,8 @@ def zero3_table(memory: Record) -> str:
         [what, f"{found[key] / MIB:.1f}", f"{found[key] / found['bound']:.2f}"]
         for what, key in (
             ("counted", "counted"),
-            ("process in steps", "steps"),
-            ("process while made", "making"),
+            ("process in steps, beyond its base", "steps"),
+            ("process while made, beyond its base", "making"),
         )
     ]
     title = (
@@ -192,6 +194,11 @@ def figures(found: dict[str, Record]) -> list[dict[str, Any]]:
         for name, pair, ratio in all_pairs:
             if name.endswith("@200mbit"):
                 goal(f"the same on the slow link, {pair}", ratio, 2.0, name, False)
+        for name, each in found["trainer"].items():
+            steps = each["result"]["step_s"]
+            if name.endswith("@200mbit"):
+                ratio = steps["DDP"]["median"] / steps[ALONE[-1]]["median"]
+                goal("the same on the slow link, data parallel, gradients in int8 on the wire", ratio, 2.0, name, False)
     if "bubble" in found:
         for name in ("1f1b", "interleaved", "zb_h1", "zbv"):
             off = [
@@ -208,14 +215,15 @@ def figures(found: dict[str, Record]) -> list[dict[str, Any]]:
             goal(f"exposed communication, {preset}", best["exposed"], 0.10, best["schedule"], True)
     if "training_memory" in found:
         memory = found["training_memory"]
-        bound = zero3(memory)
-        goal("ZeRO-3 counted / bound", bound["counted"] / bound["bound"], 1.0, "", True)
-        goal("ZeRO-3 process in steps / bound", bound["steps"] / bound["bound"], 1.0, "", True)
-        off = [
-            (abs(e / max(made, steps) - 1), f"{name}, rank {r}") for name, r, made, steps, _, e in estimate_rows(memory)
-        ]
+        if "zero3" in memory:
+            bound = zero3(memory)
+            goal("ZeRO-3 counted / bound", bound["counted"] / bound["bound"], 1.0, "", True)
+            goal("ZeRO-3 process in steps, beyond its base / bound", bound["steps"] / bound["bound"], 1.0, "", True)
+        off = [(abs(off), f"{name}, rank {rank}") for name, rank, _, off, _ in estimate_rows(memory)]
         within = sum(each <= 0.10 for each, _ in off)
-        goal(f"estimate off the process's peak: {within} of {len(off)} ranks within, most", *_at(max(off), 0.10), True)
+        if off:
+            what = f"estimate off the process's peak: {within} of {len(off)} ranks within, most"
+            goal(what, *_at(max(off), 0.10), True)
     if "planner" in found:
         setups = found["planner"]
         off = [(abs(each["result"]["off"][0]), name) for name, each in setups.items()]
@@ -257,8 +265,11 @@ def page(found: dict[str, Record]) -> list[str]:
         parts += ["## Exposed communication\n", f"{exposed_table(found['exposed'])}\n", f"{stamps(found['exposed'])}\n"]
     if "training_memory" in found:
         memory = found["training_memory"]
-        parts += ["## Memory\n", f"{zero3_table(memory)}\n", f"{estimate_table(memory)}\n"]
-        parts.append(machine(memory["environment"]) + ".\n")
+        parts.append("## Memory\n")
+        if "zero3" in memory:
+            parts.append(f"{zero3_table(memory)}\n")
+        parts.append(f"{estimate_table(memory)}\n")
+        parts.append(stamps(memory) + "\n")
     if "planner" in found:
         parts += ["## The planner\n", f"{planner_table(found['planner'])}\n", f"{stamps(found['planner'])}\n"]
     return parts
@@ -273,8 +284,9 @@ def plot(found: dict[str, Record]) -> None:
     if "trainer" in found:
         names = list(found["trainer"])
         for index, pair in enumerate(PAIRS):
-            heights = [ratio for _, each, ratio in ratios(found["trainer"]) if each == pair]
-            steps.bar([at + 0.27 * (index - 1) for at in range(len(names))], heights, 0.25, label=pair)
+            heights = {name: ratio for name, each, ratio in ratios(found["trainer"]) if each == pair}
+            at = [names.index(name) + 0.27 * (index - 1) for name in heights]
+            steps.bar(at, list(heights.values()), 0.25, label=pair)
         steps.axhline(1, color="black", linewidth=0.8, linestyle=":")
         steps.set_xticks(range(len(names)), names, rotation=20)
         steps.set_title("plain torch's step / the trainer's, 4 ranks", fontsize=10)

@@ -15,7 +15,7 @@ import torch
 from common import environment, markdown_table, run_ranks, write_json
 
 import pycomm
-from training.config import load_preset
+from training.presets import load_preset
 from training.trainer import Trainer
 
 WIRES = ("none", "bf16", "fp8", "int8", "int4")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pycomm import _C
 from pycomm.errors import InvalidArgument
 from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
 from pycomm.overlap.layout import pack
 from pycomm.overlap.matmul import ring_s
+from pycomm.overlap.pool import Pool
 from pycomm.overlap.trace import Trace
 
 WIDTHS = (3, 5, 7, 2)  # odd, so that no bucket edge falls on a round number
@@ -144,6 +146,35 @@ def test_a_trace_foretells_each_use_of_a_step() -> None:
     assert trace.upcoming(1) == ["1"]  # an evaluation moves nothing
     assert trace.use("0", "backward", 1) == ["1"]  # b1 did not come: the trace is found again
     assert trace.use("2", "forward", 1) == ["0"]  # never seen
+
+
+def test_a_pool_hands_on_memory_that_views_follow() -> None:
+    cpu, pool = torch.device("cpu"), Pool(64)
+    x = pool.zeros([8], torch.float32, cpu)
+    view, where = x[2:].view(3, 2), x.data_ptr()
+    x.fill_(1)
+    pool.empty(x)
+    pool.empty(x)  # it has none by now
+    assert x.untyped_storage().nbytes() == view.untyped_storage().nbytes() == 0 and pool.nbytes == 32
+    y = pool.zeros([4], torch.float64, cpu)
+    assert y.data_ptr() == where and not y.any() and pool.nbytes == 0
+    pool.fill(x)  # there is none to hand on
+    x.copy_(torch.arange(8.0))
+    assert view.tolist() == [[2, 3], [4, 5], [6, 7]] and not y.any()
+    for each in (y, x):
+        pool.empty(each)
+    large = pool.zeros([9], torch.float32, cpu)  # of another size
+    assert pool.nbytes == 64
+    pool.empty(large)  # beyond what it keeps
+    assert pool.nbytes == 64 and large.untyped_storage().nbytes() == 0
+    pool.fill(x)
+    assert x.data_ptr() in (where, view.data_ptr() - 8) and view.untyped_storage().nbytes() == 32
+    nothing = pool.zeros([0], torch.float32, cpu)
+    pool.empty(nothing)
+    pool.fill(nothing)
+    assert nothing.numel() == 0
+    with pytest.raises(InvalidArgument, match="both tensors must be on the CPU"):
+        _C.swap_memory(x, torch.empty(1, device="meta"))
 
 
 def test_sizes_follow_from_the_link() -> None:

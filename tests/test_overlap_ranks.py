@@ -169,6 +169,17 @@ class LoggingMemory(InMemory):
         self.log.append(("release", x.data_ptr()))
 
 
+class CountingCopies:
+    """A group that counts its sums."""
+
+    def __init__(self, group: Any) -> None:
+        self._group, self.rank, self.size, self.n_sums = group, group.rank, group.size, 0
+
+    def all_reduce(self, x: Tensor, op: str = "sum", **options: Any) -> Any:
+        self.n_sums += 1
+        return self._group.all_reduce(x, op, **options)
+
+
 def check_cuts(group: Any) -> None:
     """ZeRO's stages with micro-batches, over all ranks and over one with copies, with and without fp32 masters."""
     alone = group.split(group.rank)
@@ -183,6 +194,8 @@ def check_cuts(group: Any) -> None:
     for (shards, copies, reduce, gathers), dtype in itertools.product(kinds, (None, torch.bfloat16)):
         model, whole = network(), network()
         memory, filled = LoggingMemory(), []
+        counted = CountingCopies(group)
+        copies = counted if copies is group else copies
         cuts = [Cut(list(b.parameters()), shards, b if gathers else None, copies, reduce) for b in model]  # type: ignore[arg-type]
         sharded = ShardedModules(cuts, dtype=dtype, memory=memory, before_cut=lambda p, f=filled: f.append(p.shape))
         assert filled == [p.shape for p in model.parameters()]
@@ -195,7 +208,10 @@ def check_cuts(group: Any) -> None:
                     model(x if dtype is None else x.to(dtype)).float().square().sum().backward()
                 if micro != 1:  # without it, the next backward adds to what is on its way
                     sharded.end_backward()
+            if copies is counted and reduce == "each":  # but what is still in flight was added up beside backward
+                assert counted.n_sums == len(model) * (step + 1) - 1
             sharded.wait()
+            assert counted.n_sums == (len(model) * (step + 1) if copies is counted else 0)
             for p, *grads in zip(
                 whole.parameters(), *(exact_gradients(3 * step + m, group.size, whole) for m in range(3)), strict=True
             ):
@@ -463,6 +479,14 @@ def check_delayed_gradients(group: Any) -> None:
         buckets.wait()
         for p, exact in zip(model.parameters(), exact_gradients(step, group.size, plain), strict=True):
             torch.testing.assert_close(buckets.gradient(p), exact, rtol=1e-5, atol=1e-5)
+    order: list[int] = []  # of gradients given together: each of a leaf comes alone, in the order of the queue
+    leaves = [torch.zeros(2, requires_grad=True) for _ in range(3)]
+    for index, leaf in enumerate(leaves):
+        leaf.register_post_accumulate_grad_hook(lambda each, index=index: order.append(index * 10 + int(each.grad[0])))
+    for value, index in enumerate((2, 0, 0, 1, 2, 0), 1):
+        later.put(leaves[index], lambda value=value: torch.full((2,), float(value)))
+    later.flush()
+    assert [sorted(order[:2]), sorted(order[2:5]), order[5:]] == [[2, 21], [5, 14, 26], [11]]
     together = WeightGradients(together=True)
     weight = torch.arange(6.0).view(2, 3).requires_grad_()
     pieces = torch.arange(12.0).view(4, 3)

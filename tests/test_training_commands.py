@@ -16,11 +16,12 @@ from rich.console import Console
 from training_runs import tiny
 
 from training.commands import prepare
-from training.config import Config, load_preset, to_toml
+from training.config import Config
 from training.data import open_corpus
 from training.errors import ConfigError
 from training.live import LiveTable
 from training.metrics import read_metrics
+from training.presets import load_preset, to_toml
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from training_runs import tiny
 
-from training.config import PRESETS, Config, Layout, SyncConfig, WireConfig, load_preset, resolve_layout
+from training.config import Config, SyncConfig, WireConfig
 from training.errors import ConfigError
+from training.layout import Layout, resolve_layout
 from training.model_config import ModelConfig
+from training.presets import PRESETS, load_preset
 
 ALL = {path.stem for path in PRESETS.glob("*.toml")}
 PUBLISHED = {  # parameters, as Hugging Face counts them in the models' safetensors

@@ -17,11 +17,12 @@ from training_runs import tiny
 
 from training import checkpoint_files
 from training.commands import import_
-from training.config import Config, Layout
+from training.config import Config
 from training.data import Batch
 from training.errors import CheckpointError, ConfigError
 from training.hugging_face import export_model, import_model, matches, read_config
 from training.hugging_face_config import config_json, model_config
+from training.layout import Layout
 from training.mesh import Mesh
 from training.model import GPT
 from training.model_config import ModelConfig

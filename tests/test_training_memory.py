@@ -14,7 +14,9 @@ from torch import Tensor
 from training_runs import tiny
 
 from training import memory
+from training.config import SyncConfig
 from training.errors import ConfigError
+from training.machine import process_nbytes, resident_nbytes
 from training.model import specs_of_whole
 from training.offload import FileMemory
 from training.optimizer import MOMENTS, PARAMETERS
@@ -95,6 +97,8 @@ def run(group: Any, offload_dir: str) -> list[Any]:
         found.append((predicted, block, measured(trainer)))
         trainer.close()
     check_offload(group, offload_dir)
+    check_worker_states_in_files(group, offload_dir)
+    check_process_and_groups(group)
     return found
 
 
@@ -133,6 +137,34 @@ def check_offload(group: Any, folder: str) -> None:
         del trainer, block
         gc.collect()
         assert in_files(folder)[0] == 0
+
+
+def check_process_and_groups(group: Any) -> None:
+    """What is measured of the process, and the size that the estimate gives shared memory, of the world's own."""
+    resident = resident_nbytes()
+    assert 0.5 * process_nbytes() < resident < 4 * process_nbytes()  # pages come and go; the tensors here are small
+    assert process_nbytes() > 64 << 20  # torch alone has more
+    rings = 2 * group.size**2 * (2 << 20)  # of each lane and pair
+    sizes = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "pycomm" in line and ".so" not in line:
+            low, high = line.split()[0].split("-")
+            sizes.append(int(high, 16) - int(low, 16))
+    assert any(0 <= size - rings - memory.shared_nbytes(group.size) < 1 << 20 for size in sizes), sizes
+
+
+def check_worker_states_in_files(group: Any, folder: str) -> None:
+    """What workers agreed on and their momentum lie in files too, and leave memory after an exchange."""
+    config = tiny(layout={"zero": 3}, model=MODEL, offload_dir=folder, offload_optimizer=True)
+    trainer = Trainer(dataclasses.replace(config, sync=SyncConfig("diloco", workers=2, every=1)), group)
+    for n_steps in range(3):
+        if n_steps:
+            trainer.train_step()
+        size, resident = in_files(folder)
+        numbers = trainer.n_parameters // trainer.mesh.worker.size
+        assert 20 * numbers <= size  # master, two moments, shared, momentum
+        assert resident <= 0.02 * size, (n_steps, resident, size)
+    trainer.close()
 
 
 def numbers_of_a_block(trainer: Trainer, index: int) -> int:

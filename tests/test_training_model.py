@@ -14,9 +14,10 @@ from spawn import run_ranks
 from torch import Tensor
 from training_runs import tiny
 
-from training.config import Config, Layout, OptimizerConfig, SampleConfig
+from training.config import Config, OptimizerConfig, SampleConfig
 from training.errors import DivergenceError
 from training.generate import choose, generate
+from training.layout import Layout
 from training.mesh import Mesh
 from training.model import GPT
 from training.model_config import ModelConfig
@@ -318,25 +319,42 @@ def test_a_bias_evens_out_the_loads_of_a_lopsided_router() -> None:
     assert loads[0].max() > 700 and loads[-1].max() < 300
 
 
-def generated(group: Any, config: Config) -> list[list[int]]:
-    trainer = Trainer(config, group)
+def generated(group: Any, configs: list[Config]) -> list[list[list[int]]]:
+    return [generated_by(Trainer(config, group), config) for config in configs]
+
+
+def generated_by(trainer: Trainer, config: Config) -> list[list[int]]:
     for _ in range(5):
         trainer.train_step()
-    prompts = (b"def ", b"x" * 40)  # the second is longer than seq_len
+    prompts = (b"def ", b"x" * 40)  # both become longer than seq_len, the first while it grows
     samples = [list(generate(trainer, list(prompt), config.sample)) for prompt in prompts]
+    text, cache = [*prompts[0], *samples[0]], trainer.new_cache()
+    assert (cache is None) == (trainer.mesh.cp.size > 1)
+    for end in (3, 4, 9, 31, 32, 33):  # what is kept, and several tokens at once, change nothing
+        kept, whole = trainer.next_token_logits(text[:end], cache), trainer.next_token_logits(text[:end])
+        torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-5)
     trainer.close()
     return samples
 
 
 def test_every_layout_generates_the_same_text_on_every_rank() -> None:
-    sample = SampleConfig(n_tokens=12, temperature=0.7, top_k=5, seed=3)
-    config = dataclasses.replace(tiny(model=MOE), sample=sample)
-    expected = run_ranks(generated, 1, config)[0]
-    assert [len(tokens) for tokens in expected] == [12, 12]
-    for tp, ep in ((2, 2), (1, 4)):
-        layout = dataclasses.replace(config.layout, tp=tp, ep=ep)
-        results = run_ranks(generated, 4, dataclasses.replace(config, layout=layout))
-        assert all(result == expected for result in results)
+    sample = SampleConfig(n_tokens=30, temperature=0.7, top_k=5, seed=3)
+    gpt2: dict[str, Any] = {"block": "gpt2", "max_seq_len": 32}  # as many as seq_len
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (MOE, {"tp": 2, "ep": 2}),
+        (MOE, {"pp": 2, "ep": 2}),
+        (gpt2, {"tp": 4}),
+        ({"n_kv_heads": 2}, {"cp": 2, "tp": 2}),
+        ({"n_kv_heads": 2}, {"zero": 3}),
+    ]
+    configs = [dataclasses.replace(tiny(model=model), sample=sample) for model, _ in cases]
+    expected = run_ranks(generated, 1, configs)[0]
+    assert all(len(tokens) == 30 for of_config in expected for tokens in of_config)
+    cut = [
+        dataclasses.replace(config, layout=dataclasses.replace(config.layout, **layout))
+        for config, (_, layout) in zip(configs, cases, strict=True)
+    ]
+    assert all(result == expected for result in run_ranks(generated, 4, cut))
 
 
 def test_choosing_a_token() -> None:

@@ -19,12 +19,14 @@ import pycomm
 from pycomm.topology import Link
 from training import mesh
 from training.__main__ import main
-from training.config import Config, Layout, load_preset, resolve_layout
+from training.config import Config
 from training.errors import ConfigError
 from training.layer_rate import layer_flops, planning_flops
+from training.layout import Layout, resolve_layout
 from training.links import Links, groups_of, neighbours, tied
 from training.memory import require_fit
 from training.plan_layout import Plan, _possible, search, settings, whole_specs
+from training.presets import load_preset
 from training.step_time import AXES, Costs, StepTime, step_time
 
 ROOT = Path(__file__).parents[1]

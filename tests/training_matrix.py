@@ -67,7 +67,7 @@ CASES = [
     Case(2, {"zero": 1}, exact="dense on 2: dp"),
     Case(2, {"zero": 2}, exact="dense on 2: dp"),
     Case(2, {"zero": 3}, exact="dense on 2: dp"),
-    Case(4, {"zero": 3, "zero_ranks": 2}),
+    Case(4, {"zero": 3, "zero_ranks": 2}, {"accumulation": 2}),
     Case(4, {"zero": 1, "ep": 2}, model="moe"),
     Case(4, {"zero": 2}, {"accumulation": 2}),
     # accumulation, checkpointing, offload, chunks of logits
@@ -118,6 +118,7 @@ CASES = [
     Case(4, pipe(2, "zb_h1", zero=1), ACC, "gpt2"),
     # triples, and every axis
     Case(8, pipe(2, "1f1b", tp=2), ACC),
+    Case(8, pipe(2, "zbv", zero=3, zero_ranks=2), {"accumulation": 2}),
     Case(8, {"tp": 2, "cp": 2, "zero": 3, "zero_ranks": 2}, {"recompute": "selective"}),
     Case(8, pipe(2, "interleaved", chunks=2, tp=2, ep=2, zero=2), ACC, "moe"),
     Case(8, pipe(2, "zb_h1", tp=2, cp=2), {"accumulation": 4, "recompute": "full"}, "moe"),

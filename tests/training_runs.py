@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from training.config import Config, LayoutConfig, load_preset
+from training.config import Config, LayoutConfig
+from training.presets import load_preset
 from training.trainer import Trainer
 
 

@@ -21,8 +21,10 @@ import os
 import sys
 from pathlib import Path
 
-from training.config import Config, load_preset, nearest, resolve_layout
+from training.config import Config
 from training.errors import ConfigError, TrainingError
+from training.layout import resolve_layout
+from training.presets import load_preset, nearest
 
 COMMANDS = ("run", "plan", "scorecard", "eval", "sample", "export", "import", "inspect", "prepare")
 _PLAN_OPTIONS = ("gpus", "topology", "tflops", "max-cp", "max-pp", "show")  # of [plan], for `plan` without the prefix

@@ -24,9 +24,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from training.checkpoint_files import Progress, Writer, latest, read_json, read_state, stored_model
-from training.config import Config, stages_of
+from training.config import Config
 from training.errors import CheckpointError
-from training.mesh import SLOW_S, Mesh, on_rank_0
+from training.layout import stages_of
+from training.mesh import Mesh
+from training.metered import SLOW_S, on_rank_0
 from training.model import specs_of_whole
 from training.optimizer import Optimizer
 from training.sharding import gather_to_leader, shard

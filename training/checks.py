@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
-    from training.config import Config, Layout
+    from training.config import Config
+    from training.layout import Layout
 
 
 def zero(config: Config, resolved: Layout) -> None:

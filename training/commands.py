@@ -18,17 +18,19 @@ from safetensors import safe_open
 
 from training import checkpoint_files
 from training.checkpoint_files import Progress
-from training.config import Config, LayoutConfig, SyncConfig, WireConfig, resolve_layout, to_toml
+from training.config import Config, LayoutConfig, SyncConfig, WireConfig
 from training.data import open_tokenizer, train_bpe, write_token_shard
 from training.data.streams import read_documents
 from training.data.tokens import as_text
 from training.errors import CheckpointError, ConfigError, DataError
 from training.generate import sample_text
 from training.hugging_face import export_model, import_model
+from training.layout import resolve_layout
 from training.machine import share_cores
 from training.mesh import Mesh
 from training.model import GPT
 from training.optimizer import MOMENTS, PARAMETERS
+from training.presets import to_toml
 from training.sharding import specs_of
 from training.trainer import Trainer
 

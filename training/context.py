@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 
 _TAG = 1 << 40  # keys and values on their way; + 1: their gradients
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.mesh import MeteredGroup
+from training.metered import MeteredGroup
 
 _ROW = 256  # bytes of a rank's finding
 

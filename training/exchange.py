@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.mesh import SLOW_S, Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import SLOW_S, MeteredGroup
 from training.optimizer import Optimizer
 
 

@@ -14,11 +14,12 @@ from training.trainer import Trainer
 def generate(trainer: Trainer, prompt: Sequence[int], config: SampleConfig) -> Iterator[int]:
     """config.n_tokens tokens that follow prompt (at least one token), the same on every rank.
 
-    Each token costs one forward over the context: no keys or values are kept between tokens."""
+    Each token costs one forward of it alone while all fit seq_len, and without context parallel ranks; else one over
+    the context."""
     generator = torch.Generator().manual_seed(config.seed)
-    tokens = list(prompt)
+    tokens, cache = list(prompt), trainer.new_cache()
     for _ in range(config.n_tokens):
-        logits = trainer.next_token_logits(tokens)
+        logits = trainer.next_token_logits(tokens, cache)
         token = torch.tensor([choose(logits, config.temperature, config.top_k, generator)])
         trainer.mesh.world.broadcast(token, 0)  # hosts may round differently; one of them decides
         tokens.append(int(token))

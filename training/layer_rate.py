@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from training.config import Config, Layout
+from training.config import Config
+from training.layout import Layout
 from training.machine import matmul_flops
 from training.mesh import Mesh
 from training.model import Block, Parallel

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pycomm
-from training.config import Layout
+from training.layout import Layout
 
 Groups = NDArray[np.int64]  # [n_groups, n_ranks of each]
 _NBYTES = tuple(4**power for power in range(4, 21))  # predicted at; times between are linear, as those of one algorithm

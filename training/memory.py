@@ -1,7 +1,9 @@
-"""What a rank will need at its peak, before anything is allocated: parameters, gradients, optimizer state, activations.
+"""What a rank will need at its peak, before anything is allocated.
 
-Activations are counted by tensor, as the layers save them; what allocators lose and the libraries' own code is not.
-Where a figure depends on the data (rows of an expert) the mean is taken."""
+Parameters, gradients, optimizer state and activations are counted by tensor, as the trainer makes them and the layers
+save them; what backward makes on its way is the most that one block or the loss has at a time. Shared memory is what
+pycomm's groups use of it. What Python and the libraries take was measured (machine.process_nbytes()). What malloc()
+cannot reuse is not counted. Where a figure depends on the data (rows of an expert) the mean is taken."""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from training import schedules
-from training.config import Config, Layout, stages_of
+from training.config import Config
 from training.errors import ConfigError
+from training.layout import Layout, stages_of
 from training.sharding import ParamSpec
 
 
@@ -22,11 +25,15 @@ class Estimate:
     parameters: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int  # what forward saves
+    backward: int  # what the loss, or a block's backward, has beside that
+    communication: int  # shared memory of groups
+    process: int  # Python and libraries
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        counted = self.parameters + self.gradients + self.optimizer + self.activations + self.backward
+        return counted + self.communication + self.process
 
     def __str__(self) -> str:
         parts = [
@@ -36,16 +43,24 @@ class Estimate:
                 ("gradients", self.gradients),
                 ("optimizer state", self.optimizer),
                 ("activations", self.activations),
+                ("backward", self.backward),
+                ("communication", self.communication),
+                ("process", self.process),
             )
+            if nbytes
         ]
         return f"{self.total / 2**30:.2f} GiB ({', '.join(parts)})"
 
 
-def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_index: int) -> Estimate:
-    """Of the ranks of a pipeline rank. specs: of the whole model."""
+def estimate(
+    config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_index: int, process_nbytes: int = 0
+) -> Estimate:
+    """Of the ranks of a pipeline rank. specs: of the whole model. process_nbytes: machine.process_nbytes() where the
+    ranks are processes like this one, 0 where nothing is known of them."""
     train, zero = config.train, config.layout.zero
     itemsize = 2 if train.precision == "bf16" else 4
     stages = stages_of(config)
+    as_they_come = zero >= 2 or (zero == 1 and train.accumulation == 1)  # whole gradients are reduced, and gone
     parameters = gradients = optimizer = 0.0
     largest: dict[str, float] = {}  # a block's parameters, whole
     parts: dict[str, float] = {}  # of which this rank keeps so many
@@ -61,8 +76,8 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
         largest[block] = largest.get(block, 0.0) + numel
         whole_parameters = zero < 3 or not block
         parameters += numel * itemsize if whole_parameters else 0
-        gradients += 4 * numel / (copies if zero >= 2 else 1)
-        gradients += 4 * numel / copies if zero == 1 else 0
+        gradients += 4 * numel / copies
+        gradients += 4 * numel if zero and not as_they_come else 0
         separate = itemsize == 2 or zero > 0
         master_in_file = train.offload_optimizer or (train.offload_parameters and itemsize == 4)
         state = 4 * ((0 if master_in_file else separate) + (0 if train.offload_optimizer else 2))
@@ -74,11 +89,19 @@ def estimate(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
     block_numel = max((numel for block, numel in largest.items() if block), default=0.0)
     if zero == 3:
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
-    if zero >= 2:  # one is filled, and two of the largest may be on their way (pycomm.overlap.prefetch.IN_FLIGHT)
-        gradients += 4 * (block_numel + 2 * max(largest.values(), default=0.0))
+    if as_they_come:  # one is filled, the one before is on its way (pycomm.overlap.prefetch.IN_FLIGHT)
+        gradients += 4 * (block_numel + max(largest.values(), default=0.0))
     if train.offload_optimizer or train.offload_parameters:
         optimizer += 2 * 12 * max(parts.values(), default=0.0)  # one is updated, the next one arrives
-    return Estimate(int(parameters), int(gradients), int(optimizer), _activations(config, layout, pp_index))
+    return Estimate(
+        int(parameters),
+        int(gradients),
+        int(optimizer),
+        int(_activations(config, layout, pp_index)),
+        int(_backward(config, layout, specs, pp_index)),
+        _shared(layout),
+        process_nbytes,
+    )
 
 
 def _kept_between_workers(config: Config) -> int:
@@ -104,23 +127,61 @@ def _held(spec: ParamSpec, layout: Layout, zero_ranks: int) -> tuple[float, int]
     return math.prod(spec.shape) / cut, zero_ranks or ranks
 
 
-def _activations(config: Config, layout: Layout, pp_index: int) -> int:
-    """What all micro-batches that are held at once saved, and the logits of a chunk."""
-    model, train = config.model, config.train
+def _layers(config: Config, pp_index: int) -> list[int]:
+    """The layers of a pipeline rank."""
+    stages = stages_of(config)
+    placement = stages.placement
+    return [i for c in range(placement.n_chunks) for i in stages.layers(placement.stage(pp_index, c))]
+
+
+def _tokens(config: Config, layout: Layout) -> int:
+    """Of a micro-batch on a context parallel rank."""
+    return config.data.seq_len // layout.cp * (config.train.global_batch // (layout.n_data * config.train.accumulation))
+
+
+def _activations(config: Config, layout: Layout, pp_index: int) -> float:
+    """What all micro-batches that are held at once saved."""
+    train, layers = config.train, _layers(config, pp_index)
     if train.offload_activations:
-        saved = 0.0
-    else:
-        held = schedules.held(config.layout.schedule, layout.pp, train.accumulation, config.layout.chunks)[pp_index]
-        stages = stages_of(config)
-        placement = stages.placement
-        layers = [i for c in range(placement.n_chunks) for i in stages.layers(placement.stage(pp_index, c))]
-        saved = held / placement.n_chunks * sum(_block(config, layout, index) for index in layers)
-        if train.recompute == "full":
-            saved += max(_block(config, layout, index, "none") for index in layers)
-    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.n_data * train.accumulation))
-    chunk = min(train.loss_chunk, tokens)
-    logits = 2 * 4 * chunk * model.vocab_size // layout.tp if stages_of(config).placement.last_rank == pp_index else 0
-    return int(saved) + logits
+        return 0.0
+    held = schedules.held(config.layout.schedule, layout.pp, train.accumulation, config.layout.chunks)[pp_index]
+    saved = held / stages_of(config).placement.n_chunks * sum(_block(config, layout, index) for index in layers)
+    if train.recompute == "full":
+        saved += max(_block(config, layout, index, "none") for index in layers)
+    return saved
+
+
+def _backward(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_index: int) -> float:
+    """The loss, or the gradients within a block and the largest one of a parameter before it joins the others."""
+    model, tokens = config.model, _tokens(config, layout)
+    itemsize = 2 if config.train.precision == "bf16" else 4
+    narrow = tokens * model.d_model
+    inside = max(_inner(config, layout, index) for index in _layers(config, pp_index)) + 2 * narrow
+    stages = stages_of(config)
+    largest = max(
+        _held(spec, layout, 0)[0] for name, spec in specs.items() if pp_index in stages.ranks_of(name)
+    )  # of a parameter
+    block = (inside + largest) * itemsize
+    if stages.placement.last_rank != pp_index:
+        return block
+    table = model.vocab_size * model.d_model / layout.tp
+    logits = 2 * 4 * min(config.train.loss_chunk, tokens) * model.vocab_size / layout.tp
+    loss = logits + narrow * itemsize + (4 + 4 + (itemsize if itemsize < 4 else 0)) * table  # its sum, and a chunk's
+    return max(block, loss)
+
+
+def _shared(layout: Layout) -> int:
+    """Of the groups along the axes that have ranks, as if each were on one host: blocks of large collectives, and slots
+    of small ones, of all its ranks (csrc/cpu/segment.h). Rings are hardly used where messages are large."""
+    sizes = {layout.n_ranks, *(n for n in (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp) if n > 1)}
+    return sum(shared_nbytes(n) for n in sizes if n > 1)
+
+
+def shared_nbytes(n_ranks: int) -> int:
+    """Stages and large slots of a host's n_ranks, as Segment in csrc/cpu/segment.h has them."""
+    stage = min(max(2**23 // n_ranks, 2**18), 2**21) // 2**16 * 2**16
+    n_slots = min(max(2**23 // n_ranks // 2**14, 2), 128)
+    return n_ranks * (stage + (1 << n_slots.bit_length() - 1) * 2**14)
 
 
 def _block(config: Config, layout: Layout, index: int, recompute: str | None = None) -> float:
@@ -128,7 +189,7 @@ def _block(config: Config, layout: Layout, index: int, recompute: str | None = N
     model, train = config.model, config.train
     recompute = recompute or train.recompute
     itemsize = 2 if train.precision == "bf16" else 4
-    tokens = config.data.seq_len // layout.cp * (train.global_batch // (layout.n_data * train.accumulation))
+    tokens = _tokens(config, layout)
     narrow = tokens / layout.tp * model.d_model  # numbers of x between layers
     if recompute == "full":
         return narrow * itemsize
@@ -145,19 +206,23 @@ def _saved(config: Config, layout: Layout, index: int, recompute: str, tokens: i
     if recompute == "none":
         yield tokens * (query + key) * (1 if model.block == "llama" else 0)  # rotated
     yield tokens * query  # attention's output
-    matrices = 2 if model.block == "gpt2" else 4  # up and gelu(up); gate, silu(gate), up and their product
+    yield _inner(config, layout, index)
     if model.has_experts(index):
-        rows = tokens / layout.tp * model.top_k
-        yield rows * (matrices * model.expert_width + 3 * model.d_model)
-        yield tokens / layout.tp * 4 * model.n_experts
-        yield tokens * matrices * model.n_shared_experts * model.expert_width / layout.tp
-    else:
-        yield tokens * matrices * model.d_ff / layout.tp
+        yield tokens / layout.tp * (3 * model.top_k * model.d_model + 4 * model.n_experts)
 
 
-def require_fit(config: Config, layout: Layout, specs: dict[str, ParamSpec]) -> Estimate:
-    """The largest estimate. Raises ConfigError where it is more than train.memory_gib."""
-    estimates = [estimate(config, layout, specs, pp_index) for pp_index in range(layout.pp)]
+def _inner(config: Config, layout: Layout, index: int) -> float:
+    """Numbers of a feed-forward's inner tensors: up and gelu(up), or gate, silu(gate), up and their product."""
+    model = config.model
+    width = float(model.d_ff)
+    if model.has_experts(index):
+        width = model.top_k * model.expert_width + model.n_shared_experts * model.expert_width
+    return _tokens(config, layout) * (2 if model.block == "gpt2" else 4) * width / layout.tp
+
+
+def require_fit(config: Config, layout: Layout, specs: dict[str, ParamSpec], process_nbytes: int = 0) -> Estimate:
+    """The largest estimate(). Raises ConfigError where it is more than train.memory_gib."""
+    estimates = [estimate(config, layout, specs, pp_index, process_nbytes) for pp_index in range(layout.pp)]
     most = max(estimates, key=lambda each: each.total)
     allowed = config.train.memory_gib
     if allowed and most.total > allowed * 2**30:
@@ -170,7 +235,7 @@ def require_fit(config: Config, layout: Layout, specs: dict[str, ParamSpec]) -> 
 
 def _remedy(config: Config, most: Estimate) -> str:
     state = most.parameters + most.gradients + most.optimizer
-    if most.activations > state:
+    if most.activations + most.backward > state:
         if config.train.recompute != "full":
             return "set train.recompute to 'full', or raise train.accumulation, layout.tp or layout.cp"
         return "raise train.accumulation, layout.tp, layout.cp or layout.pp"

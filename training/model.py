@@ -8,6 +8,8 @@ logits exist on no rank while training.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.cache import KeyValueCache
 from training.context import attend, own_part, positions
 from training.mesh import Axis, Mesh
 from training.model_config import ModelConfig
@@ -72,11 +75,14 @@ class Positions(ShardedModule):
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         super().__init__(mesh)
+        self.cache: KeyValueCache | None = None
         self.weight = self.new_parameter("weight", ParamSpec((config.max_seq_len, config.d_model), STD))
 
     def forward(self, x: Tensor) -> Tensor:
         mesh = self.mesh
         at = positions(x.shape[0] * mesh.sequence.size, mesh.cp.size, mesh.cp.rank)
+        if self.cache is not None:
+            at = (at + self.cache.n_seen).clamp(max=len(self.weight) - 1)  # padding may go beyond
         return x + self.weight[at.chunk(mesh.tp.size)[mesh.tp.rank]].unsqueeze(1)
 
 
@@ -100,6 +106,7 @@ class Attention(nn.Module):
         super().__init__()
         self.parallel = parallel
         self.mesh = mesh
+        self.cache: KeyValueCache | None = None
         self.head_dim = config.head_width
         self.frequencies: Tensor | None
         frequencies = rotary_frequencies(config) if config.block == "llama" else None
@@ -124,8 +131,12 @@ class Attention(nn.Module):
         if self.frequencies is not None:
             cp = self.mesh.cp
             at = positions(query.shape[0] * cp.size, cp.size, cp.rank)
+            if self.cache is not None:
+                at += self.cache.n_seen
             cos, sin = rotary_angles(at, self.frequencies)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.cache is not None:
+            return self.cache.attend(self, query, key, value)
         return attend(query, key, value, self.mesh, self.parallel.context, documents)
 
 
@@ -199,6 +210,19 @@ class GPT(nn.Module):
         self.norm = _norm(config, mesh) if self.last else None
         separate = self.last and not tied
         self.head = ColumnLinear(config.d_model, config.vocab_size, mesh, STD) if separate else None
+
+    @contextmanager
+    def keeping(self, cache: KeyValueCache | None) -> Iterator[None]:
+        """Within it, forwards begin at the cache's position, and attention sees and keeps what is there. Without
+        context parallel ranks."""
+        layers = [each for each in self.modules() if isinstance(each, (Attention, Positions))]
+        for layer in layers:
+            layer.cache = cache
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.cache = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[S/cp/tp, B, D] of this context parallel rank's tokens int64 [S/cp, B]; on the first stage."""

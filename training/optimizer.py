@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pycomm.overlap import InMemory
 from training.config import Config, OptimizerConfig
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.offload import FileMemory
 from training.replicated import Replicated
 from training.sharding import ParamSpec, specs_of
@@ -19,6 +20,7 @@ from training.zero import Sharded
 
 PARAMETERS = "parameters"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_NORM_NUMEL = 1 << 18  # the norm copies what it reads in fp64: of 56 MiB at once in 229 ms, in such pieces in 19 ms
 
 
 def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
@@ -142,8 +144,9 @@ class Optimizer:
 
         Ranks that hold the same sums take an equal part of them each."""
         return sum(
-            float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2 / copies
+            float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 / copies
             for flat, copies in self._state.sums()
+            for piece in flat.split(_NORM_NUMEL)
         )
 
     @torch.no_grad()
@@ -170,6 +173,13 @@ class Optimizer:
             for each in (x, *(self._moments[x][moment] for moment in MOMENTS)):
                 action(self._files, each)
 
+    def release(self) -> None:
+        """All that lies in files leaves memory: for who has read or written more of it than an update does."""
+        if self._files is not None:
+            for x, state in self._moments.items():
+                for each in (x, *state.values()):
+                    self._files.release(each)
+
     def begin(self) -> None:
         """To be called before a step's first backward."""
         if isinstance(self._state, Sharded):
@@ -184,8 +194,7 @@ class Optimizer:
         """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
         MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
         yield from self._state.pieces(self._of(kind))
-        for x in self._moments:
-            self._in_files(x, FileMemory.release)
+        self.release()
         for name, parameter in self.untrained.items():
             yield name, parameter if kind == PARAMETERS else torch.zeros_like(parameter)
 

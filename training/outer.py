@@ -52,6 +52,7 @@ class Outer(Synchronous):
         for name, shared in self._shared.items():
             shared.copy_(self._own[name])
         self._velocity = optimizer.add_state(_MOMENTUM) if self._momentum else {}
+        optimizer.release()
         members: list[list[str]] = [[] for _ in range(self._n_fragments)]
         for name in self._own:
             members[fragment_of(name, self._n_fragments)].append(name)
@@ -90,6 +91,7 @@ class Outer(Synchronous):
             self._average([fragment for fragment in range(self._n_fragments) if fragment not in began])
         if ended or began or last:
             self._optimizer.publish()
+            self._optimizer.release()
 
     def _difference(self, name: str, into: Tensor) -> None:
         torch.sub(self._shared[name], self._own[name], out=into)

@@ -28,7 +28,8 @@ from pycomm.overlap import (
     plan_all_gather_matmul,
     plan_matmul_reduce_scatter,
 )
-from training.mesh import Axis, Mesh, MeteredGroup
+from training.mesh import Axis, Mesh
+from training.metered import MeteredGroup
 from training.sharding import ParamSpec, ShardedModule
 
 

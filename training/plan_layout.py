@@ -21,13 +21,15 @@ from rich.table import Table
 import pycomm
 from pycomm.errors import TopologyError
 from training import checks, schedules
-from training.config import Config, Layout, resolve_layout
+from training.config import Config
 from training.errors import ConfigError
 from training.layer_rate import Alone, planning_flops
+from training.layout import Layout, resolve_layout
 from training.links import Links
-from training.machine import share_cores
+from training.machine import process_nbytes, share_cores
 from training.memory import Estimate, require_fit
-from training.mesh import Mesh, MeteredGroup, on_rank_0
+from training.mesh import Mesh
+from training.metered import MeteredGroup, on_rank_0
 from training.model import specs_of_whole
 from training.sharding import ParamSpec
 from training.step_time import AXES, Costs, StepTime, step_time
@@ -96,8 +98,9 @@ def whole_specs(config: Config) -> dict[str, ParamSpec]:
     return specs_of_whole(config.model, cast(Mesh, Alone()))
 
 
-def search(config: Config, topology: Any, flops_per_s: float) -> Plan:
+def search(config: Config, topology: Any, flops_per_s: float, process_nbytes: int = 0) -> Plan:
     """The best config.plan.show meshes of a topology's ranks (pycomm.Topology). flops_per_s: that a rank reaches.
+    process_nbytes: as memory.estimate() takes it.
 
     Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
     checks.plans(config)
@@ -116,7 +119,7 @@ def search(config: Config, topology: Any, flops_per_s: float) -> Plan:
         if each.mesh in fitting:
             continue
         try:
-            fitting[each.mesh] = (each, require_fit(each.config, each.layout, specs))
+            fitting[each.mesh] = (each, require_fit(each.config, each.layout, specs, process_nbytes))
         except ConfigError as error:
             unfit.setdefault(each.mesh, (each, str(error)))
         if len(fitting) == max(1, config.plan.show):
@@ -267,7 +270,7 @@ def automatic(config: Config, world: Group) -> Config:
     world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
 
     def first() -> dict[str, Any]:
-        chosen = search(config, world.topology, float(rate)).first
+        chosen = search(config, world.topology, float(rate), process_nbytes()).first
         print(f"layout.auto: {chosen}; {_duration(chosen.time.total_s)} a step expected", flush=True)
         return {
             "layout": dataclasses.asdict(chosen.config.layout),

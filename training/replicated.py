@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.overlap import GradientBuckets, ShardMemory
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.sharding import ParamSpec
 
 

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from training import schedules
-from training.config import Config, Layout, stages_of
+from training.config import Config
+from training.layout import Layout, stages_of
 from training.links import Groups, Links, groups_of, neighbours, tied
 from training.model_config import ModelConfig
 from training.sharding import ParamSpec

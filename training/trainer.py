@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from training import checkpoint, schedules
+from training.cache import KeyValueCache
 from training.checkpoint_files import Progress
-from training.config import Config, resolve_layout, stages_of
+from training.config import Config
 from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
 from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
-from training.machine import peak_memory_bytes
+from training.layout import resolve_layout, stages_of
+from training.machine import give_back_free_memory, peak_memory_bytes, process_nbytes
 from training.memory import require_fit
-from training.mesh import AXES, SLOW_S, Mesh
+from training.mesh import AXES, Mesh
+from training.metered import SLOW_S
 from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
 from training.offload import ActivationFile
@@ -75,7 +78,8 @@ class Trainer:
         stages = stages_of(config)
         self.mesh = Mesh(world, resolve_layout(config, world.size), stages.placement, config.wire)
         checkpoint.require_same_model(config, self.mesh)
-        self.memory = require_fit(config, self.mesh.layout, specs_of_whole(config.model, self.mesh))
+        specs = specs_of_whole(config.model, self.mesh)
+        self.memory = require_fit(config, self.mesh.layout, specs, process_nbytes())
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(train.global_batch, train.eval_sequences)
         self._check_same_corpus()
@@ -156,6 +160,8 @@ class Trainer:
         self.sync.updated(step)
         n_updates = self.progress.updates + updates
         self.progress = Progress(step, self.progress.position + train.global_batch, n_updates)
+        if not self._recent_losses:
+            give_back_free_memory()  # of making the model and laying out buckets
         self._recent_losses.append(loss)
         return StepResult(
             step=step,
@@ -250,14 +256,27 @@ class Trainer:
         self.mesh.world.all_reduce(total)
         return float(total) / (self.mesh.tp.size * train.eval_sequences * self.config.data.seq_len)
 
-    def next_token_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank."""
+    def new_cache(self) -> KeyValueCache | None:
+        """For next_token_logits() of one text; None with context parallel ranks, whose sequence is cut."""
+        tp = self.mesh.tp.size
+        return KeyValueCache(self.config.data.seq_len + tp) if self.mesh.cp.size == 1 else None
+
+    def next_token_logits(self, tokens: Sequence[int], cache: KeyValueCache | None = None) -> Tensor:
+        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank. cache: of the
+        same text's calls before; then the new tokens alone are computed, until there are more than seq_len."""
         context = list(tokens)[-self.config.data.seq_len :]
+        if len(tokens) > len(context):
+            cache = None  # positions move with each token
+        elif cache is not None:
+            context = context[cache.n_seen :]
         mesh = self.mesh
         pieces = mesh.tp.size * (1 if mesh.cp.size == 1 else 2 * mesh.cp.size)  # that the sequence is cut into
         padded = torch.tensor(context + [0] * (-len(context) % pieces)).unsqueeze(-1)
         logits = torch.zeros(self.config.model.vocab_size)
-        output = self.pipeline.forward(Batch(padded, padded, None))
+        with self.model.keeping(cache):
+            output = self.pipeline.forward(Batch(padded, padded, None))
+        if cache is not None:
+            cache.n_seen += len(context)
         if output is not None:
             with torch.no_grad():
                 own = self.model.logits(output)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.overlap import Cut, ShardedModules, ShardMemory
-from training.mesh import Mesh, MeteredGroup
+from training.mesh import Mesh
+from training.metered import MeteredGroup
 from training.replicated import by_gradient_group
 from training.sharding import ParamSpec
 
@@ -114,7 +115,7 @@ class Sharded:
     def clear(self) -> None:
         """No gradients, for the next step."""
         for _, unit in self._each:
-            unit.master.grad = None
+            unit.clear()
 
     def exchanged(self) -> list[tuple[MeteredGroup, str, int]]:
         """(group, collective, bytes) of each exchange of gradients in a step."""

@@ -192,6 +192,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("values"), py::arg("wire"), "What a rank that is sent these values reads.");
 
+  m.def(
+      "swap_memory",
+      [](const at::Tensor& a, const at::Tensor& b) {
+        if (!a.is_cpu() || !b.is_cpu()) refuse("swap_memory", "both tensors must be on the CPU");
+        c10::StorageImpl* first = a.storage().unsafeGetStorageImpl();
+        c10::StorageImpl* second = b.storage().unsafeGetStorageImpl();
+        if (first == second) return;
+        const size_t first_nbytes = first->nbytes(), second_nbytes = second->nbytes();
+        at::DataPtr memory = first->set_data_ptr(at::DataPtr(nullptr, at::kCPU));
+        memory = second->set_data_ptr(std::move(memory));
+        first->set_data_ptr_noswap(std::move(memory));
+        first->set_nbytes(second_nbytes);
+        second->set_nbytes(first_nbytes);
+      },
+      py::arg("a"), py::arg("b"),
+      "Exchanges the memory of two CPU tensors' storages: what views them views the other's.");
+
   def_rows(m);
   def_expert_plan(m);
 

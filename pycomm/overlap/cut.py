@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.errors import InvalidArgument
+from pycomm.overlap.pool import Pool
 
 
 class ShardGroup(Protocol):
@@ -72,6 +73,12 @@ class Cut:
     reduce: Literal["each", "last", "wait"] = "each"
     wire: str | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the flat as the parameters are given."""
+        numel = sum(p.numel() for p in self.parameters)
+        return (numel + -numel % self.group.size) * self.parameters[0].itemsize
+
     def check(self, index: int) -> None:
         """Raises InvalidArgument for parameters that cannot share a flat tensor."""
         kinds = {(p.dtype, p.device) for p in self.parameters}
@@ -85,16 +92,12 @@ class Cut:
 class _Copying:
     """The gather of a rank that has no others: from where its shard lies, when it is needed."""
 
-    def __init__(self, flat: Tensor, shard: Tensor) -> None:
-        self._flat, self._shard = flat, shard
+    def __init__(self, flat: Tensor, shard: Tensor, pool: Pool) -> None:
+        self._flat, self._shard, self._pool = flat, shard, pool
 
     def wait(self) -> None:
-        _resize(self._flat)
+        self._pool.fill(self._flat)
         self._flat.copy_(self._shard)
-
-
-def _resize(flat: Tensor) -> None:
-    flat.untyped_storage().resize_(flat.numel() * flat.itemsize)
 
 
 def _placed(values: Tensor, memory: ShardMemory | None) -> Tensor:
@@ -110,14 +113,15 @@ class Unit:
     the type that the parameters came in, and shard itself where that is flat's; its .grad gets the summed gradient."""
 
     def __init__(
-        self, cut: Cut, dtype: torch.dtype, memory: ShardMemory | None, master_memory: ShardMemory | None
+        self, cut: Cut, dtype: torch.dtype, memory: ShardMemory | None, master_memory: ShardMemory | None, pool: Pool
     ) -> None:
-        """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards."""
-        self.cut, self.group = cut, cut.group
+        """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards.
+        pool: of flats and whole gradients."""
+        self.cut, self.group, self._pool = cut, cut.group, pool
         self._options = {} if cut.wire is None else {"wire": cut.wire}  # of the reducing collectives
         first = cut.parameters[0]
         numel = sum(p.numel() for p in cut.parameters)
-        whole = torch.zeros(numel + -numel % cut.group.size, dtype=first.dtype, device=first.device)
+        whole = pool.zeros([numel + -numel % cut.group.size], first.dtype, first.device)
         self.offsets: dict[Tensor, int] = {}
         at = 0
         for parameter in cut.parameters:
@@ -132,6 +136,8 @@ class Unit:
         self.memory, self.master_memory = memory or InMemory(), master_memory or InMemory()
         self.master = _placed(own, master_memory)
         self.shard = self.master if same else _placed(own.to(dtype), memory)
+        if not same:
+            pool.empty(whole)
         for parameter, offset in self.offsets.items():
             parameter.data = self.flat[offset : offset + parameter.numel()].view(parameter.shape)
         self.whole = True
@@ -139,7 +145,10 @@ class Unit:
         self.gradient: Tensor | None = None  # like flat, in master's type, while backwards fill it
         self.written: set[Tensor] = set()  # parameters whose gradients a backward that counts brought
         self._reducing: tuple[Any, Tensor, Tensor] | None = None  # Work, whole, part
-        self._reduced: Tensor | None = None  # the parts of the backwards since the last deliver()
+        self._reduced: Tensor | None = None  # the parts of the backwards since, until add_copies() takes their sum
+        self.final = False  # the step's last gradients are among those that are being reduced
+        self._adding: tuple[Any, Tensor] | None = None  # Work, the sum over copies
+        self._spare: Tensor | None = None  # memory of a gradient that clear() took, for the next one
         if cut.module is not None:
             self.free()
 
@@ -156,9 +165,9 @@ class Unit:
             return
         self.memory.prefetch(self.shard)
         if self.group.size == 1:
-            self._gather = _Copying(self.flat, self.shard)
+            self._gather = _Copying(self.flat, self.shard, self._pool)
         else:
-            _resize(self.flat)
+            self._pool.fill(self.flat)
             self._gather = self.group.all_gather(self.flat, self.shard, async_op=True)
 
     def finish(self) -> None:
@@ -177,7 +186,7 @@ class Unit:
             self._gather = None
             self.memory.release(self.shard)
         self.whole = False
-        self.flat.untyped_storage().resize_(0)
+        self._pool.empty(self.flat)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -199,7 +208,7 @@ class Unit:
         """Adds a parameter's gradient. Whether every parameter has now brought one that counts."""
         assert parameter.grad is not None
         if self.gradient is None:
-            self.gradient = torch.zeros(self.flat.shape, dtype=self.master.dtype, device=self.flat.device)
+            self.gradient = self._zeros()
         offset = self.offsets[parameter]
         self.gradient[offset : offset + parameter.numel()] += parameter.grad.flatten()
         parameter.grad = None
@@ -207,10 +216,13 @@ class Unit:
             self.written.add(parameter)
         return counts and len(self.written) == len(self.offsets)
 
+    def _zeros(self) -> Tensor:
+        return self._pool.zeros(self.flat.shape, self.master.dtype, self.flat.device)
+
     @property
     def reached(self) -> bool:
         """Whether a gradient was reduced, or is being, since the last deliver()."""
-        return self._reducing is not None or self._reduced is not None
+        return any(each is not None for each in (self._reducing, self._reduced, self._adding))
 
     def reduce(self, op: str) -> None:
         """Begins to reduce what backwards brought (0 where they brought nothing), after what was begun before."""
@@ -218,33 +230,55 @@ class Unit:
         self.written.clear()
         whole, self.gradient = self.gradient, None
         if whole is None:
-            whole = torch.zeros(self.flat.shape, dtype=self.master.dtype, device=self.flat.device)
+            whole = self._zeros()
         if self.group.size == 1:
             self._reducing = (None, whole, whole)
             return
-        part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
+        part, self._spare = self._spare, None
+        if part is None:
+            part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
         self._reducing = (self.group.reduce_scatter(part, whole, op, async_op=True, **self._options), whole, part)
 
     def drain(self) -> None:
         """What is being reduced is this rank's, and the whole gradient's memory free."""
         if self._reducing is None:
             return
-        work, _, part = self._reducing
+        work, whole, part = self._reducing
         if work is not None:
             work.wait()
+            self._pool.empty(whole)
         self._reduced = part if self._reduced is None else self._reduced.add_(part)
         self._reducing = None
 
-    def add_copies(self, op: str) -> Any:
-        """Begins to add up over the ranks that keep the same part; the Work, or None where there are none."""
+    def add_copies(self, op: str) -> None:
+        """Begins to add up what is reduced over the ranks that keep the same part."""
+        self.final = False
+        part, self._reduced = self._reduced, None
+        if part is None:
+            return
+        self.deliver()
         copies = self.cut.copies
-        assert self._reduced is not None
-        if copies is None or copies.size == 1:
-            return None
-        return copies.all_reduce(self._reduced, op, async_op=True, **self._options)
+        work = None
+        if copies is not None and copies.size > 1:
+            work = copies.all_reduce(part, op, async_op=True, **self._options)
+        self._adding = (work, part)
+
+    def clear(self) -> None:
+        """master has no gradient; the next one takes the memory of this one, which nobody else may still need."""
+        gradient, self.master.grad = self.master.grad, None
+        if gradient is None:
+            return
+        if self.group.size == 1:
+            self._pool.empty(gradient)  # a whole one
+        else:
+            self._spare = gradient
 
     def deliver(self) -> None:
-        """master.grad has the sum, added to what was there."""
-        assert self._reduced is not None
-        self.master.grad = self._reduced if self.master.grad is None else self.master.grad.add_(self._reduced)
-        self._reduced = None
+        """master.grad has the sum that was begun, added to what was there."""
+        if self._adding is None:
+            return
+        work, part = self._adding
+        if work is not None:
+            work.wait()
+        self.master.grad = part if self.master.grad is None else self.master.grad.add_(part)
+        self._adding = None

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pycomm.errors import InvalidArgument
 
+_TOGETHER_NBYTES = 1 << 20  # a call into autograd takes longer than computing a small gradient
+
 
 class Pending(Protocol):
     """A Work."""
@@ -95,9 +97,23 @@ class WeightGradients:
         work.wait()
 
     def flush(self) -> None:
-        """Computes all that is left."""
-        while self.run_one():
-            pass
+        """Computes all that is left. Small gradients go to their leaves together, one of each leaf, in their order."""
+        found: dict[Tensor, Tensor] = {}
+        while self._queue:
+            leaf, compute = self._queue.popleft()
+            if leaf in found:
+                _give(found)
+            found[leaf] = compute()
+            if sum(each.nbytes for each in found.values()) >= _TOGETHER_NBYTES:
+                _give(found)
+        _give(found)
+
+
+def _give(found: dict[Tensor, Tensor]) -> None:
+    """Adds each gradient to its leaf's .grad, and forgets them."""
+    if found:
+        torch.autograd.backward(tuple(found), tuple(found.values()))
+        found.clear()
 
 
 class _Linear(torch.autograd.Function):

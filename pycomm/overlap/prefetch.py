@@ -29,9 +29,10 @@ from torch.utils._pytree import tree_leaves
 from pycomm.errors import InvalidArgument
 from pycomm.overlap.cut import Cut, ShardGroup, ShardMemory, Unit
 from pycomm.overlap.layout import require_alike, require_leaves
+from pycomm.overlap.pool import Pool
 from pycomm.overlap.trace import Phase, Trace
 
-IN_FLIGHT = 2  # of the largest flat: whole gradients that are being reduced at a time, in bytes
+IN_FLIGHT = 1  # of the largest flat: whole gradients that are being reduced while the next one is filled, in bytes
 
 
 def in_backward() -> bool:
@@ -79,10 +80,12 @@ class ShardedModules:
         self._depth, self._op = depth, op
         self._require_alike(cuts, f"op {op}, depth {depth}, type {dtype}")
         self._units: list[Unit] = []
+        # As many as are whole at a time: flats, gradients on their way, and the one that is filled.
+        pool = Pool((depth + 1 + IN_FLIGHT + 1) * max((cut.nbytes for cut in cuts), default=0))
         for cut in cuts:
             for parameter in cut.parameters if before_cut is not None else ():
                 before_cut(parameter)  # type: ignore[misc]
-            self._units.append(Unit(cut, dtype or cut.parameters[0].dtype, memory, master_memory))
+            self._units.append(Unit(cut, dtype or cut.parameters[0].dtype, memory, master_memory, pool))
         self._of = {p: unit for unit in self._units for p in unit.offsets}
         self._modules: dict[nn.Module, list[Unit]] = {}
         for unit in self._units:
@@ -164,9 +167,8 @@ class ShardedModules:
         for unit in self._units:
             unit.drain()
         self._in_flight.clear()
-        for work in [unit.add_copies(self._op) for unit in self._units]:
-            if work is not None:
-                work.wait()
+        for unit in self._units:
+            unit.add_copies(self._op)
         for unit in self._units:
             unit.deliver()
         self._free_all()
@@ -236,6 +238,7 @@ class ShardedModules:
         unit = self._of[parameter]
         counts = unit.cut.reduce == "each" or (unit.cut.reduce == "last" and self._counts)
         if unit.take(parameter, counts):
+            unit.final = self._counts
             self._reduce(unit)
             module = unit.cut.module
             if module is not None and not self._is_next(module):
@@ -247,7 +250,10 @@ class ShardedModules:
             self._in_flight.remove(unit)
         self._in_flight.append(unit)
         while sum(each.gradient_nbytes for each in self._in_flight) > self._most_in_flight:
-            self._in_flight.pop(0).drain()
+            oldest = self._in_flight.pop(0)
+            oldest.drain()
+            if oldest.final:
+                oldest.add_copies(self._op)
 
 
 def _cut(module: nn.Module | Cut, group: ShardGroup | None) -> Cut:

@@ -12,7 +12,7 @@ bubble. The rest of `blocked` is exposed communication. Beside it, without the t
 that of the schedule alone.
 
 "default" has micro-batches of one sequence, 256 tokens; "default-long" is the same model with four, a batch of 64: as
-many exchanges, each beside four times the work.
+many exchanges, each beside four times the work, and of four times the bytes.
 
 A run replaces its own set-ups in results/exposed.json; training_report.py writes docs/training_figures.md."""
 

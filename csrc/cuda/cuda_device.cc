@@ -1,3 +1,4 @@
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -18,6 +19,21 @@ void require(cudaError_t error, const char* what) {
 
 void require(const Status& status) {
   if (!status.ok()) throw Error(status);
+}
+
+// A function of the driver's, which nothing links: the runtime knows it. As CUDA 12.0 has it.
+template <class Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult answer = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  require(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &answer), name);
+#else
+  require(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &answer), name);
+#endif
+  if (found == nullptr || answer != cudaDriverEntryPointSuccess)
+    throw Error(Code::internal, std::string(name) + ": the CUDA driver has no such function");
+  return reinterpret_cast<Function>(found);
 }
 
 // Makes a device current, and what was current again at its end.
@@ -80,6 +96,17 @@ class CudaDevice final : public Device {
   void wait(Stream stream, Event event) override {
     const Current current(index_);
     require(cudaStreamWaitEvent(as_stream(stream), as_event(event), 0), "cudaStreamWaitEvent");
+  }
+  void wait_value(Stream stream, const uint32_t* word, uint32_t value) override {
+    const Current current(index_);
+    // Pinned memory has one address for host and device.
+    static const auto wait =
+        driver_function<decltype(&::cuStreamWaitValue32)>("cuStreamWaitValue32");
+    const CUresult result = wait(as_stream(stream), reinterpret_cast<CUdeviceptr>(word), value,
+                                 CU_STREAM_WAIT_VALUE_GEQ);
+    if (result != CUDA_SUCCESS)
+      throw Error(Code::internal, "cuStreamWaitValue32: CUDA driver error " +
+                                      std::to_string(static_cast<int>(result)));
   }
   bool passed(Event event) override {
     const cudaError_t error = cudaEventQuery(as_event(event));

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -31,6 +32,9 @@ class Device {
 
   virtual void record(Event event, Stream stream) = 0;  // the event passes when the stream is there
   virtual void wait(Stream stream, Event event) = 0;    // what is next on the stream comes after it
+  // What is next on the stream comes after the host has set *word, of allocate_pinned(), to `value`
+  // or beyond it, counted around.
+  virtual void wait_value(Stream stream, const uint32_t* word, uint32_t value) = 0;
   virtual bool passed(Event event) = 0;
   virtual double elapsed_s(Event from, Event to) = 0;  // REQUIRES: both have passed
   virtual bool capturing(Stream stream) = 0;  // into a graph: nothing on it can be asked for

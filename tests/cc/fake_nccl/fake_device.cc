@@ -1,6 +1,7 @@
 // A pycomm::cuda::Device of host memory: each stream is a thread that runs what is on it in turn,
 // later by fake_device_delay(). A null stream is the host itself.
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -16,6 +17,9 @@
 namespace {
 
 std::atomic<int> delay_us{0};
+std::mutex refusal_mutex;
+std::string refusing_id;
+size_t refused_above = SIZE_MAX;
 
 class ThreadStream final : public FakeStream {
  public:
@@ -102,6 +106,13 @@ class HostDevice final : public pycomm::cuda::Device {
   void wait(Stream stream, Event event) override {
     in_order(stream, [mark = last(event)] { mark->wait(); });
   }
+  void wait_value(Stream stream, const uint32_t* word, uint32_t value) override {
+    in_order(stream, [=] {
+      const std::atomic_ref<uint32_t> seen(*const_cast<uint32_t*>(word));
+      while (static_cast<int32_t>(seen.load(std::memory_order_acquire) - value) < 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    });
+  }
   bool passed(Event event) override {
     const auto mark = last(event);
     const std::lock_guard lock(mark->mutex);
@@ -111,9 +122,9 @@ class HostDevice final : public pycomm::cuda::Device {
     return std::chrono::duration<double>(last(to)->at - last(from)->at).count();
   }
   bool capturing(Stream) override { return false; }
-  void* allocate(size_t nbytes) override { return ::calloc(1, nbytes); }
+  void* allocate(size_t nbytes) override { return take(nbytes, "allocate"); }
   void release(void* memory) override { ::free(memory); }
-  void* allocate_pinned(size_t nbytes) override { return ::calloc(1, nbytes); }
+  void* allocate_pinned(size_t nbytes) override { return take(nbytes, "allocate_pinned"); }
   void release_pinned(void* memory) override { ::free(memory); }
   void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
     in_order(stream, [=] { std::memmove(dst, src, nbytes); });
@@ -156,6 +167,12 @@ class HostDevice final : public pycomm::cuda::Device {
   }
 
  private:
+  void* take(size_t nbytes, const char* what) const {
+    const std::lock_guard lock(refusal_mutex);
+    if (nbytes > refused_above && id_ == refusing_id)
+      throw pycomm::Error(pycomm::Code::internal, std::string(what) + ": out of memory");
+    return ::calloc(1, nbytes);
+  }
   // By the CPU engine's functions of one value, in plain loops.
   static void code_values(void* dst, const std::vector<float>& values, pycomm::BlockCode code,
                           pycomm::Loss loss) {
@@ -212,6 +229,11 @@ class HostDevice final : public pycomm::cuda::Device {
 
 extern "C" {
 
+void fake_device_refuse(const char* id, size_t above) {
+  const std::lock_guard lock(refusal_mutex);
+  refusing_id = id == nullptr ? "" : id;
+  refused_above = id == nullptr ? SIZE_MAX : above;
+}
 void fake_device_delay(int microseconds) { delay_us = microseconds; }
 void* fake_device_new_stream() { return HostDevice("").new_stream(); }
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes) {

@@ -1,7 +1,7 @@
 """The CUDA kernels and the c10d backend on this machine's GPUs: make bench-gpu
 
-Runs gpu_kernels and gpu_moe (built by cmake), times torch's copy of rows beside the latter, then, on all GPUs that there
-are, torch.distributed's all_reduce on "nccl" and on "pycomm" in turns. Writes results/<gpu>.json and prints tables.
+Runs gpu_kernels and gpu_moe (built by cmake), times torch's copy of rows beside the latter, then, on all GPUs of the
+machine, torch.distributed's all_reduce on "nccl" and on "pycomm" in turns. Writes results/<gpu>.json and prints tables.
 Without a GPU it fails: nothing is measured then."""
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ def _through_host(rank: int, n: int, switches: Any) -> None:
     gloo = dist.new_group(backend="gloo")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", PycommWarning)
-        for _ in range(2):
-            dist.all_reduce(x := torch.full((3,), rank + 1, dtype=torch.int16))  # NCCL has no sum of these
+        for dtype in (torch.int32, torch.float32, torch.int16):  # the last has no sum in NCCL
+            dist.all_reduce(x := torch.full((3,), rank + 1, dtype=dtype))
             assert x.tolist() == [6] * 3
     told = [str(one.message) for one in warned if one.category is PycommWarning]
     assert len(told) == (rank == 0), told

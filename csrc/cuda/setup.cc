@@ -86,7 +86,7 @@ std::shared_ptr<Communicator> CudaEngine::join(const std::string& key,
                                                const std::string& who,
                                                const Communicator::Check& check,
                                                Clock::time_point deadline) {
-  if (options_.api == nullptr) throw Error(Code::internal, who + ": " + options_.no_nccl);
+  if (options_.api == nullptr) throw Error(Code::invalid_argument, who + ": " + options_.no_nccl);
   const auto at = std::find(ranks.begin(), ranks.end(), rank_) - ranks.begin();
   NcclUniqueId id{};
   if (at == 0) {
@@ -118,11 +118,9 @@ CudaEngine::Comparison CudaEngine::compare_ranks(Clock::time_point deadline) {
 
   Comparison found;
   const bool by_nccl = !spans_hosts_ || options_.between == Between::nccl;
-  // What rules NCCL out where it is needed, and with what it could not join the ranks of a host.
-  const auto object = [&](Code code, bool inside, const std::string& text) {
-    const bool needed = by_nccl || (options_.between == Between::automatic && inside);
-    if (needed && code == Code::invalid_argument) throw Error(code, me_ + ": " + text);
-    if (by_nccl) throw Error(code, me_ + ": " + text);
+  // What rules NCCL out: an error where it is needed, or nothing else would do.
+  const auto object = [&](bool falls_back, bool inside, const std::string& text) {
+    if (by_nccl || !falls_back) throw Error(Code::invalid_argument, me_ + ": " + text);
     if (found.no_nccl.empty()) found.no_nccl = text;
     found.inside = found.inside && !inside;
   };
@@ -131,7 +129,7 @@ CudaEngine::Comparison CudaEngine::compare_ranks(Clock::time_point deadline) {
     return options_.hosts[static_cast<size_t>(a)] == options_.hosts[static_cast<size_t>(b)];
   };
   for (int rank = 0; rank < size_; ++rank)
-    if (of(rank).version == 0) object(Code::internal, true, who(rank) + ": " + of(rank).no_nccl);
+    if (of(rank).version == 0) object(true, true, who(rank) + ": " + of(rank).no_nccl);
   // NCCL refuses a device that serves two ranks of a communicator, unless a newer one is told to.
   const char* const allowed = std::getenv("NCCL_MULTI_RANK_GPU_ENABLE");
   const bool may_share = allowed != nullptr && std::strcmp(allowed, "1") == 0;
@@ -147,7 +145,7 @@ CudaEngine::Comparison CudaEngine::compare_ranks(Clock::time_point deadline) {
                 "; all ranks need the same: install one nvidia-nccl wheel everywhere, or set "
                 "PYCOMM_NCCL_LIB");
       if (!may_share && of(rank).device_id == of(other).device_id)
-        object(Code::invalid_argument, inside,
+        object(options_.between == Between::tcp || !inside, inside,
                who(other) + " and " + who(rank) + " use one device, " + of(rank).device_name +
                    "; NCCL " + nccl_version_name(of(rank).version) +
                    " takes one rank per device (newer versions more, with "

@@ -21,7 +21,7 @@ from netns import emulated_hosts, why_unavailable
 
 HOSTS = ("a",) * 4 + ("b",) * 4
 PAYLOAD_SHARE = 1448 / 1514
-SIZES = (8 << 10, 64 << 10, 512 << 10, 2 << 20)  # between those that a table is measured at
+SIZES = (8 << 10, 128 << 10, 512 << 10, 2 << 20)  # between those that a table is measured at
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 BLOCKS, BLOCK_S = 3, 0.02
 

@@ -23,11 +23,14 @@ CURVE_EVERY = 20  # steps whose losses make one point of the recorded curve
 EVAL_SEQUENCES = 512  # of 32 tokens: fewer would measure which text they are
 
 
-def train(store: Any, rank: int, n_ranks: int, seed: int, wire: str, bucket_kib: int, steps: int) -> dict[str, Any]:
+def train(
+    store: Any, rank: int, n_ranks: int, seed: int, wire: str, bucket_kib: int, steps: int, width: int
+) -> dict[str, Any]:
     """Losses and traffic of one run; equal on both ranks but for the bytes."""
     config = load_preset("tiny")
     config = dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, d_model=width, d_ff=2 * width),
         data=dataclasses.replace(config.data, path="stdlib"),
         train=dataclasses.replace(
             config.train, seed=seed, steps=steps, eval_sequences=EVAL_SEQUENCES, bucket_kib=bucket_kib
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--buckets", default="0", help="train.bucket_kib, comma-separated: each wire with each, so with other blocks"
     )
+    parser.add_argument("--width", type=int, default=32, help="d_model; a block of the wire has 128 values")
     parser.add_argument("--results", default="wire_training", help="the name of the file in results/")
     args = parser.parse_args()
     wires, buckets = args.wires.split(","), [int(each) for each in args.buckets.split(",")]
@@ -63,11 +67,19 @@ def main() -> None:
         parser.error(f"--wires begins with none, and knows {', '.join(WIRES)}")
     if args.seeds < 2:
         parser.error("--seeds: a spread needs at least 2")
-    record: dict[str, Any] = {"environment": environment(), "steps": args.steps, "curve_every": CURVE_EVERY, "runs": []}
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "steps": args.steps,
+        "width": args.width,
+        "curve_every": CURVE_EVERY,
+        "runs": [],
+    }
     for seed in range(args.seeds):
         for wire in wires:
             for bucket_kib in buckets[:1] if wire == "none" else buckets:
-                result = run_ranks(train, 2, seed, wire, bucket_kib, args.steps, hosts=["a", "b"], timeout_s=1200)[0]
+                result = run_ranks(
+                    train, 2, seed, wire, bucket_kib, args.steps, args.width, hosts=["a", "b"], timeout_s=1200
+                )[0]
                 record["runs"].append({"seed": seed, "wire": wire, "bucket_kib": bucket_kib, **result})
                 print(
                     f"seed {seed} wire {wire} buckets {bucket_kib}: held-out loss {result['held_out']:.4f}", flush=True

@@ -61,7 +61,10 @@ class Explanation:
                 how = "predicted" if chosen.expected_s == chosen.total_s else "expected, from its times at other sizes,"
             return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         if lead * TIE >= 1:
-            return f"{self.choice} is taken: {name} is within {TIE - 1:.0%} and comes later in the planners' order."
+            why = "comes later in the planners' order"
+            if chosen.expected_s != chosen.total_s:
+                why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
+            return f"{self.choice} is taken: {name} is within {TIE - 1:.0%}, and {why}."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
 
     def __str__(self) -> str:

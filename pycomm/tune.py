@@ -28,10 +28,12 @@ from pycomm.table import Times, TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import choice_table, costs
 
-SIZES: Final = tuple(1 << power for power in (10, 14, 17, 20, 22, 24))
+SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
 BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
 CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate is measured
-_FINAL, _FINALISTS = 1.5, 4  # times the quickest's cost in the first round, up to which so many are measured well
+_LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
+_FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
+# allows, are measured well
 _BLOCKS = 3
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
@@ -93,17 +95,18 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
         for collective in PLANNERS:
             size = _rounded(nbytes, group.size)
             cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
-            expected = cost.expected_s[:, 0]
-            contends = expected <= CONTENDS * expected.min()
+            expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
+            contends = (expected <= CONTENDS * expected.min()) | (predicted <= _LIKELY * predicted.min())
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
-            need_s = 2 * expected[contends].sum()
-            need_s += (1 + _BLOCKS * _LEAST_CALLS) * np.sort(expected)[:_FINALISTS].sum()
-            if len(names) < 2 or need_s > min(_LARGEST_SHARE * budget_s, budget_s - spent):
+            have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - 2 * expected[contends].sum()
+            best = np.cumsum(np.sort(expected[contends])) * (1 + _BLOCKS * _LEAST_CALLS)
+            fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= have_s]
+            if len(names) < 2 or not fitting:
                 continue
             first = time_algorithms(group, collective, size, names, [1] * len(names), 1)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
-            final = final[:_FINALISTS]
+            final = final[: fitting[0]]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls), strict=True))
             for name in names:  # whoever lost the first round, on a lone call, does not win the second by it

@@ -29,7 +29,9 @@ Choices = tuple[tuple[int | None, str], ...]
 
 LADDER: Final = tuple(1 << power for power in range(8, 29))  # 256 B to 256 MiB; nothing changes beyond either end
 LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simulation costs n_ranks^2 steps and more
-TIE: Final = 1.05  # the model is no better: within 5 % of the best the planner named first wins
+# No expectation is better: within 5 % of the best one, what won at the nearest two measured sizes wins, the nearer
+# first; else the planner named first.
+TIE: Final = 1.05
 _LEAST_S: Final = 1e-12  # predictions below count as this long: one rank's are 0
 
 
@@ -114,9 +116,16 @@ def choice_table(
 
     `nbytes` is meant as in schedule.chunk_nbytes. table, own, coded: as in costs()."""
     ladder = LADDER if topology.n_ranks <= LARGE_GROUP else LADDER[::2]
-    found = costs(topology, collective, ladder, root, table, own, coded)
-    best = found.expected_s.min(axis=0) * np.where(found.measured.any(axis=0), 1.0, TIE)
-    winners = np.array(found.algorithms)[(found.expected_s <= best).argmax(axis=0)].tolist()
+    points = {} if table is None else table.points(collective)
+    sizes = tuple(sorted({nbytes for times in points.values() for nbytes, _ in times}))
+    found = costs(topology, collective, ladder + sizes, root, table, own, coded)
+    won = found.expected_s[:, len(ladder) :].argmin(axis=0)  # at each measured size
+    winners = []
+    for nbytes, expected in zip(ladder, found.expected_s.T, strict=False):
+        nearest = np.argsort(np.abs(np.log2(sizes) - np.log2(nbytes)), kind="stable")[:2].tolist() if sizes else []
+        preferred = [*won[nearest], *range(len(expected))]
+        within = (row for row in preferred if expected[row] <= expected.min() * TIE)
+        winners.append(found.algorithms[next(within)])
     return as_choices(ladder, winners)
 
 

@@ -1,4 +1,4 @@
-"""For all tests: no tuning table of the user's own and no state of the machine's name service bears on what is tested."""
+"""For all tests: no tuning table of the user's own, and nothing that the machine's name service says, bears on them."""
 
 import os
 

@@ -15,7 +15,7 @@ from pycomm.planners import PLANNERS
 from pycomm.predict import predict
 from pycomm.table import Times, TuningTable, from_json, layout, load
 from pycomm.topology import Topology
-from pycomm.tuner import LADDER, candidates, choice_table, choose, costs
+from pycomm.tuner import LADDER, TIE, candidates, choice_table, choose, costs
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -179,7 +179,7 @@ def test_measured_times_overrule_the_model():
 
 
 @pytest.mark.parametrize("collective", PLANNERS)
-def test_the_choice_is_never_expected_to_lose(collective):
+def test_the_choice_is_expected_to_win_where_it_was_measured_and_to_lose_by_a_tie_elsewhere(collective):
     times = tuple(
         Times(collective, name, ((1 << 12, 1e-3 * (index + 1)), (1 << 22, 1e-2 / (index + 1))))
         for index, name in enumerate(PLANNERS[collective])
@@ -187,8 +187,13 @@ def test_the_choice_is_never_expected_to_lose(collective):
     table = dataclasses.replace(TABLE, times=times)
     found = costs(TOPOLOGY, collective, LADDER, table=table)
     chosen = [found.algorithms.index(choose(choice_table(TOPOLOGY, collective, table=table), size)) for size in LADDER]
-    for column in range(len(LADDER)):
-        assert found.expected_s[chosen[column], column] == found.expected_s[:, column].min()
+    winners = {int(found.expected_s[:, LADDER.index(size)].argmin()) for size in (1 << 12, 1 << 22)}
+    assert len(winners) == 2 or len(times) < 2
+    for column, size in enumerate(LADDER):
+        expected = found.expected_s[:, column]
+        assert expected[chosen[column]] <= expected.min() * (1.0 if size in (1 << 12, 1 << 22) else TIE)
+        # Whoever won nowhere is taken only where those who did are expected to lose by more than that.
+        assert chosen[column] in winners or expected[list(winners)].min() > expected.min() * TIE
 
 
 def test_an_explanation_has_measured_times_and_says_what_decided():

@@ -39,7 +39,7 @@ def test_tune_saves_a_table_that_the_next_job_uses(tmp_path):
     assert [host.ranks for host in table.topology.hosts] == [(0, 1), (2,)]
     assert table.times and {times.collective for times in table.times} <= PLANNERS.keys()
     assert f"saved to {path}" in stdout and "host host0, lo: " in stdout
-    assert re.search(r"^all_reduce +\w+.*\(\d of 6 sizes measured\)$", stdout, re.M)
+    assert re.search(r"^all_reduce +\w+.*\(\d of 8 sizes measured\)$", stdout, re.M)
 
     times = table.times[0]
     code, stdout, _ = pycomm("explain", times.collective, times.points[0][0], "--table", path)

@@ -11,9 +11,8 @@ namespace {
 
 constexpr uint64_t kReduceBlock = 128 * 1024;  // operands and result of one stay in a core's cache
 constexpr uint64_t kCopyBlock = 512 * 1024;
-constexpr uint64_t kSharedBlock = 64 * 1024;  // the two ends meet within one
-constexpr uint64_t kCut = 4096;               // pieces of a reduction begin at multiples of it
-constexpr uint64_t kBudget = 2 << 20;         // bytes moved before the engine's lock is let go
+constexpr uint64_t kCut = 4096;        // pieces of a reduction begin at multiples of it
+constexpr uint64_t kBudget = 2 << 20;  // bytes moved before the engine's lock is let go
 
 // Room for partial results that have no place yet, and for operands that cannot be mapped; the
 // caller's thread keeps it.
@@ -206,7 +205,7 @@ bool Direct::copy_block(Copy& copy) {
   if (copy.shared) {
     // The receiver's word: a collective's sequence number, then blocks taken. Whoever comes first
     // sets it; takers of an earlier collective are done before this one's are.
-    size = kSharedBlock;
+    size = shared_block(copy.nbytes);
     const uint64_t first = static_cast<uint64_t>(board_.sequence()) << 32;
     auto& word = segment_.board(copy.push ? copy.rank : rank_).shared;
     const auto next = [&](uint64_t last) { return last >> 32 == first >> 32 ? last : first; };

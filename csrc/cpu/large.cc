@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/probe.h"
+
 namespace pycomm::cpu {
 namespace {
 
@@ -128,8 +130,7 @@ void Large::begin(const Launch& launch) {
   input_ = input_apart(launch);
   sent_nbytes_ = bytes_for_others(launch);
   way_ = Way::shared;
-  // In one call of eight, and in all that take so long that it costs nothing. All ranks or none.
-  probes_ = board_.sequence() % 8 == 0 || largest_piece(launch, n_) >= 1 << 20;
+  probes_ = probes(board_.sequence(), largest_piece(launch, n_));
   if (!is_uneven_exchange(launch)) choose_way(launch, largest_piece(launch, n_));
 }
 
@@ -140,27 +141,11 @@ void Large::choose_way(const Launch& launch, uint64_t largest) {
     way_ = ways_.choose(static_cast<int>(launch.fingerprint.collective), nbytes_);
 }
 
-// Nanoseconds that the next rank's lines take; 0 where it waits on this core, whose own cache has
-// them. Relaxed: only the time matters.
-uint64_t Large::probe() {
-  if (endpoint_.shares_core(beside_)) return 0;
-  const BoardEntry& next = segment_.board(next_);
-  const auto begin = Clock::now();
-  uint64_t sum = 0;
-  for (size_t i = 0; i < kProbeLines; ++i)
-    sum += next.probe[i * kWordsPerLine].load(std::memory_order_relaxed);
-  asm volatile("" : : "r"(sum));  // read before the clock is
-  return static_cast<uint64_t>((Clock::now() - begin).count());
-}
-
 bool Large::offer(const Launch& launch) {
   const bool uneven = is_uneven_exchange(launch);
   if (!board_.has_room(launch, uneven ? kBoardBytes : sizeof(Entry))) return false;
   offered_ = true;
-  if (probes_)
-    for (size_t i = 0; i < kProbeLines; ++i)
-      segment_.board(rank_).probe[i * kWordsPerLine].store(board_.sequence(),
-                                                           std::memory_order_relaxed);
+  if (probes_) write_lines(segment_.board(rank_), board_.sequence());
   const Entry entry{{reach_.place(input_), reach_.place(launch.output)},
                     measured_.ns,
                     measured_.probe_ns,
@@ -218,7 +203,9 @@ void Large::enter(const Launch& launch) {
   if (is_uneven_exchange(launch)) choose_way(launch, largest);
   in_place_ = all_in_heaps || way_ == Way::pulled;
   measured_ = {static_cast<int>(launch.fingerprint.collective), nbytes_, way_, 0, 0};
-  if (probes_) measured_.probe_ns = static_cast<uint32_t>(std::min<uint64_t>(probe(), UINT32_MAX));
+  if (probes_)
+    measured_.probe_ns = static_cast<uint32_t>(
+        std::min<uint64_t>(time_lines(segment_.board(next_), endpoint_, beside_), UINT32_MAX));
   measures_ = all_reach_ && !all_in_heaps && nbytes_ >= Ways::kLeast;
   if (measures_) entered_at_ = Clock::now();
   if (in_place_)

@@ -36,7 +36,6 @@ class Large {
   const std::byte* input_apart(const Launch& launch);
   uint64_t bytes_for_others(const Launch& launch) const;
   void choose_way(const Launch& launch, uint64_t largest);
-  uint64_t probe();
   bool offer(const Launch& launch);
   void enter(const Launch& launch);
 

@@ -38,7 +38,9 @@ void Messages::end(const std::shared_ptr<MessageOp>& op, Status status) {
 
 void Messages::send(std::shared_ptr<MessageOp> op) {
   ++n_open_;
-  peers_[static_cast<size_t>(op->peer)].sends.push_back(std::move(op));
+  Peer& state = peers_[static_cast<size_t>(op->peer)];
+  if (state.rendezvous != nullptr) op->nth = state.rendezvous->count_send(op->peer, op->tag);
+  state.sends.push_back(std::move(op));
 }
 
 void Messages::recv(std::shared_ptr<MessageOp> op) {
@@ -57,6 +59,8 @@ void Messages::recv(std::shared_ptr<MessageOp> op) {
     return false;
   };
   if (op->peer >= 0) {
+    Peer& state = peers_[static_cast<size_t>(op->peer)];
+    if (state.rendezvous != nullptr) state.rendezvous->count_receive(op->peer, op->tag);
     if (take_from(op->peer)) return;
   } else {
     for (int peer = 0; peer < static_cast<int>(peers_.size()); ++peer)
@@ -122,11 +126,12 @@ bool Messages::advance_send(int peer, Peer& state) {
     const auto op = state.sends.front();
     bool offers = state.out.use != 0;
     if (state.out_bytes == 0) {
-      state.out = {kMagic, op->tag, op->nbytes, 0, {}, 0};
+      state.out = {kMagic, op->tag, op->nbytes, 0, {}, 0, 0};
       offers = false;
       if (state.rendezvous != nullptr && op->nbytes >= Ways::kLeast) {
         state.out.place = state.rendezvous->place(op->data);
-        offers = state.rendezvous->offers(peer, state.out.place, op->nbytes);
+        state.out.probed = state.rendezvous->writes_probe(op->nbytes);
+        offers = state.rendezvous->offers(peer, state.out.place, op->nbytes, op->tag, op->nth);
       }
       if (offers) {
         const auto offer = state.rendezvous->offer(peer, op->data, op->nbytes);
@@ -207,19 +212,14 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (state.in_bytes < sizeof(Header)) break;
       if (state.in.magic != kMagic)
         throw Error(Code::internal, "rank " + std::to_string(peer) + "'s messages are out of step");
+      if (state.in.probed != 0) state.rendezvous->read_probe(peer);
     }
     if (state.in.use != 0) {
       if (!wanted(peer)) break;
-      SetAside aside{state.in.tag,
-                     {},
-                     {peer,
-                      static_cast<uint32_t>(state.in.slot),
-                      state.in.use,
-                      state.in.nbytes,
-                      nullptr,
-                      state.in.place,
-                      false,
-                      {}}};
+      SetAside aside{
+          state.in.tag,
+          {},
+          {peer, state.in.slot, state.in.use, state.in.nbytes, nullptr, state.in.place, false, {}}};
       channel.align_read();
       state.in_bytes = 0;
       moved = true;
@@ -249,8 +249,12 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (state.rendezvous != nullptr) {
         const auto here = channel.readable();
         n = std::min(here.size(), left);
-        if (n > 0 && state.payload == 0 && state.in.nbytes >= Ways::kLeast)
-          state.in_since = Clock::now();
+        if (n > 0 && state.payload == 0) {
+          // Whatever lay here as a whole was written before anybody watched the clock.
+          state.timed = state.in.nbytes >= Ways::kLeast &&
+                        (state.in.place.in_heap || here.size() < state.in.nbytes);
+          if (state.timed) state.in_since = Clock::now();
+        }
         // Most likely the host's others send as much.
         copy(to + state.payload, here.data(), n,
              exceeds_cache(2 * peers_.size() * state.in.nbytes));
@@ -264,7 +268,7 @@ bool Messages::advance_recv(int peer, Peer& state) {
       if (n == 0 || spent > kBudget) break;
     }
     if (state.payload == state.in.nbytes) {
-      if (state.rendezvous != nullptr && state.in.nbytes >= Ways::kLeast)
+      if (std::exchange(state.timed, false))
         state.rendezvous->came_over_ring(peer, state.in.place, state.in.nbytes, state.in_since);
       channel.align_read();
       const auto target = std::exchange(state.target, nullptr);
@@ -331,6 +335,10 @@ bool Messages::expire(Clock::time_point now, Status* broken) {
       continue;
     }
     at = receives_.erase(at);
+    if (op->peer >= 0) {
+      Peer& state = peers_[static_cast<size_t>(op->peer)];
+      if (state.rendezvous != nullptr) state.rendezvous->uncount_receive(op->peer, op->tag);
+    }
     end(op, complaint(*op));
   }
   for (Peer& state : peers_) {

@@ -1,8 +1,10 @@
 // Messages: point-to-point over each pair's message lane. Sends to a peer leave in order; a receive
 // takes the first message of its tag. A message nobody has asked for waits in the channel, and is
-// set aside in memory only while a receive of another tag wants what comes behind it. A large
-// message out of the heap to a rank of this host sends only its offer over the lane, and completes
-// when it is received (rendezvous.h). Thread safety: none; the engine's lock guards it.
+// set aside in memory only while a receive of another tag wants what comes behind it. Of a message
+// to a rank of this host that is better taken from where it lies only the offer goes over the lane,
+// and the send completes when that is received (rendezvous.h): a large one out of the heap, or
+// larger than the ring, or whose receive is posted already. Thread safety: none; the engine's lock
+// guards it.
 #pragma once
 
 #include <deque>
@@ -49,7 +51,8 @@ class Messages {
     uint64_t nbytes;
     uint64_t use;  // of a transfer record, 0: the bytes follow
     Place place;   // known where the receiver is on this host and the message is large
-    uint64_t slot;
+    uint32_t slot;
+    uint32_t probed;  // 1: lines are written whose price tells which way is the faster
   };
   struct SetAside {
     int64_t tag;
@@ -72,7 +75,8 @@ class Messages {
     std::shared_ptr<MessageOp> target;
     SetAside aside;
     uint64_t payload = 0;
-    Clock::time_point in_since{};  // when its first byte was read
+    bool timed = false;  // its way over the ring, since then
+    Clock::time_point in_since{};
     std::list<SetAside> waiting;
     Rendezvous* rendezvous = nullptr;
     Transit offer;  // of sends.front(), while its header is on its way

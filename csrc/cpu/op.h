@@ -48,6 +48,7 @@ struct MessageOp : Op {
   std::byte* const data;
   const uint64_t nbytes;
   uint64_t moved = 0;
+  uint64_t nth = 0;  // send to its peer with its tag (asked.h)
 };
 
 }  // namespace pycomm::cpu

@@ -3,12 +3,14 @@
 #include <algorithm>
 
 #include "cpu/copy.h"
+#include "cpu/probe.h"
 
 namespace pycomm::cpu {
 namespace {
 
-constexpr uint64_t kBlock = 64 * 1024;
-constexpr int kBlocksAtOnce = 16;  // before the engine's lock is let go
+constexpr uint64_t kLeastPulled = 64
+                                  << 10;  // less is read from the ring before an answer could come
+constexpr int kBlocksAtOnce = 4;          // before the engine's lock is let go
 constexpr uint64_t kNone = uint64_t{1} << 40;
 
 enum State : uint64_t { offered = 0, accepted = 1, withdrawn = 2 };
@@ -30,6 +32,7 @@ Rendezvous::Rendezvous(const Segment& segment, Reach& reach, Endpoint& endpoint,
       ranks_(ranks),
       places_(places),
       rank_(rank),
+      asked_(ranks.size()),
       uses_(ranks.size() * kTransfers),
       ways_(ranks.size(), Ways(2)) {}
 
@@ -54,15 +57,31 @@ std::optional<Transit> Rendezvous::offer(int peer, const void* data, uint64_t nb
   return std::nullopt;
 }
 
-bool Rendezvous::has_choice(int peer, const Place& from, uint64_t nbytes) const {
-  if (nbytes < Ways::kLeast) return false;
-  // What the ring holds goes on its way before it is asked for, and from ordinary memory stays so.
-  return from.in_heap || (nbytes > segment_.ring_bytes() && reach_.reaches(peer));
+bool Rendezvous::writes_probe(uint64_t nbytes) {
+  if (nbytes < kLeastPulled || !probes(++n_large_, nbytes)) return false;
+  write_lines(segment_.board(places_[static_cast<size_t>(rank_)]), n_large_);
+  return true;
 }
 
-bool Rendezvous::offers(int peer, const Place& from, uint64_t nbytes) const {
+void Rendezvous::read_probe(int peer) {
+  const auto at = static_cast<size_t>(peer);
+  const uint64_t ns = time_lines(segment_.board(places_[at]), endpoint_, {ranks_[at]});
+  if (ns > 0) ways_[at].probed(ns);
+}
+
+bool Rendezvous::has_choice(int peer, const Place& from, uint64_t nbytes) const {
+  if (nbytes < Ways::kLeast) return false;
+  return from.in_heap || (nbytes >= kLeastPulled && reach_.reaches(peer));
+}
+
+bool Rendezvous::offers(int peer, const Place& from, uint64_t nbytes, int64_t tag,
+                        uint64_t nth) const {
   if (!has_choice(peer, from, nbytes)) return false;
-  const uint64_t unusual = record(rank_, peer, 0).unusual.load(std::memory_order_relaxed);
+  // What the ring holds goes on its way before it is asked for, and from ordinary memory stays so.
+  const TransferRecord& told = record(rank_, peer, 0);
+  if (!from.in_heap && nbytes <= segment_.ring_bytes() && !Asked::asked(told.posted, tag, nth))
+    return false;
+  const uint64_t unusual = told.unusual.load(std::memory_order_relaxed);
   return ((unusual & bit(from, nbytes)) != 0) != from.in_heap;
 }
 
@@ -113,9 +132,10 @@ bool Rendezvous::accept(const Transit& transit, void* data) {
 
 bool Rendezvous::move_block(TransferRecord& record, const Transit& transit, bool is_send) {
   // Relaxed: who takes a block needs nothing of who took the one before.
-  const uint64_t begin = record.taken.fetch_add(1, std::memory_order_relaxed) * kBlock;
+  const uint64_t block = shared_block(transit.nbytes);
+  const uint64_t begin = record.taken.fetch_add(1, std::memory_order_relaxed) * block;
   if (begin >= transit.nbytes) return false;
-  const uint64_t nbytes = std::min(transit.nbytes - begin, kBlock);
+  const uint64_t nbytes = std::min(transit.nbytes - begin, block);
   // Most likely the host's others send as much.
   const bool streams = exceeds_cache(2 * ranks_.size() * transit.nbytes);
   if (is_send)

@@ -1,9 +1,10 @@
 // Rendezvous: a large message from the heap of a rank of this host (heap.h) goes to the receiver's
 // memory in one copy, which both sides work on where that is in a heap too: each takes the next
 // block that nobody has taken. So does one from ordinary memory, where both reach the other's
-// memory. The receiver measures whether that or reading it from the ring is faster (ways.h) and
-// tells the sender. The message lane carries only the offer; what follows goes over a few transfer
-// records per ordered pair in the segment. Thread safety: none; the engine's lock guards it.
+// memory, that the ring does not hold or whose receive is posted already (asked.h). The receiver
+// measures whether that or reading it from the ring is faster (ways.h) and tells the sender. The
+// message lane carries only the offer; what follows goes over a few transfer records per ordered
+// pair in the segment. Thread safety: none; the engine's lock guards it.
 //
 //   sender    offered ------------------> sees accepted, moves blocks, says sent   -> done
 //   receiver           accepts: address, moves blocks, says received               -> done
@@ -14,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/asked.h"
 #include "cpu/reach.h"
 #include "cpu/segment.h"
 #include "cpu/ways.h"
@@ -39,8 +41,19 @@ class Rendezvous {
              const std::vector<int>& ranks, const std::vector<int>& places, int rank);
 
   Place place(const void* data) const { return reach_.place(data); }
-  // Whether a message to `peer` from there goes this way.
-  bool offers(int peer, const Place& from, uint64_t nbytes) const;
+  // A receive from `peer`, or from there a send, begins; a receive ends that nothing came for.
+  void count_receive(int peer, int64_t tag) {
+    asked_of(peer).posted(record(peer, rank_, 0).posted, tag);
+  }
+  void uncount_receive(int peer, int64_t tag) {
+    asked_of(peer).withdrawn(record(peer, rank_, 0).posted, tag);
+  }
+  uint64_t count_send(int peer, int64_t tag) { return asked_of(peer).count(tag); }
+  // Whether that message to `peer` from there goes this way.
+  bool offers(int peer, const Place& from, uint64_t nbytes, int64_t tag, uint64_t nth) const;
+  // Now and then, before a large message: this rank writes lines that the receiver times (probe.h).
+  bool writes_probe(uint64_t nbytes);
+  void read_probe(int peer);
   // A message from `peer` came over the ring, first byte to last, since then.
   void came_over_ring(int peer, const Place& from, uint64_t nbytes, Clock::time_point since);
   // Takes a free record for a message to `peer`; nullopt while all are in use.
@@ -72,8 +85,12 @@ class Rendezvous {
   const std::vector<int>& ranks_;
   const std::vector<int>& places_;
   const int rank_;
+  Asked& asked_of(int peer) { return asked_[static_cast<size_t>(peer)]; }
+
+  std::vector<Asked> asked_;    // by peer
   std::vector<uint64_t> uses_;  // of this rank's own records, by peer and slot
   std::vector<Ways> ways_;      // of messages by peer, from ordinary memory and from a heap
+  uint64_t n_large_ = 0;        // messages sent that are worth a probe
   uint64_t sent_nbytes_ = 0;
 };
 

@@ -54,7 +54,7 @@ struct alignas(128) BoardEntry {  // so that the transfer records behind them ar
   alignas(64) std::atomic<uint64_t> given{0};    // blocks in its stage, over all collectives
   alignas(64) std::atomic<uint64_t> reduced{0};  // (staged.h), of which its own piece is reduced
   alignas(64) std::atomic<uint64_t> taken{0};    // blocks of the others that it needs no more
-  // Lines to time the reading of (large.h).
+  // Lines to time the reading of (probe.h).
   alignas(64) std::atomic<uint64_t> probe[kProbeLines * kWordsPerLine];
   Announcement announcements[kAnnouncements];  // by the collective's sequence number
   alignas(64) std::byte small[kBoardSlots][kSmallBytes];
@@ -80,6 +80,7 @@ struct alignas(128) TransferRecord {
   std::atomic<uint64_t> state{0};              // use << 2 | offered, accepted or withdrawn
   Place place;                                 // where the receiver wants it; with `accepted`
   std::atomic<uint64_t> unusual{0};            // of record 0: what the receiver wants otherwise
+  std::atomic<uint64_t> posted{0};             // of record 0: the receives of a tag (asked.h)
   alignas(64) std::atomic<uint64_t> taken{0};  // blocks that one side or the other moves
   std::atomic<uint64_t> sent{0};               // use whose blocks the sender has moved
   std::atomic<uint64_t> received{0};           // use that is over: the record is free

@@ -10,6 +10,7 @@ namespace {
 constexpr uint64_t kScale = 1 << 20;  // costs are of so many bytes
 // Calls between two tries, in multiples of a try's. A try costs at most a twentieth of them, but
 // for those that come anyway.
+constexpr uint64_t kRare = 32 << 20;  // bytes
 constexpr uint64_t kFewest = 4, kUntried = 16, kMost = 64, kDearest = 20;
 
 // Of a try; the last two count. The caches are full of what the other way used, and shared memory
@@ -72,12 +73,13 @@ void Ways::record(int kind, uint64_t nbytes, Way way, uint64_t time) {
   if (!cell.known) {
     cell.known = true;
     cell.way = way;
-    // What is right for one size mostly is for others: only the first of a kind is tried at once.
+    // What is right for one size mostly is for others: only the first of a kind is tried at once,
+    // and what is so large that a program may have only a few of it.
     const Cell* first = cells() + kind * kClasses;
     const bool told =
         std::any_of(first, first + kClasses, [](const Cell& c) { return c.most > 0; });
     cell.most = told ? kMost : kFewest;
-    cell.countdown = told ? kUntried : 2;
+    cell.countdown = nbytes >= kRare ? 1 : told ? kUntried : 2;
     cell.usual = cost;
   } else if (cell.awaited > 0) {
     if (way != cell.way && --cell.awaited == 0) compare(cell, nbytes);

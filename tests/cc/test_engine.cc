@@ -112,6 +112,53 @@ TEST(messages_find_their_receive_by_tag_in_any_order) {
     });
 }
 
+// Asked for before they are sent they may go either way; then one that nobody asks for any more.
+TEST(a_send_that_the_ring_holds_leaves_unasked_whatever_came_before) {
+  constexpr size_t kNumel = 100'000;
+  for (const int source : {0, -1}) {
+    std::atomic<int> posted{0}, left{0};
+    const auto await = [](const std::atomic<int>& word, int value) {
+      while (word.load() < value) std::this_thread::yield();
+    };
+    run_ranks(one_host(2), [&](Group& group, auto&, Store&) {
+      std::vector<float> data(kNumel);
+      const uint64_t nbytes = kNumel * sizeof(float);
+      const auto limit = std::chrono::seconds(20);
+      const auto value = [](int call, size_t i) {
+        return static_cast<float>((static_cast<size_t>(call) * 7 + i) % 1009);
+      };
+      const auto fill = [&](int call) {
+        for (size_t i = 0; i < kNumel; ++i) data[i] = value(call, i);
+      };
+      const auto expect = [&](int call) {
+        for (size_t i = 0; i < kNumel; ++i)
+          if (data[i] != value(call, i)) return EXPECT_EQ(data[i], value(call, i));
+      };
+      for (int call = 0; call < 300; ++call) {
+        const bool unasked = call % 30 == 20;
+        if (group.rank() == 0) {
+          fill(call);
+          await(posted, call + 1);
+          group.run_send(data.data(), nbytes, 1, 0, limit);
+          left = call + 1;
+        } else {
+          if (unasked) {
+            EXPECT_THROWS("waited",
+                          group.run_recv(data.data(), nbytes, 0, 0, std::chrono::milliseconds(1)));
+            posted = call + 1;
+            await(left, call + 1);
+          }
+          auto work =
+              group.recv(data.data(), nbytes, call % 5 == 4 ? source : 0, 0, limit, nullptr);
+          posted = call + 1;
+          work->wait(limit);
+          expect(call);
+        }
+      }
+    });
+  }
+}
+
 TEST(a_mismatched_call_raises_on_every_rank_and_names_both_sides) {
   for (const auto& hosts :
        {one_host(3), std::vector<std::string>{"a", "b"}, std::vector<std::string>{"a", "a", "b"}})

@@ -81,13 +81,20 @@ TEST(what_was_found_before_cores_moved_holds_when_they_are_back) {
   EXPECT_TRUE(machine.dearer(20, 1 << 20) < 5);
   moved(12, 350);
   EXPECT_TRUE(machine.dearer(20, 1 << 20) < 5);
-  EXPECT_EQ(machine.dearer(8, 64 << 20), 0);  // another size, while lines are as dear
+  EXPECT_EQ(machine.dearer(8, 16 << 20), 0);  // another size, while lines are as dear
 }
 
 TEST(one_size_tells_the_next_of_its_kind) {
   Clockwork far{.shared = 10, .pulled = 2};
   far.dearer(100, 1 << 20);
-  EXPECT_EQ(far.dearer(8, 64 << 20), 0);
+  EXPECT_EQ(far.dearer(8, 16 << 20), 0);
+}
+
+TEST(a_size_that_comes_rarely_is_tried_at_once) {
+  Clockwork machine{.shared = 2, .pulled = 3};
+  machine.dearer(1000, 1 << 20);
+  machine.shared = 8;  // for large ones
+  EXPECT_TRUE(machine.dearer(8, 256 << 20) <= 2);
 }
 
 TEST(what_is_asked_and_never_recorded_changes_nothing) {

@@ -7,7 +7,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py) |
 | PYCOMM_CUDA_TOPOLOGY | the same of GPUs and what joins them: which way their collectives take (device_choice.py) |
 | PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
-| PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for tensors on GPUs: nccl, tcp (docs/cuda.md), auto: tcp where NCCL cannot |
+| PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for GPUs' tensors: nccl, tcp, auto: tcp where NCCL cannot |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |

@@ -29,6 +29,11 @@ std::string CudaEngine::named(const std::string& text) const {
 
 // What NCCL says of its background work.
 Status CudaEngine::look() {
+  if (const Peers* peers = peers_in_use_; peers != nullptr)
+    if (Status status = peers->status(); !status.ok()) {
+      status.message = named(status.message);
+      return status;
+    }
   std::vector<std::shared_ptr<Communicator>> all;
   {
     const std::lock_guard lock(communicators_mutex_);
@@ -117,6 +122,7 @@ void CudaEngine::end_all(const Status& why) {
     for (const auto& [partition, layer] : layers_)
       if (layer.communicator) others.push_back(layer.communicator);
   }
+  if (Peers* peers = peers_in_use_; peers != nullptr) peers->end();
   for (const auto& group : groups) group->engine().revoke(why);
   if (of_group) of_group->revoke();  // a new one may be made from it
   for (const auto& communicator : others) communicator->abort();

@@ -138,8 +138,18 @@ void Watch::loop() {
   device_->adopt_thread();
   std::unique_lock lock(mutex_);
   while (!closing_) {
-    if (!sweep(lock)) {
-      changed_.wait(lock, [&] { return closing_ || !under_way_.empty(); });
+    const bool any = sweep(lock);
+    if (!ended_badly_.ok() && broken_.ok()) {
+      const Status why = ended_badly_;
+      lock.unlock();
+      fail(why);
+      lock.lock();
+      continue;
+    }
+    if (!any) {
+      changed_.wait(lock, [&] {
+        return closing_ || !under_way_.empty() || (!ended_badly_.ok() && broken_.ok());
+      });
       continue;
     }
     changed_.wait_for(lock, kPoll);
@@ -179,10 +189,12 @@ bool Watch::sweep(std::unique_lock<std::mutex>& lock) {
         continue;
       }
       operation->duration_s = device_->elapsed_s(operation->begin, operation->end);
+      if (operation->verdict) status = operation->verdict();
     } catch (const Error& error) {
       status = {error.code(), operation->what + ": " + error.what()};
     }
     under_way_.erase(under_way_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (!status.ok() && ended_badly_.ok()) ended_badly_ = status;
     if (status.ok()) {
       ++stats_.ops;
       stats_.busy_s += operation->duration_s;

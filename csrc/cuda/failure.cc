@@ -29,11 +29,6 @@ std::string CudaEngine::named(const std::string& text) const {
 
 // What NCCL says of its background work.
 Status CudaEngine::look() {
-  if (const Peers* peers = peers_in_use_; peers != nullptr)
-    if (Status status = peers->status(); !status.ok()) {
-      status.message = named(status.message);
-      return status;
-    }
   std::vector<std::shared_ptr<Communicator>> all;
   {
     const std::lock_guard lock(communicators_mutex_);

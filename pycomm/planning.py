@@ -62,8 +62,8 @@ def _call_program(topology: Topology, rank: int, collective: str) -> CallProgram
 @dataclass(frozen=True)
 class JobPlan:
     """What all ranks of a job plan from. topology: of all ranks, given or measured; None: default figures. table: that
-    was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology,
-    hierarchical_nbytes, between_hosts: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
+    was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology, hierarchical_nbytes,
+    between_hosts, peer_nbytes: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
 
     host_ids: tuple[str, ...]
     topology: Topology | None = None
@@ -72,6 +72,7 @@ class JobPlan:
     device_topology: Topology | None = None
     hierarchical_nbytes: int | None = None
     between_hosts: str = "auto"
+    peer_nbytes: int = 0
 
     def of(self, ranks: Sequence[int]) -> tuple[Topology, TuningTable | None]:
         """A group's topology, and the table where its times hold: for the group of all ranks, in their order."""
@@ -148,15 +149,18 @@ class DevicePlanning:
         hierarchical_nbytes: int | None = None,
         explain_as: str | None = None,
         between: str = "auto",
+        peer_nbytes: int = 0,
     ) -> None:
         """figures: the topology of the devices, where one was given. hierarchical_nbytes: from that size on
         hierarchical, whatever that costs. Without either NCCL has all where it joins hosts, and what is inside hosts
-        where it does not. explain_as: as Planning's. between: PYCOMM_CUDA_BETWEEN_HOSTS."""
+        where it does not. explain_as: as Planning's. between: PYCOMM_CUDA_BETWEEN_HOSTS. peer_nbytes: up to that size
+        an all_reduce on one host is the peer kernel's."""
         self.topology = topology
         self.rank = rank
         self.figures = figures
         self.hierarchical_nbytes = hierarchical_nbytes
         self.between = between
+        self.peer_nbytes = peer_nbytes
         self._explain_as = explain_as
         self._explained: set[str] = set()
 
@@ -165,7 +169,9 @@ class DevicePlanning:
         topology = self.topology.select(ranks)
         figures = None if self.figures is None else topology
         rank = list(ranks).index(self.rank)
-        return DevicePlanning(topology, rank, figures, self.hierarchical_nbytes, between=self.between)
+        return DevicePlanning(
+            topology, rank, figures, self.hierarchical_nbytes, between=self.between, peer_nbytes=self.peer_nbytes
+        )
 
     def through_host(self, why: str) -> None:
         """Called on every rank when NCCL has not joined the hosts. Warns (PycommWarning) on rank 0."""
@@ -254,4 +260,5 @@ def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -
         job.hierarchical_nbytes,
         name if job.explains and rank == 0 else None,
         job.between_hosts,
+        job.peer_nbytes,
     )

@@ -58,6 +58,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
 
     both(all_reduces)
     assert switches.fake_nccl_n_communicators() == 1
+    assert switches.fake_device_n_peer_launches() == 9  # those of float32, bfloat16 and float16
 
     def moves(group: Any) -> list[torch.Tensor]:
         x, y = ints(10), ints(10, seed=1)

@@ -73,6 +73,7 @@ CudaEngine::~CudaEngine() {
   // Couriers go while there is a watch to tell, and nobody else holds one.
   for (const auto& courier : couriers()) courier->end(kFinish);
   courier_.reset();
+  peers_.reset();
   for (auto& [peer, pair] : pairs_) pair.courier.reset();
   watch_.reset();
   for (const auto& [peer, pair] : pairs_) device_.free_stream(pair.stream);
@@ -116,7 +117,17 @@ void CudaEngine::put(const Launch& launch, const std::shared_ptr<Operation>& ope
     run_program(launch, operation, stream);
   else if (courier_ != nullptr)
     carry(launch, operation->what, stream);
-  else
+  else if (Peers* const peers = peers_for(launch, stream); peers != nullptr) {
+    const auto verdict = [this, peers, what = operation->what] {
+      Status status = peers->status();
+      if (!status.ok()) status.message = me_ + ": " + what + ": " + status.message;
+      return status;
+    };
+    if (const Status before = verdict(); !before.ok()) throw Error(before);
+    operation->verdict = verdict;
+    peers->run(launch, static_cast<uint32_t>(fnv1a(operation->what.data(), operation->what.size())),
+               stream);
+  } else
     communicator_->run(operation->what, look_for_word_now_and_then(), operation->deadline,
                        [&](NcclComm* comm) { return enqueue(launch, comm, stream); });
 }
@@ -263,6 +274,7 @@ void CudaEngine::close() {
   watch_->close(sound ? kFinish : std::chrono::seconds(0));
   const auto until = Clock::now() + kFinish;
   const std::lock_guard lock(mutex_);
+  if (sound) leave_peers();
   for (auto& [peer, pair] : pairs_)
     if (pair.communicator) pair.communicator->abort();
   for (auto& [partition, layer] : layers_)

@@ -33,6 +33,7 @@
 #include "cuda/communicator.h"
 #include "cuda/courier.h"
 #include "cuda/device.h"
+#include "cuda/peers.h"
 #include "cuda/watch.h"
 
 namespace pycomm::cuda {
@@ -49,6 +50,9 @@ struct EngineOptions {
   int rank = 0;
   std::vector<std::string> hosts;  // by rank: which host it is on
   void* stream = nullptr;          // for start(); the engine makes one where there is none
+  // Up to that many bytes an all_reduce on one host is the peer kernel's, where it has it
+  // (peers.h).
+  uint64_t peer_nbytes = 0;
   Between between = Between::nccl;
   // A group of host memory of these ranks, with this name; all of them ask. Where not all is
   // NCCL's.
@@ -131,6 +135,8 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
                                      const std::string& who, const Communicator::Check& check,
                                      Clock::time_point deadline);
   Comparison compare_ranks(Clock::time_point deadline);
+  Peers* peers_for(const Launch& launch, Device::Stream stream);
+  void leave_peers();
 
   // between.cc
   std::string try_nccl(const std::string& key, const std::vector<int>& ranks,
@@ -217,6 +223,9 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   std::atomic<bool> through_host_;
   std::vector<void*> partials_;  // for sums on their way; the last one is in use
   uint64_t partial_nbytes_ = 0;
+  std::unique_ptr<Peers> peers_;
+  std::atomic<Peers*> peers_in_use_{nullptr};  // those, for the watch
+  bool peers_asked_ = false;
   uint64_t sequence_ = 0;
   uint64_t n_messages_ = 0;
   Device::Event last_ = nullptr;  // the end of the last operation on the group's communicator

@@ -117,6 +117,7 @@ void CudaEngine::end_all(const Status& why) {
     for (const auto& [partition, layer] : layers_)
       if (layer.communicator) others.push_back(layer.communicator);
   }
+  if (Peers* peers = peers_in_use_; peers != nullptr) peers->end();
   for (const auto& group : groups) group->engine().revoke(why);
   if (of_group) of_group->revoke();  // a new one may be made from it
   for (const auto& communicator : others) communicator->abort();

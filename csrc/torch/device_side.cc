@@ -77,6 +77,7 @@ std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c1
                                                 cuda::EngineOptions* engine) {
   engine->store = store_of(options);
   engine->between = options.planner.between();
+  engine->peer_nbytes = options.planner.peer_nbytes;
   if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
     engine->no_nccl = status.message;
   std::optional<c10::Stream> stream;

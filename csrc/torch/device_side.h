@@ -30,6 +30,7 @@ void* current_stream_of(const c10::Device& device);
 struct DevicePlanner {
   Planner planner;
   std::function<cuda::Between()> between;                    // what joins hosts
+  uint64_t peer_nbytes = 0;                                  // EngineOptions'
   std::function<void(const std::string& why)> through_host;  // NCCL does not: plan for that
   std::function<DevicePlanner(const std::vector<int>& ranks)> select;  // of some of the ranks
 };

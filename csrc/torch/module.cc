@@ -98,7 +98,7 @@ std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint
                                  timeout);
 }
 
-// `planning` has between, through_host(why) and select(ranks) as well.
+// `planning` has peer_nbytes, between, through_host(why) and select(ranks) as well.
 DevicePlanner device_planner_of(const py::object& planning) {
   const auto keep = held(planning);
   const auto object = [keep]() -> py::object& { return *static_cast<py::object*>(keep.get()); };
@@ -110,6 +110,7 @@ DevicePlanner device_planner_of(const py::object& planning) {
                    : between == "nccl" ? cuda::Between::nccl
                                        : cuda::Between::automatic;
           },
+          planning.attr("peer_nbytes").cast<uint64_t>(),
           [object](const std::string& why) {
             py::gil_scoped_acquire gil;
             object().attr("through_host")(why);

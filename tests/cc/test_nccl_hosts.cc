@@ -256,3 +256,72 @@ TEST(memory_that_one_rank_does_not_get_is_an_error_on_all_and_nobody_waits) {
   });
   ::fake_device_refuse(nullptr, 0);
 }
+
+TEST(small_all_reduces_on_one_host_are_the_peer_kernels_and_all_else_nccls) {
+  for (const char* unshared : {static_cast<const char*>(nullptr), "gpu1"}) {
+    ::fake_device_unshared(unshared);
+    const int before = ::fake_device_n_peer_launches();
+    run_ranks({"a", "a", "a"}, [](Rank& rank) {
+      rank.options.peer_nbytes = 4096;
+      rank.make(kTimeout);
+      cuda::Device& device = *rank.options.device;
+      const auto mine = device.new_stream();
+      // Interleaved with NCCL's, on two streams; in place, and not aligned.
+      for (const uint64_t numel : {1, 7, 1000, 1025, 1024, 5000}) {
+        std::vector<float> x(numel + 1);
+        for (uint64_t i = 0; i < numel; ++i)
+          x[i + 1] = static_cast<float>(i % 100) + static_cast<float>(rank.rank);
+        Call call = Rank::native(all_reduce(x.data() + 1, numel));
+        call.stream = mine;
+        rank.group->run(call);
+        const auto work = rank.group->start(call, nullptr);
+        work->wait(kTimeout);
+        for (uint64_t i = 0; i < numel; ++i)
+          if (x[i + 1] != 9 * static_cast<float>(i % 100) + 9) return EXPECT_EQ(x[i + 1], -1.0f);
+      }
+      std::vector<int32_t> counts(3, rank.rank);
+      Call ints = Rank::native(all_reduce(nullptr, 3));
+      ints.dtype = DType::int32;
+      ints.input = ints.output = counts.data();
+      rank.group->run(ints);
+      EXPECT_EQ(counts, std::vector<int32_t>(3, 3));
+      Call barrier;
+      barrier.collective = Collective::barrier;
+      rank.group->run(barrier);
+      device.free_stream(mine);
+    });
+    EXPECT_EQ(::fake_device_n_peer_launches() - before, unshared == nullptr ? 3 * 2 * 4 : 0);
+  }
+  ::fake_device_unshared(nullptr);
+}
+
+TEST(a_peer_that_is_late_or_mistaken_is_an_error_on_all_ranks) {
+  std::latch late(2);
+  run_ranks({"a", "a", "a"}, [&late](Rank& rank) {
+    rank.options.peer_nbytes = 4096;
+    rank.make(kTimeout);
+    EXPECT_EQ(rank.sum(1.0f), 3.0f);
+    if (rank.rank == 1) {
+      late.wait();
+      EXPECT_THROWS("rank 1 (host a) has not said that it waits in it", {
+        for (int turn = 0; turn < 2; ++turn) rank.sum(1.0f);
+      });
+      return;
+    }
+    std::vector<float> x(3);
+    Call call = Rank::native(all_reduce(x.data(), x.size()));
+    call.timeout = milliseconds(600);
+    EXPECT_THROWS("rank 1 (host a) has not said that it waits in it", rank.group->run(call));
+    EXPECT_EQ(rank.engine->broken().code, Code::timeout);
+    late.count_down();
+  });
+  run_ranks({"a", "a"}, [](Rank& rank) {
+    rank.options.peer_nbytes = 4096;
+    rank.make(kTimeout);
+    EXPECT_EQ(rank.sum(1.0f), 2.0f);
+    EXPECT_THROWS("collective mismatch", rank.sum(1.0f, rank.rank == 0 ? 3 : 4));
+    EXPECT_THROWS("cannot be used any more", {
+      for (int turn = 0; turn < 2; ++turn) rank.sum(1.0f);
+    });
+  });
+}

@@ -23,6 +23,10 @@ void fake_nccl_no_network(const char* host, bool hangs);
 // Allocations of more than `above` bytes on devices with this id fail, device memory and pinned.
 // nullptr: none does.
 void fake_device_refuse(const char* id, size_t above);
+// The device with this id maps no other's memory; nullptr: each does.
+void fake_device_unshared(const char* id);
+// Launches of the peer kernel in this process.
+int fake_device_n_peer_launches();
 // What is on a stream runs this much later.
 void fake_device_delay(int microseconds);
 // A stream for a test in Python: made, given a memset to do in its turn, waited for, and freed.

@@ -8,6 +8,7 @@
 namespace pycomm::cuda {
 namespace {
 
+constexpr auto kGoOn = std::chrono::seconds(2);  // for streams, once they may
 constexpr auto kPoll = std::chrono::microseconds(20);
 
 uint64_t aligned(uint64_t nbytes) { return (nbytes + 63) / 64 * 64; }
@@ -38,24 +39,45 @@ Courier::~Courier() {
     changed_.notify_all();
   }
   thread_.join();
+  const auto until = std::chrono::steady_clock::now() + kGoOn;
+  const std::lock_guard lock(mutex_);
+  for (forget_waits(); !waits_.empty() && std::chrono::steady_clock::now() < until; forget_waits())
+    std::this_thread::sleep_for(kPoll);
   device_->free_stream(stream_);
   for (const Numbered& numbered : jobs_) free_events_.push_back(numbered.begin);
   free_events_.push_back(copied_);
   for (const auto event : free_events_) device_->free_event(event);
   if (pinned_ != nullptr) device_->release_pinned(pinned_);
-  device_->release_pinned(done_);
+  // A stream that has not come so far will read it yet: then it stays.
+  if (waits_.empty()) device_->release_pinned(done_);
 }
 
 void Courier::put(Job job, Device::Stream stream) {
   const std::lock_guard lock(mutex_);
   if (ended_) throw Error(Code::closed, "the way through the host has ended");
-  if (free_events_.empty()) free_events_.push_back(device_->new_event());
-  const auto begin = free_events_.back();
+  forget_waits();
+  const auto begin = event(), end = event();
   device_->record(begin, stream);
   device_->wait_value(stream, done_, n_put_ + 1);
-  free_events_.pop_back();
+  device_->record(end, stream);
+  waits_.push_back(end);
   jobs_.push_back({std::move(job), ++n_put_, begin});
   changed_.notify_all();
+}
+
+Device::Event Courier::event() {
+  if (free_events_.empty()) return device_->new_event();
+  const auto event = free_events_.back();
+  free_events_.pop_back();
+  return event;
+}
+
+void Courier::forget_waits() {
+  std::erase_if(waits_, [&](const Device::Event event) {
+    if (!device_->passed(event)) return false;
+    free_events_.push_back(event);
+    return true;
+  });
 }
 
 void Courier::release(uint32_t number) {

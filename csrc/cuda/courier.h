@@ -39,7 +39,7 @@ class Courier {
 
   // failed: called on the courier's thread, once, without its lock.
   Courier(std::shared_ptr<Device> device, std::function<void(const Status&)> failed);
-  ~Courier();  // waits for the job under way
+  ~Courier();  // waits for the job under way, and for streams to go on
 
   // Errors: Error(closed) after the end; what the device says.
   void put(Job job, Device::Stream stream);
@@ -57,6 +57,8 @@ class Courier {
   void loop();
   void run(const Numbered& numbered);
   void wait_for_copies();
+  Device::Event event();  // REQUIRES: mutex_ is held.
+  void forget_waits();    // that are over. REQUIRES: mutex_ is held.
   std::byte* pinned(uint64_t nbytes);
   void release(uint32_t number);  // REQUIRES: mutex_ is held.
 
@@ -71,6 +73,7 @@ class Courier {
   std::condition_variable changed_;
   std::deque<Numbered> jobs_;
   std::vector<Device::Event> free_events_;
+  std::vector<Device::Event> waits_;  // pass when the jobs' streams no longer read *done_
   uint32_t n_put_ = 0;
   bool busy_ = false, ended_ = false, closing_ = false;
   std::thread thread_;

@@ -32,8 +32,8 @@ CudaEngine::CudaEngine(EngineOptions options)
       device_(*options_.device),
       makes_stream_(options_.stream == nullptr),
       through_host_(spans_hosts_ && options_.between == Between::tcp) {
+  scratch_ = device_.allocate(sizeof(int64_t));  // what fails most likely first: nothing is lost
   stream_ = makes_stream_ ? device_.new_stream() : options_.stream;
-  scratch_ = device_.allocate(sizeof(int64_t));
   watch_ = std::make_unique<Watch>(
       options_.device,
       Watch::Owner{[this] { return look(); },

@@ -6,6 +6,7 @@
 namespace pycomm::cuda {
 namespace {
 
+constexpr auto kLeave = std::chrono::seconds(2);
 constexpr int64_t kGranule = 2 << 20;  // of memory that other processes map: no one else's is in it
 // What two shots save, (n - 2) / n of the tensor from each other rank, is worth their second wait
 // from here on: 5 us at 300 GB/s. No GPU has confirmed it.
@@ -28,6 +29,7 @@ void Peers::make_buffer() {
   failed_ = static_cast<uint32_t*>(device_->allocate_pinned(sizeof(uint32_t)));
   *failed_ = 0;
   stream_ = device_->new_stream();
+  last_ = device_->new_event();
   buffers_[static_cast<size_t>(rank_)] =
       static_cast<char*>(device_->allocate_shared(static_cast<size_t>(nbytes)));
   const auto zeroed = device_->new_event();
@@ -79,13 +81,24 @@ std::unique_ptr<Peers> Peers::create(std::shared_ptr<Device> device, int rank, i
   return failure_in(exchange("mapped", mine)) ? nullptr : std::move(self);
 }
 
+bool Peers::idle() {
+  const auto until = Clock::now() + kLeave;
+  while (launched_ && !device_->passed(last_)) {
+    if (Clock::now() >= until) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return true;
+}
+
 Peers::~Peers() {
+  if (!idle()) return;  // a stream will come to it yet: all it uses stays
   for (size_t of = 0; of < handles_.size(); ++of)
     if (static_cast<int>(of) != rank_ && buffers_[of] != nullptr)
       device_->unmap_shared(buffers_[of], handles_[of]);
   // Else it stays to the end of the process: another rank may be reading it.
   if (releases_ && buffers_[static_cast<size_t>(rank_)] != nullptr)
     device_->release_shared(buffers_[static_cast<size_t>(rank_)]);
+  if (last_ != nullptr) device_->free_event(last_);
   if (stream_ != nullptr) device_->free_stream(stream_);
   if (failed_ != nullptr) device_->release_pinned(failed_);
 }
@@ -109,6 +122,8 @@ void Peers::run(const Launch& launch, uint32_t tag, Device::Stream stream) {
       std::max<int64_t>(1, std::chrono::duration_cast<std::chrono::nanoseconds>(left).count()));
   const bool two_shot = (size_ - 2) * static_cast<int64_t>(launch.input_nbytes) >= kTwoShotBytes;
   device_->peer_all_reduce(args, launch.fingerprint.dtype, two_shot, n_on_device_, stream);
+  device_->record(last_, stream);
+  launched_ = true;
 }
 
 Status Peers::status() const {
@@ -127,6 +142,7 @@ Status Peers::status() const {
 void Peers::end() {
   auto* const control = reinterpret_cast<PeerControl*>(buffers_[static_cast<size_t>(rank_)]);
   device_->write_value(stream_, &control->error, kPeerEnded);
+  (void)idle();  // until nothing on the device uses callers' memory
 }
 
 }  // namespace pycomm::cuda

@@ -45,6 +45,7 @@ class Peers {
   Peers(std::shared_ptr<Device> device, int rank, int size, int64_t capacity)
       : device_(std::move(device)), rank_(rank), size_(size), capacity_(capacity) {}
   void make_buffer();
+  bool idle();  // what was launched has ended; waits a little for that
 
   const std::shared_ptr<Device> device_;
   const int rank_, size_;
@@ -52,7 +53,9 @@ class Peers {
   int n_on_device_ = 1;
   uint32_t epoch_ = 0;
   bool releases_ = false;
-  Device::Stream stream_ = nullptr;   // of end()
+  Device::Stream stream_ = nullptr;  // of end()
+  Device::Event last_ = nullptr;     // the end of the last launch
+  std::atomic<bool> launched_{false};
   uint32_t* failed_ = nullptr;        // pinned: the kernel's word
   std::vector<char*> buffers_;        // by rank
   std::vector<std::string> handles_;  // likewise

@@ -3,7 +3,8 @@
 The model is asked first: it predicts every candidate, with measured link figures where a group has them. Where a
 tuning table holds times of the group's own layout, a prediction is multiplied by measured / predicted, interpolated
 between the sizes that were measured; a candidate without times is taken for as far off as the worst of the measured,
-so that nothing unmeasured is chosen unless it is expected to win even so.
+so that nothing unmeasured is chosen unless it is expected to win even so; so is one that was measured at other sizes
+alone, where others have times.
 
 Deterministic: every rank of a group computes the same from the same topology and table, and asks no other rank."""
 
@@ -98,7 +99,10 @@ def costs(
         measured[row] = (np.array(nbytes) >= at[0]) & (np.array(nbytes) <= at[-1])
     model, ratio = np.stack(predicted), np.stack(ratios)
     if points.keys() & planners.keys():
+        # As far off as the worst: what has no times, and what has some at other sizes alone, where others have them.
         ratio = np.where(np.isnan(ratio), np.fmax(1.0, np.nanmax(ratio, axis=0)), ratio)
+        worst = np.where(measured, ratio, 0.0).max(axis=0)
+        ratio = np.where(measured, ratio, np.fmax(ratio, worst))
     else:
         ratio = np.ones_like(ratio)
     return Costs(tuple(planners), model, model * ratio, measured)

@@ -170,6 +170,19 @@ def test_what_was_not_measured_must_win_even_as_far_off_as_the_worst():
             assert ratio[row] == pytest.approx(worst)
 
 
+def test_what_was_measured_elsewhere_alone_must_win_as_far_off_as_the_worst_there():
+    slow, quick = 1e-2, 1e-6
+    times = (
+        Times("all_reduce", "ring", ((1 << 10, slow), (1 << 20, slow))),
+        Times("all_reduce", "tree", ((1 << 20, quick),)),
+    )
+    found = costs(TOPOLOGY, "all_reduce", (1 << 10, 1 << 20, 1 << 24), table=dataclasses.replace(TABLE, times=times))
+    ring, tree = (found.algorithms.index(name) for name in ("ring", "tree"))
+    ratio = found.expected_s / found.predicted_s
+    assert ratio[tree, 0] == pytest.approx(ratio[ring, 0])
+    assert ratio[tree, 1] < ratio[ring, 1] and ratio[tree, 2] == pytest.approx(ratio[tree, 1])
+
+
 def test_measured_times_overrule_the_model():
     assert choose(choice_table(TOPOLOGY, "all_reduce"), 1 << 20) != "ring"
     assert choose(choice_table(TOPOLOGY, "all_reduce", table=TABLE), 1 << 20) == "ring"

@@ -1,44 +1,17 @@
-// How fast the kernels are, against copying on the same GPU. Prints a line per measurement: what,
-// values, bytes read and written, then seconds of each round. Fresh random inputs, rotated past the
-// L2; outputs are poisoned before. gpu.py runs it and writes the results.
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
-#include <cstdio>
-#include <functional>
+// How fast the kernels are, against copying on the same GPU (gpu_timing.h).
 #include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "cuda/cuda.h"
+#include "gpu_timing.h"
 
 using namespace pycomm;
-
-namespace {
-
-void require(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-}
-
-struct Task {
-  std::string name;
-  size_t numel, nbytes;
-  std::function<Status(int turn)> run;
-  std::vector<double> seconds = {};
-};
-
-constexpr int kRounds = 30;
-
-}  // namespace
 
 int main() try {
   cudaDeviceProp properties;
   require(cudaGetDeviceProperties(&properties, 0));
   std::fprintf(stderr, "%s\n", properties.name);
   const size_t largest = size_t{1} << 28;  // bytes
-  const int n_turns = static_cast<int>(
-      std::max<size_t>(3, 3 * static_cast<size_t>(properties.l2CacheSize) / (size_t{1} << 24) + 1));
+  const int n_turns = turns_past_l2(size_t{1} << 24);
   std::vector<float> values(largest / sizeof(float));
   std::mt19937 random(std::random_device{}());
   std::normal_distribution<float> normal;
@@ -83,26 +56,9 @@ int main() try {
                        return cuda::pack(out[turn], tensors, 0.5f, DType::bfloat16, nullptr);
                      }});
   }
-  cudaEvent_t begin, end;
-  require(cudaEventCreate(&begin));
-  require(cudaEventCreate(&end));
-  for (int round = -3; round < kRounds; ++round)
-    for (Task& task : tasks) {
-      const int turn = (round + 3) % n_turns;
-      require(cudaMemset(out[turn], 0xa5, task.numel * 2));
-      require(cudaEventRecord(begin));
-      if (const Status status = task.run(turn); !status.ok()) throw Error(status);
-      require(cudaEventRecord(end));
-      require(cudaEventSynchronize(end));
-      float milliseconds = 0;
-      require(cudaEventElapsedTime(&milliseconds, begin, end));
-      if (round >= 0) task.seconds.push_back(static_cast<double>(milliseconds) * 1e-3);
-    }
-  for (const Task& task : tasks) {
-    std::printf("%s\t%zu\t%zu", task.name.c_str(), task.numel, task.nbytes);
-    for (const double seconds : task.seconds) std::printf("\t%.9f", seconds);
-    std::printf("\n");
-  }
+  measure(tasks, n_turns, [&](const Task& task, int turn) {
+    require(cudaMemset(out[turn], 0xa5, task.numel * 2));
+  });
 } catch (const std::exception& error) {
   std::fprintf(stderr, "gpu_kernels: %s\n", error.what());
   return 1;

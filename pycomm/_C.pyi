@@ -48,6 +48,7 @@ class Group:
         timeout_s: float,
         device_planner: Any = None,
         nccl_wheel: str = "",
+        part: Callable[[Store, list[int], str], Group] | None = None,
     ) -> None: ...
     @property
     def rank(self) -> int: ...

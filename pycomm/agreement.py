@@ -7,7 +7,8 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py) |
 | PYCOMM_CUDA_TOPOLOGY | the same of GPUs and what joins them: which way their collectives take (device_choice.py) |
 | PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
-| PYCOMM_CUDA_BETWEEN_HOSTS | nccl (the default); tcp: tensors on GPUs go through host memory and the CPU engine |
+| PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for GPUs' tensors: nccl, tcp, auto: tcp where NCCL cannot |
+| PYCOMM_CUDA_PEER_BYTES | up to that size an all_reduce on one host is the peer kernel's; 0: none (default 262144) |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |
@@ -41,6 +42,7 @@ from pycomm.planning import JobPlan
 from pycomm.table import from_json, layout_key, load, topology_from_document, topology_to_document
 from pycomm.topology import Topology
 
+PEER_NBYTES: Final = 256 << 10  # no GPU has confirmed it: where NCCL's latency no longer matters
 _HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
 
@@ -126,14 +128,18 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
 
 def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
     """What the environment says of collectives on GPUs. Raises TopologyError, InvalidArgument."""
-    path, nbytes = (os.environ.get(f"PYCOMM_CUDA_{name}") or None for name in ("TOPOLOGY", "HIERARCHICAL_BYTES"))
-    if nbytes is not None and not nbytes.isdecimal():
-        raise InvalidArgument(f"PYCOMM_CUDA_HIERARCHICAL_BYTES={nbytes!r} is not a number of bytes")
-    between = os.environ.get("PYCOMM_CUDA_BETWEEN_HOSTS") or "nccl"
-    if between not in ("nccl", "tcp"):
-        raise InvalidArgument(f"PYCOMM_CUDA_BETWEEN_HOSTS={between!r} is neither nccl nor tcp")
+    path, nbytes, peer_nbytes = (
+        os.environ.get(f"PYCOMM_CUDA_{name}") or None for name in ("TOPOLOGY", "HIERARCHICAL_BYTES", "PEER_BYTES")
+    )
+    for name, given in (("HIERARCHICAL", nbytes), ("PEER", peer_nbytes)):
+        if given is not None and not given.isdecimal():
+            raise InvalidArgument(f"PYCOMM_CUDA_{name}_BYTES={given!r} is not a number of bytes")
+    between = os.environ.get("PYCOMM_CUDA_BETWEEN_HOSTS") or "auto"
+    if between not in ("auto", "nccl", "tcp"):
+        raise InvalidArgument(f"PYCOMM_CUDA_BETWEEN_HOSTS={between!r} is none of auto, nccl, tcp")
     return {
         "between_hosts": between,
+        "peer_nbytes": PEER_NBYTES if peer_nbytes is None else int(peer_nbytes),
         "device_topology": path and topology_to_document(fit(Topology.load(path), host_ids)),
         "hierarchical_nbytes": nbytes and int(nbytes),
     }
@@ -167,7 +173,14 @@ def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[
         topology = table.for_hosts(Topology.from_host_ids(host_ids))
     devices = topology_from_document(job["device_topology"]) if job["device_topology"] else None
     return JobPlan(
-        host_ids, topology, table, job["explains"], devices, job["hierarchical_nbytes"], job["between_hosts"]
+        host_ids,
+        topology,
+        table,
+        job["explains"],
+        devices,
+        job["hierarchical_nbytes"],
+        job["between_hosts"],
+        job["peer_nbytes"],
     )
 
 

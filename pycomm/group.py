@@ -79,7 +79,11 @@ class Group(_C.Group):
         self._job = job or endpoint.job
         planning = plan(self._job, name, ranks, endpoint.rank)
         devices = plan_devices(self._job, name, ranks, endpoint.rank)
-        super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s, devices, nccl_wheel())
+
+        def part(store: Store, of_this: list[int], name: str) -> _C.Group:
+            return engine_group(endpoint, store, name, f"{key}/{name}", [ranks[rank] for rank in of_this], timeout_s)
+
+        super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s, devices, nccl_wheel(), part)
         self.topology = planning.topology
         self._planning = planning
         self._endpoint = endpoint

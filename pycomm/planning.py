@@ -5,6 +5,7 @@ All ranks of a job plan from one JobPlan (agreement.py), so all of them answer t
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,7 +15,7 @@ from pycomm.calls import CALL_PLANNERS
 from pycomm.check import check, check_coded
 from pycomm.device_choice import HIERARCHICAL, NATIVE, explain_devices, has_calls, threshold_table
 from pycomm.device_choice import choice_table as device_choice_table
-from pycomm.errors import InvalidArgument, ScheduleError
+from pycomm.errors import InvalidArgument, PycommWarning, ScheduleError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
 from pycomm.own import Own
 from pycomm.own import algorithm as own_algorithm
@@ -61,8 +62,8 @@ def _call_program(topology: Topology, rank: int, collective: str) -> CallProgram
 @dataclass(frozen=True)
 class JobPlan:
     """What all ranks of a job plan from. topology: of all ranks, given or measured; None: default figures. table: that
-    was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology,
-    hierarchical_nbytes, between_hosts: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
+    was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology, hierarchical_nbytes,
+    between_hosts, peer_nbytes: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
 
     host_ids: tuple[str, ...]
     topology: Topology | None = None
@@ -70,7 +71,8 @@ class JobPlan:
     explains: bool = False
     device_topology: Topology | None = None
     hierarchical_nbytes: int | None = None
-    between_hosts: str = "nccl"
+    between_hosts: str = "auto"
+    peer_nbytes: int = 0
 
     def of(self, ranks: Sequence[int]) -> tuple[Topology, TuningTable | None]:
         """A group's topology, and the table where its times hold: for the group of all ranks, in their order."""
@@ -146,15 +148,19 @@ class DevicePlanning:
         figures: Topology | None = None,
         hierarchical_nbytes: int | None = None,
         explain_as: str | None = None,
-        staged: bool = False,
+        between: str = "auto",
+        peer_nbytes: int = 0,
     ) -> None:
         """figures: the topology of the devices, where one was given. hierarchical_nbytes: from that size on
-        hierarchical, whatever that costs. Without either NCCL has all. explain_as: as Planning's."""
+        hierarchical, whatever that costs. Without either NCCL has all where it joins hosts, and what is inside hosts
+        where it does not. explain_as: as Planning's. between: PYCOMM_CUDA_BETWEEN_HOSTS. peer_nbytes: up to that size
+        an all_reduce on one host is the peer kernel's."""
         self.topology = topology
         self.rank = rank
         self.figures = figures
         self.hierarchical_nbytes = hierarchical_nbytes
-        self.staged = staged  # all goes through the host, whose engine plans it
+        self.between = between
+        self.peer_nbytes = peer_nbytes
         self._explain_as = explain_as
         self._explained: set[str] = set()
 
@@ -162,8 +168,22 @@ class DevicePlanning:
         """Of a group of some of the ranks, of which this is one."""
         topology = self.topology.select(ranks)
         figures = None if self.figures is None else topology
-        staged = self.staged and len(topology.hosts) > 1
-        return DevicePlanning(topology, list(ranks).index(self.rank), figures, self.hierarchical_nbytes, staged=staged)
+        rank = list(ranks).index(self.rank)
+        return DevicePlanning(
+            topology, rank, figures, self.hierarchical_nbytes, between=self.between, peer_nbytes=self.peer_nbytes
+        )
+
+    def through_host(self, why: str) -> None:
+        """Called on every rank when NCCL has not joined the hosts. Warns (PycommWarning) on rank 0."""
+        self.between = "tcp"
+        self._explained.clear()
+        if self.rank == 0:
+            warnings.warn(
+                f"pycomm: NCCL cannot connect the hosts, so tensors on GPUs go through host memory and TCP between "
+                f"them: {why}. PYCOMM_CUDA_BETWEEN_HOSTS=tcp asks for that without trying, nccl makes it an error.",
+                PycommWarning,
+                stacklevel=2,
+            )
 
     def choices(self, collective: str, root: int, coded: bool) -> Choices:
         if coded:  # NCCL has no wire
@@ -181,6 +201,8 @@ class DevicePlanning:
             return ((None, NATIVE),), "NCCL's, since hosts have different numbers of ranks"
         if self.hierarchical_nbytes is not None:
             return threshold_table(self.hierarchical_nbytes), "as PYCOMM_CUDA_HIERARCHICAL_BYTES says"
+        if self.between == "tcp":
+            return threshold_table(1), "since NCCL is quicker than the host inside hosts, and carries a share to it"
         if self.figures is None:
             return ((None, NATIVE),), "NCCL's, since PYCOMM_CUDA_TOPOLOGY gives no figures of the devices' links"
         return device_choice_table(self.figures, collective), ""
@@ -237,5 +259,6 @@ def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -
         figures,
         job.hierarchical_nbytes,
         name if job.explains and rank == 0 else None,
-        job.between_hosts == "tcp" and len({job.host_ids[one] for one in ranks}) > 1,
+        job.between_hosts,
+        job.peer_nbytes,
     )

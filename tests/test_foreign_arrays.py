@@ -166,16 +166,18 @@ def _rows_by_index() -> None:
         _C.copy_rows(on_host, [rows], host_index, host_index)
 
 
-def test_arrays_on_a_device_go_through_the_host_where_nccl_cannot() -> None:
+@pytest.mark.parametrize("with_nccl", [False, True])
+def test_arrays_on_a_device_go_through_the_host_between_hosts(with_nccl: bool) -> None:
+    library = str(build())
     variables = {
-        "PYCOMM_NCCL_LIB": "/nowhere/libnccl.so.2",
-        "PYCOMM_TEST_DEVICE": str(build()),
+        "PYCOMM_NCCL_LIB": library if with_nccl else "/nowhere/libnccl.so.2",  # with it, inside hosts it has its part
+        "PYCOMM_TEST_DEVICE": library,
         "PYCOMM_CUDA_BETWEEN_HOSTS": "tcp",
     }
-    run_ranks(_staged, 4, hosts=["a", "b", "a", "b"], environment=variables)
+    run_ranks(_through_host, 4, with_nccl, hosts=["a", "b", "a", "b"], environment=variables)
 
 
-def _staged(group: Any) -> None:
+def _through_host(group: Any, with_nccl: bool) -> None:
     fake = ctypes.CDLL(os.environ["PYCOMM_TEST_DEVICE"])
     fake.fake_device_delay(300)
     fake.fake_device_new_stream.restype = ctypes.c_void_p
@@ -196,6 +198,14 @@ def _staged(group: Any) -> None:
     for numel in (0, 1, 7, 40000):
         _every_collective(group, numel, stream, synchronize)
     assert group.stats().bytes_between_hosts > sent
+    assert fake.fake_nccl_n_communicators() == with_nccl
+    if with_nccl:  # what is inside hosts goes over NCCL, and its sums across
+        big, before = np.ones(1 << 16, np.float32), group.stats()
+        group.all_reduce(OnDevice(big, stream))
+        synchronize()
+        after = group.stats()
+        assert (big == 4).all() and after.bytes_inside_hosts == before.bytes_inside_hosts
+        assert after.bytes_between_hosts - before.bytes_between_hosts >= big.nbytes // 2
     # Uneven pieces, a wire with its residual, messages.
     counts = [0, 3, 1, 2]
     mine = np.full(counts[group.rank], group.rank, np.int64)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, PeerTimeout
+from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, PeerTimeout, PycommWarning
 
 
 def test_collectives_equal_gloos() -> None:
@@ -55,6 +58,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
 
     both(all_reduces)
     assert switches.fake_nccl_n_communicators() == 1
+    assert switches.fake_device_n_peer_launches() == 9  # those of float32, bfloat16 and float16
 
     def moves(group: Any) -> list[torch.Tensor]:
         x, y = ints(10), ints(10, seed=1)
@@ -186,13 +190,21 @@ def _models(rank: int, n: int, switches: Any) -> None:
     assert switches.fake_nccl_n_communicators() > 0
 
 
-def test_ddp_trains_through_the_host_where_nccl_cannot() -> None:
-    variables = {"PYCOMM_CUDA_BETWEEN_HOSTS": "tcp"}
-    run_device_ranks(_staged, 3, hosts=["a", "a", "b"], timeout_s=60, environment=variables)
+def test_ddp_trains_through_the_host_where_nccl_cannot_connect_hosts() -> None:
+    variables = {"FAKE_NCCL_NO_NETWORK": "1"}
+    run_device_ranks(_through_host, 3, hosts=["a", "a", "b"], timeout_s=60, environment=variables)
 
 
-def _staged(rank: int, n: int, switches: Any) -> None:
+def _through_host(rank: int, n: int, switches: Any) -> None:
     gloo = dist.new_group(backend="gloo")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", PycommWarning)
+        for dtype in (torch.int32, torch.float32, torch.int16):  # the last has no sum in NCCL
+            dist.all_reduce(x := torch.full((3,), rank + 1, dtype=dtype))
+            assert x.tolist() == [6] * 3
+    told = [str(one.message) for one in warned if one.category is PycommWarning]
+    assert len(told) == (rank == 0), told
+    assert all("no route to host" in text and "PYCOMM_CUDA_BETWEEN_HOSTS=tcp" in text for text in told)
     trained = []
     for group in (None, gloo):
         torch.manual_seed(1)
@@ -215,7 +227,16 @@ def _staged(rank: int, n: int, switches: Any) -> None:
     if rank != 1:
         dist.all_reduce(x := torch.ones(2, 3).t(), group=part)
         assert (x == 2).all()
-    assert switches.fake_nccl_n_communicators() == 0
+    # A part of the group knows already, and parts of parts count their own ranks.
+    mine = [1, 2] if rank else [0]
+    pair = dist.group.WORLD.split_group(mine, timedelta(seconds=30), None, f"pair{mine[0]}", "a pair")  # type: ignore[union-attr]
+    pair.allreduce([x := torch.full((4,), rank)]).wait()
+    assert x.tolist() == [sum(mine)] * 4
+    alone = pair.split_group([pair.rank()], timedelta(seconds=30), None, f"alone{rank}", "a rank")
+    alone.allreduce([x := torch.full((4,), rank)]).wait()
+    assert x.tolist() == [rank] * 4
+    # One for the ranks of host a, one for each group of one rank that has communicated.
+    assert switches.fake_nccl_n_communicators() == (rank < 2) + (rank == 0) + 1
 
 
 def test_a_late_rank_and_a_mistaken_one_raise_and_the_processes_live() -> None:
@@ -331,6 +352,14 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
     with pytest.raises(InvalidArgument, match="fp8 or int8"):
         backend.all_reduce_wire(torch.ones(2), "sum", "bf16").wait()
     assert switches.fake_nccl_n_communicators() == 3 + (rank in (0, 2))  # the group's, inside hosts, across
+    # Memory that one rank does not get is an error on all, and nobody waits for the deadline.
+    short = dist.new_group()
+    if rank == 1:
+        switches.fake_device_refuse(f"{os.getpid()}/{rank}".encode(), ctypes.c_size_t(1 << 16))
+    with pytest.raises(RuntimeError, match=r"rank 1 of 4 .*of device memory .*out of memory") as error:
+        dist.all_to_all_single(torch.empty(40000), torch.ones(40000), group=short)
+    assert not isinstance(error.value, PeerTimeout)
+    switches.fake_device_refuse(None, ctypes.c_size_t(0))
     # Parts of the group plan for themselves: two hosts of one rank each, or one host, which has no way but NCCL's.
     for name, ranks in (("across", [[0, 1], [2, 3]]), ("inside", [[0, 2], [1, 3]])):
         mine = next(one for one in ranks if rank in one)

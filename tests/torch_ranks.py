@@ -27,7 +27,8 @@ BACKEND = os.environ.get("PYCOMM_TEST_BACKEND", "pycomm")
 # TCPStore looks up the names of its peers for its log; where a name server loses the question that would take 5 s.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
-_context = multiprocessing.get_context("forkserver")
+# On GPUs each rank starts afresh: what the fork server imports may start CUDA, which no fork survives.
+_context = multiprocessing.get_context(os.environ.get("PYCOMM_TEST_START", "forkserver"))
 _context.set_forkserver_preload(
     [
         "pytest",

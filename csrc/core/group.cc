@@ -119,7 +119,8 @@ void Group::check_wire(const Call& call) const {
 
 const std::string& Group::choose(const Call& call, uint64_t nbytes, bool coded) {
   if (!call.algorithm.empty()) return call.algorithm;
-  const auto key = std::make_tuple(call.collective, rooted(call.collective) ? call.root : 0, coded);
+  const auto key = std::make_tuple(call.collective, rooted(call.collective) ? call.root : 0, coded,
+                                   n_choices_.load());
   std::unique_lock lock(cache_mutex_);
   auto found = choices_.find(key);
   if (found == choices_.end()) {

@@ -62,6 +62,7 @@ class Group {
   Engine& engine() { return *engine_; }
   std::chrono::milliseconds timeout() const { return timeout_; }
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
+  void choose_anew() { ++n_choices_; }  // the planner will answer otherwise from now on
 
   void run(const Call& call);
   std::shared_ptr<Work> start(const Call& call, std::shared_ptr<void> keep_alive);
@@ -101,7 +102,8 @@ class Group {
   std::chrono::milliseconds timeout_;
   uint8_t barrier_byte_ = 0;  // what barriers across hosts reduce; one runs at a time
   std::mutex cache_mutex_;    // never held while Python plans: a planner needs the GIL
-  std::map<std::tuple<Collective, int, bool>, Choices> choices_;
+  std::atomic<int> n_choices_{0};
+  std::map<std::tuple<Collective, int, bool, int>, Choices> choices_;  // the last: n_choices_ then
   std::map<std::tuple<Collective, std::string, int, bool>, std::unique_ptr<Program>> programs_;
 };
 

@@ -64,7 +64,7 @@ void CudaEngine::run_coded(const Launch& launch, const SubCall& call, Places& pl
     }
   };
   const auto run = [&](auto&& calls) {
-    on.communicator->run(what, launch.deadline, [&](NcclComm* comm) {
+    on.communicator->run(what, look_for_word_now_and_then(), launch.deadline, [&](NcclComm* comm) {
       NcclResult result = NcclResult::success;
       each_chunk([&](int, const Pieces& pieces, std::byte* own, std::byte* given) {
         calls(comm, pieces, own, given, [&](NcclResult one) {

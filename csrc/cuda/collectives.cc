@@ -29,6 +29,10 @@ std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
     throw Error(Code::invalid_argument,
                 me_ + ": " + std::string(name_of(print.collective)) + ": " + text);
   };
+  if (through_host_ && device_.capturing(launch.stream))
+    refuse(
+        "it goes through the host between hosts, which no graph can capture; see "
+        "PYCOMM_CUDA_BETWEEN_HOSTS in docs/cuda.md");
   if (launch.wire != Wire::none && (print.collective != Collective::all_reduce ||
                                     (launch.wire != Wire::fp8 && launch.wire != Wire::int8) ||
                                     (print.op != ReduceOp::sum && print.op != ReduceOp::avg)))
@@ -37,7 +41,7 @@ std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
   if (launch.program != nullptr && launch.program->calls.empty())
     refuse("algorithm '" + launch.program->algorithm +
            "' is one of the CPU engine's; leave the choice to NCCL");
-  if (reduces(print.collective) && !reduction_of(print.dtype, print.op)) {
+  if (!through_host_ && reduces(print.collective) && !reduction_of(print.dtype, print.op)) {
     const bool converts = size_of(print.dtype) == 2 || is_float8(print.dtype);
     refuse(std::string("NCCL has no ") + name_of(print.op) + " of " + name_of(print.dtype) +
            (converts && nccl_dtype(print.dtype) == std::nullopt

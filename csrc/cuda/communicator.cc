@@ -6,8 +6,24 @@ namespace pycomm::cuda {
 namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(100);
+constexpr auto kCheck = std::chrono::milliseconds(100);
 constexpr auto kRevoke = std::chrono::seconds(5);  // no rank waits for another in it
 constexpr const char* kGone = "the communicator was aborted";
+
+// Calls a check now and then.
+class Turns {
+ public:
+  explicit Turns(const Communicator::Check& check) : check_(check) {}
+  void operator()(Clock::time_point now) {
+    if (!check_ || now - last_ < kCheck) return;
+    check_();
+    last_ = Clock::now();
+  }
+
+ private:
+  const Communicator::Check& check_;
+  Clock::time_point last_ = Clock::now();
+};
 
 }  // namespace
 
@@ -20,8 +36,9 @@ Status Communicator::result(NcclResult result, const std::string& what) const {
 }
 
 // Until NCCL has done in the background what it was told.
-void Communicator::settle(const std::string& what, Clock::time_point deadline) {
+void Communicator::settle(const std::string& what, const Check& check, Clock::time_point deadline) {
   InterruptCheck interrupted;
+  Turns turns(check);
   for (;;) {
     {
       const std::lock_guard lock(mutex_);
@@ -38,13 +55,14 @@ void Communicator::settle(const std::string& what, Clock::time_point deadline) {
                                      ": NCCL is still waiting for other ranks at the deadline; did "
                                      "every rank of the group call this?");
     interrupted(now);
+    turns(now);
     std::this_thread::sleep_for(kPoll);
   }
 }
 
 std::shared_ptr<Communicator> Communicator::create(std::shared_ptr<const NcclApi> api,
                                                    const NcclUniqueId& id, int rank, int size,
-                                                   const std::string& who,
+                                                   const std::string& who, const Check& check,
                                                    Clock::time_point deadline) {
   NcclConfig config;
   NcclComm* comm = nullptr;
@@ -55,13 +73,13 @@ std::shared_ptr<Communicator> Communicator::create(std::shared_ptr<const NcclApi
   constexpr const char* kWhat = "set-up of the communicator";
   if (const Status status = self->result(begun, kWhat); !status.ok()) throw Error(status);
   PYCOMM_CHECK(comm != nullptr, "NCCL gave no communicator and no error");
-  self->settle(kWhat, deadline);  // where it throws, the destructor aborts
+  self->settle(kWhat, check, deadline);  // where it throws, the destructor aborts
   return self;
 }
 
 std::shared_ptr<Communicator> Communicator::split(int color, int key, const std::string& who,
-                                                  Clock::time_point deadline) {
-  return derive("split of the communicator", who, color == kNcclNoColor, false, deadline,
+                                                  const Check& check, Clock::time_point deadline) {
+  return derive("split of the communicator", who, color == kNcclNoColor, false, check, deadline,
                 [&](NcclComm* parent, NcclComm** child, void* config) {
                   return api_->comm_split(parent, color, key, child, config);
                 });
@@ -73,7 +91,7 @@ std::shared_ptr<Communicator> Communicator::shrink(std::vector<int> excluded, bo
   if (api_->comm_shrink == nullptr)
     throw Error(Code::invalid_argument, who_ + ": NCCL " + nccl_version_name(api_->version()) +
                                             " cannot shrink a communicator; that came with 2.27");
-  return derive("shrink of the communicator", who, false, hangs, deadline,
+  return derive("shrink of the communicator", who, false, hangs, nullptr, deadline,
                 [&](NcclComm* parent, NcclComm** child, void* config) {
                   return api_->comm_shrink(parent, excluded.data(),
                                            static_cast<int>(excluded.size()), child, config,
@@ -83,7 +101,7 @@ std::shared_ptr<Communicator> Communicator::shrink(std::vector<int> excluded, bo
 
 std::shared_ptr<Communicator> Communicator::derive(
     const char* what, const std::string& who, bool without_child, bool parent_is_broken,
-    Clock::time_point deadline,
+    const Check& check, Clock::time_point deadline,
     const std::function<NcclResult(NcclComm*, NcclComm**, void*)>& call) {
   NcclConfig config;
   // NCCL may fill it in from a thread of its own, after a deadline that made us leave.
@@ -97,21 +115,25 @@ std::shared_ptr<Communicator> Communicator::derive(
     if (const Status status = result(begun, what); !status.ok()) throw Error(status);
   }
   // A broken parent keeps the error that is the reason to leave it.
-  if (!parent_is_broken) settle(what, deadline);
+  if (!parent_is_broken) settle(what, check, deadline);
   if (without_child) return nullptr;
+  Turns turns(check);
   while (child->load() == nullptr) {
-    if (Clock::now() >= deadline)
+    const auto now = Clock::now();
+    turns(now);
+    if (now >= deadline)
       throw Error(Code::timeout, who_ + ": " + what + ": no communicator at the deadline");
     std::this_thread::sleep_for(kPoll);
   }
   std::shared_ptr<Communicator> made(new Communicator(api_, child->load(), who));
-  made->settle(what, deadline);
+  made->settle(what, check, deadline);
   return made;
 }
 
 Communicator::~Communicator() { abort(); }
 
-void Communicator::run(const std::string& what, Clock::time_point deadline, const Calls& calls) {
+void Communicator::run(const std::string& what, const Check& check, Clock::time_point deadline,
+                       const Calls& calls) {
   {
     const std::lock_guard lock(mutex_);
     if (comm_ == nullptr || revoked_) throw Error(Code::closed, who_ + ": " + what + ": " + kGone);
@@ -125,7 +147,7 @@ void Communicator::run(const std::string& what, Clock::time_point deadline, cons
     if (const Status status = result(first, what); !status.ok()) throw Error(status);
     if (first == NcclResult::success) return;
   }
-  settle(what, deadline);
+  settle(what, check, deadline);
 }
 
 Status Communicator::status() {
@@ -145,7 +167,8 @@ void Communicator::revoke() {
   }
   if (!revoked_) return abort();
   try {
-    settle("revoke", Clock::now() + kRevoke);  // until nothing on the device uses the memory
+    settle("revoke", nullptr,
+           Clock::now() + kRevoke);  // until nothing on the device uses the memory
   } catch (const Error&) {
     abort();
   }
@@ -166,7 +189,7 @@ void Communicator::finish(Clock::time_point deadline) {
   }
   try {
     if (deadline == Clock::time_point::min()) throw Error(Code::internal, "");
-    settle("finalize", deadline);
+    settle("finalize", nullptr, deadline);
   } catch (const Error&) {  // a rank is gone, or does not finish: this rank's end needs neither
     abort();
     return;

@@ -18,14 +18,17 @@ namespace pycomm::cuda {
 
 class Communicator {
  public:
+  // Asked some times a second by who waits for other ranks; what it throws ends the wait.
+  using Check = std::function<void()>;
   // who: "group 'dp', rank 1 of 4 (host a, cuda:0)", which every message begins with.
   // Errors of all three: Error(timeout) with what NCCL was about, Error(internal) with NCCL's text.
   static std::shared_ptr<Communicator> create(std::shared_ptr<const NcclApi> api,
                                               const NcclUniqueId& id, int rank, int size,
-                                              const std::string& who, Clock::time_point deadline);
+                                              const std::string& who, const Check& check,
+                                              Clock::time_point deadline);
   // All ranks of this one call it; nullptr where color is kNcclNoColor.
   std::shared_ptr<Communicator> split(int color, int key, const std::string& who,
-                                      Clock::time_point deadline);
+                                      const Check& check, Clock::time_point deadline);
   // All ranks but `excluded` call it, with the same list. hangs: some operation may never end.
   // Errors: Error(invalid_argument) where the library cannot.
   std::shared_ptr<Communicator> shrink(std::vector<int> excluded, bool hangs,
@@ -37,7 +40,8 @@ class Communicator {
   // One call, or several as one NCCL group; returns when NCCL has taken it.
   // what: the operation, for messages.
   using Calls = std::function<NcclResult(NcclComm*)>;
-  void run(const std::string& what, Clock::time_point deadline, const Calls& calls);
+  void run(const std::string& what, const Check& check, Clock::time_point deadline,
+           const Calls& calls);
 
   Status status();  // what NCCL says of its background work; ok() also while that goes on
   void revoke();    // ends this rank's operations where the library can, else aborts
@@ -49,10 +53,10 @@ class Communicator {
       : api_(std::move(api)), who_(std::move(who)), comm_(comm) {}
   std::shared_ptr<Communicator> derive(
       const char* what, const std::string& who, bool without_child, bool parent_is_broken,
-      Clock::time_point deadline,
+      const Check& check, Clock::time_point deadline,
       const std::function<NcclResult(NcclComm*, NcclComm**, void*)>& call);
   Status result(NcclResult result, const std::string& what) const;
-  void settle(const std::string& what, Clock::time_point deadline);
+  void settle(const std::string& what, const Check& check, Clock::time_point deadline);
 
   const std::shared_ptr<const NcclApi> api_;
   const std::string who_;

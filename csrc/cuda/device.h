@@ -4,12 +4,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 
 #include "core/block_format.h"
 #include "core/dtype.h"
+#include "cuda/peer_protocol.h"
 
 namespace pycomm::cuda {
 
@@ -31,6 +33,11 @@ class Device {
 
   virtual void record(Event event, Stream stream) = 0;  // the event passes when the stream is there
   virtual void wait(Stream stream, Event event) = 0;    // what is next on the stream comes after it
+  // What is next on the stream comes after the host has set *word, of allocate_pinned(), to `value`
+  // or beyond it, counted around.
+  virtual void wait_value(Stream stream, const uint32_t* word, uint32_t value) = 0;
+  // And the other way: sets a word of the device's, seen by what runs there.
+  virtual void write_value(Stream stream, uint32_t* word, uint32_t value) = 0;
   virtual bool passed(Event event) = 0;
   virtual double elapsed_s(Event from, Event to) = 0;  // REQUIRES: both have passed
   virtual bool capturing(Stream stream) = 0;  // into a graph: nothing on it can be asked for
@@ -40,6 +47,13 @@ class Device {
 
   virtual void* allocate(size_t nbytes) = 0;
   virtual void release(void* memory) = 0;
+  // Memory of the device that others map, in this process and elsewhere on the machine, by a
+  // handle.
+  virtual void* allocate_shared(size_t nbytes) = 0;
+  virtual void release_shared(void* memory) = 0;
+  virtual std::string handle_of(void* shared) = 0;
+  virtual void* map_shared(const std::string& handle) = 0;
+  virtual void unmap_shared(void* mapped, const std::string& handle) = 0;
   // Memory of the host that the device copies to and from by itself.
   virtual void* allocate_pinned(size_t nbytes) = 0;
   virtual void release_pinned(void* memory) = 0;
@@ -54,6 +68,8 @@ class Device {
   virtual void dequantise_sum(void* dst, const void* src, int n_forms, int64_t stride_bytes,
                               size_t numel, DType dtype, BlockCode code, float factor,
                               Stream stream) = 0;
+  virtual void peer_all_reduce(const PeerArguments& args, DType dtype, bool two_shot,
+                               int n_ranks_on_device, Stream stream) = 0;
   // Runs `work`, which does something to the memory after what is on the stream. It enqueues that
   // itself; a device of host memory calls it in its turn.
   virtual void in_order(Stream stream, std::function<void()> work) = 0;

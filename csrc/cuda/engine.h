@@ -15,6 +15,9 @@
 // Order. All ranks submit the same collectives in the same order. A message alone goes over a
 // communicator of its two ranks, on a stream of that pair; several that start together go over the
 // group's, so all its ranks start that in their order of collectives.
+//
+// Between hosts. Where NCCL does not join them, what it would put on a stream a courier does
+// (courier.h); all that stands above holds for it as well, but nothing can be captured.
 #pragma once
 
 #include <atomic>
@@ -25,22 +28,38 @@
 #include <string>
 #include <vector>
 
-#include "core/engine.h"
+#include "core/group.h"
 #include "core/store.h"
 #include "cuda/communicator.h"
+#include "cuda/courier.h"
 #include "cuda/device.h"
+#include "cuda/peers.h"
 #include "cuda/watch.h"
 
 namespace pycomm::cuda {
 
+// What joins hosts: NCCL; the host's groups, by TCP (between.cc); or the latter where NCCL cannot.
+enum class Between { automatic, nccl, tcp };
+
 struct EngineOptions {
-  std::shared_ptr<const NcclApi> api;
+  std::shared_ptr<const NcclApi> api;  // nullptr where there is none
+  std::string no_nccl;                 // and why
   std::shared_ptr<Device> device;
   std::shared_ptr<Store> store;  // the group's own
   std::string name;
   int rank = 0;
   std::vector<std::string> hosts;  // by rank: which host it is on
   void* stream = nullptr;          // for start(); the engine makes one where there is none
+  // Up to that many bytes an all_reduce on one host is the peer kernel's, where it has it
+  // (peers.h).
+  uint64_t peer_nbytes = 0;
+  Between between = Between::nccl;
+  // A group of host memory of these ranks, with this name; all of them ask. Where not all is
+  // NCCL's.
+  std::function<std::shared_ptr<Group>(const std::vector<int>& ranks, const std::string& name)>
+      host_group;
+  // Told once on every rank: that `automatic` is tcp from now on, and why.
+  std::function<void(const std::string& why)> through_host;
 };
 
 class CudaEngine final : public Engine, public std::enable_shared_from_this<CudaEngine> {
@@ -53,7 +72,8 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   // (hierarchical.cc): then the planner's choices say which sizes are "native", NCCL's as a whole.
   uint64_t native_nbytes(Collective collective, bool even) const override;
   bool on_device() const override { return true; }
-  bool spans_hosts() const override { return spans_hosts_; }
+  // Where the host's groups join hosts, a wire is theirs.
+  bool spans_hosts() const override { return spans_hosts_ && !through_host_; }
   void run(Launch launch) override;
   std::shared_ptr<Work> start(Launch launch, std::shared_ptr<void> keep_alive) override;
   std::shared_ptr<Work> start_together(std::vector<Launch> launches, std::vector<Message> messages,
@@ -67,8 +87,8 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
                 Clock::time_point deadline) override;
   int run_recv(void* data, uint64_t nbytes, int peer, int64_t tag,
                Clock::time_point deadline) override;
-  // Bytes are 0: which rank sends what is NCCL's choice.
-  Stats stats() const override { return watch_->stats(); }
+  // Bytes are those that went through the host: which rank sends what else is NCCL's choice.
+  Stats stats() const override;
   uint64_t sequence() const override;
   Status broken() const override { return watch_->broken(); }
   void revoke(const Status& why) override;
@@ -82,38 +102,78 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   // Errors: Error(invalid_argument) where NCCL is older than 2.27.
   std::shared_ptr<CudaEngine> shrink(const std::vector<int>& excluded, EngineOptions options,
                                      Clock::time_point deadline);
-  bool has_communicator() const;
+  bool has_communicator() const;  // one of all ranks
+  // Says in a group's store why it is broken, for ranks that wait in it, unless that has been said.
+  static void tell(Store& store, const Status& why);
 
  private:
   friend class CudaWork;
+  struct Places;
   struct Pair {
-    std::shared_ptr<Communicator> communicator;
+    std::shared_ptr<Communicator> communicator;  // or, through the host:
+    std::shared_ptr<Group> host;
+    std::shared_ptr<Courier> courier;
     Device::Stream stream;
   };
-  // The communicator of this rank's part of a partition, and what stands on its stream.
+  // The communicator of this rank's part of a partition, and what stands on its stream. nullptr: of
+  // ranks on several hosts, through the host.
   struct Layer {
     std::shared_ptr<Communicator> communicator;
     Device::Stream stream;
   };
+  struct Comparison {
+    std::string no_nccl;  // why not between hosts
+    bool inside = true;   // whether NCCL could join the ranks of each host
+  };
   explicit CudaEngine(EngineOptions options);
+  bool on_own_thread() const;
   // setup.cc
-  std::shared_ptr<Communicator> communicator(Clock::time_point deadline);
+  void meet(Clock::time_point deadline);
   Pair& pair(int peer, Clock::time_point deadline);
-  NcclUniqueId exchange_id(const std::string& key, bool creates, Clock::time_point deadline);
-  void compare_ranks(Clock::time_point deadline);
+  std::vector<std::string> await(const std::vector<std::string>& keys, Clock::time_point deadline);
+  std::shared_ptr<Communicator> join(const std::string& key, const std::vector<int>& ranks,
+                                     const std::string& who, const Communicator::Check& check,
+                                     Clock::time_point deadline);
+  Comparison compare_ranks(Clock::time_point deadline);
+  Peers* peers_for(const Launch& launch, Device::Stream stream);
+  void leave_peers();
+
+  // between.cc
+  std::string try_nccl(const std::string& key, const std::vector<int>& ranks,
+                       const std::string& who, std::shared_ptr<Communicator>* made,
+                       Clock::time_point deadline);
+  void go_through_host(const std::string& why, bool inside, Clock::time_point deadline);
+  std::vector<std::vector<int>> ranks_by_host() const;
+  std::shared_ptr<Group> host_group(const std::vector<int>& ranks, const std::string& name);
+  std::shared_ptr<Courier> new_courier();
+
+  // through_host.cc
+  bool goes_in_parts(const Launch& launch) const;
+  void carry(const Launch& launch, const std::string& what, Device::Stream stream);
+  void carry(const std::vector<Message>& messages, const std::string& what,
+             const std::shared_ptr<Group>& host, Courier& courier, Device::Stream stream);
+  void carry_call(const Launch& launch, const SubCall& call, Places& places,
+                  const std::string& what, Device::Stream stream);
 
   // failure.cc
   void require_sound() const;
+  void look_for_word() const;
+  Communicator::Check look_for_word_now_and_then() const {
+    return [this] { look_for_word(); };
+  }
   Status look();
   void look_at_others(const Operation& operation);
   Status too_late(const Operation& operation);
   void end_all(const Status& why);
+  std::string named(const std::string& text) const;
 
   // collectives.cc, engine.cc
   std::shared_ptr<Operation> describe(const Launch& launch);
-  void submit(const std::shared_ptr<Operation>& operation, Communicator& communicator,
-              Device::Stream stream, Device::Stream callers, const Communicator::Calls& calls,
+  void submit(const std::shared_ptr<Operation>& operation, bool of_group, Device::Stream stream,
+              Device::Stream callers, const std::function<void()>& enqueue,
               std::span<const Launch> launches);
+  void put(const Launch& launch, const std::shared_ptr<Operation>& operation,
+           Device::Stream stream);
   NcclResult enqueue(const Launch& launch, NcclComm* comm, Device::Stream stream) const;
   NcclResult enqueue_pieces(const Launch& launch, NcclComm* comm, Device::Stream stream) const;
   void copy_own(const Launch& launch, Device::Stream stream) const;
@@ -122,7 +182,6 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
                Clock::time_point deadline);
   void run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
                    Device::Stream stream);
-  struct Places;
   std::byte* partial_memory(uint64_t nbytes);
   NcclResult enqueue_exchange(const SubCall& call, const Places& places, NcclComm* comm,
                               Device::Stream stream) const;
@@ -135,6 +194,7 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   // messages.cc
   std::shared_ptr<Work> start_message(const Message& message, std::shared_ptr<void> keep_alive);
   void set_communicator(std::shared_ptr<Communicator> made);
+  std::vector<std::shared_ptr<Courier>> couriers() const;
   std::string who(int rank) const;  // "rank 2 (host b)"
 
   const EngineOptions options_;
@@ -147,14 +207,25 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   void* scratch_ = nullptr;  // one element, for barriers
 
   mutable std::mutex mutex_;  // one submission at a time
-  // The watch ends them while a caller that holds the first lock waits in one, so these two change
+  // The watch ends them while a caller that holds the first lock waits in one, so these change
   // under both locks, and are read under either.
   mutable std::mutex communicators_mutex_;
   std::shared_ptr<Communicator> communicator_;
   std::map<int, Pair> pairs_;
   std::map<Partition, Layer> layers_;
+  std::vector<std::shared_ptr<Group>> host_groups_;
+  // Through the host: of this host's ranks, nullptr where it has one; of all ranks, and of those
+  // with one place on their hosts, nullptr where that is no way.
+  std::shared_ptr<Communicator> inside_;
+  std::shared_ptr<Group> everyone_, across_;
+  std::vector<int> rail_;  // across_'s ranks
+  std::shared_ptr<Courier> courier_;
+  std::atomic<bool> through_host_;
   std::vector<void*> partials_;  // for sums on their way; the last one is in use
   uint64_t partial_nbytes_ = 0;
+  std::unique_ptr<Peers> peers_;
+  std::atomic<Peers*> peers_in_use_{nullptr};  // those, for the watch
+  bool peers_asked_ = false;
   uint64_t sequence_ = 0;
   uint64_t n_messages_ = 0;
   Device::Event last_ = nullptr;  // the end of the last operation on the group's communicator

@@ -6,6 +6,8 @@
 namespace pycomm::cuda {
 namespace {
 
+constexpr auto kLeave = std::chrono::seconds(2);  // for what a courier is in the middle of
+
 std::string word_of(const Operation& operation) {
   return std::to_string(operation.sequence) + "\n" + operation.what;
 }
@@ -20,27 +22,39 @@ void CudaEngine::require_sound() const {
   if (closed_) throw Error(Code::closed, me_ + ": the group is closed");
 }
 
+// `text`, beginning with who says it.
+std::string CudaEngine::named(const std::string& text) const {
+  return text.starts_with("group '") ? text : me_ + ": " + text;
+}
+
 // What NCCL says of its background work.
 Status CudaEngine::look() {
   std::vector<std::shared_ptr<Communicator>> all;
   {
     const std::lock_guard lock(communicators_mutex_);
     if (communicator_) all.push_back(communicator_);
-    for (const auto& [peer, pair] : pairs_) all.push_back(pair.communicator);
-    for (const auto& [partition, layer] : layers_) all.push_back(layer.communicator);
+    for (const auto& [peer, pair] : pairs_)
+      if (pair.communicator) all.push_back(pair.communicator);
+    for (const auto& [partition, layer] : layers_)
+      if (layer.communicator) all.push_back(layer.communicator);
   }
   for (const auto& communicator : all)
     if (const Status status = communicator->status(); !status.ok()) return status;
   return {};
 }
 
-// Throws what another rank broke the group with, or that it is in another collective.
+// Throws what another rank broke the group with.
+void CudaEngine::look_for_word() const {
+  const auto broken = options_.store->peek("broken");
+  if (!broken) return;
+  const size_t end = broken->find('\n');
+  PYCOMM_CHECK(end != std::string::npos, "a code, and the text");
+  throw Error(static_cast<Code>(std::stoi(broken->substr(0, end))), broken->substr(end + 1));
+}
+
+// Throws that, or that another rank is in another collective.
 void CudaEngine::look_at_others(const Operation& operation) {
-  if (const auto broken = options_.store->peek("broken")) {
-    const size_t end = broken->find('\n');
-    PYCOMM_CHECK(end != std::string::npos, "a code, and the text");
-    throw Error(static_cast<Code>(std::stoi(broken->substr(0, end))), broken->substr(end + 1));
-  }
+  look_for_word();
   if (operation.peer >= 0) return;  // its two ranks need not be in step with others
   const std::string mine = word_of(operation);
   {
@@ -89,24 +103,33 @@ Status CudaEngine::too_late(const Operation& operation) {
 
 // Called once, by the watch.
 void CudaEngine::end_all(const Status& why) {
-  if (why.code != Code::closed) {
-    try {
-      if (!options_.store->peek("broken"))
-        options_.store->set("broken",
-                            std::to_string(static_cast<int>(why.code)) + "\n" + why.message);
-    } catch (const Error&) {  // without a store the others have their deadlines
-    }
-  }
+  if (why.code != Code::closed) tell(*options_.store, why);
   std::shared_ptr<Communicator> of_group;
   std::vector<std::shared_ptr<Communicator>> others;
+  std::vector<std::shared_ptr<Group>> groups;
   {
     const std::lock_guard lock(communicators_mutex_);
     of_group = communicator_;
-    for (const auto& [peer, pair] : pairs_) others.push_back(pair.communicator);
-    for (const auto& [partition, layer] : layers_) others.push_back(layer.communicator);
+    groups = host_groups_;
+    if (inside_) others.push_back(inside_);
+    for (const auto& [peer, pair] : pairs_)
+      if (pair.communicator) others.push_back(pair.communicator);
+    for (const auto& [partition, layer] : layers_)
+      if (layer.communicator) others.push_back(layer.communicator);
   }
+  if (Peers* peers = peers_in_use_; peers != nullptr) peers->end();
+  for (const auto& group : groups) group->engine().revoke(why);
   if (of_group) of_group->revoke();  // a new one may be made from it
   for (const auto& communicator : others) communicator->abort();
+  for (const auto& courier : couriers()) courier->end(kLeave);
+}
+
+void CudaEngine::tell(Store& store, const Status& why) {
+  try {
+    if (!store.peek("broken"))
+      store.set("broken", std::to_string(static_cast<int>(why.code)) + "\n" + why.message);
+  } catch (const Error&) {  // without a store the others have their deadlines
+  }
 }
 
 }  // namespace pycomm::cuda

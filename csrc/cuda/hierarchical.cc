@@ -1,7 +1,7 @@
 // Collectives of several calls (pycomm/calls.py): each partition of the ranks has a communicator,
-// made by split when it is first used, and a stream; a call waits for the calls before it that
-// touched its chunks, and for no others, so that tiles are under way at once. All ranks start the
-// calls in one order.
+// made by split when it is first used, or a way through the host, and a stream; a call waits for
+// the calls before it that touched its chunks, and for no others, so that tiles are under way at
+// once. All ranks start the calls in one order.
 #include <algorithm>
 
 #include "cuda/places.h"
@@ -36,7 +36,12 @@ CudaEngine::Layer& CudaEngine::layer(const Partition& partition, const std::vect
   const int color =
       static_cast<int>(std::find(partition.begin(), partition.end(), part) - partition.begin());
   const int key = static_cast<int>(std::find(part.begin(), part.end(), rank_) - part.begin());
-  auto made = communicator(deadline)->split(color, key, me_ + ", among ranks " + ranks, deadline);
+  std::shared_ptr<Communicator> made;
+  if (courier_ == nullptr)
+    made = communicator_->split(color, key, me_ + ", among ranks " + ranks,
+                                look_for_word_now_and_then(), deadline);
+  else if (!std::equal(part.begin(), part.end(), rail_.begin(), rail_.end()))
+    made = inside_;
   const auto stream = device_.new_stream();
   const std::lock_guard lock(communicators_mutex_);
   return layers_.emplace(partition, Layer{std::move(made), stream}).first->second;
@@ -101,12 +106,14 @@ void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operati
     const std::string what = operation->what + ", step " + std::to_string(i) + " of " +
                              std::to_string(program.steps.size()) + " (" +
                              name_of(call.collective) + ")";
-    if (is_coded(launch, call))
+    if (on.communicator == nullptr)
+      carry_call(launch, call, at, what, on.stream);
+    else if (is_coded(launch, call))
       run_coded(launch, call, at, at.partial + forms_offset[i], on, what);
     else
-      on.communicator->run(what, operation->deadline, [&](NcclComm* comm) {
-        return enqueue_call(launch, call, at, comm, on.stream);
-      });
+      on.communicator->run(
+          what, look_for_word_now_and_then(), operation->deadline,
+          [&](NcclComm* comm) { return enqueue_call(launch, call, at, comm, on.stream); });
     ends[i] = {mark(on.stream), on.stream};
   }
   for (const Device::Stream on : entered) device_.wait(stream, mark(on));

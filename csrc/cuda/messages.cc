@@ -15,13 +15,23 @@ std::shared_ptr<Work> CudaEngine::start_message(const Message& message,
   operation->deadline = message.deadline;
   operation->memory = std::move(keep_alive);
   Pair& with = pair(message.peer, message.deadline);
+  if (with.courier && device_.capturing(message.stream))
+    throw Error(Code::invalid_argument, me_ + ": " + operation->what +
+                                            " goes through the host, which no graph can capture");
   const int peer = message.peer < rank_ ? 0 : 1;
-  submit(operation, *with.communicator, with.stream, message.stream,
-         [&](NcclComm* comm) {
-           return message.is_send ? options_.api->send(message.data, message.nbytes,
-                                                       NcclDType::uint8, peer, comm, with.stream)
-                                  : options_.api->recv(message.data, message.nbytes,
-                                                       NcclDType::uint8, peer, comm, with.stream);
+  submit(operation, false, with.stream, message.stream,
+         [&] {
+           if (with.courier)
+             return carry({message}, operation->what, with.host, *with.courier, with.stream);
+           with.communicator->run(
+               operation->what, look_for_word_now_and_then(), operation->deadline,
+               [&](NcclComm* comm) {
+                 const auto& api = *options_.api;
+                 return message.is_send ? api.send(message.data, message.nbytes, NcclDType::uint8,
+                                                   peer, comm, with.stream)
+                                        : api.recv(message.data, message.nbytes, NcclDType::uint8,
+                                                   peer, comm, with.stream);
+               });
          },
          {});
   return std::make_shared<CudaWork>(shared_from_this(), operation);

@@ -41,38 +41,47 @@ struct DeviceMachine {
   }
   // Thread r speaks with rank r. All threads' stores come before the flag: the barrier orders them
   // before thread r's release, which is of system scope.
-  __device__ bool exchange(const PeerArguments& args, int block, int which) const {
-    using Flag = ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system>;
+  __device__ uint32_t exchange(const PeerArguments& args, int block, int which) const {
+    using Flag = ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_system>;
+    PeerControl* const mine = args.control(args.rank);
     __syncthreads();
     bool failed = false;
     if (static_cast<int>(threadIdx.x) < args.n_ranks) {
       const int peer = static_cast<int>(threadIdx.x);
-      PeerControl* const mine = args.control(args.rank);
       Flag(args.control(peer)->flags[which][block][args.rank])
-          .store(args.epoch, ::cuda::std::memory_order_release);
+          .store(peer_flag(args.tag, args.epoch), ::cuda::std::memory_order_release);
       const uint64_t deadline = now_ns() + args.timeout_ns;
-      while (static_cast<int32_t>(
-                 Flag(mine->flags[which][block][peer]).load(::cuda::std::memory_order_acquire) -
-                 args.epoch) < 0) {
-        if (Flag(mine->error).load(::cuda::std::memory_order_relaxed) != 0) {
-          failed = true;
-          break;
-        }
-        if (now_ns() < deadline) continue;
+      for (;;) {
+        const PeerState state = peer_state(
+            Flag(mine->flags[which][block][peer]).load(::cuda::std::memory_order_acquire), args);
+        if (state == PeerState::present) break;
+        failed = Word(mine->error).load(::cuda::std::memory_order_relaxed) != 0;
+        if (failed) break;
+        if (state == PeerState::absent && now_ns() < deadline) continue;
         for (int rank = 0; rank < args.n_ranks; ++rank)
-          Flag(args.control(rank)->error).store(kPeerTimedOut, ::cuda::std::memory_order_relaxed);
+          Word(args.control(rank)->error)
+              .store(state == PeerState::mistaken ? kPeerMismatch : kPeerTimedOut,
+                     ::cuda::std::memory_order_relaxed);
         failed = true;
         break;
       }
     }
-    return __syncthreads_or(failed) == 0;
+    if (__syncthreads_or(failed) == 0) return 0;
+    return Word(mine->error).load(::cuda::std::memory_order_relaxed);
   }
+
+ private:
+  using Word = ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system>;
 };
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) peer_kernel(const PeerArguments args, bool two_shot) {
   DeviceMachine machine;
-  peer_all_reduce_block<T>(args, static_cast<int>(blockIdx.x), two_shot, machine);
+  const uint32_t error =
+      peer_all_reduce_block<T>(args, static_cast<int>(blockIdx.x), two_shot, machine);
+  if (error != 0 && threadIdx.x == 0 && args.failed != nullptr)
+    ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_system>(*args.failed)
+        .store(error, ::cuda::std::memory_order_release);
 }
 
 }  // namespace

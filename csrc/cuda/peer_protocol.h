@@ -13,9 +13,9 @@
 // which every rank sets after its kernel before has ended: so nobody still reads it. REQUIRES: the
 // launches of a rank are in the order of one stream, and all ranks make the same ones.
 //
-// No wait is for ever: whoever waits past the deadline writes the error word of every rank, and who
-// reads it in its own control block leaves. A launch that failed leaves undefined output, and the
-// buffers must not be used again.
+// No wait is for ever: whoever waits past the deadline, or meets another call, writes the error
+// word of every rank, and who reads it in its own control block leaves; the host may write it too.
+// A launch that failed leaves undefined output, and the buffers must not be used again.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,10 @@ namespace pycomm::cuda {
 
 constexpr int kMaxPeers = 8;
 constexpr int kMaxPeerBlocks = 64;
-constexpr uint32_t kPeerTimedOut = 1;
+constexpr uint32_t kPeerTimedOut = 1, kPeerMismatch = 2, kPeerEnded = 3;
 
 struct PeerControl {
-  uint32_t flags[2][kMaxPeerBlocks][kMaxPeers];  // [exchange][block][rank]: its last epoch
+  uint64_t flags[2][kMaxPeerBlocks][kMaxPeers];  // [exchange][block][rank]: its last peer_flag()
   uint32_t error;
 };
 constexpr int64_t kPeerControlBytes = (sizeof(PeerControl) + 255) / 256 * 256;
@@ -42,12 +42,14 @@ struct PeerArguments {
   char* buffers[kMaxPeers];  // by rank
   int rank, n_ranks, n_blocks;
   uint32_t epoch;
+  uint32_t tag;      // of the call: who meets another one in its epoch says so
   int64_t capacity;  // bytes of an area, a multiple of 16
   const void* input;
   void* output;
   int64_t numel;
   ReduceOp op;
   uint64_t timeout_ns;
+  uint32_t* failed;  // gets the error where there is one; the host reads it
 
   PYCOMM_HD PeerControl* control(int of) const {
     return reinterpret_cast<PeerControl*>(buffers[of]);
@@ -56,6 +58,19 @@ struct PeerArguments {
     return buffers[of] + kPeerControlBytes + ((epoch & 1) * 2 + which) * capacity;
   }
 };
+
+PYCOMM_HD constexpr uint64_t peer_flag(uint32_t tag, uint32_t epoch) {
+  return uint64_t{tag} << 32 | epoch;
+}
+// What a flag of another rank says to one that waits in `args`: not there yet, or there; or there
+// with another call. One that is further has seen this rank's flag, and found it right.
+enum class PeerState { absent, present, mistaken };
+PYCOMM_HD PeerState peer_state(uint64_t flag, const PeerArguments& args) {
+  const auto epoch = static_cast<uint32_t>(flag);
+  if (static_cast<int32_t>(epoch - args.epoch) < 0) return PeerState::absent;
+  return epoch == args.epoch && flag != peer_flag(args.tag, epoch) ? PeerState::mistaken
+                                                                   : PeerState::present;
+}
 
 struct Range {
   int64_t begin, end;
@@ -122,12 +137,12 @@ PYCOMM_HD PeerVector<T> sum_staged(const PeerArguments& args, int64_t i, Machine
 }
 
 // What one block of one rank does. Machine: each(range, f) calls f(i) for every i of the range,
-// over the block's threads; exchange(args, which) sets flags and waits for all ranks', false on an
-// error, with everything that was stored before visible after it; load<T>(area, i) reads a peer's
-// vector.
+// over the block's threads; exchange(args, block, which) sets flags and waits for all ranks', with
+// everything that was stored before visible after it; load<T>(area, i) reads a peer's vector.
+// Gives 0, or the error, as exchange() does.
 template <class T, class Machine>
-PYCOMM_HD void peer_all_reduce_block(const PeerArguments& args, int block, bool two_shot,
-                                     Machine& machine) {
+PYCOMM_HD uint32_t peer_all_reduce_block(const PeerArguments& args, int block, bool two_shot,
+                                         Machine& machine) {
   const int64_t n_vectors = ceil_div(args.numel, PeerVector<T>::n);
   const Range range = part_of({0, n_vectors}, args.n_blocks, block);
   const bool in_aligned = reinterpret_cast<uintptr_t>(args.input) % kVectorBytes == 0;
@@ -135,22 +150,23 @@ PYCOMM_HD void peer_all_reduce_block(const PeerArguments& args, int block, bool 
   auto* const staged = reinterpret_cast<PeerVector<T>*>(args.area(args.rank, 0));
   machine.each(
       range, [&](int64_t i) { staged[i] = load_vector<T>(args.input, i, args.numel, in_aligned); });
-  if (!machine.exchange(args, block, 0)) return;
+  if (const uint32_t error = machine.exchange(args, block, 0); error != 0) return error;
   if (!two_shot) {
     machine.each(range, [&](int64_t i) {
       store_vector<T>(args.output, i, args.numel, out_aligned, sum_staged<T>(args, i, machine));
     });
-    return;
+    return 0;
   }
   auto* const sums = reinterpret_cast<PeerVector<T>*>(args.area(args.rank, 1));
   machine.each(part_of(range, args.n_ranks, args.rank),
                [&](int64_t i) { sums[i] = sum_staged<T>(args, i, machine); });
-  if (!machine.exchange(args, block, 1)) return;
+  if (const uint32_t error = machine.exchange(args, block, 1); error != 0) return error;
   for (int rank = 0; rank < args.n_ranks; ++rank)
     machine.each(part_of(range, args.n_ranks, rank), [&](int64_t i) {
       store_vector<T>(args.output, i, args.numel, out_aligned,
                       machine.template load<T>(args.area(rank, 1), i));
     });
+  return 0;
 }
 
 }  // namespace pycomm::cuda

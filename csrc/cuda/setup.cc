@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "cuda/engine.h"
 
@@ -12,6 +13,9 @@ std::chrono::milliseconds left_until(Clock::time_point deadline) {
   return std::max(std::chrono::milliseconds(1),
                   std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()));
 }
+
+constexpr auto kLeavePeers = std::chrono::milliseconds(500);
+constexpr auto kSlice = std::chrono::milliseconds(250);  // of waiting, between looks for bad word
 
 std::string encoded(const NcclUniqueId& id) { return {id.bytes, sizeof(id.bytes)}; }
 
@@ -24,19 +28,22 @@ NcclUniqueId decoded(const std::string& text) {
 
 // What a rank tells the others of itself before NCCL hears of them.
 struct Introduction {
-  int version;
-  std::string device_id, device_name;
+  int version;  // 0: it has no NCCL
+  std::string device_id, device_name, no_nccl;
 };
 
 std::string encoded(const Introduction& rank) {
-  return std::to_string(rank.version) + "\n" + rank.device_id + "\n" + rank.device_name;
+  return std::to_string(rank.version) + "\n" + rank.device_id + "\n" + rank.device_name + "\n" +
+         rank.no_nccl;
 }
 
 Introduction introduction(const std::string& text) {
   const size_t first = text.find('\n'), second = text.find('\n', first + 1);
-  PYCOMM_CHECK(second != std::string::npos, "a rank introduces itself in three lines");
+  PYCOMM_CHECK(second != std::string::npos, "a rank introduces itself in three lines or more");
+  const size_t third = std::min(text.find('\n', second + 1), text.size());
   return {std::stoi(text.substr(0, first)), text.substr(first + 1, second - first - 1),
-          text.substr(second + 1)};
+          text.substr(second + 1, third - second - 1),
+          third < text.size() ? text.substr(third + 1) : ""};
 }
 
 }  // namespace
@@ -46,72 +53,174 @@ std::string CudaEngine::who(int rank) const {
          ")";
 }
 
-// The same id on all ranks that ask for this key: one makes it, the store hands it on.
-NcclUniqueId CudaEngine::exchange_id(const std::string& key, bool creates,
-                                     Clock::time_point deadline) {
-  if (creates) {
-    NcclUniqueId id{};
-    const NcclResult result = options_.api->get_unique_id(&id);
-    if (result != NcclResult::success)
-      throw Error(Code::internal,
-                  me_ + ": ncclGetUniqueId: " + options_.api->describe(result, nullptr));
-    options_.store->set(key, encoded(id));
-    return id;
+// What is under the keys, once all are there; unless the group is broken meanwhile.
+std::vector<std::string> CudaEngine::await(const std::vector<std::string>& keys,
+                                           Clock::time_point deadline) {
+  const auto began = Clock::now();
+  InterruptCheck interrupted;
+  for (;;) {
+    const auto slice = std::min(left_until(deadline), kSlice);
+    try {
+      return options_.store->get_all(keys, slice);
+    } catch (const Error& error) {
+      if (error.code() != Code::timeout) throw;
+      look_for_word();
+      const auto now = Clock::now();
+      interrupted(now);
+      if (now < deadline) continue;
+      std::string missing;
+      for (const auto& key : keys)
+        if (!options_.store->peek(key)) missing += (missing.empty() ? "'" : ", '") + key + "'";
+      throw Error(Code::timeout,
+                  me_ + ": set-up waited " +
+                      std::to_string(std::chrono::duration<double>(now - began).count()) +
+                      " s for " + missing +
+                      " in the store: did every rank start, and call this, and does each reach the "
+                      "store?");
+    }
   }
-  return decoded(options_.store->get_all({key}, left_until(deadline))[0]);
+}
+
+// A communicator of these ranks of the group, who all call it with a key of theirs: the first makes
+// the id, the store hands it on.
+std::shared_ptr<Communicator> CudaEngine::join(const std::string& key,
+                                               const std::vector<int>& ranks,
+                                               const std::string& who,
+                                               const Communicator::Check& check,
+                                               Clock::time_point deadline) {
+  if (options_.api == nullptr) throw Error(Code::invalid_argument, who + ": " + options_.no_nccl);
+  const auto at = std::find(ranks.begin(), ranks.end(), rank_) - ranks.begin();
+  NcclUniqueId id{};
+  if (at == 0) {
+    const NcclResult result = options_.api->get_unique_id(&id);
+    const std::string failed = result == NcclResult::success
+                                   ? ""
+                                   : "ncclGetUniqueId: " + options_.api->describe(result, nullptr);
+    options_.store->set(key, failed.empty() ? encoded(id) : "!" + failed);
+    if (!failed.empty()) throw Error(Code::internal, who + ": " + failed);
+  } else {
+    const std::string told = await({key}, deadline)[0];
+    if (told.starts_with('!') && told.size() != sizeof(id.bytes))
+      throw Error(Code::internal, who + ": " + this->who(ranks[0]) + ": " + told.substr(1));
+    id = decoded(told);
+  }
+  return Communicator::create(options_.api, id, static_cast<int>(at),
+                              static_cast<int>(ranks.size()), who, check, deadline);
 }
 
 // Versions and devices: NCCL itself would hang, or fail without a name.
-void CudaEngine::compare_ranks(Clock::time_point deadline) {
+CudaEngine::Comparison CudaEngine::compare_ranks(Clock::time_point deadline) {
   options_.store->set("rank/" + std::to_string(rank_),
-                      encoded(Introduction{options_.api->version(), device_.id(), device_.name()}));
+                      encoded(Introduction{options_.api == nullptr ? 0 : options_.api->version(),
+                                           device_.id(), device_.name(), options_.no_nccl}));
   std::vector<std::string> keys;
   for (int rank = 0; rank < size_; ++rank) keys.push_back("rank/" + std::to_string(rank));
   std::vector<Introduction> ranks;
-  for (const auto& text : options_.store->get_all(keys, left_until(deadline)))
-    ranks.push_back(introduction(text));
-  for (int rank = 1; rank < size_; ++rank)
-    if (const int version = ranks[static_cast<size_t>(rank)].version; version != ranks[0].version)
-      throw Error(Code::invalid_argument,
-                  me_ + ": " + who(0) + " has NCCL " + nccl_version_name(ranks[0].version) + ", " +
-                      who(rank) + " has NCCL " + nccl_version_name(version) +
-                      "; all ranks need the same: install one nvidia-nccl wheel everywhere, or set "
-                      "PYCOMM_NCCL_LIB");
-  // NCCL refuses a device that serves two ranks of a communicator, unless a newer one is told to.
-  if (const char* allowed = std::getenv("NCCL_MULTI_RANK_GPU_ENABLE");
-      allowed != nullptr && std::strcmp(allowed, "1") == 0)
-    return;
+  for (const auto& text : await(keys, deadline)) ranks.push_back(introduction(text));
+
+  Comparison found;
+  const bool by_nccl = !spans_hosts_ || options_.between == Between::nccl;
+  // What rules NCCL out: an error where it is needed, or nothing else would do.
+  const auto object = [&](bool falls_back, bool inside, const std::string& text) {
+    if (by_nccl || !falls_back) throw Error(Code::invalid_argument, me_ + ": " + text);
+    if (found.no_nccl.empty()) found.no_nccl = text;
+    found.inside = found.inside && !inside;
+  };
+  const auto of = [&](int rank) -> const Introduction& { return ranks[static_cast<size_t>(rank)]; };
+  const auto together = [&](int a, int b) {
+    return options_.hosts[static_cast<size_t>(a)] == options_.hosts[static_cast<size_t>(b)];
+  };
   for (int rank = 0; rank < size_; ++rank)
-    for (int other = 0; other < rank; ++other)
-      if (ranks[static_cast<size_t>(rank)].device_id == ranks[static_cast<size_t>(other)].device_id)
+    if (of(rank).version == 0) object(true, true, who(rank) + ": " + of(rank).no_nccl);
+  // NCCL refuses a device that serves two ranks of a communicator, unless a newer one is told to.
+  const char* const allowed = std::getenv("NCCL_MULTI_RANK_GPU_ENABLE");
+  const bool may_share = allowed != nullptr && std::strcmp(allowed, "1") == 0;
+  for (int rank = 0; rank < size_; ++rank)
+    for (int other = 0; other < rank; ++other) {
+      const bool inside = together(other, rank);
+      if (of(rank).version != of(other).version && of(rank).version != 0 &&
+          of(other).version != 0 && (options_.between != Between::tcp || inside))
         throw Error(
             Code::invalid_argument,
-            me_ + ": " + who(other) + " and " + who(rank) + " use one device, " +
-                ranks[static_cast<size_t>(rank)].device_name + "; NCCL " +
-                nccl_version_name(ranks[0].version) +
-                " takes one rank per device (newer versions more, with "
-                "NCCL_MULTI_RANK_GPU_ENABLE=1). Call torch.cuda.set_device(local_rank) first");
+            me_ + ": " + who(other) + " has NCCL " + nccl_version_name(of(other).version) + ", " +
+                who(rank) + " has NCCL " + nccl_version_name(of(rank).version) +
+                "; all ranks need the same: install one nvidia-nccl wheel everywhere, or set "
+                "PYCOMM_NCCL_LIB");
+      if (!may_share && of(rank).device_id == of(other).device_id)
+        object(options_.between == Between::tcp || !inside, inside,
+               who(other) + " and " + who(rank) + " use one device, " + of(rank).device_name +
+                   "; NCCL " + nccl_version_name(of(rank).version) +
+                   " takes one rank per device (newer versions more, with "
+                   "NCCL_MULTI_RANK_GPU_ENABLE=1). Call torch.cuda.set_device(local_rank) first");
+    }
+  return found;
 }
 
+// Once, by all ranks: those of one host over NCCL, of several hosts as options_.between says.
 // REQUIRES: mutex_ is held.
-std::shared_ptr<Communicator> CudaEngine::communicator(Clock::time_point deadline) {
-  if (communicator_ == nullptr) {
-    try {
-      compare_ranks(deadline);
-      const NcclUniqueId id = exchange_id("id", rank_ == 0, deadline);
-      set_communicator(Communicator::create(options_.api, id, rank_, size_, me_, deadline));
-    } catch (const Error& error) {
-      const std::string remedy =
-          spans_hosts_ && error.code() != Code::invalid_argument
-              ? " Where NCCL cannot connect hosts, PYCOMM_CUDA_BETWEEN_HOSTS=tcp goes through the "
-                "host instead."
-              : "";
-      const Error told(error.code(), error.what() + remedy);
-      watch_->fail(told.status());
-      throw told;
-    }
+void CudaEngine::meet(Clock::time_point deadline) {
+  if (communicator_ != nullptr || courier_ != nullptr) return;
+  try {
+    const Comparison found = compare_ranks(deadline);
+    std::vector<int> all;
+    for (int rank = 0; rank < size_; ++rank) all.push_back(rank);
+    if (!spans_hosts_)
+      return set_communicator(join("id", all, me_, look_for_word_now_and_then(), deadline));
+    std::string why = options_.between == Between::tcp ? "it is set" : found.no_nccl;
+    std::shared_ptr<Communicator> made;
+    if (why.empty()) why = try_nccl("id", all, me_, &made, deadline);
+    if (why.empty()) return set_communicator(std::move(made));
+    if (options_.between == Between::nccl)
+      throw Error(Code::internal,
+                  why +
+                      ". Where NCCL cannot connect hosts, PYCOMM_CUDA_BETWEEN_HOSTS=auto or tcp "
+                      "goes through the host instead.");
+    go_through_host(why, found.inside, deadline);
+  } catch (const Error& error) {
+    const Status why{error.code(), named(error.what())};
+    watch_->fail(why);
+    throw Error(why);
   }
-  return communicator_;
+}
+
+// What runs the launch instead of NCCL; nullptr where that has it. All ranks answer alike, and set
+// it up with the first launch that can use it. REQUIRES: mutex_ is held; the ranks have met.
+Peers* CudaEngine::peers_for(const Launch& launch, Device::Stream stream) {
+  if (spans_hosts_ || size_ == 1 || size_ > kMaxPeers ||
+      launch.input_nbytes > options_.peer_nbytes || !Peers::has(launch) ||
+      device_.capturing(stream))  // a graph's launches have one epoch
+    return nullptr;
+  if (!peers_asked_) {
+    peers_asked_ = true;
+    const auto exchange = [&](const std::string& name, const std::string& mine) {
+      std::vector<std::string> keys;
+      for (int rank = 0; rank < size_; ++rank)
+        keys.push_back("peers/" + name + "/" + std::to_string(rank));
+      options_.store->set(keys[static_cast<size_t>(rank_)], mine);
+      return await(keys, launch.deadline);
+    };
+    const auto capacity = static_cast<int64_t>((options_.peer_nbytes + 15) / 16 * 16);
+    std::string why;  // NCCL does what they would: no error
+    peers_ = Peers::create(options_.device, rank_, size_, capacity, exchange, &why);
+    peers_in_use_ = peers_.get();
+  }
+  return peers_ != nullptr && peers_->takes(launch) ? peers_.get() : nullptr;
+}
+
+// Waits a little for ranks that may still read this one's buffer.
+void CudaEngine::leave_peers() {
+  if (peers_ == nullptr) return;
+  const auto until = Clock::now() + kLeavePeers;
+  try {
+    options_.store->set("peers/left/" + std::to_string(rank_), "");
+    for (int rank = 0; rank < size_; ++rank)
+      while (!options_.store->peek("peers/left/" + std::to_string(rank))) {
+        if (Clock::now() > until) return;
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      }
+    peers_->all_have_left();
+  } catch (const Error&) {  // the store is gone: the buffer stays
+  }
 }
 
 void CudaEngine::set_communicator(std::shared_ptr<Communicator> made) {
@@ -123,20 +232,30 @@ void CudaEngine::set_communicator(std::shared_ptr<Communicator> made) {
 CudaEngine::Pair& CudaEngine::pair(int peer, Clock::time_point deadline) {
   const auto found = pairs_.find(peer);
   if (found != pairs_.end()) return found->second;
-  const int low = std::min(rank_, peer), high = std::max(rank_, peer);
+  const std::vector<int> both{std::min(rank_, peer), std::max(rank_, peer)};
+  const std::string key = "pair/" + std::to_string(both[0]) + "/" + std::to_string(both[1]);
+  const std::string name = me_ + ", with " + who(peer);
+  const bool far =
+      options_.hosts[static_cast<size_t>(peer)] != options_.hosts[static_cast<size_t>(rank_)];
+  const bool without = through_host_ && (courier_ ? inside_ == nullptr : options_.api == nullptr);
   try {
-    const NcclUniqueId id = exchange_id(
-        "pair/" + std::to_string(low) + "/" + std::to_string(high) + "/id", rank_ == low, deadline);
-    auto made = Communicator::create(options_.api, id, rank_ == low ? 0 : 1, 2,
-                                     me_ + ", with " + who(peer), deadline);
-    const auto stream = device_.new_stream();
+    Pair made{};
+    std::string why = (far && through_host_) || without ? "the group does" : "";
+    if (why.empty() && far && options_.between == Between::automatic)
+      why = try_nccl(key, both, name, &made.communicator, deadline);
+    else if (why.empty())
+      made.communicator = join(key + "/id", both, name, look_for_word_now_and_then(), deadline);
+    if (!why.empty()) {
+      made.host = host_group(both, key);
+      made.courier = new_courier();
+    }
+    made.stream = device_.new_stream();
     const std::lock_guard lock(communicators_mutex_);
-    return pairs_.emplace(peer, Pair{std::move(made), stream}).first->second;
+    return pairs_.emplace(peer, std::move(made)).first->second;
   } catch (const Error& error) {
-    const Error named(error.code(),
-                      me_ + ": first message with " + who(peer) + ": " + error.what());
-    watch_->fail(named.status());
-    throw named;
+    const Error told(error.code(), me_ + ": first message with " + who(peer) + ": " + error.what());
+    watch_->fail(told.status());
+    throw told;
   }
 }
 
@@ -152,7 +271,13 @@ std::shared_ptr<CudaEngine> CudaEngine::split(int color, int key, const std::vec
     made = create(std::move(options));
   }
   try {
-    auto part = communicator(deadline)->split(color, key, made ? made->me_ : me_, deadline);
+    meet(deadline);
+    if (communicator_ == nullptr)
+      throw Error(
+          Code::invalid_argument,
+          me_ + ": split: no communicator of NCCL's has all ranks; make a group of its own");
+    auto part = communicator_->split(color, key, made ? made->me_ : me_,
+                                     look_for_word_now_and_then(), deadline);
     if (made) made->set_communicator(std::move(part));
   } catch (const Error& error) {
     watch_->fail(error.status());

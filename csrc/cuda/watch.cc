@@ -7,6 +7,7 @@ namespace {
 
 constexpr auto kPoll = std::chrono::milliseconds(1);
 constexpr auto kWaitersPoll = std::chrono::microseconds(50);
+constexpr auto kSay = std::chrono::milliseconds(20), kTell = std::chrono::milliseconds(1000);
 constexpr auto kLook = std::chrono::milliseconds(250);  // between two looks at slow operations
 
 }  // namespace
@@ -138,8 +139,28 @@ void Watch::loop() {
   device_->adopt_thread();
   std::unique_lock lock(mutex_);
   while (!closing_) {
-    if (!sweep(lock)) {
-      changed_.wait(lock, [&] { return closing_ || !under_way_.empty(); });
+    const bool any = sweep(lock);
+    if (!ended_badly_.ok() && broken_.ok()) {
+      Status why = ended_badly_;
+      const std::shared_ptr<Operation> first = under_way_.empty() ? nullptr : under_way_.front();
+      lock.unlock();
+      try {  // what others have called they say soon
+        for (auto left = kTell; why.code == Code::mismatch && first && left.count() > 0;
+             left -= kSay) {
+          owner_.slow(*first);
+          std::this_thread::sleep_for(kSay);
+        }
+      } catch (const Error& error) {
+        why = error.status();
+      }
+      fail(why);
+      lock.lock();
+      continue;
+    }
+    if (!any) {
+      changed_.wait(lock, [&] {
+        return closing_ || !under_way_.empty() || (!ended_badly_.ok() && broken_.ok());
+      });
       continue;
     }
     changed_.wait_for(lock, kPoll);
@@ -178,11 +199,19 @@ bool Watch::sweep(std::unique_lock<std::mutex>& lock) {
         ++i;
         continue;
       }
+      if (operation->verdict) {
+        if (Status verdict = operation->verdict(); !verdict.ok()) {
+          ended_badly_ = std::move(verdict);  // it ends with all others, when the group breaks
+          ++i;
+          continue;
+        }
+      }
       operation->duration_s = device_->elapsed_s(operation->begin, operation->end);
     } catch (const Error& error) {
       status = {error.code(), operation->what + ": " + error.what()};
     }
     under_way_.erase(under_way_.begin() + static_cast<std::ptrdiff_t>(i));
+    if (!status.ok() && ended_badly_.ok()) ended_badly_ = status;
     if (status.ok()) {
       ++stats_.ops;
       stats_.busy_s += operation->duration_s;

@@ -28,6 +28,7 @@ struct Operation {
   std::vector<Device::Event> inner;  // between its parts
   bool on_own_stream = false;        // the caller's stream has not been made to wait for it yet
   Clock::time_point since;           // when it came to the watch
+  std::function<Status()> verdict;   // asked at its end, where that may be a failure's
   // ----
   std::atomic<bool> done{false};
   Status status;                 // under the watch's lock until done
@@ -86,6 +87,7 @@ class Watch {
   std::vector<Device::Event> free_events_;
   std::vector<std::shared_ptr<Operation>> dropped_;  // their events the device or a graph may hold
   Status broken_;
+  Status ended_badly_;  // of an operation; the thread then breaks the group
   Stats stats_;
   Clock::time_point looked_{};
   bool closing_ = false;

@@ -40,9 +40,7 @@ class PycommBackend final : public c10d::Backend {
   // What Python makes (pycomm/backend.py): the group of some ranks of this one, and a backend for
   // ranks of two jobs that meet in a store.
   struct Makers {
-    std::function<std::shared_ptr<Group>(const StorePtr&, const std::vector<int>& ranks,
-                                         const std::string& name)>
-        split;
+    MakePart split;
     std::function<BackendPtr(const StorePtr&, int rank, int size, const std::string& name,
                              double timeout_s)>
         merge;

@@ -97,7 +97,15 @@ PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std:
     if (side) (void)side->split(device_options_, ranks, nullptr);  // NCCL wants all ranks
     return remember(name, nullptr);
   }
+  Makers makers = makers_;
+  makers.split = [whole = makers_.split, ranks](const StorePtr& of, const std::vector<int>& some,
+                                                const std::string& called) {
+    std::vector<int> mapped;
+    for (const int rank : some) mapped.push_back(ranks[static_cast<size_t>(rank)]);
+    return whole(of, mapped, called);
+  };
   DeviceSide::Options options = device_options_;
+  options.part = makers.split;
   options.store = store;
   options.planner = device_options_.planner.select(ranks);
   options.hosts.clear();
@@ -105,7 +113,8 @@ PycommBackend::BackendPtr PycommBackend::split(const StorePtr& store, const std:
     options.hosts.push_back(device_options_.hosts[static_cast<size_t>(rank)]);
   auto group = makers_.split(store, ranks, opts ? opts->group_name : "split");
   if (opts) group->set_timeout(opts->timeout);
-  auto made = c10::make_intrusive<PycommBackend>(group, endpoint_, std::move(options), makers_);
+  auto made =
+      c10::make_intrusive<PycommBackend>(group, endpoint_, std::move(options), std::move(makers));
   if (side) made->device_side_ = side->split(made->device_options_, ranks, group.get());
   return remember(name, std::move(made));
 }

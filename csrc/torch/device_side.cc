@@ -10,7 +10,6 @@
 #include <cstdlib>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 
-#include "cuda/staged.h"
 #include "torch/tensors.h"
 
 namespace pycomm::torch_layer {
@@ -72,25 +71,48 @@ bool DeviceSide::serves(const c10::Device& device) {
   return device.is_cuda() || (device.is_cpu() && test_library() != nullptr);
 }
 
-// What create() and split() do alike: opens the device, takes a stream of torch's, opens NCCL.
+// What create() and split() do alike: opens NCCL and the device, takes a stream of torch's. What
+// fails is told to ranks that wait for this one.
 std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c10::Device& device,
                                                 cuda::EngineOptions* engine) {
-  std::optional<c10::Stream> stream;
-  if (!options.planner.staged)
-    if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
-      throw Error(status);
-  engine->device = open_device(device, engine->rank);
-  if (!engine->device->is_host_memory() && c10::impl::hasDeviceGuardImpl(device.type())) {
-    stream = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device, true);
-    engine->stream = stream->native_handle();
-  }
   engine->store = store_of(options);
-  return std::shared_ptr<DeviceSide>(new DeviceSide(device, stream));
+  engine->between = options.planner.between();
+  engine->peer_nbytes = options.planner.peer_nbytes;
+  if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
+    engine->no_nccl = status.message;
+  std::optional<c10::Stream> stream;
+  try {
+    engine->device = open_device(device, engine->rank);
+    if (!engine->device->is_host_memory() && c10::impl::hasDeviceGuardImpl(device.type())) {
+      stream = c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device, true);
+      engine->stream = stream->native_handle();
+    }
+  } catch (const std::exception& error) {
+    cuda::CudaEngine::tell(
+        *engine->store,
+        {Code::internal, "group '" + engine->name + "', rank " + std::to_string(engine->rank) +
+                             " cannot use its device: " + error.what()});
+    throw;
+  }
+  std::shared_ptr<DeviceSide> self(new DeviceSide(device, stream));
+  engine->host_group = [part = options.part, store = options.store, name = engine->name](
+                           const std::vector<int>& ranks, const std::string& suffix) {
+    const std::string key = "host/" + suffix;
+    return part(c10::make_intrusive<c10d::PrefixStore>(key, store), ranks, name + "/" + key);
+  };
+  engine->through_host = [weak = std::weak_ptr(self),
+                          tell = options.planner.through_host](const std::string& why) {
+    tell(why);
+    if (const auto side = weak.lock()) side->group_->choose_anew();
+  };
+  return self;
 }
 
-void DeviceSide::serve(std::shared_ptr<Engine> engine, Group& like, const Planner& planner) {
-  group_ = std::make_shared<Group>(like.name(), like.rank(), like.size(), std::move(engine),
-                                   planner, like.timeout());
+void DeviceSide::serve(std::shared_ptr<cuda::CudaEngine> engine, Group& like,
+                       const Planner& planner) {
+  engine_ = std::move(engine);
+  group_ = std::make_shared<Group>(like.name(), like.rank(), like.size(), engine_, planner,
+                                   like.timeout());
 }
 
 std::shared_ptr<DeviceSide> DeviceSide::create(const Options& options, const c10::Device& device,
@@ -100,13 +122,7 @@ std::shared_ptr<DeviceSide> DeviceSide::create(const Options& options, const c10
   engine.rank = host->rank();
   engine.hosts = options.hosts;
   auto self = prepare(options, device, &engine);
-  if (options.planner.staged) {
-    self->serve(std::make_shared<cuda::StagedEngine>(engine.device, host, engine.stream), *host,
-                options.planner.planner);
-    return self;
-  }
-  self->engine_ = cuda::CudaEngine::create(std::move(engine));
-  self->serve(self->engine_, *host, options.planner.planner);
+  self->serve(cuda::CudaEngine::create(std::move(engine)), *host, options.planner.planner);
   return self;
 }
 
@@ -114,8 +130,7 @@ std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std:
                                               Group* like) {
   const c10::DeviceGuard guard(device_);
   const auto deadline = Clock::now() + group_->timeout();
-  if (engine_ == nullptr || !engine_->has_communicator())
-    return nullptr;  // the new group meets when it is used
+  if (!engine_->has_communicator()) return nullptr;  // the new group meets when it is used
   const auto hash = fnv1a(ranks.data(), ranks.size() * sizeof(int));
   const int color = like == nullptr ? cuda::kNcclNoColor : static_cast<int>(hash & 0x7fffffff);
   cuda::EngineOptions engine;
@@ -126,8 +141,8 @@ std::shared_ptr<DeviceSide> DeviceSide::split(const Options& options, const std:
   engine.name = like->name();
   engine.rank = like->rank();
   auto self = prepare(options, device_, &engine);
-  self->engine_ = engine_->split(color, like->rank(), ranks, std::move(engine), deadline);
-  self->serve(self->engine_, *like, options.planner.planner);
+  self->serve(engine_->split(color, like->rank(), ranks, std::move(engine), deadline), *like,
+              options.planner.planner);
   return self;
 }
 

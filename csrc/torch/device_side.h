@@ -29,9 +29,16 @@ void* current_stream_of(const c10::Device& device);
 // pycomm/planning.py's DevicePlanning.
 struct DevicePlanner {
   Planner planner;
-  bool staged = false;  // all goes through the host (cuda/staged.h), not NCCL
+  std::function<cuda::Between()> between;                    // what joins hosts
+  uint64_t peer_nbytes = 0;                                  // EngineOptions'
+  std::function<void(const std::string& why)> through_host;  // NCCL does not: plan for that
   std::function<DevicePlanner(const std::vector<int>& ranks)> select;  // of some of the ranks
 };
+
+// A group of host memory of some ranks of a group; its name tells it from others. All of them call.
+using MakePart =
+    std::function<std::shared_ptr<Group>(const c10::intrusive_ptr<c10d::Store>&,
+                                         const std::vector<int>& ranks, const std::string& name)>;
 
 class DeviceSide {
  public:
@@ -41,6 +48,7 @@ class DeviceSide {
     std::string nccl_wheel;                 // path of torch's libnccl.so.2, or empty
     std::vector<std::string> hosts;         // by rank
     DevicePlanner planner;
+    MakePart part;  // of the ranks of this backend
   };
 
   // Whether tensors of this device are ours.
@@ -66,11 +74,11 @@ class DeviceSide {
       : device_(device), stream_(stream) {}
   static std::shared_ptr<DeviceSide> prepare(const Options& options, const c10::Device& device,
                                              cuda::EngineOptions* engine);
-  void serve(std::shared_ptr<Engine> engine, Group& like, const Planner& planner);
+  void serve(std::shared_ptr<cuda::CudaEngine> engine, Group& like, const Planner& planner);
 
   const c10::Device device_;
   const std::optional<c10::Stream> stream_;
-  std::shared_ptr<cuda::CudaEngine> engine_;  // nullptr where all is staged
+  std::shared_ptr<cuda::CudaEngine> engine_;
   std::shared_ptr<Group> group_;
 };
 

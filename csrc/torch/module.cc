@@ -99,13 +99,37 @@ std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint
                                  timeout);
 }
 
-// `planning` has staged and select(ranks) as well.
+// `planning` has peer_nbytes, between, through_host(why) and select(ranks) as well.
 DevicePlanner device_planner_of(const py::object& planning) {
-  return {planner_of(planning), planning.attr("staged").cast<bool>(),
-          [keep = held(planning)](const std::vector<int>& ranks) {
+  const auto keep = held(planning);
+  const auto object = [keep]() -> py::object& { return *static_cast<py::object*>(keep.get()); };
+  return {planner_of(planning),
+          [object] {
             py::gil_scoped_acquire gil;
-            return device_planner_of(static_cast<py::object*>(keep.get())->attr("select")(ranks));
+            const auto between = object().attr("between").cast<std::string>();
+            return between == "tcp"    ? cuda::Between::tcp
+                   : between == "nccl" ? cuda::Between::nccl
+                                       : cuda::Between::automatic;
+          },
+          planning.attr("peer_nbytes").cast<uint64_t>(),
+          [object](const std::string& why) {
+            py::gil_scoped_acquire gil;
+            object().attr("through_host")(why);
+          },
+          [object](const std::vector<int>& ranks) {
+            py::gil_scoped_acquire gil;
+            return device_planner_of(object().attr("select")(ranks));
           }};
+}
+
+// `part` is called with a store, ranks and a name, and gives a Group.
+MakePart part_of(const py::object& part) {
+  return [keep = held(part)](const auto& store, const auto& ranks, const auto& name) {
+    py::gil_scoped_acquire gil;
+    return (*static_cast<py::object*>(keep.get()))(store, ranks, name)
+        .template cast<PyGroup&>()
+        .group();
+  };
 }
 
 }  // namespace
@@ -214,22 +238,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<PyGroup> group(m, "Group");
   group
-      .def(py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
-                       const c10::intrusive_ptr<c10d::Store>& store, const std::string& name,
-                       const std::string& key, const std::vector<int>& ranks,
-                       const py::object& planner, double timeout_s,
-                       const py::object& device_planner, std::string nccl_wheel) {
-             auto group = make_group(endpoint, store, name, key, ranks, planner, timeout_s);
-             if (device_planner.is_none()) return PyGroup(std::move(group));
-             std::vector<std::string> hosts;
-             for (const int rank : ranks) hosts.push_back(endpoint->member(rank).host);
-             return PyGroup(std::move(group),
-                            DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
-                                                device_planner_of(device_planner)});
-           }),
-           py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("key"), py::arg("ranks"),
-           py::arg("planner"), py::arg("timeout_s"), py::arg("device_planner") = py::none(),
-           py::arg("nccl_wheel") = "")
+      .def(
+          py::init([](const std::shared_ptr<cpu::Endpoint>& endpoint,
+                      const c10::intrusive_ptr<c10d::Store>& store, const std::string& name,
+                      const std::string& key, const std::vector<int>& ranks,
+                      const py::object& planner, double timeout_s, const py::object& device_planner,
+                      std::string nccl_wheel, const py::object& part) {
+            auto group = make_group(endpoint, store, name, key, ranks, planner, timeout_s);
+            if (device_planner.is_none()) return PyGroup(std::move(group));
+            std::vector<std::string> hosts;
+            for (const int rank : ranks) hosts.push_back(endpoint->member(rank).host);
+            return PyGroup(std::move(group),
+                           DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
+                                               device_planner_of(device_planner), part_of(part)});
+          }),
+          py::arg("endpoint"), py::arg("store"), py::arg("name"), py::arg("key"), py::arg("ranks"),
+          py::arg("planner"), py::arg("timeout_s"), py::arg("device_planner") = py::none(),
+          py::arg("nccl_wheel") = "", py::arg("part") = py::none())
       .def_property_readonly("rank", [](const PyGroup& group) { return group.group()->rank(); })
       .def_property_readonly("size", [](const PyGroup& group) { return group.group()->size(); })
       .def_property_readonly("name", [](const PyGroup& group) { return group.group()->name(); })
@@ -246,7 +271,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("stats",
            [](const PyGroup& group) {
              py::gil_scoped_release release;
-             return group.group()->engine().stats();
+             return group.stats();
            })
       .def("revoke",
            [](const PyGroup& group, const std::string& why) {
@@ -276,26 +301,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                        const c10::intrusive_ptr<c10d::Store>& store, std::string nccl_wheel,
                        std::vector<std::string> hosts, const py::object& device_planner,
                        const py::object& split, const py::object& merge) {
-             const auto callable = [](const std::shared_ptr<void>& keep) -> py::object& {
-               return *static_cast<py::object*>(keep.get());
-             };
              PycommBackend::Makers makers;
-             makers.split = [keep = held(split), callable](const auto& store, const auto& ranks,
-                                                           const auto& name) {
+             makers.split = part_of(split);
+             makers.merge = [keep = held(merge)](const auto& store, int rank, int size,
+                                                 const auto& name,
+                                                 double timeout_s) -> PycommBackend::BackendPtr {
                py::gil_scoped_acquire gil;
-               return callable(keep)(store, ranks, name).template cast<PyGroup&>().group();
-             };
-             makers.merge = [keep = held(merge), callable](
-                                const auto& store, int rank, int size, const auto& name,
-                                double timeout_s) -> PycommBackend::BackendPtr {
-               py::gil_scoped_acquire gil;
-               return callable(keep)(store, rank, size, name, timeout_s)
+               return (*static_cast<py::object*>(keep.get()))(store, rank, size, name, timeout_s)
                    .template cast<c10::intrusive_ptr<PycommBackend>>();
              };
              return c10::make_intrusive<PycommBackend>(
                  group.group(), endpoint,
                  DeviceSide::Options{store, std::move(nccl_wheel), std::move(hosts),
-                                     device_planner_of(device_planner)},
+                                     device_planner_of(device_planner), makers.split},
                  std::move(makers));
            }),
            py::arg("group"), py::arg("endpoint"), py::arg("store"), py::arg("nccl_wheel"),

@@ -409,6 +409,16 @@ void PyGroup::set_timeout(Milliseconds timeout) const {
   if (devices_->side != nullptr) devices_->side->group().set_timeout(timeout);
 }
 
+Stats PyGroup::stats() const {
+  Stats all = group_->engine().stats();
+  const std::lock_guard lock(devices_->mutex);
+  if (devices_->side == nullptr) return all;
+  const Stats device = devices_->side->group().engine().stats();
+  all.bytes_inside_hosts += device.bytes_inside_hosts;
+  all.bytes_between_hosts += device.bytes_between_hosts;
+  return all;
+}
+
 void PyGroup::close() const {
   std::shared_ptr<DeviceSide> side;
   {

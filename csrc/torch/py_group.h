@@ -24,6 +24,7 @@ class PyGroup {
   // The group of memory on this device. Throws where the group works on another one.
   Group& on(const char* what, const c10::Device& device);
   void set_timeout(Milliseconds timeout) const;
+  Stats stats() const;  // with the bytes of arrays on a device that went through the host
   void close() const;
 
  private:

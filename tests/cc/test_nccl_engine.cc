@@ -1,34 +1,23 @@
 // The CUDA engine over the fake NCCL: what it computes, in which order of streams, and what becomes
 // of ranks that are late, lost, mistaken or told an error by NCCL. Streams run 200 us late, so that
 // an order that is not asked for does not come about by itself.
-#include <cstdlib>
 #include <numeric>
 
-#include "cuda/engine.h"
-#include "fake_nccl/fake_nccl.h"
+#include "fake_device.h"
 #include "ranks.h"
-
-extern "C" pycomm::cuda::Device* pycomm_test_device(const char* id);
 
 using namespace pycomm;
 using cuda::CudaEngine;
 using cuda::EngineOptions;
 using pycomm::testing::all_reduce;
 using pycomm::testing::MemoryStore;
+using pycomm::testing::open_fake;
 using pycomm::testing::PrefixStore;
 using std::chrono::milliseconds;
 
 namespace {
 
 constexpr auto kTimeout = std::chrono::seconds(20);
-
-std::shared_ptr<const cuda::NcclApi> open_fake() {
-  ::setenv("PYCOMM_NCCL_LIB", FAKE_NCCL, 1);
-  std::shared_ptr<const cuda::NcclApi> api;
-  const Status status = cuda::NcclApi::open("", &api);
-  if (!status.ok()) throw Error(status);
-  return api;
-}
 
 struct Rank {
   Group& group;

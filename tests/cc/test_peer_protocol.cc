@@ -9,64 +9,15 @@
 #include <thread>
 
 #include "cpu/reduce.h"
-#include "cuda/peer_protocol.h"
+#include "fake_nccl/peer_machine.h"
 #include "testing.h"
 
 using namespace pycomm;
 using namespace pycomm::cuda;
+using fake::Bf16;
+using HostMachine = fake::PeerMachine;
 
 namespace {
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-struct HostMachine {
-  int jitter = 0;
-  template <class Function>
-  void each(Range range, Function&& function) {
-    for (int64_t i = range.begin; i < range.end; ++i) function(i);
-  }
-  template <class T>
-  PeerVector<T> load(const char* area, int64_t i) const {
-    return reinterpret_cast<const PeerVector<T>*>(area)[i];
-  }
-  float widen(float x) const { return x; }
-  float widen(Bf16 x) const {
-    float wide;
-    cpu::to_float32(&wide, &x, 1, DType::bfloat16);
-    return wide;
-  }
-  template <class T>
-  T narrow(float x) const {
-    if constexpr (std::is_same_v<T, float>) return x;
-    T small;
-    cpu::from_float32(&small, &x, 1, DType::bfloat16);
-    return small;
-  }
-  bool exchange(const PeerArguments& args, int block, int which) {
-    const auto deadline =
-        std::chrono::steady_clock::now() + std::chrono::nanoseconds(args.timeout_ns);
-    if (jitter > 0) std::this_thread::sleep_for(std::chrono::microseconds(jitter));
-    for (int peer = 0; peer < args.n_ranks; ++peer)
-      std::atomic_ref(args.control(peer)->flags[which][block][args.rank])
-          .store(args.epoch, std::memory_order_release);
-    PeerControl* const mine = args.control(args.rank);
-    for (int peer = 0; peer < args.n_ranks; ++peer)
-      while (static_cast<int32_t>(
-                 std::atomic_ref(mine->flags[which][block][peer]).load(std::memory_order_acquire) -
-                 args.epoch) < 0) {
-        if (std::atomic_ref(mine->error).load() != 0) return false;
-        if (std::chrono::steady_clock::now() > deadline) {
-          for (int rank = 0; rank < args.n_ranks; ++rank)
-            std::atomic_ref(args.control(rank)->error).store(kPeerTimedOut);
-          return false;
-        }
-        std::this_thread::yield();
-      }
-    return true;
-  }
-};
 
 struct Buffers {
   Buffers(int n, int64_t capacity) : capacity(capacity) {
@@ -85,14 +36,15 @@ struct Buffers {
 
 template <class T>
 void run_rank(const Buffers& buffers, int rank, int n_blocks, bool two_shot, uint32_t epoch,
-              const T* in, T* out, int64_t numel, ReduceOp op,
-              uint64_t timeout_ns = 20'000'000'000) {
+              const T* in, T* out, int64_t numel, ReduceOp op, uint64_t timeout_ns = 20'000'000'000,
+              uint32_t tag = 7) {
   PeerArguments args{};
   for (size_t r = 0; r < buffers.memory.size(); ++r) args.buffers[r] = buffers.memory[r];
   args.rank = rank;
   args.n_ranks = static_cast<int>(buffers.memory.size());
   args.n_blocks = n_blocks;
   args.epoch = epoch;
+  args.tag = tag;
   args.capacity = buffers.capacity;
   args.input = in;
   args.output = out;
@@ -191,4 +143,20 @@ TEST(a_rank_that_is_not_there_ends_the_launch_of_all_others) {
   EXPECT_TRUE(std::chrono::steady_clock::now() - began < std::chrono::seconds(10));
   for (char* memory : buffers.memory)
     EXPECT_EQ(reinterpret_cast<PeerControl*>(memory)->error, kPeerTimedOut);
+}
+
+TEST(ranks_that_make_different_calls_are_all_told) {
+  for (const bool two_shot : {false, true}) {
+    const Buffers buffers(3, 4096);
+    std::vector<std::thread> ranks;
+    for (int rank = 0; rank < 3; ++rank)
+      ranks.emplace_back([&, rank] {
+        float x[4] = {1, 2, 3, 4};
+        const auto tag = static_cast<uint32_t>(rank == 1 ? 5 : 7);
+        run_rank(buffers, rank, 1, two_shot, 1, x, x, 4, ReduceOp::sum, 30'000'000'000, tag);
+      });
+    for (auto& rank : ranks) rank.join();
+    for (char* memory : buffers.memory)
+      EXPECT_EQ(reinterpret_cast<PeerControl*>(memory)->error, kPeerMismatch);
+  }
 }

@@ -58,7 +58,7 @@ def test_asynchronous_work_is_in_the_order_of_streams() -> None:
 
 
 def _streams(rank: int, n: int) -> None:
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank)  # an index of a GPU here
     side, consumer = torch.cuda.Stream(), torch.cuda.Stream()
     for turn in range(50):
         with torch.cuda.stream(side):
@@ -100,6 +100,28 @@ def _graph(rank: int, n: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, expected) and torch.equal(z, plus + 1)
+
+
+def test_ranks_on_emulated_hosts_go_through_the_host_on_one_gpu() -> None:
+    n_gpus()
+    run_torch_ranks(_through_host, 2, backend="cpu:pycomm,cuda:pycomm", hosts=["a", "b"], timeout_s=120)
+
+
+def _through_host(rank: int, n: int) -> None:
+    torch.cuda.set_device(0)
+    for numel in (1, 127, 100001):
+        x = _values(rank, numel)
+        y = x.cuda()
+        dist.all_reduce(x)
+        dist.all_reduce(y)
+        assert torch.equal(x, y.cpu())
+    got = torch.zeros(5000, device="cuda")
+    peer = 1 - rank
+    messages = [dist.P2POp(dist.isend, torch.full_like(got, rank), peer), dist.P2POp(dist.irecv, got, peer)]
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    assert got.unique().tolist() == [peer]
+    _streams(0, n)
 
 
 class _Foreign:

@@ -7,11 +7,14 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <thread>
 
 namespace fake {
 
 thread_local std::string last_error;
+thread_local std::string own_host;
+thread_local bool hangs_across = false;
 std::atomic<int> hanging_rank{-1}, slow_polls{0};
 
 namespace {
@@ -41,6 +44,12 @@ int failing(const char* function) {
   return fail_result;
 }
 
+void fail(ncclComm* comm, int result, const char* text) {
+  const std::lock_guard lock(switches_mutex);
+  comm->error_text = text;
+  comm->error = result;
+}
+
 ncclComm* make(const std::string& name, int rank, int size, bool blocking) {
   auto* comm = new ncclComm;
   comm->name = name;
@@ -56,9 +65,17 @@ ncclComm* make(const std::string& name, int rank, int size, bool blocking) {
 
 void join(ncclComm* comm) {
   comm->shared = map(comm->name);
+  const char *alone = std::getenv("FAKE_NCCL_NO_NETWORK"), *host = std::getenv("PYCOMM_HOST_ID");
+  comm->shared->hosts[comm->rank] =
+      std::hash<std::string>()(own_host.empty() && alone && host ? host : own_host);
   comm->shared->joined++;
-  comm->pending = [comm] {
+  comm->pending = [comm, hangs = hangs_across] {
     if (comm->polls-- > 0 || comm->shared->joined < comm->size) return false;
+    for (int rank = 0; rank < comm->size; ++rank)
+      if (comm->shared->hosts[rank] != comm->shared->hosts[comm->rank]) {
+        if (!hangs && comm->error == kSuccess) fail(comm, kSystemError, "socket: no route to host");
+        return false;
+      }
     ::unlink(("/dev/shm/" + comm->name).c_str());
     comm->ready = true;
     return true;
@@ -68,7 +85,10 @@ void join(ncclComm* comm) {
 int progress(ncclComm* comm) {
   if (comm->error != kSuccess) return comm->error;
   const std::lock_guard lock(comm->pending_mutex);
-  if (comm->pending && !comm->pending()) return kInProgress;
+  if (comm->pending && !comm->pending()) {
+    const int error = comm->error;  // what it may have found
+    return error != kSuccess ? error : kInProgress;
+  }
   comm->pending = nullptr;
   return kSuccess;
 }
@@ -113,6 +133,10 @@ void fake_nccl_fail_next(const char* function, int result, const char* text) {
   fail_text = text;
 }
 void fake_nccl_hang(int rank) { hanging_rank = rank; }
+void fake_nccl_no_network(const char* host, bool hangs) {
+  own_host = host == nullptr ? "" : host;
+  hangs_across = hangs;
+}
 void fake_nccl_slow_init(int polls) { slow_polls = polls; }
 int fake_nccl_n_communicators() { return n_communicators; }
 void fake_nccl_async_error(int rank, int result, const char* text) {

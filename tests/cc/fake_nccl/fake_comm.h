@@ -20,7 +20,14 @@ struct ncclComm;
 namespace fake {
 
 constexpr int kMaxRanks = 8, kSplits = 64, kRing = 16384;
-enum Result { kSuccess = 0, kInvalidArgument = 4, kInvalidUsage = 5, kRemote = 6, kInProgress = 7 };
+enum Result {
+  kSuccess = 0,
+  kSystemError = 2,
+  kInvalidArgument = 4,
+  kInvalidUsage = 5,
+  kRemote = 6,
+  kInProgress = 7
+};
 
 struct Ring {
   std::atomic<uint64_t> head, tail;
@@ -32,6 +39,7 @@ struct SplitSlot {
 };
 struct Shared {
   std::atomic<int> joined, aborted;
+  std::atomic<size_t> hosts[kMaxRanks];  // fake_nccl_no_network's, hashed
   SplitSlot splits[kSplits][kMaxRanks];
   Ring rings[kMaxRanks * kMaxRanks];  // [from * kMaxRanks + to]; pages are taken as they are used
 };

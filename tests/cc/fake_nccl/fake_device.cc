@@ -1,9 +1,15 @@
 // A pycomm::cuda::Device of host memory: each stream is a thread that runs what is on it in turn,
 // later by fake_device_delay(). A null stream is the host itself.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -12,10 +18,16 @@
 #include "cuda/device.h"
 #include "fake_nccl/arithmetic.h"
 #include "fake_nccl/fake_nccl.h"
+#include "fake_nccl/peer_machine.h"
 
 namespace {
 
 std::atomic<int> delay_us{0};
+std::mutex refusal_mutex;
+std::string refusing_id;
+size_t refused_above = SIZE_MAX;
+std::string unshared_id;  // set before ranks begin
+std::atomic<int> fake_peer_launches{0};
 
 class ThreadStream final : public FakeStream {
  public:
@@ -102,6 +114,16 @@ class HostDevice final : public pycomm::cuda::Device {
   void wait(Stream stream, Event event) override {
     in_order(stream, [mark = last(event)] { mark->wait(); });
   }
+  void wait_value(Stream stream, const uint32_t* word, uint32_t value) override {
+    in_order(stream, [=] {
+      const std::atomic_ref<uint32_t> seen(*const_cast<uint32_t*>(word));
+      while (static_cast<int32_t>(seen.load(std::memory_order_acquire) - value) < 0)
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    });
+  }
+  void write_value(Stream stream, uint32_t* word, uint32_t value) override {
+    in_order(stream, [=] { std::atomic_ref(*word).store(value); });
+  }
   bool passed(Event event) override {
     const auto mark = last(event);
     const std::lock_guard lock(mark->mutex);
@@ -111,9 +133,43 @@ class HostDevice final : public pycomm::cuda::Device {
     return std::chrono::duration<double>(last(to)->at - last(from)->at).count();
   }
   bool capturing(Stream) override { return false; }
-  void* allocate(size_t nbytes) override { return ::calloc(1, nbytes); }
+  void* allocate(size_t nbytes) override { return take(nbytes, "allocate"); }
   void release(void* memory) override { ::free(memory); }
-  void* allocate_pinned(size_t nbytes) override { return ::calloc(1, nbytes); }
+  // A memfd, whose handle says of which process it is which file.
+  void* allocate_shared(size_t nbytes) override {
+    const int fd = ::memfd_create("pycomm-fake-device", MFD_CLOEXEC);
+    if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(nbytes)) != 0)
+      throw pycomm::Error(pycomm::Code::internal, "allocate_shared: no memory");
+    void* const memory = map(fd, nbytes);
+    const std::lock_guard lock(shared_mutex_);
+    shared_[memory] = {fd, nbytes};
+    return memory;
+  }
+  void release_shared(void* memory) override {
+    const std::lock_guard lock(shared_mutex_);
+    const auto [fd, nbytes] = shared_.extract(memory).mapped();
+    ::munmap(memory, nbytes);
+    ::close(fd);
+  }
+  std::string handle_of(void* shared) override {
+    const std::lock_guard lock(shared_mutex_);
+    const auto [fd, nbytes] = shared_.at(shared);
+    return std::to_string(::getpid()) + "/fd/" + std::to_string(fd) + " " + std::to_string(nbytes);
+  }
+  void* map_shared(const std::string& handle) override {
+    if (unshared_id == id_)
+      throw pycomm::Error(pycomm::Code::internal, "map_shared: no way to that device's memory");
+    const size_t space = handle.find(' ');
+    const int fd = ::open(("/proc/" + handle.substr(0, space)).c_str(), O_RDWR | O_CLOEXEC);
+    if (fd < 0) throw pycomm::Error(pycomm::Code::internal, "map_shared: no such memory");
+    void* const memory = map(fd, std::stoul(handle.substr(space)));
+    ::close(fd);
+    return memory;
+  }
+  void unmap_shared(void* mapped, const std::string& handle) override {
+    ::munmap(mapped, std::stoul(handle.substr(handle.find(' '))));
+  }
+  void* allocate_pinned(size_t nbytes) override { return take(nbytes, "allocate_pinned"); }
   void release_pinned(void* memory) override { ::free(memory); }
   void copy(void* dst, const void* src, size_t nbytes, Stream stream) override {
     in_order(stream, [=] { std::memmove(dst, src, nbytes); });
@@ -150,12 +206,44 @@ class HostDevice final : public pycomm::cuda::Device {
       }
     });
   }
+  void peer_all_reduce(const pycomm::cuda::PeerArguments& given, pycomm::DType dtype, bool two_shot,
+                       int, Stream stream) override {
+    in_order(stream, [=] {
+      auto args = given;
+      args.n_blocks = args.numel > 1000 ? 3 : 1;
+      fake_peer_launches++;
+      for (int block = 0; block < args.n_blocks; ++block) {
+        fake::PeerMachine machine;
+        uint32_t error;
+        if (dtype == pycomm::DType::float32)
+          error = peer_all_reduce_block<float>(args, block, two_shot, machine);
+        else if (dtype == pycomm::DType::float16)
+          error = peer_all_reduce_block<fake::Half>(args, block, two_shot, machine);
+        else
+          error = peer_all_reduce_block<fake::Bf16>(args, block, two_shot, machine);
+        if (error != 0) std::atomic_ref(*args.failed).store(error);
+      }
+    });
+  }
   void in_order(Stream stream, std::function<void()> work) override {
     if (stream == nullptr) return work();
     thread(stream)->push(std::move(work));
   }
 
  private:
+  static void* map(int fd, size_t nbytes) {
+    void* const memory = ::mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (memory == MAP_FAILED) throw pycomm::Error(pycomm::Code::internal, "mmap");
+    return memory;
+  }
+  std::mutex shared_mutex_;
+  std::map<void*, std::pair<int, size_t>> shared_;
+  void* take(size_t nbytes, const char* what) const {
+    const std::lock_guard lock(refusal_mutex);
+    if (nbytes > refused_above && id_ == refusing_id)
+      throw pycomm::Error(pycomm::Code::internal, std::string(what) + ": out of memory");
+    return ::calloc(1, nbytes);
+  }
   // By the CPU engine's functions of one value, in plain loops.
   static void code_values(void* dst, const std::vector<float>& values, pycomm::BlockCode code,
                           pycomm::Loss loss) {
@@ -212,6 +300,13 @@ class HostDevice final : public pycomm::cuda::Device {
 
 extern "C" {
 
+void fake_device_refuse(const char* id, size_t above) {
+  const std::lock_guard lock(refusal_mutex);
+  refusing_id = id == nullptr ? "" : id;
+  refused_above = id == nullptr ? SIZE_MAX : above;
+}
+void fake_device_unshared(const char* id) { unshared_id = id == nullptr ? "" : id; }
+int fake_device_n_peer_launches() { return fake_peer_launches; }
 void fake_device_delay(int microseconds) { delay_us = microseconds; }
 void* fake_device_new_stream() { return HostDevice("").new_stream(); }
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes) {

@@ -17,6 +17,16 @@ void fake_nccl_hang(int rank);
 void fake_nccl_async_error(int rank, int result, const char* text);
 // Set-up and splits take so many polls longer.
 void fake_nccl_slow_init(int polls);
+// What this thread makes from now on joins no rank that has said another host here: set-up fails,
+// or where `hangs` never ends. nullptr: any; but FAKE_NCCL_NO_NETWORK=1 makes it PYCOMM_HOST_ID.
+void fake_nccl_no_network(const char* host, bool hangs);
+// Allocations of more than `above` bytes on devices with this id fail, device memory and pinned.
+// nullptr: none does.
+void fake_device_refuse(const char* id, size_t above);
+// The device with this id maps no other's memory; nullptr: each does.
+void fake_device_unshared(const char* id);
+// Launches of the peer kernel in this process.
+int fake_device_n_peer_launches();
 // What is on a stream runs this much later.
 void fake_device_delay(int microseconds);
 // A stream for a test in Python: made, given a memset to do in its turn, waited for, and freed.

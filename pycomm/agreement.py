@@ -8,7 +8,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | PYCOMM_CUDA_TOPOLOGY | the same of GPUs and what joins them: which way their collectives take (device_choice.py) |
 | PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
 | PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for GPUs' tensors: nccl, tcp, auto: tcp where NCCL cannot |
-| PYCOMM_CUDA_PEER_BYTES | up to that size an all_reduce on one host is the peer kernel's; 0: none (default 262144) |
+| PYCOMM_CUDA_PEER_BYTES | up to that size an all_reduce on one host is the peer kernel's; 0, the default: none |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |
@@ -42,7 +42,6 @@ from pycomm.planning import JobPlan
 from pycomm.table import from_json, layout_key, load, topology_from_document, topology_to_document
 from pycomm.topology import Topology
 
-PEER_NBYTES: Final = 256 << 10  # no GPU has confirmed it: where NCCL's latency no longer matters
 _HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
 
@@ -139,7 +138,7 @@ def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
         raise InvalidArgument(f"PYCOMM_CUDA_BETWEEN_HOSTS={between!r} is none of auto, nccl, tcp")
     return {
         "between_hosts": between,
-        "peer_nbytes": PEER_NBYTES if peer_nbytes is None else int(peer_nbytes),
+        "peer_nbytes": int(peer_nbytes or 0),  # no GPU has run the kernel yet, nor shown where it wins
         "device_topology": path and topology_to_document(fit(Topology.load(path), host_ids)),
         "hierarchical_nbytes": nbytes and int(nbytes),
     }

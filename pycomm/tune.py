@@ -34,7 +34,7 @@ CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
 _FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
 # allows, are measured well
-_BLOCKS = 3
+_BLOCKS, _SHORT_BLOCKS = 3, 9  # of each; as many where they take no longer than _BLOCK_S: short calls differ most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
 _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
@@ -108,7 +108,9 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
             final = final[: fitting[0]]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
-            well = dict(zip(final, time_algorithms(group, collective, size, final, calls), strict=True))
+            is_short = _LEAST_CALLS * min(first) <= _BLOCK_S
+            n_blocks = _SHORT_BLOCKS if is_short else _BLOCKS
+            well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
             for name in names:  # whoever lost the first round, on a lone call, does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = _slowest(group, time.perf_counter() - begin)

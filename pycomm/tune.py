@@ -34,7 +34,7 @@ CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
 _FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
 # allows, are measured well
-_BLOCKS, _SHORT_BLOCKS = 3, 9  # of each; as many where they take no longer than _BLOCK_S: short calls differ most
+_BLOCKS, _SHORT_BLOCKS = 3, 9  # of each; the latter where one takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
 _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size

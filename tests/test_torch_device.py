@@ -21,7 +21,7 @@ from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, Peer
 
 
 def test_collectives_equal_gloos() -> None:
-    run_device_ranks(_collectives, 3, timeout_s=60)
+    run_device_ranks(_collectives, 3, timeout_s=60, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
 
 
 def _collectives(rank: int, n: int, switches: Any) -> None:
@@ -154,7 +154,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
 
 
 def test_models_train_as_on_gloo() -> None:
-    run_device_ranks(_models, 2, timeout_s=80)
+    run_device_ranks(_models, 2, timeout_s=80, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
 
 
 def _models(rank: int, n: int, switches: Any) -> None:
@@ -240,7 +240,7 @@ def _through_host(rank: int, n: int, switches: Any) -> None:
 
 
 def test_a_late_rank_and_a_mistaken_one_raise_and_the_processes_live() -> None:
-    run_device_ranks(_failures, 2, timeout_s=40)
+    run_device_ranks(_failures, 2, timeout_s=40, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
 
 
 def _failures(rank: int, n: int, switches: Any) -> None:

@@ -202,4 +202,4 @@ def _ddp(rank: int, n: int) -> None:
             model(torch.randn(16, 64, device="cuda")).square().mean().backward()
             optimizer.step()
         found.append(model.module.weight.detach())
-    assert found[0].tolist() == pytest.approx(found[1].tolist(), rel=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)

@@ -17,14 +17,13 @@ A run replaces its own sizes in results/bubble.json; training_report.py writes d
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
 from typing import Any
 
 import torch
-from common import environment, markdown_table, read_json, run_ranks, write_json
+from common import environment, markdown_table, read_json, run_ranks, sections_and_dry, write_json
 from sleeping import PARTS, Seconds, put_to_sleep
 
 import pycomm
@@ -114,17 +113,12 @@ def section(n_ranks: int, n_micro_batches: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SIZES)} (default: all)")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    if unknown := set(options.sizes) - set(SIZES):
-        parser.error(f"no size {', '.join(sorted(unknown))}")
-    for size in options.sizes or SIZES:
+    wanted, dry = sections_and_dry(__doc__ or "", SIZES)
+    for size in wanted:
         about = environment()
         new = {size: {"environment": about, "rank_s": RANK_S, "results": section(*SIZES[size])}}
         print(table(new), flush=True)
-        if not options.dry:
+        if not dry:
             record = read_json("bubble") | new
             write_json("bubble", {key: record[key] for key in SIZES if key in record})
 

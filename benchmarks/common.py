@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing.connection
 import os
@@ -9,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -136,6 +137,17 @@ def environment() -> dict[str, Any]:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def sections_and_dry(doc: str, known: Collection[str]) -> tuple[list[str], bool]:
+    """What a script that measures in sections was called with: which of them (all where none is named), and --dry."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(known)} (default: all)")
+    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(known):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    return options.sections or list(known), options.dry
 
 
 def write_json(name: str, record: dict[str, Any]) -> Path:

@@ -27,7 +27,7 @@ import sys
 from typing import Any
 
 import torch
-from common import as_measured, environment, read_json, run_ranks, write_json
+from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
 from netns import emulated_hosts, why_unavailable
 from sleeping import Seconds, alone, put_to_sleep
 
@@ -127,17 +127,12 @@ def entry(config: Config, took: dict[str, Seconds], steps: list[StepResult]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("setups", nargs="*", metavar="SETUP", help=f"of {', '.join(SETUPS)} (default: all)")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    if unknown := set(options.setups) - set(SETUPS):
-        parser.error(f"no set-up {', '.join(sorted(unknown))}")
+    wanted, dry = sections_and_dry(__doc__ or "", SETUPS)
     if (why := why_unavailable()) is not None:
         print(f"exposed.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
-    for setup in options.setups or SETUPS:
+    for setup in wanted:
         about = environment()
         configs = [config_of(setup, schedule) for schedule in SCHEDULES]
         slower = len(HOSTS) / len(os.sched_getaffinity(0))
@@ -150,7 +145,7 @@ def main() -> int:
         for each in entries:
             print(f"{setup} {json.dumps({k: v for k, v in each.items() if k != 'step_s'})}", flush=True)
             print(f"   steps {each['step_s'][:5]}", flush=True)
-        if not options.dry:
+        if not dry:
             record = read_json("exposed")
             parts = {part: [round(s, 6) for s in dataclasses.astuple(each)] for part, each in alone_s.items()}
             record[setup] = {

@@ -13,7 +13,6 @@ are timed. A run replaces its own sections in results/overlap.json, and the tabl
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -27,7 +26,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import as_measured, environment, markdown_table, read_json, run_ranks, write_figures, write_json
+from common import (
+    as_measured,
+    environment,
+    markdown_table,
+    read_json,
+    run_ranks,
+    sections_and_dry,
+    write_figures,
+    write_json,
+)
 from netns import emulated_hosts, why_unavailable
 from overlap_plot import plot
 from torch import Tensor, nn
@@ -444,21 +452,16 @@ def card_cells(name: str, card: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    if unknown := set(options.sections) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}")
+    wanted, dry = sections_and_dry(__doc__ or "", SECTIONS)
     if (why := why_unavailable()) is not None:
         print(f"overlap.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
     record = read_json("overlap")
-    for name in options.sections or SECTIONS:
+    for name in wanted:
         record[name] = {"environment": environment(), "result": section(name)}
         print("\n".join(tables({name: record[name]})), flush=True)
-        if not options.dry:
+        if not dry:
             write_json("overlap", {key: record[key] for key in SECTIONS if key in record})
             write_figures(PAGE, tables(record))
             plot(record)

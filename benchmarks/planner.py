@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from common import as_measured, environment, read_json, run_ranks, write_json
+from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
 from netns import emulated_hosts, why_unavailable
 from sleeping import by_flops, put_to_sleep
 
@@ -137,13 +137,7 @@ def section(name: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    if unknown := set(options.sections) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}")
-    wanted = options.sections or SECTIONS
+    wanted, dry = sections_and_dry(__doc__ or "", SECTIONS)
     if any("@" in each for each in wanted) and (why := why_unavailable()) is not None:
         print(f"planner.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
@@ -163,7 +157,7 @@ def main() -> int:
                 f"      blocked {each['blocked_s']}",
                 flush=True,
             )
-        if not options.dry:
+        if not dry:
             record = read_json("planner")
             record[name] = {"environment": about, "result": found}
             write_json("planner", {key: record[key] for key in SECTIONS if key in record})

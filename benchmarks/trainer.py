@@ -21,7 +21,6 @@ torchtitan see titan.py."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -34,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import as_measured, environment, read_json, run_ranks, write_json
+from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
 from netns import emulated_hosts, why_unavailable
 from plain_torch import Contender, DataParallel, Pipelining, require_plain
 from torch import Tensor
@@ -200,13 +199,7 @@ def section(name: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    if unknown := set(options.sections) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}")
-    wanted = options.sections or SECTIONS
+    wanted, dry = sections_and_dry(__doc__ or "", SECTIONS)
     if any(not each.endswith("@1host") for each in wanted) and (why := why_unavailable()) is not None:
         print(f"trainer.py cannot emulate hosts here: {why}", file=sys.stderr)
         return 2
@@ -217,7 +210,7 @@ def main() -> int:
         print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
         for who, each in found["step_s"].items():
             print(f"  {who:<30} {1e3 * each['median']:8.1f} ms  losses within {found['losses_apart'][who]}", flush=True)
-        if not options.dry:
+        if not dry:
             record = read_json("trainer")
             record[name] = {"environment": about, "result": found}
             write_json("trainer", {key: record[key] for key in SECTIONS if key in record})

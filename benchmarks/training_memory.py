@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, read_json, run_ranks, write_json
+from common import environment, read_json, run_ranks, sections_and_dry, write_json
 
 import pycomm
 from training.config import Config
@@ -170,16 +170,11 @@ def zero3_section() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--dry", action="store_true", help="print, and leave the record as it is")
-    options = parser.parse_args()
-    if unknown := set(options.sections) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}")
-    for section in options.sections or SECTIONS:
+    wanted, dry = sections_and_dry(__doc__ or "", SECTIONS)
+    for section in wanted:
         about = environment()
         results = estimate_section(section) if section in LAYOUTS else zero3_section()
-        if not options.dry:
+        if not dry:
             record = read_json("training_memory") | {section: {"environment": about, "results": results}}
             write_json("training_memory", {key: record[key] for key in SECTIONS if key in record})
 

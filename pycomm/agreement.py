@@ -37,6 +37,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from pycomm import _C, planners, project
 from pycomm.discover import describe
 from pycomm.errors import InvalidArgument, PeerLost, PeerTimeout, PycommWarning, TopologyError
+from pycomm.gpus import find_gpus
 from pycomm.machine import this_machine
 from pycomm.planning import JobPlan
 from pycomm.table import from_json, layout_key, load, topology_from_document, topology_to_document
@@ -57,7 +58,7 @@ def agree(store: Store, endpoint: _C.Endpoint, topology: Topology | str | Path |
     if job["error"]:
         raise TopologyError(job["error"])
     if job["asks_hardware"] and endpoint.rank in _first_ranks(endpoint.host_ids):
-        own.set(f"hardware/{endpoint.rank}", describe(this_machine()))
+        own.set(f"hardware/{endpoint.rank}", describe(this_machine(), find_gpus()[0]))
     led = topology_from_document(job["topology"]) if job["topology"] else None
     _compare(endpoint, topology, led)
     (text,) = _await(own, ["table"], limit, "rank 0")
@@ -116,7 +117,7 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
     try:
         if files:
             firsts = _first_ranks(endpoint.host_ids)
-            own.set("hardware/0", describe(this_machine()))
+            own.set("hardware/0", describe(this_machine(), find_gpus()[0]))
             keys = [f"hardware/{rank}" for rank in firsts]
             hardware = _await(own, keys, limit, f"one of ranks {', '.join(map(str, firsts))}")
             text = _find_table(files, plain, hardware)

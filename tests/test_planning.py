@@ -39,7 +39,7 @@ def table(topology=None, **changes):
         Times("all_reduce", name, ((1 << 10, seconds), (1 << 20, seconds)))
         for name, seconds in (("ring", 1e-6), ("doubling", 1e-3), ("hierarchical", 1e-3))
     )
-    hardware = (describe(this_machine()),) * len(topology.hosts)
+    hardware = (describe(this_machine(), ()),) * len(topology.hosts)
     return dataclasses.replace(TuningTable(engine_version(), hardware, topology, times), **changes)
 
 
@@ -113,7 +113,7 @@ REFUSED = {
         lambda: table(Topology.from_host_ids("abab", nic=SLOW)).to_json(),
         "placed abab, this job has 4 ranks on 2 host(s) (2, 2), placed aabb",
     ),
-    "other format": (lambda: json.dumps({"format": 99}), "it has format 99, this pycomm reads format 1"),
+    "other format": (lambda: json.dumps({"format": 99}), "it has format 99, this pycomm reads format 2"),
     "no table": (lambda: "hello", "it is no tuning table"),
 }
 

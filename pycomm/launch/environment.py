@@ -51,6 +51,7 @@ def rank_environment(
         if network is not None:
             environment["PYCOMM_ADDRESS"] = ",".join(network.addresses(place.host))
             environment["GLOO_SOCKET_IFNAME"] = "nic0"  # Gloo would take the address of the machine's name
+            environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns that these addresses have no names
     return environment
 
 

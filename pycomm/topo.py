@@ -16,6 +16,7 @@ from pycomm.errors import InvalidArgument, PycommError
 from pycomm.explain import count_of, format_s
 from pycomm.group import init
 from pycomm.hosts import Host, Link
+from pycomm.launch.started import join_job
 from pycomm.measure import Links, Matrix, measure_links, measured_topology, slow_paths
 from pycomm.topology import Topology
 from pycomm.tune import add_layout, relaunch
@@ -225,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if starts:
         return relaunch("topo", options, _passed_on(options))
-    if "RANK" in os.environ:
+    if join_job():
         return _job(options)
     if options.measure:
         raise InvalidArgument(

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from netns import Network
 
 from pycomm.bench.record import machine
 from pycomm.discover import survey
 from pycomm.measure import measure_links, measured_topology
+from pycomm.netns import Network
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,6 +1,6 @@
 """How much of a step the ranks wait for communication: DP x TP x PP on two emulated hosts: python benchmarks/exposed.py
 
-Eight ranks, dp 2 x tp 2 x pp 2, of four to a host (network namespaces, netns.py; needs root), 1 Gbit/s between the
+Eight ranks, dp 2 x tp 2 x pp 2, of four to a host (network namespaces; needs root), 1 Gbit/s between the
 hosts. Here are fewer cores than ranks, so layers sleep (sleeping.py) instead of computing; everything that communicates
 is real, and so is the optimizer. As that needs cores too, time runs slower by the ranks a core has, K: a layer sleeps K
 times as long as one process alone needed for it on one core at a rank's widths (measured first), and the link has 1/K
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
-from netns import emulated_hosts, why_unavailable
 from sleeping import Seconds, alone, put_to_sleep
 
 import pycomm
+from pycomm.netns import emulated_hosts, why_unavailable
 from training import schedules
 from training.config import Config
 from training.layout import resolve_layout, stages_of

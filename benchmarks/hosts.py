@@ -1,6 +1,6 @@
 """Collectives across emulated hosts, beside Gloo, MPICH and what the link allows: python benchmarks/hosts.py
 
-Hosts are network namespaces (netns.py) whose NICs tc shapes. Needs root. A section is a layout and a rate, such as
+Hosts are network namespaces whose NICs tc shapes. Needs root. A section is a layout and a rate, such as
 "2x4-scattered@1gbit": 2 hosts of 4 ranks, rank after rank on another host. All libraries are up at once and take turns,
 as in peers.py, and every result is verified before it is timed. The time of a call is that of a block of calls, one
 after another, over their number, on the slowest rank; of the blocks the median. (Not the slowest rank's time of each
@@ -27,9 +27,10 @@ import numpy as np
 from common import environment, read_json, serve_store, size_name, write_json
 from hosts_report import plot, table, write_page
 from links import compile_bare
-from netns import Network, emulated_hosts, why_unavailable
 from peer_rank import Hosts
 from peers import MPICH, PEERS, Library, Running, install, start
+
+from pycomm.netns import Network, emulated_hosts, why_unavailable
 
 KIB, MIB = 1 << 10, 1 << 20
 LAYOUTS = {f"{h}x{r}{kind}": (h, r, kind) for h, r in ((2, 2), (2, 4), (4, 2)) for kind in ("", "-scattered")}

@@ -47,7 +47,9 @@ from common import (
     write_figures,
     write_json,
 )
-from netns import HOSTS, emulated_hosts, why_unavailable
+from netns import HOSTS, shape_connections
+
+from pycomm.netns import emulated_hosts, why_unavailable
 
 MIB = 1 << 20
 COLLECTIVES = ("send/recv", "all_reduce", "all_gather", "broadcast", "reduce_scatter", "all_to_all")
@@ -484,7 +486,7 @@ def sockets_section(_: str, library: str) -> dict[str, Any]:
             if each is None:
                 network.shape("1gbit")
             else:
-                network.shape_connections("1gbit", each)
+                shape_connections(network, "1gbit", each)
             addresses = {host: network.addresses(host) for host in HOSTS}
             by_rank = run_ranks(measure_sockets, 2, library, addresses, hosts=HOSTS, network=network, timeout_s=120)
         for collective in SOCKETS_COLLECTIVES:

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import environment, markdown_table, read_json, run_ranks, write_figures, write_json
-from netns import emulated_hosts, why_unavailable
 from torch import Tensor
+
+from pycomm.netns import emulated_hosts, why_unavailable
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 256, 8, 2048, 256
 RATE, RATE_BYTES_PER_S = "200mbit", 200e6 / 8

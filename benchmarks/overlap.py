@@ -1,6 +1,6 @@
 """What overlapping communication with computation leaves exposed: python benchmarks/overlap.py [SECTION ..]
 
-Two emulated hosts of one rank each (network namespaces, netns.py), 200 Mbit/s between them. Needs root. Sections:
+Two emulated hosts of one rank each (network namespaces), 200 Mbit/s between them. Needs root. Sections:
 
     sleeping   gradients of 32 layers, 8 MiB, whose backward sleeps 12 ms each, beside DDP over Gloo
     computing  the same with matrix products of about 12 ms on one core in the place of the sleep
@@ -36,12 +36,12 @@ from common import (
     write_figures,
     write_json,
 )
-from netns import emulated_hosts, why_unavailable
 from overlap_plot import plot
 from torch import Tensor, nn
 
 import pycomm
 from pycomm.moe import ExpertParallel
+from pycomm.netns import emulated_hosts, why_unavailable
 from pycomm.overlap import (
     GradientBuckets,
     MatmulPlan,

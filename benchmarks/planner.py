@@ -1,6 +1,6 @@
 """The planner's predictions beside measured steps: python benchmarks/planner.py [SECTION ..]
 
-On each set-up of emulated hosts (network namespaces, netns.py; needs root) the ranks measure their links, plan as
+On each set-up of emulated hosts (network namespaces; needs root) the ranks measure their links, plan as
 `pycomm-train plan` does, and train in the first layouts of the plan, which take turns. Reported for each layout:
 predicted and measured step, and for each set-up what its first choice takes over the measured best of them.
 
@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
-from netns import emulated_hosts, why_unavailable
 from sleeping import by_flops, put_to_sleep
 
 import pycomm
+from pycomm.netns import emulated_hosts, why_unavailable
 from training.config import Config, LayoutConfig
 from training.layer_rate import planning_flops
 from training.metered import MeteredGroup, on_rank_0

@@ -1,6 +1,6 @@
 """The simulator held against measured runs: predicted over measured, on emulated hosts: python benchmarks/simulator.py
 
-Needs root. Hosts are network namespaces (netns.py) whose NICs tc shapes; a set-up is a layout and a rate, such as
+Needs root. Hosts are network namespaces whose NICs tc shapes; a set-up is a layout and a rate, such as
 "4x2@200mbit": 4 hosts of 2 ranks. The ranks first measure their own links (pycomm.measure, as `pycomm tune` does); the
 topology with these figures is all that the simulator gets, nothing is fitted to the collectives. Then algorithms and
 sizes take turns: batches of calls one after another, the slowest rank's time, the median of the batches.
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from common import environment, markdown_table, read_json, run_ranks, size_name, write_figures, write_json
-from netns import emulated_hosts, why_unavailable
 
 import pycomm
 from pycomm.discover import survey
 from pycomm.measure import measure_links, measured_topology
+from pycomm.netns import emulated_hosts, why_unavailable
 from pycomm.planners import PLANNERS
 from pycomm.simulate import simulate
 from pycomm.topology import Topology

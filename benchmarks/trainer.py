@@ -6,7 +6,7 @@ Four ranks train the same model, from the same weights on the same tokens, in pa
     sharded           trainer: dp 4, ZeRO-3    FSDP2: fully_shard() of each block, then of the rest
     pipeline          trainer: pp 4, 1F1B      torch.distributed.pipelining: Schedule1F1B
 
-A section is a preset and where the ranks are: "1host", or two emulated hosts (network namespaces, netns.py; needs root)
+A section is a preset and where the ranks are: "1host", or two emulated hosts (network namespaces; needs root)
 whose NICs have a rate, "default@200mbit". All contenders live in the same processes, one thread a rank, and take turns
 of some steps in an order that rotates; a turn's time is the slowest rank's. Losses of all steps are compared: the run
 fails where a contender's differ from the first one's by more than LOSS_TOLERANCE. On two hosts three more trainers run
@@ -34,11 +34,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
-from netns import emulated_hosts, why_unavailable
 from plain_torch import Contender, DataParallel, Pipelining, require_plain
 from torch import Tensor
 
 import pycomm
+from pycomm.netns import emulated_hosts, why_unavailable
 from training.config import Config
 from training.presets import load_preset
 from training.trainer import Trainer

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 from common import environment, markdown_table, read_json, run_ranks, size_name, write_json
-from netns import emulated_hosts, why_unavailable
+
+from pycomm.netns import emulated_hosts, why_unavailable
 
 HOSTS = ("a",) * 4 + ("b",) * 4
 PAYLOAD_SHARE = 1448 / 1514

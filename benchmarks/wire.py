@@ -1,6 +1,6 @@
 """all_reduce with every wire between two emulated hosts of two ranks: python benchmarks/wire.py
 
-Hosts are network namespaces whose links tc shapes (netns.py); needs root. fp32 and the wires take turns, call by call.
+Hosts are network namespaces whose links tc shapes; needs root. fp32 and the wires take turns, call by call.
 Writes results/wire.json, from which docs/wire.md has its table."""
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from common import environment, markdown_table, run_ranks, size_name, write_json
-from netns import emulated_hosts, why_unavailable
 
 import pycomm
+from pycomm.netns import emulated_hosts, why_unavailable
 
 WIRES = (None, "bf16", "fp8", "int8", "int4")
 RATES = ("200mbit", "1gbit")

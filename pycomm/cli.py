@@ -29,9 +29,9 @@ class Command:
 
 
 def _launch(argv: Sequence[str]) -> int:
-    from pycomm import launch
+    from pycomm.launch import command
 
-    return launch.main(argv)
+    return command.main(argv)
 
 
 def _explain(argv: Sequence[str]) -> int:

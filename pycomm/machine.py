@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import dataclasses
 import fcntl
 import os
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pycomm.errors import InvalidArgument, PycommError
+from pycomm.qdisc import shaped_bytes_per_s
 
 # Drivers whose rate is a number that somebody made up: veth says 10 Gbit/s, tun 10 Mbit/s, whatever carries them.
 _NO_RATE_OF_ITS_OWN: Final = frozenset(
@@ -29,7 +31,8 @@ _SPEED_UNKNOWN = (0, 0xFFFF, 0xFFFFFFFF)
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface that is up, or loopback. bytes_per_s is None where unknown; `why` then has the reason."""
+    """A network interface that is up, or loopback. bytes_per_s: what tc holds it to, or its driver states, the lower;
+    None where unknown, and `why` then has the reason."""
 
     name: str
     driver: str
@@ -198,7 +201,19 @@ def _interfaces(unknown: list[str]) -> tuple[Interface, ...]:
             entry = item.next
     finally:
         libc.freeifaddrs(head)
-    return tuple(_interface(name, tuple(addresses[name]), name in loopback) for name in sorted(addresses))
+    try:
+        shaped = shaped_bytes_per_s()
+    except OSError as error:
+        shaped = {}
+        unknown.append(f"rates that tc holds interfaces to: rtnetlink has no answer ({error})")
+    found = []
+    for name in sorted(addresses):
+        interface = _interface(name, tuple(addresses[name]), name in loopback)
+        if name in shaped:
+            rate = min(shaped[name], interface.bytes_per_s or shaped[name])
+            interface = dataclasses.replace(interface, bytes_per_s=rate, why="")
+        found.append(interface)
+    return tuple(found)
 
 
 def _address(pointer: Any) -> str | None:

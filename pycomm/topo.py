@@ -16,6 +16,7 @@ from pycomm.errors import InvalidArgument, PycommError
 from pycomm.explain import count_of, format_s
 from pycomm.group import init
 from pycomm.hosts import Host, Link
+from pycomm.launch.started import join_job
 from pycomm.measure import Links, Matrix, measure_links, measured_topology, slow_paths
 from pycomm.topology import Topology
 from pycomm.tune import add_layout, relaunch
@@ -97,23 +98,33 @@ def matrices(topology: Topology, links: Links) -> str:
 def draw(path: Path, topology: Topology, links: Links | None) -> None:
     """The tree, and beside it the matrix of rates where measured. Raises PycommError without matplotlib, and where the
     file cannot be written."""
+    figure = picture(topology, links)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise PycommError(f"cannot write the picture {path}: {error}") from error
+
+
+def picture(topology: Topology, links: Links | None) -> Any:
+    """What draw() writes, as a matplotlib Figure."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise PycommError(f"--png needs matplotlib ({error}); pip install 'pycomm[bench]'") from error
-    n_panels = 1 if links is None else 2
-    figure = Figure(figsize=(7 * n_panels, max(4.0, 0.45 * topology.n_ranks)), layout="constrained")
-    axes = figure.subplots(1, n_panels, squeeze=False)[0]
+    boxes = [_nic_lines(host) for host in topology.hosts]
+    # What the widest and the highest box of 8 point letters take, so that none covers another.
+    column = max(1.6, 0.075 * max(len(line) for lines in boxes for line in lines))
+    row = max(0.45, 0.17 * max(map(len, boxes)) + 0.2)
+    widths = [column * (topology.above.shape[1] + 3), *([] if links is None else [7.0])]
+    figure = Figure(figsize=(sum(widths), max(4.0, row * topology.n_ranks)), layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     _draw_tree(axes[0], topology)
     if links is not None:
         by_rank = topology.n_ranks <= LARGEST_MATRIX
         rates = links.bytes_per_s if by_rank else links.host_bytes_per_s
         names = [str(rank) for rank in range(len(rates))] if by_rank else [host.name for host in topology.hosts]
         _draw_matrix(axes[1], names, rates * 8 / 1e9, "rank" if by_rank else "host")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise PycommError(f"cannot write the picture {path}: {error}") from error
+    return figure
 
 
 def _draw_tree(axes: Any, topology: Topology) -> None:
@@ -130,8 +141,7 @@ def _draw_tree(axes: Any, topology: Topology) -> None:
         middle = float(np.mean([row_of[rank] for rank in ranks]))
         for rank in ranks:
             axes.plot([depth, depth + 1], [middle, row_of[rank]], color="0.7", zorder=1)
-        here = topology.hosts[host]
-        _box(axes, depth, middle, f"{here.name}\n{'+'.join(nic.name for nic in here.nics)}: {_link(here.nic)}")
+        _box(axes, depth, middle, "\n".join(_nic_lines(topology.hosts[host])))
     rows = {index: float(np.mean([row_of[r] for r in host.ranks])) for index, host in enumerate(topology.hosts)}
     for index, host_row in rows.items():
         chain = [int(position) for position in topology.above[index] if position >= 0]
@@ -146,6 +156,13 @@ def _draw_tree(axes: Any, topology: Topology) -> None:
     _box(axes, -1, (row - 1) / 2, "core")
     axes.set(xlim=(-1.5, depth + 1.5), ylim=(row - 0.5, -0.5), title=f"{topology.n_ranks} ranks")
     axes.axis("off")
+
+
+def _nic_lines(host: Host) -> list[str]:
+    """What is in a host's box: NICs that are alike in one line, with their rate together, others one by one."""
+    if len({nic.link for nic in host.nics}) > 1:
+        return [host.name, *(f"{nic.name}: {_link(nic.link)}" for nic in host.nics)]
+    return [host.name, f"{'+'.join(nic.name for nic in host.nics)}: {_link(host.nic)}"]
 
 
 def _box(axes: Any, x: float, y: float, text: str) -> None:
@@ -225,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if starts:
         return relaunch("topo", options, _passed_on(options))
-    if "RANK" in os.environ:
+    if join_job():
         return _job(options)
     if options.measure:
         raise InvalidArgument(

@@ -24,6 +24,7 @@ from pycomm.discover import survey
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
 from pycomm.group import Group, init
+from pycomm.launch.started import join_job
 from pycomm.measure import measure_links, measured_topology
 from pycomm.planners import PLANNERS
 from pycomm.table import Times, TuningTable
@@ -171,8 +172,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
 
 def relaunch(command: str, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Runs `pycomm <command> <arguments>` as the ranks that add_layout()'s options describe."""
-    if "RANK" in os.environ:
-        raise InvalidArgument("this is a rank of a job already (RANK is set); leave --ranks and --hosts out")
+    if join_job():
+        raise InvalidArgument("this is a rank of a job already; leave --ranks and --hosts out")
     layout = launch.parse_layout(options.ranks, options.hosts, options.ranks_per_host)
     return launch.launch(["-m", "pycomm", command, *arguments], layout, output="rank0")
 
@@ -202,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
         if options.output is not None:
             arguments += ["--output", str(options.output.absolute())]
         return relaunch("tune", options, arguments)
-    if "RANK" not in os.environ:
+    if not join_job():
         parser.error("no ranks to measure: give --hosts 2 --ranks-per-host 4, or start it under a launcher")
     os.environ["PYCOMM_TUNE_FILE"] = ""  # an older table has no say, and no warning is due
     begin = time.perf_counter()

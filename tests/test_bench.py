@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -306,26 +305,6 @@ def test_under_pycomm_launch_and_torchrun() -> None:
         assert [row[0] for row in table_rows("\n".join(lines))] == ["0", "8"], done.stdout
     done = bench("barrier", "--ranks", "2", launcher=launcher)
     assert done.returncode != 0 and "leave --ranks and --hosts out" in done.stderr
-
-
-def test_under_slurm() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *BENCH, "all_reduce", "-b", "8", "-e", "8", "-n", "3", "--timeout", "60"],
-            env=os.environ
-            | {"SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"}
-            | {"SLURM_STEP_NODELIST": "localhost", "SLURM_LOCALID": str(rank), "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    first, second = (rank.communicate(timeout=90)[0] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert len(table_rows(first)) == 1 and second == ""  # rank 0 alone prints
 
 
 def test_compare_ends_with_1_where_a_median_became_slower(tmp_path: Path) -> None:

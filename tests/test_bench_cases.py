@@ -25,12 +25,12 @@ from pycomm.bench.cases import (
     cases,
     ladder,
 )
-from pycomm.bench.job import first_node, interfaces, job_environment
+from pycomm.bench.job import interfaces
 from pycomm.bench.measure import Row, Timing
 from pycomm.bench.options import parser, work
 from pycomm.bench.report import Table, matrix
 from pycomm.bench.roofline import link_bytes, link_limit_s, memory_limit_s
-from pycomm.errors import InvalidArgument, PycommError
+from pycomm.errors import InvalidArgument
 from pycomm.overlap import Scorecard
 from pycomm.topology import Topology
 
@@ -283,44 +283,6 @@ def test_memory_must_read_each_input_and_write_each_output() -> None:
     assert memory_limit_s(Case("all_gather", "float32", mib, 4), 5 * mib) == 1.0  # 1 read, 4 written
     assert memory_limit_s(Case("broadcast", "float32", mib, 4), 4 * mib) == 1.0  # 1 read, 3 written
     assert memory_limit_s(Case("all_reduce", "float32", mib // 2, 4), 1.0) is None
-
-
-# Launchers.
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("gpu[03-07,9],login", "gpu03"),
-        ("a1", "a1"),
-        ("a1,b2", "a1"),
-        ("n[1,3]-ib", "n1-ib"),
-        ("rack1-n[008]", "rack1-n008"),
-    ],
-)
-def test_first_node_of_slurms_lists(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
-
-
-def test_the_environment_of_each_launcher() -> None:
-    torchrun = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    assert job_environment(torchrun | {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "X": "y"}) == torchrun
-    slurm = {"SLURM_STEP_ID": "2", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1234"}
-    slurm |= {"SLURM_STEP_NODELIST": "n[07-10]", "SLURM_LOCALID": "1"}
-    found = job_environment(slurm)
-    assert found is not None
-    assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"], found["LOCAL_RANK"]) == ("3", "8", "n07", "1")
-    others = [job_environment(slurm | {"SLURM_PROCID": str(rank)}) for rank in range(8)]
-    assert {each["MASTER_PORT"] for each in others if each} == {found["MASTER_PORT"]}
-    assert job_environment(slurm | {"MASTER_PORT": "555"}) == found | {"MASTER_PORT": "555"}
-    batch_script = {name: value for name, value in slurm.items() if name != "SLURM_STEP_ID"}
-    assert job_environment(batch_script) is None
-    assert job_environment({"HOME": "/"}) is None
-    mpiexec = {"PMI_RANK": "1", "PMI_SIZE": "2"}
-    with pytest.raises(PycommError, match="set MASTER_ADDR and MASTER_PORT"):
-        job_environment(mpiexec)
-    where = {"MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    assert job_environment(mpiexec | where) == {"RANK": "1", "WORLD_SIZE": "2"} | where
 
 
 def test_interfaces_are_named_by_their_addresses() -> None:

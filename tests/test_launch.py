@@ -17,7 +17,8 @@ import pytest
 from commands import PYCOMM
 
 from pycomm.errors import InvalidArgument, PycommError
-from pycomm.launch import parse_layout, places, rank_environment, reserved_port, resolve_command
+from pycomm.launch import parse_layout, places
+from pycomm.launch.environment import rank_environment, reserved_port, resolve_command
 
 pytestmark = pytest.mark.timeout(60)
 

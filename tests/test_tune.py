@@ -1,5 +1,6 @@
 """`pycomm tune` and `pycomm topo`: what they print, write and refuse, and that a job uses what was measured."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 from commands import PYCOMM
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from spawn import run_ranks
 
 from pycomm.agreement import engine_version
@@ -16,7 +18,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.hosts import Link, Nic, Switch
 from pycomm.planners import PLANNERS
 from pycomm.table import load
-from pycomm.topo import Node, tree
+from pycomm.topo import Node, picture, tree
 from pycomm.topology import Host, Topology
 from pycomm.tune import tune, tune_in_background
 
@@ -214,6 +216,22 @@ def test_a_file_of_racks_is_shown_as_a_tree_and_drawn(pycomm_command, tmp_path):
         "└─ inside hosts: 48 Gbit/s, 1 us; sums at 64 Gbit/s",
     ]
     assert (tmp_path / "racks.png").stat().st_size > 10_000
+
+
+def test_a_picture_of_three_levels_shows_each_nic_and_no_box_covers_another():
+    """Two NICs of different rates are two lines; their sum would hide that one of them is slow."""
+    links = (Nic("eth0", Link(1e-5, 1.25e8)), Nic("eth1", Link(1e-5, 2.5e7)))
+    levels = [("site", None), ("pod", "site"), ("rack0", "pod"), ("rack1", "pod")]
+    topology = Topology(
+        (Host("a", (0,), links, "rack0"), Host("b", (1,), links, "rack1"), Host("c", (2, 3), links[:1], "rack1")),
+        switches=tuple(Switch(name, Link(1e-3, 1.25e9), parent) for name, parent in levels),
+    )
+    figure = picture(topology, None)
+    FigureCanvasAgg(figure).draw()
+    texts = {text.get_text(): text.get_bbox_patch().get_window_extent() for text in figure.axes[0].texts}
+    assert "a\neth0: 1 Gbit/s, 10 us\neth1: 200 Mbit/s, 10 us" in texts and len(texts) == 3 + 4 + 4 + 1
+    for (one, here), (other, there) in itertools.combinations(texts.items(), 2):
+        assert not here.overlaps(there), f"{one!r} and {other!r}"
 
 
 def test_every_switch_and_host_of_a_tree_is_below_the_root():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pycomm.bench.job import Interrupt, job_environment
+from pycomm.bench.job import Interrupt
 from pycomm.bench.options import Work, parser, work
 from pycomm.bench.plot import plot, require_matplotlib
-from pycomm.errors import InvalidArgument
+from pycomm.errors import InvalidArgument, PycommError
+from pycomm.launch.started import join_job
 
 if TYPE_CHECKING:
     from pycomm.bench.cases import Case
@@ -32,11 +34,9 @@ def main(argv: Sequence[str]) -> int:
     for path in filter(None, (options.json, options.csv, options.png)):
         if not path.absolute().parent.is_dir():
             raise InvalidArgument(f"the folder of {path} does not exist; make it first")
-    found = job_environment(os.environ)
-    if found is not None:
+    if join_job():
         if (options.ranks, options.hosts, options.ranks_per_host) != (None, None, None):
             raise InvalidArgument("a launcher has started the ranks already; leave --ranks and --hosts out")
-        os.environ.update(found)
         return _rank(options, argv)
     return _alone(options, argv)
 
@@ -87,7 +87,10 @@ def _compared(old: dict[str, Any], new: dict[str, Any], noise: float) -> int:
 
 
 def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        raise PycommError(f"a rank of pycomm bench needs torch, which {sys.executable} has not ({error})") from error
 
     import pycomm
     from pycomm.bench.baselines import open_libraries

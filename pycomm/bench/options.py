@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="What collectives cost here: nccl-tests' columns and options, tails, the algorithm and its reason, "
         "the share of the measured roofline, other libraries in turns. Every result is verified.",
-        epilog="Under torchrun, srun or `pycomm launch` it is one rank of their job; alone it starts its own "
+        epilog="Under torchrun, srun, mpiexec or `pycomm launch` it is one rank of their job; alone it starts its own "
         "(--ranks, --hosts). exit code: 0; 1 a regression (--compare); 2 a wrong command line; 3 wrong elements; 130 "
         "Ctrl-C, which keeps what was measured.",
     )

@@ -125,7 +125,9 @@ def test_groups_that_cross_an_uplink_share_it(tmp_path: Path) -> None:
     assert seconds([[0, 1], [2, 3]], path) < 0.1
 
 
-@pytest.mark.parametrize("preset", ["default", "gpt2", "llama_8b", "mixtral_8x7b", "deepseek_moe_16b"])
+@pytest.mark.parametrize(
+    "preset", ["default", "gpt2", "llama_8b", "mixtral_8x7b", "deepseek_moe_16b", "deepseek_v2_lite", "deepseek_v3"]
+)
 def test_flops_of_the_parts_are_those_of_the_model(preset: str) -> None:
     config = load_preset(preset)
     costs = Costs(config.model, whole_specs(config))

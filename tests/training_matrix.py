@@ -21,7 +21,9 @@ DENSE = {"n_layers": 5, "d_model": 44, "n_heads": 12, "n_kv_heads": 4, "head_dim
 MOE = {**DENSE, "n_experts": 4, "top_k": 2, "moe_every": 5, "n_shared_experts": 1, "d_ff_expert": 28}
 UNTIED = {**DENSE, "tie_embeddings": False}
 GPT2 = {**DENSE, "block": "gpt2", "max_seq_len": 50, "n_kv_heads": 12}
-MODELS = {"dense": DENSE, "moe": MOE, "untied": UNTIED, "gpt2": GPT2}
+MLA = {**DENSE, "n_kv_heads": 12, "kv_lora_rank": 14, "q_lora_rank": 18, "qk_rope_head_dim": 6, "v_head_dim": 7}
+MLA_MOE = {**MOE, **MLA, "q_lora_rank": 0}
+MODELS = {"dense": DENSE, "moe": MOE, "untied": UNTIED, "gpt2": GPT2, "mla": MLA, "mla moe": MLA_MOE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,11 @@ CASES = [
     Case(4, pipe(2, "zbv", tp=2), ACC, "untied"),
     Case(4, {"tp": 2, "cp": 2}, model="gpt2"),
     Case(4, pipe(2, "zb_h1", zero=1), ACC, "gpt2"),
+    # latent attention
+    Case(4, {"tp": 2, "cp": 2}, {"recompute": "selective"}, "mla"),
+    Case(4, {"cp": 2, "context": "ulysses", "zero": 3}, {"recompute": "full"}, "mla"),
+    Case(8, pipe(2, "zb_h1", tp=2, zero=1), ACC, "mla"),
+    Case(4, {"tp": 2, "ep": 2, "tp_overlap": "always"}, model="mla moe"),
     # triples, and every axis
     Case(8, pipe(2, "1f1b", tp=2), ACC),
     Case(8, pipe(2, "zbv", zero=3, zero_ranks=2), {"accumulation": 2}),

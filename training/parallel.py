@@ -84,6 +84,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh) -> Tensor
     return mesh.weight_gradients.linear(x, weight, bias)
 
 
+class Linear(ShardedModule):
+    """y = x Wᵀ with W whole on each tensor parallel rank, which runs it for its part of the sequence."""
+
+    def __init__(self, d_in: int, d_out: int, mesh: Mesh, std: float) -> None:
+        super().__init__(mesh)
+        self.weight = self.new_parameter("weight", ParamSpec((d_out, d_in), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, None, self.mesh)
+
+
 class ColumnLinear(ShardedModule):
     """y = x Wᵀ + b with W's output features cut over tp: [..., d_in] to [..., d_out / tp]."""
 

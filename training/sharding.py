@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from training.mesh import Axis, Mesh
 
+STD = 0.02  # of the normal init, GPT-2's
+
 
 @dataclass(frozen=True)
 class ParamSpec:

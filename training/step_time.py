@@ -70,7 +70,7 @@ class Costs:
 
     def core(self, seq_len: int) -> float:
         """FLOPs of a token's forward in attention itself, counted whole as ModelConfig.flops_per_token() does."""
-        return 4.0 * self.model.n_heads * self.model.head_width * seq_len
+        return 2.0 * self.model.n_heads * (self.model.qk_width + self.model.v_width) * seq_len
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,17 @@ def _stage(
     first, last = stage == 0, stage == stages.placement.n_stages - 1
     head_s = 3 * costs.head * per_flop if last else 0.0  # the fused loss makes its gradients in forward
     again = {"none": 0.0, "selective": core_s, "full": blocks_s}[recompute]
-    nbytes = tokens * model.d_model * itemsize
-    gather, scatter = (links.seconds(groups["tp"], each, nbytes) for each in ("all_gather", "reduce_scatter"))
-    halves = sum(2 if not model.has_experts(i) or model.n_shared_experts else 1 for i in layers)
-    layers_tp = halves * (gather + scatter)
+
+    def tensor_parallel(collective: str, width: int = model.d_model) -> float:
+        return links.seconds(groups["tp"], collective, tokens * width * itemsize)
+
+    gather, scatter = tensor_parallel("all_gather"), tensor_parallel("reduce_scatter")
+    feed_forwards = sum(not model.has_experts(i) or model.n_shared_experts > 0 for i in layers)
+    layers_tp = len(layers) * scatter + feed_forwards * (gather + scatter)
+    layers_back_tp = len(layers) * gather + feed_forwards * (gather + scatter)
+    for width in _gathered(model):
+        layers_tp += len(layers) * tensor_parallel("all_gather", width)
+        layers_back_tp += len(layers) * tensor_parallel("reduce_scatter", width)
     ends_tp = (scatter if first else 0.0) + (gather if last else 0.0)
     ends_back_tp = (gather if first else 0.0) + (scatter if last else 0.0)
     if last:
@@ -188,11 +195,17 @@ def _stage(
         blocks_s + again,
         blocks_s,
         {
-            "tp": (layers_tp + ends_tp, layers_tp * (2 if twice else 1) + ends_back_tp),
+            "tp": (layers_tp + ends_tp, layers_back_tp + (layers_tp if twice else 0.0) + ends_back_tp),
             "cp": (len(layers) * attention_f, len(layers) * (attention_b + attention_again)),
             "ep": (exchange, exchange * (2 if twice else 1)),
         },
     )
+
+
+def _gathered(model: ModelConfig) -> list[int]:
+    """Numbers a token of each all_gather over tp before attention: x, or the latents that are made before it."""
+    latents = [model.kv_lora_rank + model.q_lora_rank + model.qk_rope_head_dim] if model.latent else []
+    return latents if model.q_lora_rank else [model.d_model, *latents]
 
 
 def _context_parallel(
@@ -202,15 +215,14 @@ def _context_parallel(
     if layout.cp == 1:
         return 0.0, 0.0
     model, itemsize, n = config.model, _itemsize(config), layout.cp
-    query, key = (
-        _tokens(config, layout) * heads / layout.tp * model.head_width for heads in (model.n_heads, model.n_kv_heads)
-    )
-    if config.layout.context == "ulysses":
-        each = 2 * sum(links.seconds(groups["cp"], "all_to_all", numel * itemsize) for numel in (query, key))
+    tokens, heads, kv_heads = _tokens(config, layout) / layout.tp, model.n_heads, model.n_kv_heads
+    widths = (heads * model.qk_width, kv_heads * model.qk_width, kv_heads * model.v_width, heads * model.v_width)
+    if config.layout.context == "ulysses":  # queries, keys and values, and attention's output back
+        each = sum(links.seconds(groups["cp"], "all_to_all", tokens * width * itemsize) for width in widths)
         return each, each
     ring = neighbours(layout, "cp", around=True)
-    coming = links.send_s(ring, 2 * key * itemsize)
-    gradients = links.send_s(ring, 2 * key * 4)
+    coming = links.send_s(ring, tokens * sum(widths[1:3]) * itemsize)
+    gradients = links.send_s(ring, tokens * sum(widths[1:3]) * 4)
     attention = core_s / n
     forward = (n - 1) * max(0.0, coming - attention)
     return forward, (n - 1) * max(0.0, coming + gradients - 2 * attention) + gradients

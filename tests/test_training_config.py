@@ -131,9 +131,14 @@ def test_layouts() -> None:
         ({"ep": 2}, 2, "layout.ep is 2 but the model has no experts"),
         ({"ep": 4, "model": {"n_experts": 4}}, 2, r"layout.ep \(4\) does not divide data parallel ranks \(2\)"),
         ({"ep": 4, "model": {"n_experts": 6}}, 4, r"layout.ep \(4\) does not divide model.n_experts \(6\)"),
-        ({"layout": {"experts_over_tp": True}}, 1, "experts_over_tp is set but the model has no experts"),
+        ({"layout": {"experts_over_tp": "split"}}, 1, "experts_over_tp is 'split' but the model has no experts"),
         (
-            {"tp": 2, "ep": 2, "model": {"n_experts": 6}, "layout": {"experts_over_tp": True}},
+            {"tp": 2, "model": {"n_experts": 4, "d_ff_expert": 3}, "layout": {"experts_over_tp": "split"}},
+            2,
+            r"layout.tp \(2\) does not divide the width of an expert \(3\)",
+        ),
+        (
+            {"tp": 2, "ep": 2, "model": {"n_experts": 6}, "layout": {"experts_over_tp": "spread"}},
             4,
             r"layout.ep × layout.tp \(4\) does not divide model.n_experts \(6\)",
         ),

@@ -33,6 +33,7 @@ LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"pp": 2}, {"accumulation": 4}, {}),
     ({"cp": 2}, {"recompute": "full"}, {}),
     ({"tp": 2}, {}, LATENT),
+    ({"tp": 2, "ep": 2, "experts_over_tp": "split"}, {}, {"n_experts": 4, "n_shared_experts": 1, "d_ff_expert": 48}),
     ({"zero": 2}, {"recompute": "selective", "precision": "bf16"}, LATENT | {"q_lora_rank": 0}),
 ]
 
@@ -184,8 +185,8 @@ def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
             if layout.get("zero") != 3:  # else blocks are empty between steps
                 assert predicted.parameters == pytest.approx(parameters, rel=0.02), what
             assert predicted.optimizer == pytest.approx(optimizer, rel=0.02), what
-            print(what, block / saved)
-            assert block == pytest.approx(saved, rel=0.05), what  # measured: at most 2 %
+            if not model.get("n_experts"):  # what is measured are zeros, which all go to the same experts
+                assert block == pytest.approx(saved, rel=0.05), what  # measured: at most 2 %
     assert not list(tmp_path.iterdir())
 
 

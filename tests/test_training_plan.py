@@ -63,7 +63,13 @@ def timed(config: Config, topology: Any, rate: float = RATE) -> StepTime:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(4, 2, 2, 2, 2), Layout(2, 1, 1, 4, 3), Layout(8, 4, 8), Layout(4, 2, 2, 2, 2, experts_over_tp=True)],
+    [
+        Layout(4, 2, 2, 2, 2),
+        Layout(2, 1, 1, 4, 3),
+        Layout(8, 4, 8),
+        Layout(4, 2, 2, 2, 2, experts_over_tp="spread"),
+        Layout(4, 2, 2, 2, 2, experts_over_tp="split"),
+    ],
 )
 def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
     places = [mesh._Place.of(rank, layout) for rank in range(layout.n_ranks)]
@@ -71,9 +77,9 @@ def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
         "tp": lambda at: (at.pp, at.dp, at.cp),
         "cp": lambda at: (at.pp, at.dp, at.tp),
         "dp": lambda at: (at.pp, at.tp),
-        "ep": lambda at: (at.pp, at.replica, at.cp, None if layout.experts_over_tp else at.tp),
+        "ep": lambda at: (at.pp, at.replica, at.cp, None if layout.experts_over_tp == "spread" else at.tp),
         "stage": lambda at: at.pp,
-        "expert_replicas": lambda at: (at.pp, at.ep, at.tp if layout.experts_over_tp else None),
+        "expert_replicas": lambda at: (at.pp, at.ep, None if layout.experts_over_tp == "none" else at.tp),
     }
     for name, groups in groups_of(layout).items():
         members: dict[Any, list[int]] = {}
@@ -276,7 +282,29 @@ def test_experts_stay_in_the_search() -> None:
     config = dataclasses.replace(sparse(), plan=dataclasses.replace(sparse().plan, show=40))
     plan = chosen(config, cluster(2, 2))
     assert {each.layout.ep for each, _ in plan.fitting} == {1, 2, 4}
-    assert all((each.time.exposed_s["ep"] > 0) == (each.layout.ep > 1) for each, _ in plan.fitting)
+    exchanging = [each.layout.ep > 1 or each.layout.experts_over_tp == "spread" for each, _ in plan.fitting]
+    assert [each.time.exposed_s["ep"] > 0 for each, _ in plan.fitting] == exchanging
+    tried = {(each.tp > 1, each.experts_over_tp) for _, each in _possible(sparse(), 4, Counter())}
+    assert tried == {(False, "none"), (True, "none"), (True, "spread"), (True, "split")}
+
+
+def test_experts_over_tensor_parallel_ranks_are_timed_by_what_they_send() -> None:
+    topology, tokens, width = cluster(2, 2), 512 * 32, 512  # of a micro-batch on 2 data parallel ranks
+    none, spread, split = (
+        timed(with_layout(sparse(), 1, tp=2, ep=2, experts_over_tp=each), topology).exposed_s
+        for each in ("none", "spread", "split")
+    )
+    of, all_ranks, pairs = Links(topology), np.array([[0, 1, 2, 3]]), np.array([[0, 2], [1, 3]])
+    exchanges = 8 * 4  # layers; there and back, forward and backward
+    rows = tokens * 2 * width * 4  # fp32, two experts a token
+    assert none["ep"] == pytest.approx(exchanges * of.seconds(pairs, "all_to_all", rows / 2))
+    assert spread["ep"] == pytest.approx(exchanges * of.seconds(all_ranks, "all_to_all", rows / 2))
+    assert split["ep"] == pytest.approx(exchanges * of.seconds(pairs, "all_to_all", rows))
+    tp = np.array([[0, 1], [2, 3]])
+    gather, scatter = (of.seconds(tp, each, tokens * width * 4) for each in ("all_gather", "reduce_scatter"))
+    routes = of.seconds(tp, "all_gather", tokens * 2 * 12)  # an fp32 weight and an int64 expert
+    assert spread["tp"] == none["tp"]
+    assert split["tp"] - none["tp"] == pytest.approx(8 * 2 * (gather + scatter + routes))
 
 
 def test_what_cannot_be_planned_is_named(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -91,10 +91,15 @@ CASES = [
     Case(4, {"ep": 2, "tp": 2}, model="moe"),
     Case(4, {"ep": 2, "moe_exchange": "overlapped", "moe_chunks": 2}, {"recompute": "full"}, "moe"),
     # experts cut over tensor parallel ranks
-    Case(2, {"tp": 2, "experts_over_tp": True, "moe_exchange": "overlapped", "moe_chunks": 2}, model="moe"),
-    Case(4, {"ep": 2, "tp": 2, "experts_over_tp": True}, model="moe"),
-    Case(8, {"tp": 2, "cp": 2, "ep": 2, "experts_over_tp": True, "zero": 1}, {"recompute": "full"}, "moe"),
-    Case(8, pipe(2, "zbv", tp=4, experts_over_tp=True, zero=3), {"accumulation": 4}, "moe"),
+    Case(2, {"tp": 2, "experts_over_tp": "spread", "moe_exchange": "overlapped", "moe_chunks": 2}, model="moe"),
+    Case(4, {"ep": 2, "tp": 2, "experts_over_tp": "spread"}, model="moe"),
+    Case(8, {"tp": 2, "cp": 2, "ep": 2, "experts_over_tp": "spread", "zero": 1}, {"recompute": "full"}, "moe"),
+    Case(8, pipe(2, "zbv", tp=4, experts_over_tp="spread", zero=3), {"accumulation": 4}, "moe"),
+    # or split over them
+    Case(4, {"ep": 2, "tp": 2, "experts_over_tp": "split"}, model="moe"),
+    Case(4, {"tp": 4, "experts_over_tp": "split", "moe_exchange": "overlapped", "moe_chunks": 2}, model="moe"),
+    Case(8, pipe(2, "zb_h1", tp=2, ep=2, experts_over_tp="split", zero=2), {**ACC, "recompute": "full"}, "mla moe"),
+    Case(8, {"tp": 2, "cp": 2, "ep": 2, "experts_over_tp": "split", "zero": 3}, model="moe"),
     Case(4, {"ep": 2, "cp": 2}, model="moe"),
     Case(4, {"zero": 3, "tp": 2}),
     Case(4, {"zero": 3, "cp": 2}, {"recompute": "full"}),
@@ -177,10 +182,11 @@ CHAIN = [
     Case(8, pipe(4, "1f1b", zero=1, stage_layers="1,2,1,1"), ACC, "moe"),
     Case(
         8,
-        {"tp": 2, "cp": 2, "context": "ulysses", "ep": 2, "experts_over_tp": True},
+        {"tp": 2, "cp": 2, "context": "ulysses", "ep": 2, "experts_over_tp": "spread"},
         {"offload_optimizer": True},
         "moe",
     ),
+    Case(8, {"tp": 4, "ep": 2, "experts_over_tp": "split"}, model="moe"),
     Case(8, pipe(2, "interleaved", chunks=2, zero=2, cp=2), ACC, "moe"),
     Case(8, {"zero": 3}, {"recompute": "full"}, "moe"),
 ]

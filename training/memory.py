@@ -207,7 +207,9 @@ def _saved(config: Config, layout: Layout, index: int, recompute: str, tokens: i
     )
     yield _inner(config, layout, index)
     if model.has_experts(index):
-        yield tokens / layout.tp * (3 * model.top_k * model.d_model + 4 * model.n_experts)
+        split = layout.experts_over_tp == "split"  # then all tp ranks have the rows of the whole sequence
+        yield tokens / (1 if split else layout.tp) * 3 * model.top_k * model.d_model
+        yield tokens / layout.tp * 4 * model.n_experts
 
 
 def _attention(config: Config, layout: Layout, tokens: int) -> Iterator[float]:

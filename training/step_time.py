@@ -173,8 +173,12 @@ def _stage(
 
     gather, scatter = tensor_parallel("all_gather"), tensor_parallel("reduce_scatter")
     feed_forwards = sum(not model.has_experts(i) or model.n_shared_experts > 0 for i in layers)
+    n_moe = sum(model.has_experts(index) for index in layers)
     layers_tp = len(layers) * scatter + feed_forwards * (gather + scatter)
     layers_back_tp = len(layers) * gather + feed_forwards * (gather + scatter)
+    if layout.experts_over_tp == "split":  # what is routed, and its weights
+        routed = gather + scatter + tensor_parallel("all_gather", 3 * model.top_k * 4 // itemsize)
+        layers_tp, layers_back_tp = layers_tp + n_moe * routed, layers_back_tp + n_moe * routed
     for width in _gathered(model):
         layers_tp += len(layers) * tensor_parallel("all_gather", width)
         layers_back_tp += len(layers) * tensor_parallel("reduce_scatter", width)
@@ -187,8 +191,8 @@ def _stage(
     twice = recompute == "full"
     attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop)
     attention_again = attention_f if recompute != "none" else 0.0
-    rows = tokens / layout.tp * model.top_k * model.d_model * itemsize
-    n_moe = sum(model.has_experts(index) for index in layers)
+    split = layout.experts_over_tp == "split"
+    rows = tokens / (1 if split else layout.tp) * model.top_k * model.d_model * itemsize
     exchange = 2 * n_moe * links.seconds(groups["ep"], "all_to_all", rows) if n_moe else 0.0
     return _Action(
         blocks_s + head_s,

@@ -206,6 +206,50 @@ def test_tensor_parallel_waits_are_those_of_its_collectives() -> None:
     assert timed(config, topology).exposed_s["tp"] == pytest.approx(expected)
 
 
+def test_what_tensor_parallel_products_hide_is_not_waited_for() -> None:
+    """Across hosts; on one host the cores compute, and only "always" splits. The sums are written out here."""
+    topology, rate = cluster(2, 1, Link(1e-5, 1e9, 1e-6)), 1e11
+    never, auto, always = (
+        timed(with_layout(dense(), 1, tp=2, tp_overlap=each), topology, rate).exposed_s["tp"]
+        for each in ("never", "auto", "always")
+    )
+    tokens, d, of, pair = 512 * 64, 512, Links(topology), np.array([[0, 1]])
+    whole = {each: of.seconds(pair, each, tokens * d * 4) for each in ("all_gather", "reduce_scatter")}
+    ends = never - 2 * 8 * 2 * sum(whole.values())
+    expected = {"auto": ends, "always": ends}
+    for inward, outward in ((2 * 512, 512), (2 * 1536, 1536)):  # query, key and value, out; gate and up, down
+        for width, collective in itertools.product((inward, outward), whole):  # forward the one, backward the other
+            small = of.seconds(pair, collective, 1024)
+            product = 2 * d * width * tokens / 2 / rate
+            for way, most in (("auto", 8), ("always", 2)):
+                rest = whole[collective] - small  # one part goes to the other rank
+                n = max(1, min(most, int(rest / 10 / (small + 2e-5)))) if way == "auto" else most
+                piece, hop = product / (2 * n), rest / n + small + 2e-5
+                ring = max(product + hop, n * hop + piece)
+                hidden = whole[collective] + product - ring
+                if way == "always" or ring <= 0.95 * (whole[collective] + product):
+                    assert hidden > 0
+                    expected[way] += 8 * (whole[collective] - hidden)
+                else:
+                    expected[way] += 8 * whole[collective]
+    assert auto == pytest.approx(expected["auto"], rel=1e-3)
+    assert always == pytest.approx(expected["always"], rel=1e-3)
+    assert auto < 0.8 * never
+    inside = [
+        timed(with_layout(dense(), 1, tp=2, tp_overlap=each), cluster(1, 2), rate).exposed_s["tp"]
+        for each in ("never", "auto", "always")
+    ]
+    assert inside[0] == inside[1] != inside[2]
+    for model in ({"n_experts": 8, "n_shared_experts": 1}, {"block": "gpt2", "n_kv_heads": 8}):
+        config = dense()
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        waits = [
+            timed(with_layout(config, 1, tp=2, tp_overlap=each), topology, rate).exposed_s["tp"]
+            for each in ("auto", "never")
+        ]
+        assert waits[0] < waits[1], model
+
+
 def test_zero_stages_pay_for_what_they_gather_and_reduce_again() -> None:
     slow = cluster(4, 1, Link(1e-5, 1e8, 1e-6))
     one, two, three = (timed(with_layout(dense(), 4, zero=zero), slow).exposed_s["dp"] for zero in (1, 2, 3))
@@ -303,8 +347,9 @@ def test_experts_over_tensor_parallel_ranks_are_timed_by_what_they_send() -> Non
     tp = np.array([[0, 1], [2, 3]])
     gather, scatter = (of.seconds(tp, each, tokens * width * 4) for each in ("all_gather", "reduce_scatter"))
     routes = of.seconds(tp, "all_gather", tokens * 2 * 12)  # an fp32 weight and an int64 expert
+    routes += of.seconds(tp, "reduce_scatter", tokens * 2 * 4)  # gradients of weights
     assert spread["tp"] == none["tp"]
-    assert split["tp"] - none["tp"] == pytest.approx(8 * 2 * (gather + scatter + routes))
+    assert split["tp"] - none["tp"] == pytest.approx(8 * (2 * (gather + scatter) + routes))
 
 
 def test_what_cannot_be_planned_is_named(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

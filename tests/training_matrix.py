@@ -111,6 +111,7 @@ CASES = [
     Case(1, {"zero": 3}, {"offload_parameters": True}, exact="dense"),
     Case(2, {"zero": 3}, {"offload_parameters": True, "accumulation": 2}, exact="dense on 2: zero=3 accumulation=2"),
     Case(2, {"zero": 3}, {"accumulation": 2}),
+    Case(2, {"zero": 3, "zero_ranks": 1}, {"offload_parameters": True}, exact="dense on 2: dp"),
     Case(4, {"zero": 3, "zero_ranks": 2}, {"offload_parameters": True, "offload_optimizer": True, "recompute": "full"}),
     # tensor parallel products in pieces
     Case(4, {"tp": 4, "tp_overlap": "always"}),

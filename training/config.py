@@ -71,7 +71,7 @@ class TrainConfig:
     eval_sequences: int = 64
     recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
     offload_optimizer: bool = False  # masters and moments in a mapped file
-    offload_parameters: bool = False  # with layout.zero 3, each rank's part of them in a mapped file
+    offload_parameters: bool = False  # with layout.zero 3, each rank's part of blocks in a mapped file
     offload_activations: bool = False  # what backward needs in a mapped file
     offload_dir: str = ""  # "": offload in the run's folder
     loss_chunk: int = 1024  # tokens whose logits exist at a time

@@ -4,7 +4,8 @@
 
 compute  FLOPs of the busiest pipeline rank's part of all micro-batches / the rate; recomputation included
 bubble   what schedules.check() leaves that rank idle, with the time of each stage's actions, tp, cp and ep included
-tp, ep   whole: layers wait for them (all_gather and reduce_scatter of the sequence; an all_to_all of a row an expert)
+tp       all_gather and reduce_scatter of the sequence, less what tp_overlap computes beside them (tensor_time.py)
+ep       whole: layers wait for it (an all_to_all of a row an expert)
 cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
 pp       by how much check() is later when messages between stages take their time, one after the other on each way
 dp       gradients: what does not fit beside the last backward, at least what is filled when that ends (the embedding's
@@ -26,6 +27,7 @@ from training.links import Groups, Links, groups_of, neighbours, tied
 from training.model_config import ModelConfig
 from training.sharding import ParamSpec
 from training.stages import Stages
+from training.tensor_time import TensorTime
 
 AXES = ("tp", "cp", "ep", "pp", "dp")
 
@@ -167,21 +169,9 @@ def _stage(
     first, last = stage == 0, stage == stages.placement.n_stages - 1
     head_s = 3 * costs.head * per_flop if last else 0.0  # the fused loss makes its gradients in forward
     again = {"none": 0.0, "selective": core_s, "full": blocks_s}[recompute]
-
-    def tensor_parallel(collective: str, width: int = model.d_model) -> float:
-        return links.seconds(groups["tp"], collective, tokens * width * itemsize)
-
-    gather, scatter = tensor_parallel("all_gather"), tensor_parallel("reduce_scatter")
-    feed_forwards = sum(not model.has_experts(i) or model.n_shared_experts > 0 for i in layers)
-    n_moe = sum(model.has_experts(index) for index in layers)
-    layers_tp = len(layers) * scatter + feed_forwards * (gather + scatter)
-    layers_back_tp = len(layers) * gather + feed_forwards * (gather + scatter)
-    if layout.experts_over_tp == "split":  # what is routed, and its weights
-        routed = gather + scatter + tensor_parallel("all_gather", 3 * model.top_k * 4 // itemsize)
-        layers_tp, layers_back_tp = layers_tp + n_moe * routed, layers_back_tp + n_moe * routed
-    for width in _gathered(model):
-        layers_tp += len(layers) * tensor_parallel("all_gather", width)
-        layers_back_tp += len(layers) * tensor_parallel("reduce_scatter", width)
+    tp = TensorTime(config, layout, links, groups["tp"], tokens, flops_per_s)
+    layers_tp, layers_back_tp = tp.layers(layers)
+    gather, scatter = (tp.whole(each, model.d_model) for each in ("all_gather", "reduce_scatter"))
     ends_tp = (scatter if first else 0.0) + (gather if last else 0.0)
     ends_back_tp = (gather if first else 0.0) + (scatter if last else 0.0)
     if last:
@@ -191,7 +181,7 @@ def _stage(
     twice = recompute == "full"
     attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop)
     attention_again = attention_f if recompute != "none" else 0.0
-    split = layout.experts_over_tp == "split"
+    n_moe, split = sum(model.has_experts(index) for index in layers), layout.experts_over_tp == "split"
     rows = tokens / (1 if split else layout.tp) * model.top_k * model.d_model * itemsize
     exchange = 2 * n_moe * links.seconds(groups["ep"], "all_to_all", rows) if n_moe else 0.0
     return _Action(
@@ -204,12 +194,6 @@ def _stage(
             "ep": (exchange, exchange * (2 if twice else 1)),
         },
     )
-
-
-def _gathered(model: ModelConfig) -> list[int]:
-    """Numbers a token of each all_gather over tp before attention: x, or the latents that are made before it."""
-    latents = [model.kv_lora_rank + model.q_lora_rank + model.qk_rope_head_dim] if model.latent else []
-    return latents if model.q_lora_rank else [model.d_model, *latents]
 
 
 def _context_parallel(

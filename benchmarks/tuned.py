@@ -29,7 +29,8 @@ BLOCKS, BLOCK_S = 3, 0.02
 def measure(store: Any, rank: int, n: int) -> dict[str, Any]:
     """One rank: the table's links, and [collective, nbytes, chosen, its seconds, best, its seconds] for each point."""
     import pycomm
-    from pycomm.tune import time_algorithms, tune
+    from pycomm.timing import time_algorithms
+    from pycomm.tune import tune
     from pycomm.tuner import candidates, choice_table, choose
 
     with pycomm.init(store, rank, n, timeout_s=60) as group:

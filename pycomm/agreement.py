@@ -36,7 +36,8 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from pycomm import _C, planners, project
 from pycomm.discover import describe
-from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, TopologyError
+from pycomm.errors import InvalidArgument, PeerLost, PeerTimeout, PycommWarning, TopologyError
+from pycomm.gpus import find_gpus
 from pycomm.machine import this_machine
 from pycomm.planning import JobPlan
 from pycomm.table import from_json, layout_key, load, topology_from_document, topology_to_document
@@ -57,7 +58,7 @@ def agree(store: Store, endpoint: _C.Endpoint, topology: Topology | str | Path |
     if job["error"]:
         raise TopologyError(job["error"])
     if job["asks_hardware"] and endpoint.rank in _first_ranks(endpoint.host_ids):
-        own.set(f"hardware/{endpoint.rank}", describe(this_machine()))
+        own.set(f"hardware/{endpoint.rank}", describe(this_machine(), find_gpus()[0]))
     led = topology_from_document(job["topology"]) if job["topology"] else None
     _compare(endpoint, topology, led)
     (text,) = _await(own, ["table"], limit, "rank 0")
@@ -116,7 +117,7 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
     try:
         if files:
             firsts = _first_ranks(endpoint.host_ids)
-            own.set("hardware/0", describe(this_machine()))
+            own.set("hardware/0", describe(this_machine(), find_gpus()[0]))
             keys = [f"hardware/{rank}" for rank in firsts]
             hardware = _await(own, keys, limit, f"one of ranks {', '.join(map(str, firsts))}")
             text = _find_table(files, plain, hardware)
@@ -145,11 +146,10 @@ def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
 
 
 def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
-    """What was set under the keys. Raises PeerTimeout where it does not come, or the store goes.
+    """What was set under the keys. Raises PeerTimeout where it does not come, PeerLost where the store goes.
 
     Asks again and again, since wait() keeps a store that ranks share as threads from the rank that is to answer."""
     until, pause = time.monotonic() + limit.total_seconds(), 0.0005
-    reason = "nothing came"
     try:
         while time.monotonic() < until:
             if own.check(keys):
@@ -157,10 +157,13 @@ def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[st
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
     except RuntimeError as error:  # torch.distributed's errors of a store
-        reason = str(error).splitlines()[0]
+        raise PeerLost(
+            f"set-up: the job's store ended before {whose} said what the job plans from "
+            f"({str(error).splitlines()[0]}); see the error of the rank that serves it, rank 0 as a rule"
+        ) from None
     raise PeerTimeout(
-        f"set-up: {whose} did not say within {limit.total_seconds():g} s what the job plans from ({reason}); see that "
-        "rank's own error"
+        f"set-up: {whose} did not say within {limit.total_seconds():g} s what the job plans from; see that rank's own "
+        "error"
     )
 
 

@@ -1,15 +1,17 @@
 """How a collective on devices goes: whole to NCCL ("native"), or inside hosts and across in turn (calls.py).
 
-Costs are those of the algorithms that NCCL has, in the latency-bandwidth model: rings for large tensors, double binary
-trees for small all_reduces, messages of each pair for all_to_all. A topology of the devices gives the figures: `inside`
-joins the devices of a host, NICs are what hosts have for them, and starting one call takes `inside.overhead_s`. Uplinks
-of switches count as a ring meets them, one host after the other.
+Times that `pycomm tune --devices` measured decide where there are any; else costs do. Costs are those of the algorithms
+that NCCL has, in the latency-bandwidth model: rings for large tensors, double binary trees for small all_reduces,
+messages of each pair for all_to_all. A topology of the devices gives the figures: `inside` joins the devices of a host,
+NICs are what hosts have for them, and starting one call takes `inside.overhead_s`. Uplinks of switches count as a ring
+meets them, one host after the other.
 Sources: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005; Sanders, Speck & Traff, Parallel Computing 35(12), 2009
 (trees); Hu et al., Demystifying NCCL, arXiv 2507.04786, 2025 (what NCCL runs)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +27,7 @@ from pycomm.tuner import LADDER, TIE, Choices, as_choices, choose
 
 NATIVE, HIERARCHICAL = "native", "hierarchical"
 Floats = NDArray[np.float64]
+Points = Mapping[str, Sequence[tuple[int, float]]]  # by algorithm: bytes, seconds
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,21 @@ def choice_table(topology: Topology, collective: str) -> Choices:
         return ((None, NATIVE),)
     wins = found[HIERARCHICAL] * TIE < found[NATIVE]
     return as_choices(LADDER, [HIERARCHICAL if win else NATIVE for win in wins.tolist()])
+
+
+def measured_table(points: Points) -> Choices:
+    """The same by measured times of both, at the same sizes: their ratio is interpolated between those, and holds
+    beyond. REQUIRES: is_measured(points)."""
+    sizes = np.log2([nbytes for nbytes, _ in points[NATIVE]])
+    native, hierarchical = (np.log([seconds for _, seconds in points[name]]) for name in (NATIVE, HIERARCHICAL))
+    ratio = np.interp(np.log2(LADDER), sizes, hierarchical - native)
+    return as_choices(LADDER, [HIERARCHICAL if win else NATIVE for win in (ratio < -np.log(TIE)).tolist()])
+
+
+def is_measured(points: Points) -> bool:
+    """Whether a table's times (TuningTable.device_points) are of both ways at the same sizes."""
+    sizes = [[nbytes for nbytes, _ in points.get(name, ())] for name in (NATIVE, HIERARCHICAL)]
+    return bool(sizes[0]) and sizes[0] == sizes[1]
 
 
 def threshold_table(hierarchical_nbytes: int) -> Choices:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +42,7 @@ class Survey:
 
     def hardware(self) -> tuple[str, ...]:
         """[n_hosts]: what a measurement on each host depends on, as text; equal on equal machines."""
-        return tuple(describe(self.machine_of(host)) for host in range(len(self.topology.hosts)))
+        return tuple(describe(self.machine_of(host), gpus) for host, gpus in enumerate(self.gpus))
 
 
 def discover(group: Group | None = None) -> Topology:
@@ -65,11 +67,12 @@ def survey(group: Group | None = None) -> Survey:
     return _merge(group.host_ids, _gather(group, _pack(this_machine(), gpus, unknown_gpus)))
 
 
-def describe(machine: Machine) -> str:
-    """The machine as far as it bears on measured times: "AMD EPYC, 2 cores, eth0 (ena)"."""
+def describe(machine: Machine, gpus: Sequence[Gpu]) -> str:
+    """The machine as far as it bears on measured times: "AMD EPYC, 2 cores, eth0 (ena), 8 NVIDIA H200"."""
     links = ", ".join(_describe_interface(machine.interface(name)) for name in machine.carriers)
     n_cores = sum(len(cores) for _, cores in machine.numa) or len(machine.cores)
-    return f"{machine.cpu}, {n_cores} cores, {links or 'no link'}"
+    cards = "".join(f", {n} {name}" for name, n in sorted(Counter(gpu.name for gpu in gpus).items()))
+    return f"{machine.cpu}, {n_cores} cores, {links or 'no link'}{cards}"
 
 
 def _describe_interface(interface: Interface) -> str:

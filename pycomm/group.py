@@ -86,6 +86,7 @@ class Group(_C.Group):
         super().__init__(endpoint, store, name, key, list(ranks), planning, timeout_s, devices, nccl_wheel(), part)
         self.topology = planning.topology
         self._planning = planning
+        self._devices = devices
         self._endpoint = endpoint
         self._store = store
         self._key = key
@@ -97,6 +98,12 @@ class Group(_C.Group):
 
     def __repr__(self) -> str:
         return f"<pycomm.Group {self.name!r}, rank {self.rank} of {self.size}, {len(set(self.host_ids))} host(s)>"
+
+    @property
+    def devices_cross_host(self) -> bool:
+        """Whether what goes between hosts from GPUs passes through host memory and TCP, since NCCL does not connect
+        them or was told not to (docs/cuda.md). Known after the group's first collective on devices."""
+        return self._devices.between == "tcp"
 
     # Memory.
 

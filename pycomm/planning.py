@@ -13,7 +13,16 @@ from functools import lru_cache
 from pycomm import _C, planners, project
 from pycomm.calls import CALL_PLANNERS
 from pycomm.check import check, check_coded
-from pycomm.device_choice import HIERARCHICAL, NATIVE, explain_devices, has_calls, threshold_table
+from pycomm.device_choice import (
+    HIERARCHICAL,
+    NATIVE,
+    Points,
+    explain_devices,
+    has_calls,
+    is_measured,
+    measured_table,
+    threshold_table,
+)
 from pycomm.device_choice import choice_table as device_choice_table
 from pycomm.errors import InvalidArgument, PycommWarning, ScheduleError
 from pycomm.explain import Explanation, explain, format_nbytes, format_s
@@ -150,17 +159,19 @@ class DevicePlanning:
         explain_as: str | None = None,
         between: str = "auto",
         peer_nbytes: int = 0,
+        table: TuningTable | None = None,
     ) -> None:
         """figures: the topology of the devices, where one was given. hierarchical_nbytes: from that size on
         hierarchical, whatever that costs. Without either NCCL has all where it joins hosts, and what is inside hosts
         where it does not. explain_as: as Planning's. between: PYCOMM_CUDA_BETWEEN_HOSTS. peer_nbytes: up to that size
-        an all_reduce on one host is the peer kernel's."""
+        an all_reduce on one host is the peer kernel's. table: where its times hold, as in Planning."""
         self.topology = topology
         self.rank = rank
         self.figures = figures
         self.hierarchical_nbytes = hierarchical_nbytes
         self.between = between
         self.peer_nbytes = peer_nbytes
+        self.table = table
         self._explain_as = explain_as
         self._explained: set[str] = set()
 
@@ -201,10 +212,13 @@ class DevicePlanning:
             return ((None, NATIVE),), "NCCL's, since hosts have different numbers of ranks"
         if self.hierarchical_nbytes is not None:
             return threshold_table(self.hierarchical_nbytes), "as PYCOMM_CUDA_HIERARCHICAL_BYTES says"
+        points = {} if self.table is None else self.table.device_points(collective)
         if self.between == "tcp":
             return threshold_table(1), "since NCCL is quicker than the host inside hosts, and carries a share to it"
+        if is_measured(points):
+            return measured_table(points), f"as measured: {_measured(points)}"
         if self.figures is None:
-            return ((None, NATIVE),), "NCCL's, since PYCOMM_CUDA_TOPOLOGY gives no figures of the devices' links"
+            return ((None, NATIVE),), "NCCL's, since no `pycomm tune --devices` and no PYCOMM_CUDA_TOPOLOGY tells more"
         return device_choice_table(self.figures, collective), ""
 
     def _lines(self, collective: str, table: Choices, why: str) -> list[str]:
@@ -225,6 +239,14 @@ class DevicePlanning:
                 f"{HIERARCHICAL!r}, and all are NCCL's where none is given"
             )
         return _call_program(self.topology, self.rank, collective)
+
+
+def _measured(points: Points) -> str:
+    """native and hierarchical at each size: "64 KiB 40 us and 31 us, ..."."""
+    pairs = zip(points[NATIVE], points[HIERARCHICAL], strict=True)
+    return f"{NATIVE} and {HIERARCHICAL} took " + ", ".join(
+        f"{format_s(native)} and {format_s(other)} at {format_nbytes(nbytes)}" for (nbytes, native), (_, other) in pairs
+    )
 
 
 def _size_class(beyond: int, limit: int | None) -> str:
@@ -261,4 +283,5 @@ def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -
         name if job.explains and rank == 0 else None,
         job.between_hosts,
         job.peer_nbytes,
+        job.of(ranks)[1],
     )

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.hosts import Host, Link, Nic, Switch
 from pycomm.topology import Topology
 
-FORMAT: Final = 1  # of the file; a reader knows one
+FORMAT: Final = 2  # of the file; a reader knows one
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,20 @@ class Times:
 @dataclass(frozen=True)
 class TuningTable:
     """engine: its version and build. hardware: [n_hosts], discover.describe() of each host. topology: of all ranks,
-    with measured links."""
+    with measured links. device_times: of tensors on GPUs, where those were measured (device_choice.py)."""
 
     engine: str
     hardware: tuple[str, ...]
     topology: Topology
     times: tuple[Times, ...]
+    device_times: tuple[Times, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.hardware) != len(self.topology.hosts):
             raise InvalidArgument(f"{len(self.hardware)} hosts' hardware for {len(self.topology.hosts)} hosts")
-        named = [(times.collective, times.algorithm) for times in self.times]
-        if len(set(named)) < len(named):
-            raise InvalidArgument("an algorithm has two lists of times")
+        for named in (self.times, self.device_times):
+            if len({(times.collective, times.algorithm) for times in named}) < len(named):
+                raise InvalidArgument("an algorithm has two lists of times")
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the layout, the hardware and the engine: what the table holds for."""
@@ -82,19 +83,21 @@ class TuningTable:
 
     def points(self, collective: str) -> dict[str, tuple[tuple[int, float], ...]]:
         """What was measured of a collective, by algorithm."""
-        return {times.algorithm: times.points for times in self.times if times.collective == collective}
+        return _points(self.times, collective)
+
+    def device_points(self, collective: str) -> dict[str, tuple[tuple[int, float], ...]]:
+        """The same on GPUs."""
+        return _points(self.device_times, collective)
 
     def to_json(self) -> str:
-        times: dict[str, dict[str, list[list[float]]]] = {}
-        for one in self.times:
-            times.setdefault(one.collective, {})[one.algorithm] = [list(point) for point in one.points]
         document = {
             "format": FORMAT,
             "fingerprint": self.fingerprint(),
             "engine": self.engine,
             "hardware": self.hardware,
             "topology": topology_to_document(self.topology),
-            "times": times,
+            "times": _times_to_document(self.times),
+            "device_times": _times_to_document(self.device_times),
         }
         return json.dumps(document, indent=1) + "\n"
 
@@ -126,13 +129,10 @@ def from_json(text: str) -> TuningTable:
         version = document["format"]
         if version != FORMAT:
             raise InvalidArgument(f"it has format {version!r}, this pycomm reads format {FORMAT}")
-        times = tuple(
-            Times(collective, algorithm, tuple((int(nbytes), float(seconds)) for nbytes, seconds in points))
-            for collective, algorithms in document["times"].items()
-            for algorithm, points in algorithms.items()
-        )
+        times, device_times = (_times_from_document(document[name]) for name in ("times", "device_times"))
         topology = topology_from_document(document["topology"])
-        table = TuningTable(str(document["engine"]), tuple(map(str, document["hardware"])), topology, times)
+        hardware = tuple(map(str, document["hardware"]))
+        table = TuningTable(str(document["engine"]), hardware, topology, times, device_times)
         fingerprint = document["fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InvalidArgument):
@@ -152,6 +152,25 @@ def layout(topology: Topology) -> tuple[int, ...]:
 def layout_key(topology: Topology) -> str:
     """8 hexadecimal digits, equal for equal layouts."""
     return _digest(layout(topology), 8)
+
+
+def _points(times: Sequence[Times], collective: str) -> dict[str, tuple[tuple[int, float], ...]]:
+    return {one.algorithm: one.points for one in times if one.collective == collective}
+
+
+def _times_to_document(times: Sequence[Times]) -> dict[str, dict[str, list[list[float]]]]:
+    document: dict[str, dict[str, list[list[float]]]] = {}
+    for one in times:
+        document.setdefault(one.collective, {})[one.algorithm] = [list(point) for point in one.points]
+    return document
+
+
+def _times_from_document(document: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> tuple[Times, ...]:
+    return tuple(
+        Times(collective, algorithm, tuple((int(nbytes), float(seconds)) for nbytes, seconds in points))
+        for collective, algorithms in document.items()
+        for algorithm, points in algorithms.items()
+    )
 
 
 def topology_to_document(topology: Topology) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from pycomm import launch
 from pycomm.agreement import engine_version, table_folder
+from pycomm.device_choice import Points, measured_table
 from pycomm.discover import survey
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
@@ -25,8 +27,10 @@ from pycomm.group import Group, init
 from pycomm.measure import measure_links, measured_topology
 from pycomm.planners import PLANNERS
 from pycomm.table import Times, TuningTable
+from pycomm.timing import BLOCKS, rounded, slowest, time_algorithms
 from pycomm.topology import Topology
-from pycomm.tuner import choice_table, costs
+from pycomm.tune_devices import DEVICE_SIZES, Device, own_device, tune_devices
+from pycomm.tuner import Choices, choice_table, costs
 
 SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
 BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
@@ -34,7 +38,7 @@ CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
 _FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
 # allows, are measured well
-_BLOCKS, _SHORT_BLOCKS = 3, 9  # of each; the latter where one takes no longer than _BLOCK_S: short calls vary most
+_SHORT_BLOCKS = 9  # of each, not timing.BLOCKS, where one takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
 _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
@@ -42,12 +46,13 @@ _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
 Samples = dict[tuple[str, str], dict[int, float]]
 
 
-def tune(group: Group, budget_s: float = BUDGET_S) -> TuningTable:
+def tune(group: Group, budget_s: float = BUDGET_S, device: Device | None = None) -> TuningTable:
     """Measures links and algorithms. Every rank of the job calls it on a group of all of them; all get the same table.
 
     budget_s: seconds for the algorithms, about; sizes that would take too long are left to the model. On one host every
-    collective takes the engine's native path, so links alone are measured.
-    Raises InvalidArgument for a group of one rank, which has nothing to measure."""
+    collective takes the engine's native path, so links alone are measured. device: this rank's GPU, whose
+    collectives are then measured as well, for as long again (tune_devices.py).
+    Raises InvalidArgument for a group of one rank, which has nothing to measure, and as tune_devices()."""
     if group.size < 2:
         raise InvalidArgument("tune: one rank has no links; start it on at least 2 ranks, such as --hosts 2,2")
     found = survey(group)
@@ -57,7 +62,8 @@ def tune(group: Group, budget_s: float = BUDGET_S) -> TuningTable:
     if len(topology.hosts) > 1:
         with group.replan(topology, name="tune") as trial:
             _measure(trial, found.hardware(), budget_s, samples)
-    return _table(topology, found.hardware(), samples)
+    device_times = tune_devices(group, device, budget_s) if device is not None else ()
+    return dataclasses.replace(_table(topology, found.hardware(), samples), device_times=device_times)
 
 
 def tune_in_background(group: Group, path: str | Path | None = None) -> concurrent.futures.Future[TuningTable]:
@@ -93,13 +99,13 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
     begin, spent = time.perf_counter(), 0.0
     for nbytes in SIZES:
         for collective in PLANNERS:
-            size = _rounded(nbytes, group.size)
+            size = rounded(nbytes, group.size)
             cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
             expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
             contends = (expected <= CONTENDS * expected.min()) | (predicted <= _LIKELY * predicted.min())
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
             have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - 2 * expected[contends].sum()
-            best = np.cumsum(np.sort(expected[contends])) * (1 + _BLOCKS * _LEAST_CALLS)
+            best = np.cumsum(np.sort(expected[contends])) * (1 + BLOCKS * _LEAST_CALLS)
             fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= have_s]
             if len(names) < 2 or not fitting:
                 continue
@@ -109,63 +115,11 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             final = final[: fitting[0]]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
             is_short = _LEAST_CALLS * min(first) <= _BLOCK_S
-            n_blocks = _SHORT_BLOCKS if is_short else _BLOCKS
+            n_blocks = _SHORT_BLOCKS if is_short else BLOCKS
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
             for name in names:  # whoever lost the first round, on a lone call, does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
-            spent = _slowest(group, time.perf_counter() - begin)
-
-
-def _rounded(nbytes: int, n_ranks: int) -> int:
-    """At least nbytes, in equal pieces of float32 for all ranks."""
-    return -(-nbytes // (4 * n_ranks)) * 4 * n_ranks
-
-
-def time_algorithms(
-    group: Group, collective: str, nbytes: int, names: Sequence[str], calls: Sequence[int], n_blocks: int = _BLOCKS
-) -> list[float]:
-    """Seconds of one call of each algorithm, the same on every rank; every rank calls it with the same.
-
-    nbytes: of the longest buffer, in float32, a whole number of pieces for all ranks. calls: of each algorithm in a
-    block. Blocks take turns; the slowest rank's time counts, and the median of the blocks."""
-    run = _runner(group, collective, nbytes)
-    blocks = np.empty((n_blocks, len(names)))
-    for name in names:
-        run(name)  # plans, and opens connections
-    for block in blocks:
-        for index, name in enumerate(names):
-            group.barrier()
-            begin = time.perf_counter()
-            for _ in range(calls[index]):
-                run(name)
-            block[index] = (time.perf_counter() - begin) / calls[index]
-    group.all_reduce(blocks, "max")
-    return [float(seconds) for seconds in np.median(blocks, axis=0)]
-
-
-def _runner(group: Group, collective: str, nbytes: int) -> Callable[[str], object]:
-    """Runs one call of a collective whose longest buffer has nbytes, by a named algorithm, root 0."""
-    whole = np.zeros(nbytes // 4, np.float32)
-    other = np.zeros(nbytes // 4, np.float32)
-    piece = np.zeros(nbytes // 4 // group.size, np.float32)
-    at_root = whole if group.rank == 0 else None
-    calls: dict[str, Callable[[str], object]] = {
-        "all_reduce": lambda name: group.all_reduce(whole, algorithm=name),
-        "reduce_scatter": lambda name: group.reduce_scatter(piece, whole, algorithm=name),
-        "all_gather": lambda name: group.all_gather(whole, piece, algorithm=name),
-        "broadcast": lambda name: group.broadcast(whole, algorithm=name),
-        "reduce": lambda name: group.reduce(whole, algorithm=name),
-        "gather": lambda name: group.gather(at_root, piece, algorithm=name),
-        "scatter": lambda name: group.scatter(piece, at_root, algorithm=name),
-        "all_to_all": lambda name: group.all_to_all(other, whole, algorithm=name),
-    }
-    return calls[collective]
-
-
-def _slowest(group: Group, seconds: float) -> float:
-    value = np.array([seconds])
-    group.all_reduce(value, "max")
-    return float(value[0])
+            spent = slowest(group, time.perf_counter() - begin)
 
 
 # The command
@@ -185,13 +139,23 @@ def report(table: TuningTable) -> str:
             [*lines, "one host: every collective takes the engine's native path, there is nothing to choose"]
         )
     for collective in PLANNERS:
-        choices, beyond = [], ""
-        for limit, name in choice_table(table.topology, collective, table=table):
-            choices.append(f"{name}{beyond}" if limit is None else f"{name} to {format_nbytes(limit)}")
-            beyond = " above"
-        n_sizes = len({nbytes for points in table.points(collective).values() for nbytes, _ in points})
-        lines.append(f"{collective:<15}{', '.join(choices)} ({n_sizes} of {len(SIZES)} sizes measured)")
+        choices = choice_table(table.topology, collective, table=table)
+        lines.append(_choices(collective, choices, table.points(collective), len(SIZES)))
+    if table.device_times:
+        lines.append("on devices:")
+    for collective in dict.fromkeys(times.collective for times in table.device_times):
+        points = table.device_points(collective)
+        lines.append(_choices(collective, measured_table(points), points, len(DEVICE_SIZES)))
     return "\n".join(lines)
+
+
+def _choices(collective: str, choices: Choices, points: Points, n_sizes: int) -> str:
+    said, beyond = [], ""
+    for limit, name in choices:
+        said.append(f"{name}{beyond}" if limit is None else f"{name} to {format_nbytes(limit)}")
+        beyond = " above"
+    n_measured = len({nbytes for sizes in points.values() for nbytes, _ in sizes})
+    return f"{collective:<15}{', '.join(said)} ({n_measured} of {n_sizes} sizes measured)"
 
 
 def _link(bytes_per_s: float, latency_s: float) -> str:
@@ -227,11 +191,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--budget", type=float, default=BUDGET_S, metavar="S", help="seconds for algorithms (%(default)g)"
     )
+    parser.add_argument(
+        "--devices", action="store_true", help="measure collectives on GPUs as well, one to a rank, for as long again"
+    )
     options = parser.parse_args(argv)
     if options.budget <= 0:
         parser.error(f"--budget is {options.budget:g}; give seconds above 0")
     if (options.ranks, options.hosts, options.ranks_per_host) != (None, None, None):
-        arguments = ["--budget", str(options.budget)]
+        arguments = ["--budget", str(options.budget), *(["--devices"] if options.devices else [])]
         if options.output is not None:
             arguments += ["--output", str(options.output.absolute())]
         return relaunch("tune", options, arguments)
@@ -240,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ["PYCOMM_TUNE_FILE"] = ""  # an older table has no say, and no warning is due
     begin = time.perf_counter()
     with init() as group:
-        table = tune(group, options.budget)
+        table = tune(group, options.budget, own_device() if options.devices else None)
         if group.rank == 0:
             path = options.output or table_folder() / table.file_name()
             table.save(path)

@@ -84,6 +84,6 @@ def test_nics_numa_nodes_and_gpus_come_from_their_hosts():
     ]
     assert found.hardware() == (
         "Test CPU, 4 cores, eth0 (mlx5_core, 100000 Mbit/s), eth1 (veth)",
-        "Test CPU, 4 cores, no link",
+        "Test CPU, 4 cores, no link, 1 H100",
     )
-    assert describe(found.machine_of(0)) == found.hardware()[0]
+    assert describe(found.machine_of(0), found.gpus[0]) == found.hardware()[0]

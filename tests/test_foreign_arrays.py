@@ -4,7 +4,9 @@ memory over a fake NCCL here) on the arrays' own stream."""
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,11 @@ from fake_nccl import build
 from spawn import run_ranks
 
 from pycomm import _C
+from pycomm.calls import CALL_PLANNERS
 from pycomm.errors import InvalidArgument
+from pycomm.table import Times, TuningTable
+from pycomm.tune import report, tune
+from pycomm.tune_devices import DEVICE_SIZES, Device, tune_devices
 
 
 class OnHost:
@@ -136,6 +142,63 @@ def _on_device(group: Any) -> None:
     group.barrier()
     synchronize()
     fake.fake_device_free_stream(ctypes.c_void_p(stream))
+
+
+def test_what_is_measured_on_devices_decides_in_the_next_job(tmp_path: Path) -> None:
+    library = str(build())
+    variables = {"PYCOMM_NCCL_LIB": library, "PYCOMM_TEST_DEVICE": library, "PYCOMM_TUNE_FILE": ""}
+    hosts = ["a", "b", "a", "b"]
+    tables = run_ranks(_tuned, 4, hosts=hosts, environment=variables)
+    table = tables[0]
+    assert all(other == table for other in tables[1:])
+    assert [(one.collective, one.algorithm) for one in table.device_times] == [
+        (collective, way) for collective in CALL_PLANNERS for way in ("native", "hierarchical")
+    ]
+    assert all(one.points[0][0] == DEVICE_SIZES[0] for one in table.device_times)
+    assert "on devices:" in report(table)
+    # Made up, so that what is chosen is known: hierarchical from 1 MiB on, by far.
+    sizes = (1 << 16, 1 << 22)
+    times = {"native": (1e-5, 1e-3), "hierarchical": (1e-4, 1e-4)}
+    made = [Times("all_reduce", way, tuple(zip(sizes, seconds, strict=True))) for way, seconds in times.items()]
+    path = tmp_path / "table.json"
+    dataclasses.replace(table, device_times=tuple(made)).save(path)
+    variables |= {"PYCOMM_TUNE_FILE": str(path), "PYCOMM_EXPLAIN": "1"}
+    run_ranks(_takes_what_won, 4, hosts=hosts, environment=variables)
+
+
+def _device(group: Any) -> tuple[Device, Any]:
+    fake = ctypes.CDLL(os.environ["PYCOMM_TEST_DEVICE"])
+    fake.fake_device_new_stream.restype = ctypes.c_void_p
+    stream = fake.fake_device_new_stream()
+    device = Device(
+        lambda numel: OnDevice(np.zeros(numel, np.float32), stream),
+        lambda: fake.fake_device_synchronize(ctypes.c_void_p(stream)),
+    )
+    return device, fake
+
+
+def _tuned(group: Any) -> TuningTable:
+    device, _ = _device(group)
+    part = group.new_group([0, 1, 2])
+    if part is not None:
+        with pytest.raises(InvalidArgument, match="hosts with as many ranks each"):
+            tune_devices(part, device, 1.0)
+    return tune(group, 0.2, device)
+
+
+def _takes_what_won(group: Any) -> None:
+    """Of a call, NCCL's whole is over one communicator, the other way over those of a host and across as well."""
+    device, fake = _device(group)
+    for numel, hierarchical in ((1 << 12, False), (1 << 20, True)):
+        group.all_reduce(array := device.zeros(numel))
+        device.settle()
+        assert not array.array.any()
+        assert (fake.fake_nccl_n_communicators() > 1) == hierarchical
+    # What has no times, and a group of other ranks, go as they would without a table.
+    assert group._devices.choices("all_gather", 0, False) == ((None, "native"),)
+    pair = group.new_group([0, 1])
+    if pair is not None:
+        assert pair._devices.choices("all_reduce", 0, False) == ((None, "native"),)
 
 
 class Rows(OnDevice):

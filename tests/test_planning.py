@@ -17,7 +17,7 @@ from torch_ranks import run_processes
 import pycomm
 from pycomm.agreement import agree, engine_version, fit, table_folder
 from pycomm.discover import describe
-from pycomm.errors import InvalidArgument, PeerTimeout, PycommWarning, TopologyError
+from pycomm.errors import InvalidArgument, PeerLost, PeerTimeout, PycommWarning, TopologyError
 from pycomm.explain import explain
 from pycomm.hosts import Link, Switch
 from pycomm.machine import this_machine
@@ -39,7 +39,7 @@ def table(topology=None, **changes):
         Times("all_reduce", name, ((1 << 10, seconds), (1 << 20, seconds)))
         for name, seconds in (("ring", 1e-6), ("doubling", 1e-3), ("hierarchical", 1e-3))
     )
-    hardware = (describe(this_machine()),) * len(topology.hosts)
+    hardware = (describe(this_machine(), ()),) * len(topology.hosts)
     return dataclasses.replace(TuningTable(engine_version(), hardware, topology, times), **changes)
 
 
@@ -113,7 +113,7 @@ REFUSED = {
         lambda: table(Topology.from_host_ids("abab", nic=SLOW)).to_json(),
         "placed abab, this job has 4 ranks on 2 host(s) (2, 2), placed aabb",
     ),
-    "other format": (lambda: json.dumps({"format": 99}), "it has format 99, this pycomm reads format 1"),
+    "other format": (lambda: json.dumps({"format": 99}), "it has format 99, this pycomm reads format 2"),
     "no table": (lambda: "hello", "it is no tuning table"),
 }
 
@@ -345,3 +345,12 @@ def test_a_rank_0_that_never_says_is_a_timeout():
     endpoint = SimpleNamespace(rank=1, host_ids=list(HOSTS))
     with pytest.raises(PeerTimeout, match=r"rank 0 did not say within 0.2 s what the job plans from"):
         agree(c10d.HashStore(), endpoint, None, 0.2)
+
+
+def test_a_store_that_ends_first_is_a_lost_peer():
+    serving = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = c10d.TCPStore("127.0.0.1", serving.port, is_master=False)
+    del serving
+    endpoint = SimpleNamespace(rank=1, host_ids=list(HOSTS))
+    with pytest.raises(PeerLost, match=r"the job's store ended before rank 0 said what the job plans from"):
+        agree(store, endpoint, None, 20)

@@ -74,7 +74,7 @@ def test_a_table_is_saved_whole_where_its_name_says_what_it_is(tmp_path):
     [
         (lambda d: "{", "it is no tuning table (JSONDecodeError"),
         (lambda d: json.dumps([1]), "it is no tuning table (TypeError"),
-        (lambda d: json.dumps({**d, "format": 7}), "it has format 7, this pycomm reads format 1"),
+        (lambda d: json.dumps({**d, "format": 7}), "it has format 7, this pycomm reads format 2"),
         (lambda d: json.dumps({**d, "engine": "9"}), "its fingerprint is"),
         (
             lambda d: json.dumps({k: v for k, v in d.items() if k != "times"}),

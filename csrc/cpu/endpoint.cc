@@ -25,6 +25,11 @@
 namespace pycomm::cpu {
 namespace {
 
+// How long to wait awake, by default: a wake-up takes some 80 us. Where ranks outnumber cores,
+// yielding is what lets the others answer: stay with it longer.
+constexpr std::chrono::microseconds kAwake(150), kAwakeOversubscribed(1000);
+constexpr std::chrono::microseconds kAwakeMost(2000);  // whatever a wake-up takes
+
 std::string namespace_id(const char* kind) {
   struct stat info{};
   if (::stat((std::string("/proc/self/ns/") + kind).c_str(), &info) != 0) return "?";
@@ -420,6 +425,7 @@ void Endpoint::ring_others(const std::vector<int>& ranks) {
 
 void Endpoint::ring_sleeper(int rank) {
   if (sleeper(rank).sleepers.load(std::memory_order_relaxed) == 0) return;
+  sleeper(rank).rung_at.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
   const uint64_t one = 1;
   // A full counter (EAGAIN) has been rung already.
   [[maybe_unused]] const auto n =
@@ -437,13 +443,31 @@ void Endpoint::sleep(const std::vector<pollfd>& sockets, std::chrono::millisecon
   if (limit.count() > 0) {
     std::vector<pollfd> entries{{doorbells_[static_cast<size_t>(index)].get(), POLLIN, 0}};
     entries.insert(entries.end(), sockets.begin(), sockets.end());
+    const auto since = Clock::now();
     ::poll(entries.data(), entries.size(), static_cast<int>(limit.count()));
     uint64_t rings = 0;
     if ((entries[0].revents & POLLIN) != 0) {
       [[maybe_unused]] const auto n = ::read(entries[0].fd, &rings, sizeof(rings));
+      woken(since);
     }
   }
   sleeper(rank_).sleepers.fetch_sub(1, std::memory_order_relaxed);
+}
+
+// A bell that ended a sleep which began at `since`.
+void Endpoint::woken(Clock::time_point since) {
+  const int64_t rung = sleeper(rank_).rung_at.load(std::memory_order_relaxed);
+  const int64_t took = Clock::now().time_since_epoch().count() - rung;
+  if (rung < since.time_since_epoch().count() || took < 0) return;  // rung before it slept
+  const int64_t average = wake_up_ns_.load(std::memory_order_relaxed);
+  wake_up_ns_.store(average == 0 ? took : average + (took - average) / 8,
+                    std::memory_order_relaxed);  // of two threads that store one may get lost
+}
+
+std::chrono::microseconds Endpoint::awake() const {
+  const std::chrono::nanoseconds wake_up(wake_up_ns_.load(std::memory_order_relaxed));
+  return std::clamp(std::chrono::duration_cast<std::chrono::microseconds>(2 * wake_up),
+                    oversubscribed_ ? kAwakeOversubscribed : kAwake, kAwakeMost);
 }
 
 bool Endpoint::shares_core(const std::vector<int>& ranks) {

@@ -72,6 +72,8 @@ class Endpoint {
   uint64_t keyed(std::string text) const;  // hash of text under the job's secret
   // More ranks than cores on this machine: whoever waits must let others run.
   bool oversubscribed() const { return oversubscribed_; }
+  // How long a waiter stays awake for an answer before it sleeps: see waiter.h.
+  std::chrono::microseconds awake() const;
   const Secret& secret() const { return secret_; }
 
   // Wakes `rank` of this host if it sleeps. Call after publishing what it may wait for.
@@ -105,6 +107,8 @@ class Endpoint {
  private:
   struct alignas(64) Sleeper {
     std::atomic<uint32_t> sleepers{0};
+    std::atomic<int64_t> rung_at{
+        0};  // when it was rung last, on the clock that a host has in common
   };
   static constexpr size_t kProblemBytes = 240;  // of a text in shared memory, with its end
   struct HostLine {
@@ -133,6 +137,7 @@ class Endpoint {
   HostLine& host_line(int rank) const;
   Sleeper& sleeper(int rank) const { return host_line(rank).sleeper; }
   void ring_sleeper(int rank);
+  void woken(Clock::time_point since);
   int freer_core() const;  // than the one this thread is on, by two ranks at least; or -1
 
   int rank_ = 0;
@@ -140,6 +145,7 @@ class Endpoint {
   std::vector<int> local_ranks_;
   std::vector<int> local_index_;  // by rank; -1 on other hosts
   bool oversubscribed_ = false;
+  std::atomic<int64_t> wake_up_ns_{0};  // from ring() to the end of the sleep, averaged
   // Of leave_crowded_core(): the next look, whether the last one found a freer core, the last move,
   // and how long to stay after it.
   std::atomic<Clock::duration> next_look_{};

@@ -372,13 +372,12 @@ void CpuEngine::run_callbacks() {
 
 void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   const auto until = limit >= kForever ? Clock::time_point::max() : Clock::now() + limit;
-  // Where ranks outnumber cores, yielding is what lets the others answer: stay with it longer.
   // While much is on its way between hosts the system needs the core to receive it.
   const bool shares_core = endpoint_->shares_core(local_ranks_);
   if (shares_core) endpoint_->leave_crowded_core();
   const int spins = !one_host_ ? kSpinsBetweenHosts : shares_core ? kSpinsOnSharedCore : kSpins;
-  const int awake_us = !one_host_ && op.sizeable ? 20 : endpoint_->oversubscribed() ? 1000 : 150;
-  Waiter waiter(spins, std::chrono::microseconds(awake_us));
+  const bool receives_much = !one_host_ && op.sizeable;
+  Waiter waiter(spins, receives_much ? std::chrono::microseconds(20) : endpoint_->awake());
   struct Counted {
     explicit Counted(std::atomic<int>& count) : count(count) {
       count.fetch_add(1, std::memory_order_relaxed);

@@ -4,7 +4,10 @@
 // another core costs some 80 us, sched_yield 2 us, a spinning flag 0.2 us. So a waiter stays awake
 // for about the price of a wake-up: it never waits much longer than the best choice would have, and
 // a core that another program wants, maybe our own peer, is free again soon (Karlin et al.,
-// "Competitive randomized algorithms for nonuniform problems", SODA 1990).
+// "Competitive randomized algorithms for nonuniform problems", SODA 1990). The price is measured,
+// from the bell to the end of the sleep (Endpoint::awake()): in a virtual machine it may be ten
+// times as high, and two ranks that answer each other in less than it would fall asleep at each
+// turn.
 #pragma once
 
 #include <sched.h>

@@ -143,7 +143,16 @@ def test_flops_of_the_parts_are_those_of_the_model(preset: str) -> None:
     )
 
 
-@pytest.mark.parametrize("model", [{"block": "llama"}, {"block": "gpt2"}, {"n_experts": 8}, {"d_model": 8192}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"block": "llama"},
+        {"block": "gpt2"},
+        {"n_experts": 8},
+        {"d_model": 8192},
+        {"kv_lora_rank": 8, "qk_rope_head_dim": 4},
+    ],
+)
 def test_the_rate_to_plan_with_is_given_or_measured(model: dict[str, Any]) -> None:
     config = load_preset("tiny")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))

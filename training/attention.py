@@ -64,9 +64,9 @@ class LatentAttention(nn.Module):
     """Multi-head latent attention: every head's key and value come from one latent a token, and positions from a turned
     part of the query and one turned key that all heads share: [S/tp, B, D] to [S/tp, B, D].
 
-        x ─ query_down ─ norm ──────────┐                   ┌─ query_up ─ q [H, head_dim + rope]
-        x ─ key_value_down ┬ latent ─ norm ─ gather_sequence ─┼─ key_value_up ─ k [H, head_dim], v [H, v_head_dim]
-                           └ key [rope] ──┘                   └─ k of all heads [rope]
+        x ─ query_down ───── norm ─┐                 ┌─ query_up ────── q [H, head_dim + rope]
+        x ─ key_value_down ┬ norm ─┼ gather_sequence ┼─ key_value_up ── k [H, head_dim], v [H, v_head_dim]
+                           └───────┘                 └───────────────── k of all heads [rope]
 
     What makes latents is whole on each tp rank, which runs it for its part of the sequence, so that its gradients are
     summed as a norm's are; only latents are gathered, and heads are cut over tp as everywhere. Without q_lora_rank

@@ -98,8 +98,10 @@ def step_time(config: Config, layout: Layout, costs: Costs, links: Links, flops_
     stages, m = stages_of(config), config.train.accumulation
     placement = stages.placement
     groups = groups_of(layout)
+    tp = TensorTime(config, layout, links, groups["tp"], _tokens(config, layout), flops_per_s)
     per_stage = [
-        _stage(config, layout, costs, links, groups, stages, stage, flops_per_s) for stage in range(placement.n_stages)
+        _stage(config, layout, costs, links, groups, tp, stages, stage, flops_per_s)
+        for stage in range(placement.n_stages)
     ]
     of_rank = [
         [per_stage[placement.stage(rank, chunk)] for chunk in range(placement.n_chunks)] for rank in range(layout.pp)
@@ -156,6 +158,7 @@ def _stage(
     costs: Costs,
     links: Links,
     groups: Mapping[str, Groups],
+    tp: TensorTime,
     stages: Stages,
     stage: int,
     flops_per_s: float,
@@ -169,7 +172,6 @@ def _stage(
     first, last = stage == 0, stage == stages.placement.n_stages - 1
     head_s = 3 * costs.head * per_flop if last else 0.0  # the fused loss makes its gradients in forward
     again = {"none": 0.0, "selective": core_s, "full": blocks_s}[recompute]
-    tp = TensorTime(config, layout, links, groups["tp"], tokens, flops_per_s)
     layers_tp, layers_back_tp = tp.layers(layers)
     gather, scatter = (tp.whole(each, model.d_model) for each in ("all_gather", "reduce_scatter"))
     ends_tp = (scatter if first else 0.0) + (gather if last else 0.0)

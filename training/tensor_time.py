@@ -29,6 +29,7 @@ class TensorTime:
         self._config, self._layout, self._links, self._group = config, layout, links, group
         self._tokens, self._flops_per_s = tokens, flops_per_s
         self._itemsize = 2 if config.train.precision == "bf16" else 4
+        self._blocks: dict[bool, tuple[float, float]] = {}  # layers() of one block, with experts or without
         hosts = links.topology.host_index[group]
         across = bool((hosts != hosts[:, :1]).any())
         self._overlaps = layout.tp > 1 and (layout.tp_overlap == "always" or (layout.tp_overlap == "auto" and across))
@@ -40,8 +41,10 @@ class TensorTime:
     def layers(self, layers: Iterable[int]) -> tuple[float, float]:
         """Seconds that blocks wait, forward and backward."""
         kinds = Counter(self._config.model.has_experts(index) for index in layers)
-        of_kind = [(n, *self._block(experts)) for experts, n in kinds.items()]
-        return sum(n * forward for n, forward, _ in of_kind), sum(n * backward for n, _, backward in of_kind)
+        for experts in kinds.keys() - self._blocks.keys():
+            self._blocks[experts] = self._block(experts)
+        forward, backward = (sum(n * self._blocks[kind][way] for kind, n in kinds.items()) for way in (0, 1))
+        return forward, backward
 
     def _block(self, experts: bool) -> tuple[float, float]:
         model, found = self._config.model, []

@@ -6,6 +6,9 @@ not sleeps. A call's time is that of its slowest rank; medians and 99th percenti
 block the result of a call on fresh values is compared with the right one, to the last element. The peers are called
 through mpi4py or ctypes with everything prepared that can be, pycomm through its Python API.
 
+All cases are gone through several times: cores of a shared machine change for seconds, from near to far for each
+other too, and what is measured minutes apart meets that alike.
+
 In the same turns every rank copies memory at once, as much as the tensor: what that moves per second is the bandwidth
 that a collective of that size cannot exceed. Its limit is the bytes that it must read and write at least, at that rate.
 
@@ -254,8 +257,8 @@ def least_bytes(collective: str, nbytes: int, n: int) -> float:
     return touched * nbytes
 
 
-def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: int) -> dict[str, dict[str, float]]:
-    """Per contender: median and p99 in microseconds of one call (sendrecv: one way), the slowest rank's."""
+def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: int) -> dict[str, NDArray[np.float64]]:
+    """Per contender: microseconds of each call (sendrecv: one way), the slowest rank's."""
     collective, dtype, nbytes = case
     turns = [(each, name, inner) for each in running for name, inner in each.contenders.items()]
     absent = {"barrier": (COPY, OWN), "sendrecv": (ONECCL, NULL)}.get(collective, ())
@@ -277,15 +280,15 @@ def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: in
     for each in running:
         each.ask("release")
     halves = 2 if collective == "sendrecv" else 1
-    found = {}
-    for name, blocks in times.items():
-        longest = np.concatenate(blocks) / 1e3 / halves
-        found[name] = {
-            "median_us": round(float(np.median(longest)), 3),
-            "p99_us": round(float(np.percentile(longest, 99)), 3),
-            "calls": len(longest),
-        }
-    return found
+    return {name: np.concatenate(blocks) / 1e3 / halves for name, blocks in times.items()}
+
+
+def summary(calls: NDArray[np.float64]) -> dict[str, float]:
+    return {
+        "median_us": round(float(np.median(calls)), 3),
+        "p99_us": round(float(np.percentile(calls, 99)), 3),
+        "calls": len(calls),
+    }
 
 
 def limit_us(entry: dict[str, Any]) -> float | None:
@@ -313,7 +316,8 @@ def main() -> None:
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--sizes", help="bytes, separated by commas (default: to 256 MiB; for bfloat16 fewer)")
     parser.add_argument("--peers", default=",".join((*ORDINARY_PEERS, IMPI_HEAP)), help="only these")
-    parser.add_argument("--blocks", type=int, default=5, help="turns of each library in a case (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="times that all cases are gone through (default 3)")
+    parser.add_argument("--blocks", type=int, default=2, help="turns of each library in a case and round (default 2)")
     parser.add_argument("--output", default="peers", help="name of the results (default peers)")
     options = parser.parse_args()
 
@@ -323,7 +327,7 @@ def main() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja's
     null_backend.register()  # compiled here, once
     about = environment()
-    results: list[dict[str, Any]] = []
+    results: dict[tuple[int, str, str, int], dict[str, Any]] = {}
     versions: dict[str, str] = {}
     for n in map(int, options.ranks.split(",")):
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -331,31 +335,39 @@ def main() -> None:
         wanted = [name for name in (*ORDINARY_PEERS, IMPI_HEAP) if name in options.peers]
         running = start(n, libraries(n, wanted), f"127.0.0.1:{server.port}")
         versions |= {each.library.name: each.version for each in running}
+        sweep = [
+            (collective, dtype, nbytes)
+            for collective in options.collectives.split(",")
+            for dtype in (options.dtypes.split(",") if collective != "barrier" else ["float32"])
+            for nbytes in sizes(n, collective, dtype, options.sizes)
+        ]
+        calls: dict[tuple[str, str, int], dict[str, list[NDArray[np.float64]]]] = {}
         try:
-            for collective in options.collectives.split(","):
-                for dtype in options.dtypes.split(",") if collective != "barrier" else ["float32"]:
-                    for nbytes in sizes(n, collective, dtype, options.sizes):
-                        begin = time.perf_counter()
-                        blocks = options.blocks if nbytes < 64 * MIB else 3
-                        contenders = measure(running, (collective, dtype, nbytes), blocks)
-                        entry = {
-                            "n_ranks": n,
-                            "collective": collective,
-                            "dtype": dtype,
-                            "nbytes": nbytes,
-                            "contenders": contenders,
-                        }
-                        entry["limit_us"] = limit_us(entry)
-                        results.append(entry)
-                        cells = "  ".join(f"{k} {microseconds(v['median_us'])}" for k, v in contenders.items())
-                        what = f"{n} {collective} {dtype} {size_name(nbytes)}"
-                        print(f"{what:<42} {time.perf_counter() - begin:5.1f} s  {cells}", flush=True)
-                        write_json(options.output, {"environment": about, "versions": versions, "results": results})
+            for turn, case in ((turn, case) for turn in range(options.rounds) for case in sweep):
+                begin = time.perf_counter()
+                collective, dtype, nbytes = case
+                measured = measure(running, case, options.blocks if nbytes < 64 * MIB else 1)
+                so_far = calls.setdefault(case, {name: [] for name in measured})
+                for name, each_call in measured.items():
+                    so_far[name].append(each_call)
+                contenders = {name: summary(np.concatenate(found)) for name, found in so_far.items()}
+                entry = {
+                    "n_ranks": n,
+                    "collective": collective,
+                    "dtype": dtype,
+                    "nbytes": nbytes,
+                    "contenders": contenders,
+                }
+                results[n, *case] = entry | {"limit_us": limit_us(entry)}
+                cells = "  ".join(f"{k} {microseconds(v['median_us'])}" for k, v in contenders.items())
+                what = f"{turn + 1}/{options.rounds} {n} {collective} {dtype} {size_name(nbytes)}"
+                print(f"{what:<42} {time.perf_counter() - begin:5.1f} s  {cells}", flush=True)
         finally:
-            for each in running:
-                each.end()
-    reached = figures(results)
-    record = {"environment": about, "versions": versions, "figures": reached, "results": results}
+            for library in running:
+                library.end()
+    found = list(results.values())
+    reached = figures(found)
+    record = {"environment": about, "versions": versions, "figures": reached, "results": found}
     path = write_json(options.output, record)
     if options.output == "peers":
         plot(record)

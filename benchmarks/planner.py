@@ -114,6 +114,7 @@ def section(name: str) -> dict[str, Any]:
         data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
         train=dataclasses.replace(config.train, eval_sequences=8),
         plan=dataclasses.replace(config.plan, show=SHOW, max_cp=1),
+        layout=LayoutConfig(tp_overlap="auto" if kind else "never"),  # a layer that sleeps is not split
     )
     hosts = [host for host in "abcd"[:n_hosts] for _ in range(per_host)]
     with emulated_hosts(hosts=tuple("abcd"[:n_hosts])) if n_hosts > 1 else nullcontext() as network:

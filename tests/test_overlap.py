@@ -13,8 +13,8 @@ from pycomm import _C
 from pycomm.errors import InvalidArgument
 from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
 from pycomm.overlap.layout import pack
-from pycomm.overlap.matmul import ring_s
 from pycomm.overlap.pool import Pool
+from pycomm.overlap.ring_time import ring_s
 from pycomm.overlap.trace import Trace
 
 WIDTHS = (3, 5, 7, 2)  # odd, so that no bucket edge falls on a round number

@@ -16,13 +16,17 @@ from training.model_config import ModelConfig
 from training.presets import PRESETS, load_preset
 
 ALL = {path.stem for path in PRESETS.glob("*.toml")}
-PUBLISHED = {  # parameters, as Hugging Face counts them in the models' safetensors
-    "gpt2": 124_439_808,
-    "llama_1b": 1_235_814_400,
-    "llama_8b": 8_030_261_248,
-    "llama_70b": 70_553_706_496,
-    "mixtral_8x7b": 46_702_792_704,
-    "deepseek_moe_16b": 16_375_728_128,
+# Parameters of published shapes: exact, as Hugging Face counts the tensors in the models' safetensors (DeepSeek-V3's
+# without routers' biases and the layer that predicts a further token), and as their authors say, and where.
+PUBLISHED = {
+    "gpt2": (124_439_808, 124e6, "https://huggingface.co/openai-community/gpt2"),
+    "llama_1b": (1_235_814_400, 1.23e9, "https://huggingface.co/meta-llama/Llama-3.2-1B"),
+    "llama_8b": (8_030_261_248, 8e9, "arXiv:2407.21783"),
+    "llama_70b": (70_553_706_496, 70e9, "arXiv:2407.21783"),
+    "mixtral_8x7b": (46_702_792_704, 47e9, "arXiv:2401.04088"),
+    "deepseek_moe_16b": (16_375_728_128, 16.4e9, "arXiv:2401.06066"),
+    "deepseek_v2_lite": (15_706_484_224, 15.7e9, "arXiv:2405.04434, appendix B"),
+    "deepseek_v3": (671_026_404_352, 671e9, "arXiv:2412.19437"),
 }
 
 
@@ -37,10 +41,13 @@ def test_every_small_preset_loads_and_runs_on_1_2_and_4_ranks(preset: str) -> No
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
 def test_a_published_shape_has_its_published_parameters_and_a_layout(preset: str) -> None:
     config = load_preset(preset)
-    assert config.model.n_parameters == PUBLISHED[preset]
-    n_ranks = 8 * config.layout.tp if config.model.n_experts else max(8, config.layout.tp)
+    exact, said, source = PUBLISHED[preset]
+    assert config.model.n_parameters == exact
+    assert exact == pytest.approx(said, rel=0.01), source
+    cut = config.layout.tp * config.layout.pp
+    n_ranks = cut * max(8, config.layout.ep) if config.model.n_experts else max(8, cut)
     layout = resolve_layout(config, n_ranks)
-    assert layout.dp * layout.tp == n_ranks
+    assert layout.dp * cut == n_ranks
 
 
 def test_flops_are_those_of_the_formula_and_of_the_active_experts() -> None:
@@ -88,7 +95,7 @@ def test_a_wrong_preset_is_refused(tmp_path: Path, text: str, message: str) -> N
 def test_an_unknown_preset_names_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="there is no preset 'defualt'; the nearest is 'default'"):
         load_preset("defualt")
-    with pytest.raises(ConfigError, match="there is no preset 'xyz'; there are deepseek_moe_16b, default,"):
+    with pytest.raises(ConfigError, match=r"there is no preset 'xyz'; there are deepseek_moe_16b, .*, default,"):
         load_preset("xyz")
     with pytest.raises(ConfigError, match=r"cannot read the preset .*missing.toml: No such file"):
         load_preset("somewhere/missing.toml")
@@ -124,9 +131,14 @@ def test_layouts() -> None:
         ({"ep": 2}, 2, "layout.ep is 2 but the model has no experts"),
         ({"ep": 4, "model": {"n_experts": 4}}, 2, r"layout.ep \(4\) does not divide data parallel ranks \(2\)"),
         ({"ep": 4, "model": {"n_experts": 6}}, 4, r"layout.ep \(4\) does not divide model.n_experts \(6\)"),
-        ({"layout": {"experts_over_tp": True}}, 1, "experts_over_tp is set but the model has no experts"),
+        ({"layout": {"experts_over_tp": "split"}}, 1, "experts_over_tp is 'split' but the model has no experts"),
         (
-            {"tp": 2, "ep": 2, "model": {"n_experts": 6}, "layout": {"experts_over_tp": True}},
+            {"tp": 2, "model": {"n_experts": 4, "d_ff_expert": 3}, "layout": {"experts_over_tp": "split"}},
+            2,
+            r"layout.tp \(2\) does not divide the width of an expert \(3\)",
+        ),
+        (
+            {"tp": 2, "ep": 2, "model": {"n_experts": 6}, "layout": {"experts_over_tp": "spread"}},
             4,
             r"layout.ep × layout.tp \(4\) does not divide model.n_experts \(6\)",
         ),
@@ -152,6 +164,19 @@ def test_layouts() -> None:
         ({"model": {"n_experts": 4, "block": "gpt2"}}, 1, "model.block 'gpt2' is dense; set model.n_experts to 0"),
         ({"model": {"router_bias": True}}, 1, "model.router_bias need model.n_experts, which is 0"),
         ({"model": {"head_dim": 7}}, 1, "model.head_dim is 7; rotary positions need an even one"),
+        ({"model": {"q_lora_rank": 8, "v_head_dim": 8}}, 1, "model.q_lora_rank and model.v_head_dim belong to latent"),
+        ({"model": {"kv_lora_rank": -8}}, 1, "model.kv_lora_rank is -8; give a width, or 0"),
+        ({"model": {"kv_lora_rank": 8}}, 1, "model.qk_rope_head_dim is 0; latent attention turns an even number"),
+        ({"model": {"kv_lora_rank": 8, "qk_rope_head_dim": 3}}, 1, "model.qk_rope_head_dim is 3; latent attention"),
+        ({"model": {"kv_lora_rank": 8, "n_kv_heads": 2}}, 1, "model.n_kv_heads is 2, but in latent attention each of"),
+        ({"model": {"kv_lora_rank": 8, "block": "gpt2"}}, 1, "model.kv_lora_rank needs rotary positions"),
+        ({"model": {"rope_scaling": "yarn"}}, 1, "'yarn' needs latent attention; set model.kv_lora_rank"),
+        (
+            {"model": {"rope_mscale": 1.0}},
+            1,
+            "model.rope_mscale is 1.0, but model.rope_scaling 'none' does not read it",
+        ),
+        ({"model": {"n_experts": 4, "best_of_group": 0}}, 1, "model.best_of_group is 0; a group's score needs"),
         ({"model": {"rope_scaling": "linear", "rope_factor": 0.5}}, 1, "it needs block 'llama' and a factor of at"),
         ({"model": {"rope_scaling": "llama3", "rope_high_freq_factor": 1.0}}, 1, r"must be above .*low_freq_factor"),
         (

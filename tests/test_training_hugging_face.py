@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from training.data import Batch
 from training.errors import CheckpointError, ConfigError
 from training.hugging_face import export_model, import_model, matches, read_config
 from training.hugging_face_config import config_json, model_config
+from training.layer_rate import Alone
 from training.layout import Layout
 from training.mesh import Mesh
 from training.model import GPT
@@ -34,6 +35,17 @@ DEEPSEEK = {
     "n_experts": 8, "top_k": 3, "d_ff_expert": 16, "n_dense_layers": 1, "n_shared_experts": 2, "router": "sigmoid",
     "router_bias": True, "router_scale": 1.8, "n_expert_groups": 4, "topk_groups": 2, "tie_embeddings": False,
 }  # fmt: skip
+LATENT = {
+    "n_kv_heads": 4, "kv_lora_rank": 12, "qk_rope_head_dim": 6, "head_dim": 10, "v_head_dim": 8, "rope_base": 500.0,
+    "norm_eps": 1e-5, "rope_factor": 3.0,
+}  # fmt: skip
+YARN = {
+    **LATENT, "rope_scaling": "yarn", "rope_original_len": 24, "rope_high_freq_factor": 8.0, "rope_mscale": 0.8,
+}  # fmt: skip
+V2 = {
+    "n_experts": 8, "top_k": 3, "d_ff_expert": 16, "n_dense_layers": 1, "n_shared_experts": 2, "norm_topk_prob": False,
+    "router_scale": 1.8, "tie_embeddings": False,
+}  # fmt: skip
 LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32, "rope_base": 5000.0}
 MODELS: dict[str, dict[str, Any]] = {
     "llama, tied": {"head_dim": 16, "rope_scaling": "linear", "rope_factor": 2.0},
@@ -41,6 +53,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"n_experts": 4, "top_k": 2, "tie_embeddings": False},
     "glm4_moe": DEEPSEEK,
     "glm4_moe, weights as they are": {**DEEPSEEK, "norm_topk_prob": False, "n_expert_groups": 1, "topk_groups": 1},
+    "deepseek_v3": {**DEEPSEEK, **YARN, "q_lora_rank": 14},
+    "deepseek_v2": {
+        **V2,
+        **LATENT,
+        "rope_scaling": "linear",
+        "q_lora_rank": 14,
+        "n_expert_groups": 4,
+        "topk_groups": 2,
+        "best_of_group": 1,
+    },
+    "deepseek_v2, lite": {**V2, **YARN, "v_head_dim": 0, "rope_mscale": 0.0},
     "gpt2": {"block": "gpt2", "n_kv_heads": 4},
 }
 TOKENS = torch.randint(0, 64, (80, 2), generator=torch.Generator().manual_seed(1))  # [S, B]
@@ -133,6 +156,14 @@ def test_config_json_says_the_same_model(name: str) -> None:
     ("changes", "message"),
     [
         ({"n_experts": 4, "n_shared_experts": 1}, "mixtral would need model.n_shared_experts = 0; glm4_moe would need"),
+        (
+            {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "n_kv_heads": 4},
+            r"models with latent attention .* have model.n_exp",
+        ),
+        (
+            {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "n_kv_heads": 4, "n_experts": 4, "router": "sigmoid"},
+            "deepseek_v2 would need model.router = 'softmax', .*; deepseek_v3 would need model.router_bias = True",
+        ),
         ({"n_experts": 4, "moe_every": 2}, "mixtral would need model.moe_every = 1"),
         ({"block": "gpt2"}, "Hugging Face's GPT-2 has n_kv_heads = n_heads"),
     ],
@@ -145,7 +176,10 @@ def test_a_model_that_hugging_face_does_not_have_is_refused(changes: Any, messag
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bert"}, "describes a 'bert'; there are gpt2, llama, mixtral, glm4_moe"),
+        (
+            {"model_type": "bert"},
+            "describes a 'bert'; there are gpt2, llama, mixtral, glm4_moe, deepseek_v2, deepseek_v3",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the trainer's models have 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
@@ -157,6 +191,34 @@ def test_an_architecture_that_the_trainer_does_not_have_is_refused(changes: Any,
     description = {**config_json(model_of("llama 3.1"), torch.float32), **changes}
     with pytest.raises(ConfigError, match=message):
         model_config({key: value for key, value in description.items() if value is not None}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is {'quant_method': 'fp8'}"),
+        ({"rope_interleave": False}, "rope_interleave is False; the trainer's models have True"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; the trainer's models have 'sigmoid'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 8, "mscale": 1.0}},
+            "mscale is",
+        ),
+    ],
+)
+def test_a_deepseek_that_the_trainer_does_not_have_is_refused(changes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model_config({**config_json(model_of("deepseek_v3"), torch.float32), **changes}, "config.json")
+
+
+def test_a_layer_that_predicts_further_is_left_out(exported: Any, tmp_path: Path) -> None:
+    folder, _ = exported
+    tensors = load_file(folder / "deepseek_v3" / "model.safetensors")
+    further = {"model.layers.2.eh_proj.weight": torch.zeros(32, 64), "model.layers.2.enorm.weight": torch.zeros(32)}
+    save_file(tensors | further, tmp_path / "model.safetensors")
+    config = read_config(folder / "deepseek_v3")
+    with torch.device("meta"):
+        shapes = {key: spec.shape for key, spec in specs_of(GPT(config, cast(Mesh, Alone()))).items()}
+    assert import_model(config, tmp_path, shapes).keys() == shapes.keys()
 
 
 def test_bad_tensors_are_named(exported: Any, tmp_path: Path) -> None:

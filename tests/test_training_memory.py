@@ -23,14 +23,18 @@ from training.optimizer import MOMENTS, PARAMETERS
 from training.trainer import Trainer
 
 MODEL = {"n_layers": 4, "d_model": 64, "d_ff": 160}
-LAYOUTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({}, {}),
-    ({"zero": 1}, {}),
-    ({"zero": 2}, {"precision": "bf16"}),
-    ({"zero": 3}, {"precision": "bf16"}),
-    ({"tp": 2}, {"recompute": "selective"}),
-    ({"pp": 2}, {"accumulation": 4}),
-    ({"cp": 2}, {"recompute": "full"}),
+LATENT = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 8, "v_head_dim": 12}
+LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({}, {}, {}),
+    ({"zero": 1}, {}, {}),
+    ({"zero": 2}, {"precision": "bf16"}, {}),
+    ({"zero": 3}, {"precision": "bf16"}, {}),
+    ({"tp": 2}, {"recompute": "selective"}, {}),
+    ({"pp": 2}, {"accumulation": 4}, {}),
+    ({"cp": 2}, {"recompute": "full"}, {}),
+    ({"tp": 2}, {}, LATENT),
+    ({"tp": 2, "ep": 2, "experts_over_tp": "split"}, {}, {"n_experts": 4, "n_shared_experts": 1, "d_ff_expert": 48}),
+    ({"zero": 2}, {"recompute": "selective", "precision": "bf16"}, LATENT | {"q_lora_rank": 0}),
 ]
 
 
@@ -86,8 +90,8 @@ def in_files(folder: str) -> tuple[int, int]:
 def run(group: Any, offload_dir: str) -> list[Any]:
     torch.set_num_threads(1)
     found = []
-    for layout, train in LAYOUTS:
-        config = tiny(layout=layout, model=MODEL, bucket_kib=16, **train)
+    for layout, train, model in LAYOUTS:
+        config = tiny(layout=layout, model=MODEL | model, bucket_kib=16, **train)
         trainer = Trainer(config, group)
         trainer.train_step()
         gc.collect()
@@ -174,13 +178,15 @@ def numbers_of_a_block(trainer: Trainer, index: int) -> int:
 
 def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
     for rank, found in enumerate(run_ranks(run, 4, str(tmp_path))):
-        for (layout, train), (predicted, block, (parameters, optimizer, saved)) in zip(LAYOUTS, found, strict=True):
-            what = f"rank {rank}, {layout} {train}"
+        for (layout, train, model), (predicted, block, (parameters, optimizer, saved)) in zip(
+            LAYOUTS, found, strict=True
+        ):
+            what = f"rank {rank}, {layout} {train} {model}"
             if layout.get("zero") != 3:  # else blocks are empty between steps
                 assert predicted.parameters == pytest.approx(parameters, rel=0.02), what
             assert predicted.optimizer == pytest.approx(optimizer, rel=0.02), what
-            tolerance = 0.15 if train.get("precision") == "bf16" else 0.10  # measured: 10 % below in bf16
-            assert block == pytest.approx(saved, rel=tolerance), what
+            if not model.get("n_experts"):  # what is measured are zeros, which all go to the same experts
+                assert block == pytest.approx(saved, rel=0.05), what  # measured: at most 2 %
     assert not list(tmp_path.iterdir())
 
 

@@ -333,6 +333,9 @@ def generated_by(trainer: Trainer, config: Config) -> list[list[int]]:
     for end in (3, 4, 9, 31, 32, 33):  # what is kept, and several tokens at once, change nothing
         kept, whole = trainer.next_token_logits(text[:end], cache), trainer.next_token_logits(text[:end])
         torch.testing.assert_close(kept, whole, rtol=1e-4, atol=1e-5)
+    if cache is not None and config.model.latent:  # no head's keys and values, nor twice what they come from
+        width = config.model.kv_lora_rank + config.model.qk_rope_head_dim
+        assert [[tuple(each.shape[1:]) for each in kept] for kept in cache._kept.values()] == 2 * [[(1, 1, width)]]
     trainer.close()
     return samples
 
@@ -340,10 +343,13 @@ def generated_by(trainer: Trainer, config: Config) -> list[list[int]]:
 def test_every_layout_generates_the_same_text_on_every_rank() -> None:
     sample = SampleConfig(n_tokens=30, temperature=0.7, top_k=5, seed=3)
     gpt2: dict[str, Any] = {"block": "gpt2", "max_seq_len": 32}  # as many as seq_len
+    latent = {"kv_lora_rank": 12, "q_lora_rank": 10, "qk_rope_head_dim": 4, "v_head_dim": 6, "rope_scaling": "yarn"}
+    latent |= {"rope_factor": 2.0, "rope_original_len": 16, "rope_mscale": 1.0}
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (MOE, {"tp": 2, "ep": 2}),
         (MOE, {"pp": 2, "ep": 2}),
         (gpt2, {"tp": 4}),
+        (latent, {"tp": 2}),
         ({"n_kv_heads": 2}, {"cp": 2, "tp": 2}),
         ({"n_kv_heads": 2}, {"zero": 3}),
     ]

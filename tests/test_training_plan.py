@@ -63,7 +63,13 @@ def timed(config: Config, topology: Any, rate: float = RATE) -> StepTime:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(4, 2, 2, 2, 2), Layout(2, 1, 1, 4, 3), Layout(8, 4, 8), Layout(4, 2, 2, 2, 2, experts_over_tp=True)],
+    [
+        Layout(4, 2, 2, 2, 2),
+        Layout(2, 1, 1, 4, 3),
+        Layout(8, 4, 8),
+        Layout(4, 2, 2, 2, 2, experts_over_tp="spread"),
+        Layout(4, 2, 2, 2, 2, experts_over_tp="split"),
+    ],
 )
 def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
     places = [mesh._Place.of(rank, layout) for rank in range(layout.n_ranks)]
@@ -71,9 +77,9 @@ def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
         "tp": lambda at: (at.pp, at.dp, at.cp),
         "cp": lambda at: (at.pp, at.dp, at.tp),
         "dp": lambda at: (at.pp, at.tp),
-        "ep": lambda at: (at.pp, at.replica, at.cp, None if layout.experts_over_tp else at.tp),
+        "ep": lambda at: (at.pp, at.replica, at.cp, None if layout.experts_over_tp == "spread" else at.tp),
         "stage": lambda at: at.pp,
-        "expert_replicas": lambda at: (at.pp, at.ep, at.tp if layout.experts_over_tp else None),
+        "expert_replicas": lambda at: (at.pp, at.ep, None if layout.experts_over_tp == "none" else at.tp),
     }
     for name, groups in groups_of(layout).items():
         members: dict[Any, list[int]] = {}
@@ -125,7 +131,9 @@ def test_groups_that_cross_an_uplink_share_it(tmp_path: Path) -> None:
     assert seconds([[0, 1], [2, 3]], path) < 0.1
 
 
-@pytest.mark.parametrize("preset", ["default", "gpt2", "llama_8b", "mixtral_8x7b", "deepseek_moe_16b"])
+@pytest.mark.parametrize(
+    "preset", ["default", "gpt2", "llama_8b", "mixtral_8x7b", "deepseek_moe_16b", "deepseek_v2_lite", "deepseek_v3"]
+)
 def test_flops_of_the_parts_are_those_of_the_model(preset: str) -> None:
     config = load_preset(preset)
     costs = Costs(config.model, whole_specs(config))
@@ -135,7 +143,16 @@ def test_flops_of_the_parts_are_those_of_the_model(preset: str) -> None:
     )
 
 
-@pytest.mark.parametrize("model", [{"block": "llama"}, {"block": "gpt2"}, {"n_experts": 8}, {"d_model": 8192}])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"block": "llama"},
+        {"block": "gpt2"},
+        {"n_experts": 8},
+        {"d_model": 8192},
+        {"kv_lora_rank": 8, "qk_rope_head_dim": 4},
+    ],
+)
 def test_the_rate_to_plan_with_is_given_or_measured(model: dict[str, Any]) -> None:
     config = load_preset("tiny")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
@@ -196,6 +213,50 @@ def test_tensor_parallel_waits_are_those_of_its_collectives() -> None:
     halves = 2 * 8 * 2  # attention and feed-forward, of 8 layers, forward and backward
     expected = (halves + 2) * (gather + scatter) + n_chunks * (maximum + sums)  # 2: embedding and head
     assert timed(config, topology).exposed_s["tp"] == pytest.approx(expected)
+
+
+def test_what_tensor_parallel_products_hide_is_not_waited_for() -> None:
+    """Across hosts; on one host the cores compute, and only "always" splits. The sums are written out here."""
+    topology, rate = cluster(2, 1, Link(1e-5, 1e9, 1e-6)), 1e11
+    never, auto, always = (
+        timed(with_layout(dense(), 1, tp=2, tp_overlap=each), topology, rate).exposed_s["tp"]
+        for each in ("never", "auto", "always")
+    )
+    tokens, d, of, pair = 512 * 64, 512, Links(topology), np.array([[0, 1]])
+    whole = {each: of.seconds(pair, each, tokens * d * 4) for each in ("all_gather", "reduce_scatter")}
+    ends = never - 2 * 8 * 2 * sum(whole.values())
+    expected = {"auto": ends, "always": ends}
+    for inward, outward in ((2 * 512, 512), (2 * 1536, 1536)):  # query, key and value, out; gate and up, down
+        for width, collective in itertools.product((inward, outward), whole):  # forward the one, backward the other
+            small = of.seconds(pair, collective, 1024)
+            product = 2 * d * width * tokens / 2 / rate
+            for way, most in (("auto", 8), ("always", 2)):
+                rest = whole[collective] - small  # one part goes to the other rank
+                n = max(1, min(most, int(rest / 10 / (small + 2e-5)))) if way == "auto" else most
+                piece, hop = product / (2 * n), rest / n + small + 2e-5
+                ring = max(product + hop, n * hop + piece)
+                hidden = whole[collective] + product - ring
+                if way == "always" or ring <= 0.95 * (whole[collective] + product):
+                    assert hidden > 0
+                    expected[way] += 8 * (whole[collective] - hidden)
+                else:
+                    expected[way] += 8 * whole[collective]
+    assert auto == pytest.approx(expected["auto"], rel=1e-3)
+    assert always == pytest.approx(expected["always"], rel=1e-3)
+    assert auto < 0.8 * never
+    inside = [
+        timed(with_layout(dense(), 1, tp=2, tp_overlap=each), cluster(1, 2), rate).exposed_s["tp"]
+        for each in ("never", "auto", "always")
+    ]
+    assert inside[0] == inside[1] != inside[2]
+    for model in ({"n_experts": 8, "n_shared_experts": 1}, {"block": "gpt2", "n_kv_heads": 8}):
+        config = dense()
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        waits = [
+            timed(with_layout(config, 1, tp=2, tp_overlap=each), topology, rate).exposed_s["tp"]
+            for each in ("auto", "never")
+        ]
+        assert waits[0] < waits[1], model
 
 
 def test_zero_stages_pay_for_what_they_gather_and_reduce_again() -> None:
@@ -274,7 +335,30 @@ def test_experts_stay_in_the_search() -> None:
     config = dataclasses.replace(sparse(), plan=dataclasses.replace(sparse().plan, show=40))
     plan = chosen(config, cluster(2, 2))
     assert {each.layout.ep for each, _ in plan.fitting} == {1, 2, 4}
-    assert all((each.time.exposed_s["ep"] > 0) == (each.layout.ep > 1) for each, _ in plan.fitting)
+    exchanging = [each.layout.ep > 1 or each.layout.experts_over_tp == "spread" for each, _ in plan.fitting]
+    assert [each.time.exposed_s["ep"] > 0 for each, _ in plan.fitting] == exchanging
+    tried = {(each.tp > 1, each.experts_over_tp) for _, each in _possible(sparse(), 4, Counter())}
+    assert tried == {(False, "none"), (True, "none"), (True, "spread"), (True, "split")}
+
+
+def test_experts_over_tensor_parallel_ranks_are_timed_by_what_they_send() -> None:
+    topology, tokens, width = cluster(2, 2), 512 * 32, 512  # of a micro-batch on 2 data parallel ranks
+    none, spread, split = (
+        timed(with_layout(sparse(), 1, tp=2, ep=2, experts_over_tp=each), topology).exposed_s
+        for each in ("none", "spread", "split")
+    )
+    of, all_ranks, pairs = Links(topology), np.array([[0, 1, 2, 3]]), np.array([[0, 2], [1, 3]])
+    exchanges = 8 * 4  # layers; there and back, forward and backward
+    rows = tokens * 2 * width * 4  # fp32, two experts a token
+    assert none["ep"] == pytest.approx(exchanges * of.seconds(pairs, "all_to_all", rows / 2))
+    assert spread["ep"] == pytest.approx(exchanges * of.seconds(all_ranks, "all_to_all", rows / 2))
+    assert split["ep"] == pytest.approx(exchanges * of.seconds(pairs, "all_to_all", rows))
+    tp = np.array([[0, 1], [2, 3]])
+    gather, scatter = (of.seconds(tp, each, tokens * width * 4) for each in ("all_gather", "reduce_scatter"))
+    routes = of.seconds(tp, "all_gather", tokens * 2 * 12)  # an fp32 weight and an int64 expert
+    routes += of.seconds(tp, "reduce_scatter", tokens * 2 * 4)  # gradients of weights
+    assert spread["tp"] == none["tp"]
+    assert split["tp"] - none["tp"] == pytest.approx(8 * (2 * (gather + scatter) + routes))
 
 
 def test_what_cannot_be_planned_is_named(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

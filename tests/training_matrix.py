@@ -21,7 +21,9 @@ DENSE = {"n_layers": 5, "d_model": 44, "n_heads": 12, "n_kv_heads": 4, "head_dim
 MOE = {**DENSE, "n_experts": 4, "top_k": 2, "moe_every": 5, "n_shared_experts": 1, "d_ff_expert": 28}
 UNTIED = {**DENSE, "tie_embeddings": False}
 GPT2 = {**DENSE, "block": "gpt2", "max_seq_len": 50, "n_kv_heads": 12}
-MODELS = {"dense": DENSE, "moe": MOE, "untied": UNTIED, "gpt2": GPT2}
+MLA = {**DENSE, "n_kv_heads": 12, "kv_lora_rank": 14, "q_lora_rank": 18, "qk_rope_head_dim": 6, "v_head_dim": 7}
+MLA_MOE = {**MOE, **MLA, "q_lora_rank": 0}
+MODELS = {"dense": DENSE, "moe": MOE, "untied": UNTIED, "gpt2": GPT2, "mla": MLA, "mla moe": MLA_MOE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +91,15 @@ CASES = [
     Case(4, {"ep": 2, "tp": 2}, model="moe"),
     Case(4, {"ep": 2, "moe_exchange": "overlapped", "moe_chunks": 2}, {"recompute": "full"}, "moe"),
     # experts cut over tensor parallel ranks
-    Case(2, {"tp": 2, "experts_over_tp": True, "moe_exchange": "overlapped", "moe_chunks": 2}, model="moe"),
-    Case(4, {"ep": 2, "tp": 2, "experts_over_tp": True}, model="moe"),
-    Case(8, {"tp": 2, "cp": 2, "ep": 2, "experts_over_tp": True, "zero": 1}, {"recompute": "full"}, "moe"),
-    Case(8, pipe(2, "zbv", tp=4, experts_over_tp=True, zero=3), {"accumulation": 4}, "moe"),
+    Case(2, {"tp": 2, "experts_over_tp": "spread", "moe_exchange": "overlapped", "moe_chunks": 2}, model="moe"),
+    Case(4, {"ep": 2, "tp": 2, "experts_over_tp": "spread"}, model="moe"),
+    Case(8, {"tp": 2, "cp": 2, "ep": 2, "experts_over_tp": "spread", "zero": 1}, {"recompute": "full"}, "moe"),
+    Case(8, pipe(2, "zbv", tp=4, experts_over_tp="spread", zero=3), {"accumulation": 4}, "moe"),
+    # or split over them
+    Case(4, {"ep": 2, "tp": 2, "experts_over_tp": "split"}, model="moe"),
+    Case(4, {"tp": 4, "experts_over_tp": "split", "moe_exchange": "overlapped", "moe_chunks": 2}, model="moe"),
+    Case(8, pipe(2, "zb_h1", tp=2, ep=2, experts_over_tp="split", zero=2), {**ACC, "recompute": "full"}, "mla moe"),
+    Case(8, {"tp": 2, "cp": 2, "ep": 2, "experts_over_tp": "split", "zero": 3}, model="moe"),
     Case(4, {"ep": 2, "cp": 2}, model="moe"),
     Case(4, {"zero": 3, "tp": 2}),
     Case(4, {"zero": 3, "cp": 2}, {"recompute": "full"}),
@@ -104,6 +111,7 @@ CASES = [
     Case(1, {"zero": 3}, {"offload_parameters": True}, exact="dense"),
     Case(2, {"zero": 3}, {"offload_parameters": True, "accumulation": 2}, exact="dense on 2: zero=3 accumulation=2"),
     Case(2, {"zero": 3}, {"accumulation": 2}),
+    Case(2, {"zero": 3, "zero_ranks": 1}, {"offload_parameters": True}, exact="dense on 2: dp"),
     Case(4, {"zero": 3, "zero_ranks": 2}, {"offload_parameters": True, "offload_optimizer": True, "recompute": "full"}),
     # tensor parallel products in pieces
     Case(4, {"tp": 4, "tp_overlap": "always"}),
@@ -116,6 +124,11 @@ CASES = [
     Case(4, pipe(2, "zbv", tp=2), ACC, "untied"),
     Case(4, {"tp": 2, "cp": 2}, model="gpt2"),
     Case(4, pipe(2, "zb_h1", zero=1), ACC, "gpt2"),
+    # latent attention
+    Case(4, {"tp": 2, "cp": 2}, {"recompute": "selective"}, "mla"),
+    Case(4, {"cp": 2, "context": "ulysses", "zero": 3}, {"recompute": "full"}, "mla"),
+    Case(8, pipe(2, "zb_h1", tp=2, zero=1), ACC, "mla"),
+    Case(4, {"tp": 2, "ep": 2, "tp_overlap": "always"}, model="mla moe"),
     # triples, and every axis
     Case(8, pipe(2, "1f1b", tp=2), ACC),
     Case(8, pipe(2, "zbv", zero=3, zero_ranks=2), {"accumulation": 2}),
@@ -165,12 +178,12 @@ def run_case(group: Any, case: Case, out_dir: str) -> Outcome:
 
 # One run whose checkpoints go from each of these layouts to the next.
 CHAIN = [
-    Case(8, pipe(2, "zbv", tp=2, ep=2), ACC, "moe"),
+    Case(8, pipe(2, "zbv", tp=2, ep=2, experts_over_tp="split"), ACC, "moe"),
     Case(8, {"cp": 2, "zero": 3, "zero_ranks": 2}, model="moe"),
     Case(8, pipe(4, "1f1b", zero=1, stage_layers="1,2,1,1"), ACC, "moe"),
     Case(
         8,
-        {"tp": 2, "cp": 2, "context": "ulysses", "ep": 2, "experts_over_tp": True},
+        {"tp": 2, "cp": 2, "context": "ulysses", "ep": 2, "experts_over_tp": "spread"},
         {"offload_optimizer": True},
         "moe",
     ),

@@ -1,4 +1,5 @@
-"""Keys and values that attention keeps between the tokens of a text, so that each new token is computed alone."""
+"""What attention keeps between the tokens of a text, keys and values or the latents of both, so that each new token is
+computed alone."""
 
 from __future__ import annotations
 
@@ -15,20 +16,22 @@ class KeyValueCache:
         """capacity: positions that a forward may reach, its padding included."""
         self.n_seen = 0
         self._capacity = capacity
-        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[nn.Module, list[Tensor]] = {}
 
-    def attend(self, layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of query [R, B, H, d], at the positions from n_seen on, to what the layer has kept and to
-        key and value [R, B, H_kv, d] of the same positions, which are kept too; like query."""
+    def keep(self, layer: nn.Module, *new: Tensor) -> list[Tensor]:
+        """Keeps what a layer has for the positions from n_seen on, each [R, B, ...]; all that it has until there."""
         if layer not in self._kept:
-            shape = (self._capacity, *key.shape[1:])
-            self._kept[layer] = key.new_empty(shape), value.new_empty(shape)
-        end = self.n_seen + len(key)
-        both = []
-        for kept, new in zip(self._kept[layer], (key, value), strict=True):
-            kept[self.n_seen : end] = new
-            both.append(kept[:end].permute(1, 2, 0, 3))
-        seen = torch.arange(end) <= torch.arange(self.n_seen, end).unsqueeze(-1)
+            self._kept[layer] = [each.new_empty((self._capacity, *each.shape[1:])) for each in new]
+        end = self.n_seen + len(new[0])
+        for kept, each in zip(self._kept[layer], new, strict=True):
+            kept[self.n_seen : end] = each
+        return [kept[:end] for kept in self._kept[layer]]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        """Causal attention of query [R, B, H, d], at the positions from n_seen on, to all keys [S, B, H_kv, d] and
+        values until there; [R, B, H, d of value]. scale: of scores; None: 1 / √d."""
+        seen = torch.arange(len(key)) <= torch.arange(self.n_seen, len(key)).unsqueeze(-1)
         grouped = key.shape[2] != query.shape[2]
-        y = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), *both, attn_mask=seen, enable_gqa=grouped)
+        q, k, v = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped, scale=scale)
         return y.permute(2, 0, 1, 3)

@@ -19,8 +19,9 @@ def zero(config: Config, resolved: Layout) -> None:
         raise ConfigError(f"layout.zero is {layout.zero}; give 0 (no sharding), 1, 2 or 3")
     if config.train.offload_parameters and layout.zero < 3:
         raise ConfigError(
-            f"train.offload_parameters needs layout.zero 3, it is {layout.zero}: with less, every rank has parameters "
-            "whole and in use all the time; set layout.zero to 3, also on one rank"
+            f"train.offload_parameters needs layout.zero 3, it is {layout.zero}: only ZeRO 3 has "
+            "blocks in memory no longer than they compute; set layout.zero to 3 (with layout.zero_ranks 1 each rank's "
+            "file has all that it would have without ZeRO, and no parameters are exchanged)"
         )
     if layout.zero == 0:
         if layout.zero_ranks:

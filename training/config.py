@@ -36,7 +36,8 @@ class LayoutConfig:
     chunks: int = 1  # interleaved: stages a rank has; zbv has 2
     stage_layers: str = ""  # "3,4,4,3": layers of each stage, in order; "": evenly
     ep: int = 1  # expert parallel ranks, taken from the data parallel ones; 0: as many as divide both
-    experts_over_tp: bool = False  # experts are cut over ep × tp ranks; else each tp rank has its ep rank's whole
+    # none: each tp rank has its ep rank's experts; spread: a part of them, whole; split: a part of each one's width
+    experts_over_tp: Literal["none", "spread", "split"] = "none"
     zero: int = 0  # 1: optimizer state cut over data parallel ranks; 2: and gradients; 3: and parameters
     zero_ranks: int = 0  # over how many ranks, the rest hold copies (hybrid); 0: all
     # flat: a copy of a token for each of its experts; dedup: for each rank or host; overlapped: experts run meanwhile
@@ -70,7 +71,7 @@ class TrainConfig:
     eval_sequences: int = 64
     recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
     offload_optimizer: bool = False  # masters and moments in a mapped file
-    offload_parameters: bool = False  # with layout.zero 3, each rank's part of them in a mapped file
+    offload_parameters: bool = False  # with layout.zero 3, each rank's part of blocks in a mapped file
     offload_activations: bool = False  # what backward needs in a mapped file
     offload_dir: str = ""  # "": offload in the run's folder
     loss_chunk: int = 1024  # tokens whose logits exist at a time

@@ -40,8 +40,8 @@ def own_part(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mesh: Mesh, kind: str, documents: Tensor | None) -> Tensor:
-    """Causal attention of query [S/cp, B, H, d] to key and value [S/cp, B, H_kv, d]; like query. documents int64
-    [S, B], whole: attention stays within tokens of equal ones."""
+    """Causal attention of query [S/cp, B, H, d] to key [S/cp, B, H_kv, d] and value [S/cp, B, H_kv, d_v]:
+    [S/cp, B, H, d_v]. documents int64 [S, B], whole: attention stays within tokens of equal ones."""
     if mesh.cp.size == 1:
         return _whole_attention(query, key, value, documents)
     if kind == "ulysses":
@@ -62,10 +62,13 @@ def document_mask(documents: Tensor) -> Tensor:
 
 def _whole_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
     mask = None if documents is None else document_mask(documents)
+    width = value.shape[-1]
+    if width < key.shape[-1]:  # torch's flash kernel needs equal widths; without it scores [B, H, S, S] exist
+        value = F.pad(value, (0, key.shape[-1] - width))
     query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))  # [B, H, S, d]
     grouped = key.shape[1] != query.shape[1]
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
-    return y.permute(2, 0, 1, 3)
+    return y.permute(2, 0, 1, 3)[..., :width]
 
 
 def _order(seq_len: int, n_ranks: int) -> Tensor:
@@ -180,7 +183,7 @@ class _RingAttention(torch.autograd.Function):
         documents: Tensor | None,
     ) -> Tensor:
         q = _heads_first(query)
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        out = torch.zeros((*q.shape[:-1], value.shape[-1]), dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:-1], float("-inf"), device=q.device)
         ring = _Ring(group, [key.contiguous(), value.contiguous()], _TAG)
         for step in range(group.size):

@@ -6,7 +6,8 @@
     blocks.0.attention.key.weight                           ... k_proj          query, key and value in one
     blocks.0.experts.gate [E, F, D]    one tensor for each expert
 
-GLM-4-MoE is DeepSeek-V3's mixture (sigmoid scores, groups, bias, shared experts) on Llama's attention.
+GLM-4-MoE is DeepSeek-V3's mixture (sigmoid scores, groups, bias, shared experts) on Llama's attention; DeepSeek-V2 and
+V3 have Llama's names but for latent attention's. Layers that predict further tokens (V3's) are left out.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _llama(config: ModelConfig, kind: str) -> Iterator[Match]:
     for index in range(config.n_layers):
         block, layer = f"blocks.{index}", f"model.layers.{index}"
         yield one(f"{block}.attention_norm", f"{layer}.input_layernorm")
-        for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("out", "o_proj")):
+        for ours, theirs in _attention(config).items():
             yield one(f"{block}.attention.{ours}", f"{layer}.self_attn.{theirs}")
         yield one(f"{block}.feed_forward_norm", f"{layer}.post_attention_layernorm")
         mlp = f"{layer}.block_sparse_moe" if kind == "mixtral" else f"{layer}.mlp"
@@ -97,6 +98,16 @@ def _llama(config: ModelConfig, kind: str) -> Iterator[Match]:
     yield one("norm", "model.norm")
     if not config.tie_embeddings:
         yield one("head", "lm_head")
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    if not config.latent:
+        return {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    query = {"query_up": "q_proj"}
+    if config.q_lora_rank:
+        query = {"query_down": "q_a_proj", "query_norm": "q_a_layernorm", "query_up": "q_b_proj"}
+    both = {"key_value_down": "kv_a_proj_with_mqa", "key_value_norm": "kv_a_layernorm", "key_value_up": "kv_b_proj"}
+    return {**query, **both, "out": "o_proj"}
 
 
 def _gpt2(config: ModelConfig) -> Iterator[Match]:
@@ -193,6 +204,9 @@ def import_model(config: ModelConfig, folder: Path, shapes: Mapping[str, tuple[i
                     found[whole] = (file, name)
         if config.tie_embeddings:
             found.pop("lm_head.weight", None)  # the embedding's table again
+        if model_type(config) == "deepseek_v3":
+            further = f"model.layers.{config.n_layers}."  # predicts the token after the next
+            found = {name: each for name, each in found.items() if not name.startswith(further)}
         parameters: dict[str, Tensor] = {}
         read: set[str] = set()
 

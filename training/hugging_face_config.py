@@ -14,7 +14,10 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+_LATENT = ("deepseek_v2", "deepseek_v3")
 
 
 def model_type(config: ModelConfig) -> str:
@@ -24,23 +27,13 @@ def model_type(config: ModelConfig) -> str:
             raise ConfigError("Hugging Face's GPT-2 has n_kv_heads = n_heads and head_dim = d_model / n_heads")
         return "gpt2"
     if not config.n_experts:
+        if config.latent:
+            raise ConfigError("Hugging Face's models with latent attention (model.kv_lora_rank) have model.n_experts")
         return "llama"
     differing: dict[str, list[str]] = {}
-    for kind, needed in {
-        "mixtral": {
-            "router": "softmax",
-            "norm_topk_prob": True,
-            "router_scale": 1.0,
-            "router_bias": False,
-            "n_shared_experts": 0,
-            "n_dense_layers": 0,
-            "moe_every": 1,
-            "topk_groups": config.n_expert_groups,
-        },
-        "glm4_moe": {"router": "sigmoid", "router_bias": True, "moe_every": 1},
-    }.items():
+    for kind, needed in _needed(config).items():
         differing[kind] = [f"{k} = {v!r}" for k, v in needed.items() if getattr(config, k) != v]
-        if kind == "glm4_moe" and not config.n_shared_experts:
+        if kind != "mixtral" and not config.n_shared_experts:
             differing[kind].append("n_shared_experts of at least 1")
         if not differing[kind]:
             return kind
@@ -48,6 +41,29 @@ def model_type(config: ModelConfig) -> str:
         "Hugging Face has no such mixture of experts: "
         + "; ".join(f"{kind} would need model.{', '.join(keys)}" for kind, keys in differing.items())
     )
+
+
+def _needed(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """The values that each mixture of experts with the model's kind of attention has."""
+    limited = config.topk_groups < config.n_expert_groups
+    sigmoid = {
+        "router": "sigmoid",
+        "router_bias": True,
+        "moe_every": 1,
+        "best_of_group": 2 if limited else config.best_of_group,
+    }
+    softmax = {"router": "softmax", "router_bias": False, "moe_every": 1}
+    if config.latent:
+        of_v2 = {"norm_topk_prob": False, "best_of_group": 1 if limited else config.best_of_group}
+        return {"deepseek_v2": softmax | of_v2, "deepseek_v3": sigmoid}
+    of_mixtral = {
+        "norm_topk_prob": True,
+        "router_scale": 1.0,
+        "n_shared_experts": 0,
+        "n_dense_layers": 0,
+        "topk_groups": config.n_expert_groups,
+    }
+    return {"mixtral": softmax | of_mixtral, "glm4_moe": sigmoid}
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -75,16 +91,6 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
         }
-    scaling: dict[str, Any] | None = None
-    if config.rope_scaling != "none":
-        scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    if config.rope_scaling == "llama3":
-        assert scaling is not None
-        scaling |= {
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_len,
-        }
     shared |= {
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
@@ -95,7 +101,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_base,
-        "rope_scaling": scaling,
+        "rope_scaling": _rope_scaling(config),
         "hidden_act": "silu",
     }
     if kind == "mixtral":
@@ -105,7 +111,7 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             "num_experts_per_tok": config.top_k,
             "router_aux_loss_coef": config.aux_loss_weight,
         }
-    if kind == "glm4_moe":
+    if kind in ("glm4_moe", *_LATENT):
         shared |= {
             "moe_intermediate_size": config.expert_width,
             "n_routed_experts": config.n_experts,
@@ -116,10 +122,41 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             "routed_scaling_factor": config.router_scale,
             "n_group": config.n_expert_groups,
             "topk_group": config.topk_groups,
-            "partial_rotary_factor": 1.0,
             "num_nextn_predict_layers": 0,
         }
+    if kind == "glm4_moe":
+        shared["partial_rotary_factor"] = 1.0
+    if kind in _LATENT:
+        del shared["head_dim"]  # there it is qk_rope_head_dim
+        limited = config.topk_groups < config.n_expert_groups
+        of_v2 = "group_limited_greedy" if limited else "greedy"
+        shared |= {
+            "kv_lora_rank": config.kv_lora_rank,
+            "q_lora_rank": config.q_lora_rank or None,
+            "qk_nope_head_dim": config.head_width,
+            "qk_rope_head_dim": config.qk_rope_head_dim,
+            "v_head_dim": config.v_width,
+            "rope_interleave": True,
+            "scoring_func": config.router,
+            "topk_method": of_v2 if kind == "deepseek_v2" else "noaux_tc",
+        }
     return shared
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    if config.rope_scaling == "none":
+        return None
+    scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling != "linear":
+        scaling["original_max_position_embeddings"] = config.rope_original_len
+    if config.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": config.rope_low_freq_factor, "high_freq_factor": config.rope_high_freq_factor}
+    if config.rope_scaling == "yarn":
+        scaling |= {"beta_slow": config.rope_low_freq_factor, "beta_fast": config.rope_high_freq_factor}
+        # Both alike: what one does to cosines and sines the other one undoes, and scores alone are scaled.
+        m = config.rope_mscale
+        scaling |= {"mscale": m, "mscale_all_dim": m} if m else {"attention_factor": 1.0}
+    return scaling
 
 
 def model_config(description: dict[str, Any], source: str) -> ModelConfig:
@@ -161,36 +198,54 @@ def model_config(description: dict[str, Any], source: str) -> ModelConfig:
     refuse_unless("mlp_bias", False, False)
     refuse_unless("use_qk_norm", False, False)
     refuse_unless("sliding_window", None, None)
+    refuse_unless("quantization_config", None, None)
     rope = description.get("rope_parameters") or description.get("rope_scaling") or {}
     usual = 0.5 if kind == "glm4_moe" else 1.0
     partial = rope.get("partial_rotary_factor", description.get("partial_rotary_factor", usual))
     if partial != 1:
         raise ConfigError(f"{source}: partial_rotary_factor is {partial}; the trainer's models turn the whole head")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ("default", "linear", "llama3"):
-        raise ConfigError(f"{source}: rope_type is {rope_type!r}; there are default, linear and llama3")
     base = rope.get("rope_theta", description.get("rope_theta", 1e6 if kind == "mixtral" else 1e4))
     d_model, n_heads = get("hidden_size"), get("num_attention_heads")
     head_dim = description.get("head_dim") or d_model // n_heads
-    llama3 = rope_type == "llama3"
+    of_attention: dict[str, Any] = {"head_dim": 0 if head_dim * n_heads == d_model else head_dim}
+    if kind in _LATENT:
+        refuse_unless("rope_interleave", True, True)
+        nope, of_value = get("qk_nope_head_dim"), get("v_head_dim")
+        of_attention = {
+            "head_dim": 0 if nope * n_heads == d_model else nope,
+            "v_head_dim": 0 if of_value == nope else of_value,
+            "kv_lora_rank": get("kv_lora_rank"),
+            "q_lora_rank": description.get("q_lora_rank") or 0,
+            "qk_rope_head_dim": get("qk_rope_head_dim"),
+        }
     of_experts: dict[str, Any] = {}
     if kind == "mixtral":
         of_experts = {"n_experts": get("num_local_experts"), "top_k": get("num_experts_per_tok")}
         of_experts["aux_loss_weight"] = description.get("router_aux_loss_coef", 0.001)
-    elif kind == "glm4_moe":
+    elif kind in ("glm4_moe", *_LATENT):
+        refuse_unless("moe_layer_freq", 1, 1)
+        sigmoid = kind != "deepseek_v2"
+        refuse_unless("scoring_func", "sigmoid" if sigmoid else "softmax", "sigmoid" if sigmoid else "softmax")
+        n_groups, topk_groups = description.get("n_group") or 1, description.get("topk_group") or 1
+        if kind == "deepseek_v2":
+            refuse_unless("norm_topk_prob", False, False)
+            refuse_unless("topk_method", "greedy", "greedy", "group_limited_greedy")
+            if description.get("topk_method", "greedy") == "greedy":
+                n_groups = topk_groups = 1
         of_experts = {
             "n_experts": get("n_routed_experts"),
             "top_k": get("num_experts_per_tok"),
             "d_ff_expert": get("moe_intermediate_size"),
             "n_shared_experts": get("n_shared_experts"),
             "n_dense_layers": get("first_k_dense_replace"),
-            "norm_topk_prob": description.get("norm_topk_prob", True),
+            "norm_topk_prob": description.get("norm_topk_prob", sigmoid),
             "router_scale": float(description.get("routed_scaling_factor", 1.0)),
-            "n_expert_groups": description.get("n_group", 1),
-            "topk_groups": description.get("topk_group", 1),
-            "router": "sigmoid",
-            "router_bias": True,
-            "aux_loss_weight": 0.0,
+            "n_expert_groups": n_groups,
+            "topk_groups": topk_groups,
+            "best_of_group": 1 if not sigmoid and topk_groups < n_groups else 2,
+            "router": "sigmoid" if sigmoid else "softmax",
+            "router_bias": sigmoid,
+            "aux_loss_weight": 0.0 if sigmoid else description.get("aux_loss_alpha", 0.001),
         }
     return ModelConfig(
         vocab_size=get("vocab_size"),
@@ -198,16 +253,38 @@ def model_config(description: dict[str, Any], source: str) -> ModelConfig:
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=description.get("num_key_value_heads") or n_heads,
-        head_dim=0 if head_dim * n_heads == d_model else head_dim,
         d_ff=get("intermediate_size"),
         max_seq_len=description.get("max_position_embeddings", 2048),
         norm_eps=description.get("rms_norm_eps", 1e-6),
         tie_embeddings=description.get("tie_word_embeddings", False),
         rope_base=float(base),
-        rope_scaling="none" if rope_type == "default" else rope_type,
-        rope_factor=float(rope.get("factor", 1.0)),
-        rope_low_freq_factor=float(rope["low_freq_factor"]) if llama3 else 1.0,
-        rope_high_freq_factor=float(rope["high_freq_factor"]) if llama3 else 4.0,
-        rope_original_len=int(rope["original_max_position_embeddings"]) if llama3 else 8192,
+        **_scaled_positions(rope, kind, source),
+        **of_attention,
         **of_experts,
     )
+
+
+def _scaled_positions(rope: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
+    """ModelConfig's rope_scaling and what belongs to it, of a config.json's rope_parameters."""
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    known = ["default", "linear", "llama3", *(["yarn"] if kind in _LATENT else [])]
+    if rope_type not in known:
+        raise ConfigError(f"{source}: rope_type is {rope_type!r}; there are {', '.join(known)}")
+    if rope_type == "default":
+        return {}
+    found = {"rope_scaling": rope_type, "rope_factor": float(rope.get("factor", 1.0))}
+    if rope_type == "linear":
+        return found
+    found["rope_original_len"] = int(rope["original_max_position_embeddings"])
+    if rope_type == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    low, high = float(rope.get("beta_slow", 1)), float(rope.get("beta_fast", 32))
+    of_scores, of_angles = rope.get("mscale_all_dim") or 0.0, rope.get("mscale") or 0.0
+    if rope.get("attention_factor") != 1 and (of_scores != of_angles or not of_scores):
+        raise ConfigError(
+            f"{source}: mscale is {of_angles}, mscale_all_dim {of_scores}; the trainer's models have them "
+            "equal: then scores alone are scaled"
+        )
+    scaling = {"rope_low_freq_factor": low, "rope_high_freq_factor": high, "rope_mscale": float(of_scores)}
+    return found | scaling

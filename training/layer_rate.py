@@ -54,9 +54,8 @@ def layer_flops(config: Config, n_tries: int = _N_TRIES) -> float:
     that would be large, or the layers are experts. All ranks at once see what sharing a machine leaves them."""
     model, seq_len = config.model, config.data.seq_len
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    query, key = model.n_heads * model.head_width, model.n_kv_heads * model.head_width
-    matrices = (2 * query + 2 * key) * model.d_model + (2 if model.block == "gpt2" else 3) * model.d_model * model.d_ff
-    flops = 6.0 * matrices * seq_len + 12.0 * query * seq_len**2
+    matrices = model.n_attention_parameters + (2 if model.block == "gpt2" else 3) * model.d_model * model.d_ff
+    flops = 6.0 * matrices * seq_len + 6.0 * model.n_heads * (model.qk_width + model.v_width) * seq_len**2
     if flops > _MOST_FLOPS or model.n_experts:
         return matmul_flops(dtype)
     n_sequences = int(min(max(_ENOUGH_FLOPS / flops, 1), _MOST_SEQUENCES, config.train.global_batch))

@@ -26,14 +26,14 @@ class Layout:
     moe_exchange: Literal["flat", "dedup", "overlapped"] = "dedup"
     moe_dedup: Literal["auto", "rank", "host"] = "auto"
     moe_chunks: int = 0
-    experts_over_tp: bool = False
+    experts_over_tp: Literal["none", "spread", "split"] = "none"
     tp_overlap: Literal["auto", "always", "never"] = "auto"
     workers: int = 1
 
     @property
     def expert_ranks(self) -> int:
-        """Over how many ranks the experts are cut."""
-        return self.ep * (self.tp if self.experts_over_tp else 1)
+        """Over how many ranks the experts are cut, between them or inside."""
+        return self.ep * (1 if self.experts_over_tp == "none" else self.tp)
 
     def __str__(self) -> str:
         axes = [f"{self.workers} workers"] if self.workers > 1 else []
@@ -42,7 +42,7 @@ class Layout:
         return (
             " × ".join(axes)
             + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
-            + (", experts over tp too" if self.experts_over_tp else "")
+            + ("" if self.experts_over_tp == "none" else f", experts {self.experts_over_tp} over tp")
         )
 
     @property
@@ -95,11 +95,14 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     if model.n_experts:
         checks.divides("layout.ep", ep, "data parallel ranks", dp)
         checks.divides("layout.ep", ep, "model.n_experts", model.n_experts)
-        if layout.experts_over_tp:
+        if layout.experts_over_tp == "spread":
             checks.divides("layout.ep × layout.tp", ep * tp, "model.n_experts", model.n_experts)
-    elif layout.experts_over_tp:
+        if layout.experts_over_tp == "split":
+            checks.divides("layout.tp", tp, "the width of an expert", model.expert_width)
+    elif layout.experts_over_tp != "none":
         raise ConfigError(
-            "layout.experts_over_tp is set but the model has no experts; set model.n_experts, or unset it"
+            f"layout.experts_over_tp is {layout.experts_over_tp!r} but the model has no experts; set model.n_experts, "
+            "or leave it out"
         )
     stages_of(config)
     schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)

@@ -18,13 +18,17 @@ Groups = NDArray[np.int64]  # [n_groups, n_ranks of each]
 _NBYTES = tuple(4**power for power in range(4, 21))  # predicted at; times between are linear, as those of one algorithm
 # Dimensions of the ranks as [pp, replica, ep, cp, tp] (training/mesh.py) that each group of a mesh spans.
 _SPANS = {"tp": (4,), "cp": (3,), "ep": (2,), "dp": (1, 2, 3), "stage": (1, 2, 3, 4), "expert_replicas": (1, 3, 4)}
-_OVER_TP = {"ep": (2, 4), "expert_replicas": (1, 3)}  # with layout.experts_over_tp
+_OVER_TP: dict[str, dict[str, tuple[int, ...]]] = {  # by layout.experts_over_tp
+    "none": {},
+    "spread": {"ep": (2, 4), "expert_replicas": (1, 3)},
+    "split": {"expert_replicas": (1, 3)},
+}
 
 
 def groups_of(layout: Layout) -> dict[str, Groups]:
     """By the names of training.mesh.AXES; "tied" and "pp" depend on where stages are: see tied() and neighbours()."""
     ranks = _grid(layout)
-    spans = _SPANS | (_OVER_TP if layout.experts_over_tp else {})
+    spans = _SPANS | _OVER_TP[layout.experts_over_tp]
     return {name: _spanning(ranks, dimensions) for name, dimensions in spans.items()}
 
 

@@ -199,16 +199,40 @@ def _block(config: Config, layout: Layout, index: int, recompute: str | None = N
 def _saved(config: Config, layout: Layout, index: int, recompute: str, tokens: int, narrow: float) -> Iterator[float]:
     """Numbers saved by each part of a block."""
     model = config.model
-    yield 2 * narrow * (2 if config.train.precision == "bf16" else 1)  # the norms' inputs, in fp32
-    yield 2 * tokens * model.d_model  # gathered, of attention and feed-forward
-    query, key = model.n_heads * model.head_width / layout.tp, model.n_kv_heads * model.head_width / layout.tp
-    yield tokens * (query + 2 * key)
-    if recompute == "none":
-        yield tokens * (query + key) * (1 if model.block == "llama" else 0)  # rotated
-    yield tokens * query  # attention's output
+    of_norm = 1 if model.block == "gpt2" else 2  # RMSNorm keeps x and x / rms(x)
+    yield 2 * of_norm * narrow * (2 if config.train.precision == "bf16" else 1)  # in fp32
+    yield tokens * model.d_model  # gathered, of feed-forward
+    yield from (
+        _latent_attention(config, layout, recompute, tokens) if model.latent else _attention(config, layout, tokens)
+    )
     yield _inner(config, layout, index)
     if model.has_experts(index):
-        yield tokens / layout.tp * (3 * model.top_k * model.d_model + 4 * model.n_experts)
+        split = layout.experts_over_tp == "split"  # then all tp ranks have the rows of the whole sequence
+        yield tokens / (1 if split else layout.tp) * 3 * model.top_k * model.d_model
+        yield tokens / layout.tp * 4 * model.n_experts
+
+
+def _attention(config: Config, layout: Layout, tokens: int) -> Iterator[float]:
+    model = config.model
+    yield tokens * model.d_model  # gathered
+    query, key = model.n_heads * model.head_width / layout.tp, model.n_kv_heads * model.head_width / layout.tp
+    yield tokens * (query + 2 * key)  # rotated, or with selective recomputation before that
+    yield tokens * query  # attention's output
+
+
+def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: int) -> Iterator[float]:
+    model, heads = config.model, config.model.n_heads / layout.tp
+    latents = model.q_lora_rank + model.kv_lora_rank
+    yield tokens * model.d_model / (layout.tp if model.q_lora_rank else 1)  # x, gathered where queries come from it
+    yield 2 * tokens / layout.tp * latents * (2 if config.train.precision == "bf16" else 1)  # their norms' own, in fp32
+    yield tokens * (latents + model.qk_rope_head_dim)  # gathered
+    both = model.head_width + model.v_width
+    if recompute == "none":
+        wide = max(model.qk_width, model.v_width)  # of a value too, as the flash kernel takes it
+        yield tokens * heads * (2 * model.qk_width + 2 * wide)  # query, key, value, output
+    else:
+        yield tokens * heads * (model.qk_width + both)
+    yield tokens * heads * model.v_width  # attention's output
 
 
 def _inner(config: Config, layout: Layout, index: int) -> float:

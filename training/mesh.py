@@ -14,7 +14,7 @@ Each parameter belongs to an axis. Its gradient is summed over the ranks that ho
     axis     cut over           gradient summed over
     None     nothing            stage: sequence parallelism shows each tp rank another part of the sequence
     "tp"     tensor parallel    data: dp × cp
-    "ep"     expert parallel    expert_replicas: all ranks of the stage that hold the same experts
+    "ep"     ep, or ep × tp     expert_replicas: all ranks of the stage that hold the same experts
     "tied"   tensor parallel    tied: dp × cp of the first and of the last stage, which both hold the embedding's table
 """
 
@@ -91,7 +91,8 @@ class Mesh:
         self.data_index = here.worker * layout.dp + here.dp  # of the parts of a batch
         last = self.placement.last_rank
         self.ties = last != 0  # whether the embedding's table is on two stages
-        over_tp = layout.experts_over_tp  # then the expert parallel ranks of all tp ranks are one group
+        spread = layout.experts_over_tp == "spread"  # then the expert parallel ranks of all tp ranks are one group
+        over_tp = layout.experts_over_tp != "none"
         holders: dict[Axis, list[Any]] = {  # ranks of equal color in a worker hold the same piece of a parameter
             None: [(at.pp,) for at in places],
             "tp": [(at.pp, at.tp) for at in places],
@@ -102,7 +103,8 @@ class Mesh:
         self.tp = self._axis("tp", [(at.worker, at.pp, at.dp, at.cp) for at in places])
         self.cp = self._axis("cp", [(at.worker, at.pp, at.dp, at.tp) for at in places])
         self.data = self._axis("dp", _within(places, holders["tp"]))  # data and context parallel ranks
-        self.ep = self._axis("ep", [(at.worker, at.pp, at.replica, at.cp, 0 if over_tp else at.tp) for at in places])
+        self.ep = self._axis("ep", [(at.worker, at.pp, at.replica, at.cp, 0 if spread else at.tp) for at in places])
+        self.experts = self._axis("ep", [(at.worker, at.pp, at.replica, at.cp, at.tp * (not over_tp)) for at in places])
         self.pp = self._axis("pp", [(at.worker, at.dp, at.cp, at.tp) for at in places])
         self.sequence = self._axis("sequence", [(at.worker, at.pp, at.dp) for at in places])  # of the same sequences
         self.stage = self._axis("stage", _within(places, holders[None]))
@@ -144,7 +146,7 @@ class Mesh:
 
     def shards(self, axis: Axis) -> MeteredGroup | None:
         """The group over which a parameter of this axis is cut; None where each rank holds it whole."""
-        return {None: None, "tp": self.tp, "tied": self.tp, "ep": self.ep}[axis]
+        return {None: None, "tp": self.tp, "tied": self.tp, "ep": self.experts}[axis]
 
     def gradients(self, axis: Axis) -> MeteredGroup:
         """The group that holds the same values of a parameter of this axis, and sums its gradient."""

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.attention import Attention, LatentAttention
 from training.cache import KeyValueCache
-from training.context import attend, own_part, positions
+from training.context import own_part, positions
 from training.mesh import Axis, Mesh
 from training.model_config import ModelConfig
 from training.moe import MixtureOfExperts
+from training.norms import norm
 from training.parallel import (
     ColumnLinear,
     RowLinear,
@@ -33,41 +35,8 @@ from training.parallel import (
     row_linear,
 )
 from training.recompute import again
-from training.rotary import rotary_angles, rotary_frequencies, rotate
-from training.sharding import ParamSpec, ShardedModule, specs_of
+from training.sharding import STD, ParamSpec, ShardedModule, specs_of
 from training.stages import Placement, Stages, assign_layers
-
-STD = 0.02  # of the normal init, GPT-2's
-
-
-class RMSNorm(ShardedModule):
-    """x / rms(x) * weight over the last dimension, computed in fp32. Source: arXiv:1910.07467."""
-
-    def __init__(self, width: int, eps: float, mesh: Mesh) -> None:
-        super().__init__(mesh)
-        self.eps = eps
-        self.weight = self.new_parameter("weight", ParamSpec((width,), None))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-class LayerNorm(ShardedModule):
-    """(x - mean) / std * weight + bias over the last dimension, computed in fp32. Source: arXiv:1607.06450."""
-
-    def __init__(self, width: int, eps: float, mesh: Mesh) -> None:
-        super().__init__(mesh)
-        self.eps = eps
-        self.weight = self.new_parameter("weight", ParamSpec((width,), None))
-        self.bias = self.new_parameter("bias", ParamSpec((width,), 0.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
-
-
-def _norm(config: ModelConfig, mesh: Mesh) -> RMSNorm | LayerNorm:
-    kind = LayerNorm if config.block == "gpt2" else RMSNorm
-    return kind(config.d_model, config.norm_eps, mesh)
 
 
 class Positions(ShardedModule):
@@ -99,47 +68,6 @@ class Parallel:
 WHOLE = Parallel()
 
 
-class Attention(nn.Module):
-    """Causal attention whose heads are cut over tp: [S/tp, B, D] to [S/tp, B, D]."""
-
-    def __init__(self, config: ModelConfig, mesh: Mesh, parallel: Parallel) -> None:
-        super().__init__()
-        self.parallel = parallel
-        self.mesh = mesh
-        self.cache: KeyValueCache | None = None
-        self.head_dim = config.head_width
-        self.frequencies: Tensor | None
-        frequencies = rotary_frequencies(config) if config.block == "llama" else None
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        width, kv_width = config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
-        bias = config.block == "gpt2"
-        self.query = ColumnLinear(config.d_model, width, mesh, STD, bias)
-        self.key = ColumnLinear(config.d_model, kv_width, mesh, STD, bias)
-        self.value = ColumnLinear(config.d_model, kv_width, mesh, STD, bias)
-        self.out = RowLinear(width, config.d_model, mesh, STD / (2 * config.n_layers) ** 0.5, bias)
-
-    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """documents: int64 [S, B], whole; None where each sequence is one document."""
-        products = column_linears(x, [self.query, self.key, self.value], self.mesh)
-        query, key, value = (each.unflatten(-1, (-1, self.head_dim)) for each in products)
-        selective = self.parallel.recompute == "selective"
-        y = again(self._core, query, key, value, documents, enabled=selective)
-        return row_linear(y.flatten(-2), self.out, self.mesh)
-
-    def _core(self, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
-        """[S/cp, B, H, head_dim] of this rank's heads: rotation and attention."""
-        if self.frequencies is not None:
-            cp = self.mesh.cp
-            at = positions(query.shape[0] * cp.size, cp.size, cp.rank)
-            if self.cache is not None:
-                at += self.cache.n_seen
-            cos, sin = rotary_angles(at, self.frequencies)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if self.cache is not None:
-            return self.cache.attend(self, query, key, value)
-        return attend(query, key, value, self.mesh, self.parallel.context, documents)
-
-
 class FeedForward(nn.Module):
     """SwiGLU (arXiv:2002.05202), or GELU in a gpt2 block, whose width is cut over tp: [S/tp, B, D] to [S/tp, B, D]."""
 
@@ -162,9 +90,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, index: int, parallel: Parallel) -> None:
         super().__init__()
-        self.attention_norm = _norm(config, mesh)
-        self.attention = Attention(config, mesh, parallel)
-        self.feed_forward_norm = _norm(config, mesh)
+        self.attention_norm = norm(config, mesh)
+        self.attention = (LatentAttention if config.latent else Attention)(config, mesh, parallel)
+        self.feed_forward_norm = norm(config, mesh)
         self.experts: MixtureOfExperts | None = None
         self.feed_forward: FeedForward | None = None  # beside experts: those that every token visits
         if config.has_experts(index):
@@ -207,7 +135,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleDict(
             {str(index): Block(config, mesh, index, parallel) for layers in self.chunks for index in layers}
         )
-        self.norm = _norm(config, mesh) if self.last else None
+        self.norm = norm(config, mesh) if self.last else None
         separate = self.last and not tied
         self.head = ColumnLinear(config.d_model, config.vocab_size, mesh, STD) if separate else None
 
@@ -215,7 +143,7 @@ class GPT(nn.Module):
     def keeping(self, cache: KeyValueCache | None) -> Iterator[None]:
         """Within it, forwards begin at the cache's position, and attention sees and keeps what is there. Without
         context parallel ranks."""
-        layers = [each for each in self.modules() if isinstance(each, (Attention, Positions))]
+        layers = [each for each in self.modules() if isinstance(each, (Attention, LatentAttention, Positions))]
         for layer in layers:
             layer.cache = cache
         try:

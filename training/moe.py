@@ -1,8 +1,12 @@
 """A mixture of experts: a router, SwiGLU experts spread over the expert parallel ranks, and two ways to balance them.
 
 Each rank routes the tokens that it holds (its part of the sequence, with tp); pycomm.moe carries them to their experts
-and back. Every tp rank holds its expert parallel rank's experts whole, or, with layout.experts_over_tp, its part of
-them: then the exchange is over the ep × tp ranks, of which each has other experts and other tokens.
+and back. What tp ranks hold is layout.experts_over_tp:
+
+    none     their expert parallel rank's experts, whole: each runs them for its tokens
+    spread   a part of those, whole: the exchange is over ep × tp ranks, which have other experts and other tokens
+    split    a part of each one's width: tokens and routes are gathered over tp, each rank sends all of them through its
+             part, and the outputs, partial sums, are reduce-scattered (Megatron's expert tensor parallelism)
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from pycomm.moe import ExpertParallel
 from training.mesh import Mesh
 from training.model_config import ModelConfig
+from training.parallel import gather_sequence, reduce_scatter_sequence
 from training.recompute import in_backward
 from training.router import rebalance, route
 from training.sharding import ParamSpec, ShardedModule
@@ -39,9 +44,10 @@ class MixtureOfExperts(ShardedModule):
         n, d, f = config.n_experts, config.d_model, config.expert_width
         self.config = config
         self.router = self.new_parameter("router", ParamSpec((n, d), std))
-        self.gate = self.new_parameter("gate", ParamSpec((n, f, d), std, "ep", 0))
-        self.up = self.new_parameter("up", ParamSpec((n, f, d), std, "ep", 0))
-        self.down = self.new_parameter("down", ParamSpec((n, d, f), std / (2 * config.n_layers) ** 0.5, "ep", 0))
+        self.gate = self.new_parameter("gate", ParamSpec((n, f, d), std, "ep", 0, within=1))
+        self.up = self.new_parameter("up", ParamSpec((n, f, d), std, "ep", 0, within=1))
+        of_down = std / (2 * config.n_layers) ** 0.5
+        self.down = self.new_parameter("down", ParamSpec((n, d, f), of_down, "ep", 0, within=2))
         self.bias: nn.Parameter | None = None
         if config.router_bias:
             self.bias = self.new_parameter("bias", ParamSpec((n,), 0.0))
@@ -74,8 +80,12 @@ class MixtureOfExperts(ShardedModule):
         if torch.is_grad_enabled() and not in_backward():
             self.load += slots.sum(0)
         balance = self._balance_loss(routes.probabilities, slots)
-        y = self._through_experts(x.flatten(0, 1), routes.experts.flatten(0, 1), routes.weights.flatten(0, 1))
-        return y.view_as(x), balance
+        experts, weights, split = routes.experts, routes.weights, self.mesh.layout.experts_over_tp == "split"
+        if split:
+            x = gather_sequence(x, self.mesh)
+            experts, weights = (gather_sequence(each, self.mesh, coded=False) for each in (experts, weights))
+        y = self._through_experts(x.flatten(0, 1), experts.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
+        return reduce_scatter_sequence(y, self.mesh) if split else y, balance
 
     def _through_experts(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, D], experts and weights [tokens, top_k] to the weighted sums of the experts' outputs."""

@@ -47,13 +47,13 @@ def _reduce_scatter(x: Tensor, group: MeteredGroup, wire: str | None = None) -> 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
-        ctx.mesh = mesh
-        return _all_gather(x, mesh.tp, mesh.wire["tp"])
+    def forward(ctx: Any, x: Tensor, group: MeteredGroup, wire: str | None) -> Tensor:
+        ctx.group, ctx.wire = group, wire
+        return _all_gather(x, group, wire)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.mesh.tp, ctx.mesh.wire["tp"]), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(grad, ctx.group, ctx.wire), None, None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
@@ -67,9 +67,10 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return _all_gather(grad, ctx.mesh.tp, ctx.mesh.wire["tp"]), None
 
 
-def gather_sequence(x: Tensor, mesh: Mesh) -> Tensor:
-    """[S/tp, B, D] of each tensor parallel rank to the whole [S, B, D]; backward reduce-scatters the gradient."""
-    return x if mesh.tp.size == 1 else _GatherSequence.apply(x, mesh)
+def gather_sequence(x: Tensor, mesh: Mesh, coded: bool = True) -> Tensor:
+    """[S/tp, B, D] of each tensor parallel rank to the whole [S, B, D]; backward reduce-scatters the gradient. coded:
+    on the wire for tp, if there is one."""
+    return x if mesh.tp.size == 1 else _GatherSequence.apply(x, mesh.tp, mesh.wire["tp"] if coded else None)
 
 
 def reduce_scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
@@ -82,6 +83,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh) -> Tensor
     if mesh.weight_gradients is None:
         return F.linear(x, weight, bias)
     return mesh.weight_gradients.linear(x, weight, bias)
+
+
+class Linear(ShardedModule):
+    """y = x Wᵀ with W whole on each tensor parallel rank, which runs it for its part of the sequence."""
+
+    def __init__(self, d_in: int, d_out: int, mesh: Mesh, std: float) -> None:
+        super().__init__(mesh)
+        self.weight = self.new_parameter("weight", ParamSpec((d_out, d_in), std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, None, self.mesh)
 
 
 class ColumnLinear(ShardedModule):

@@ -1,9 +1,9 @@
 """Searches the layouts of some ranks on a topology, times each (step_time.py), and says why the others lost.
 
-Tried: every tp, cp and pp that divides the ranks, the ep that divide both, ZeRO 0 to 3 over all copies, 1F1B,
-interleaved (2 and 4 chunks), ZB-H1 and ZBV, and accumulation: without a pipeline every divisor of a data parallel
-rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B idles as long and holds less. All else is the
-configuration's."""
+Tried: every tp, cp and pp that divides the ranks, the ep that divide both, experts spread or split over tp, ZeRO 0 to 3
+over all copies, 1F1B, interleaved (2 and 4 chunks), ZB-H1 and ZBV, and accumulation: without a pipeline every divisor
+of a data parallel rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B idles as long and holds less. All
+else is the configuration's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -142,7 +142,7 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                 experts = math.gcd(dp, config.model.n_experts) if config.model.n_experts else 1
                 for schedule, chunks in _SCHEDULES if pp > 1 else _SCHEDULES[:1]:
                     for accumulation in _accumulations(config.train.global_batch, dp, pp):
-                        for ep in (n for n in range(1, experts + 1) if experts % n == 0):
+                        for ep, over_tp in _experts(config, experts, tp):
                             for zero in range(4) if dp * cp * tp > 1 else range(1):
                                 layout = dataclasses.replace(
                                     config.layout,
@@ -153,6 +153,7 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                                     chunks=chunks,
                                     stage_layers="",
                                     ep=ep,
+                                    experts_over_tp=over_tp,
                                     zero=zero,
                                     zero_ranks=0,
                                     auto=False,
@@ -163,6 +164,14 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                                     yield each, resolve_layout(each, n_ranks)
                                 except ConfigError as error:
                                     refused[str(error)] += 1
+
+
+def _experts(config: Config, most: int, tp: int) -> list[tuple[int, Literal["none", "spread", "split"]]]:
+    """Expert parallel ranks, which divide `most`, and what tp does to experts."""
+    cuts: list[Literal["none", "spread", "split"]] = ["none"]
+    if config.model.n_experts and tp > 1:
+        cuts += ["spread", "split"]
+    return [(ep, cut) for ep in range(1, most + 1) if most % ep == 0 for cut in cuts]
 
 
 def _accumulations(global_batch: int, dp: int, pp: int) -> list[int]:
@@ -236,8 +245,8 @@ def settings(config: Config) -> list[str]:
     layout = config.layout
     values = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "ep": layout.ep, "zero": layout.zero}
     options = [f"--layout.{name} {value}" for name, value in values.items()]
-    if layout.experts_over_tp:
-        options.append("--layout.experts_over_tp")
+    if layout.experts_over_tp != "none":
+        options.append(f"--layout.experts_over_tp {layout.experts_over_tp}")
     if layout.pp > 1:
         options += [f"--layout.schedule {layout.schedule}", f"--layout.chunks {layout.chunks}"]
     return [*options, f"--train.accumulation {config.train.accumulation}"]

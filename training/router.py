@@ -23,13 +23,13 @@ def route(logits: Tensor, config: ModelConfig, bias: Tensor | None) -> Routes:
     """The routes of router logits fp32 [..., n_experts].
 
     bias [n_experts] joins the choice but not the weights (arXiv:2408.15664). With groups, a token chooses within the
-    topk_groups groups whose two best experts score highest together (DeepSeek-V3, arXiv:2412.19437, section 2.1.2), so
-    that no more than so many hosts hear of it."""
+    topk_groups groups whose best_of_group best experts score highest together (two: DeepSeek-V3, arXiv:2412.19437,
+    section 2.1.2; one: DeepSeek-V2, arXiv:2405.04434, section 2.2.2), so that no more than so many hosts hear of it."""
     scores = logits.sigmoid() if config.router == "sigmoid" else logits.softmax(-1)
     choice = scores.detach() if bias is None else scores.detach() + bias
     if config.topk_groups < config.n_expert_groups:
         grouped = choice.unflatten(-1, (config.n_expert_groups, -1))
-        of_group = grouped.topk(min(2, grouped.shape[-1])).values.sum(-1)
+        of_group = grouped.topk(min(config.best_of_group, grouped.shape[-1])).values.sum(-1)
         kept = torch.zeros_like(of_group, dtype=torch.bool).scatter(-1, of_group.topk(config.topk_groups).indices, True)
         choice = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
     experts = choice.topk(config.top_k).indices

@@ -15,15 +15,19 @@ from torch import Tensor, nn
 
 from training.mesh import Axis, Mesh
 
+STD = 0.02  # of the normal init, GPT-2's
+
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: shape is the whole one, dim the dimension cut over axis, std of its normal init (None: ones)."""
+    """One parameter: shape is the whole one, dim the dimension cut over axis, std of its normal init (None: ones).
+    within: the dimension of an expert's width, which tp cuts where experts are split (layout.experts_over_tp)."""
 
     shape: tuple[int, ...]
     std: float | None
     axis: Axis = None
     dim: int = 0
+    within: int = 0
 
     @property
     def decays(self) -> bool:
@@ -42,9 +46,8 @@ class ShardedModule(nn.Module):
     def new_parameter(self, name: str, spec: ParamSpec) -> nn.Parameter:
         """An uninitialised parameter of this rank's shape, recorded under name."""
         shape = list(spec.shape)
-        group = self.mesh.shards(spec.axis)
-        if group is not None:
-            shape[spec.dim] //= group.size
+        for dim, n, _ in _cuts(spec, self.mesh):
+            shape[dim] //= n
         self.specs[name] = spec
         return nn.Parameter(torch.empty(shape))
 
@@ -85,11 +88,21 @@ def filler(model: nn.Module, mesh: Mesh, seed: int) -> Callable[[str], None]:
 
 def shard(whole: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor:
     """This rank's piece of a whole parameter, as a view."""
+    for dim, n, index in _cuts(spec, mesh):
+        length = whole.shape[dim] // n
+        whole = whole.narrow(dim, index * length, length)
+    return whole
+
+
+def _cuts(spec: ParamSpec, mesh: Mesh) -> list[tuple[int, int, int]]:
+    """(dimension, number of parts, which of them is this rank's) of each cut; ranks count the last one up first."""
     group = mesh.shards(spec.axis)
     if group is None:
-        return whole
-    length = whole.shape[spec.dim] // group.size
-    return whole.narrow(spec.dim, group.rank * length, length)
+        return []
+    if spec.axis == "ep" and mesh.layout.experts_over_tp == "split":
+        n = mesh.tp.size
+        return [(spec.dim, group.size // n, group.rank // n), (spec.within, n, group.rank % n)]
+    return [(spec.dim, group.size, group.rank)]
 
 
 def gather_to_leader(piece: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor | None:
@@ -102,4 +115,9 @@ def gather_to_leader(piece: Tensor, spec: ParamSpec, mesh: Mesh) -> Tensor | Non
         return piece
     pieces = piece.new_empty((group.size, *piece.shape)) if group.rank == 0 else None
     group.gather(None if pieces is None else pieces.flatten(0, 1), piece.contiguous(), 0)
-    return None if pieces is None else torch.cat(pieces.unbind(0), spec.dim)
+    if pieces is None:
+        return None
+    joined = list(pieces.unbind(0))
+    for dim, n, _ in reversed(_cuts(spec, mesh)):
+        joined = [torch.cat(joined[first : first + n], dim) for first in range(0, len(joined), n)]
+    return joined[0]

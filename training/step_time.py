@@ -4,7 +4,8 @@
 
 compute  FLOPs of the busiest pipeline rank's part of all micro-batches / the rate; recomputation included
 bubble   what schedules.check() leaves that rank idle, with the time of each stage's actions, tp, cp and ep included
-tp, ep   whole: layers wait for them (all_gather and reduce_scatter of the sequence; an all_to_all of a row an expert)
+tp       all_gather and reduce_scatter of the sequence, less what tp_overlap computes beside them (tensor_time.py)
+ep       whole: layers wait for it (an all_to_all of a row an expert)
 cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
 pp       by how much check() is later when messages between stages take their time, one after the other on each way
 dp       gradients: what does not fit beside the last backward, at least what is filled when that ends (the embedding's
@@ -26,6 +27,7 @@ from training.links import Groups, Links, groups_of, neighbours, tied
 from training.model_config import ModelConfig
 from training.sharding import ParamSpec
 from training.stages import Stages
+from training.tensor_time import TensorTime
 
 AXES = ("tp", "cp", "ep", "pp", "dp")
 
@@ -70,7 +72,7 @@ class Costs:
 
     def core(self, seq_len: int) -> float:
         """FLOPs of a token's forward in attention itself, counted whole as ModelConfig.flops_per_token() does."""
-        return 4.0 * self.model.n_heads * self.model.head_width * seq_len
+        return 2.0 * self.model.n_heads * (self.model.qk_width + self.model.v_width) * seq_len
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ def step_time(config: Config, layout: Layout, costs: Costs, links: Links, flops_
     stages, m = stages_of(config), config.train.accumulation
     placement = stages.placement
     groups = groups_of(layout)
+    tp = TensorTime(config, layout, links, groups["tp"], _tokens(config, layout), flops_per_s)
     per_stage = [
-        _stage(config, layout, costs, links, groups, stages, stage, flops_per_s) for stage in range(placement.n_stages)
+        _stage(config, layout, costs, links, groups, tp, stages, stage, flops_per_s)
+        for stage in range(placement.n_stages)
     ]
     of_rank = [
         [per_stage[placement.stage(rank, chunk)] for chunk in range(placement.n_chunks)] for rank in range(layout.pp)
@@ -154,6 +158,7 @@ def _stage(
     costs: Costs,
     links: Links,
     groups: Mapping[str, Groups],
+    tp: TensorTime,
     stages: Stages,
     stage: int,
     flops_per_s: float,
@@ -167,10 +172,8 @@ def _stage(
     first, last = stage == 0, stage == stages.placement.n_stages - 1
     head_s = 3 * costs.head * per_flop if last else 0.0  # the fused loss makes its gradients in forward
     again = {"none": 0.0, "selective": core_s, "full": blocks_s}[recompute]
-    nbytes = tokens * model.d_model * itemsize
-    gather, scatter = (links.seconds(groups["tp"], each, nbytes) for each in ("all_gather", "reduce_scatter"))
-    halves = sum(2 if not model.has_experts(i) or model.n_shared_experts else 1 for i in layers)
-    layers_tp = halves * (gather + scatter)
+    layers_tp, layers_back_tp = tp.layers(layers)
+    gather, scatter = (tp.whole(each, model.d_model) for each in ("all_gather", "reduce_scatter"))
     ends_tp = (scatter if first else 0.0) + (gather if last else 0.0)
     ends_back_tp = (gather if first else 0.0) + (scatter if last else 0.0)
     if last:
@@ -180,15 +183,15 @@ def _stage(
     twice = recompute == "full"
     attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop)
     attention_again = attention_f if recompute != "none" else 0.0
-    rows = tokens / layout.tp * model.top_k * model.d_model * itemsize
-    n_moe = sum(model.has_experts(index) for index in layers)
+    n_moe, split = sum(model.has_experts(index) for index in layers), layout.experts_over_tp == "split"
+    rows = tokens / (1 if split else layout.tp) * model.top_k * model.d_model * itemsize
     exchange = 2 * n_moe * links.seconds(groups["ep"], "all_to_all", rows) if n_moe else 0.0
     return _Action(
         blocks_s + head_s,
         blocks_s + again,
         blocks_s,
         {
-            "tp": (layers_tp + ends_tp, layers_tp * (2 if twice else 1) + ends_back_tp),
+            "tp": (layers_tp + ends_tp, layers_back_tp + (layers_tp if twice else 0.0) + ends_back_tp),
             "cp": (len(layers) * attention_f, len(layers) * (attention_b + attention_again)),
             "ep": (exchange, exchange * (2 if twice else 1)),
         },
@@ -202,15 +205,14 @@ def _context_parallel(
     if layout.cp == 1:
         return 0.0, 0.0
     model, itemsize, n = config.model, _itemsize(config), layout.cp
-    query, key = (
-        _tokens(config, layout) * heads / layout.tp * model.head_width for heads in (model.n_heads, model.n_kv_heads)
-    )
-    if config.layout.context == "ulysses":
-        each = 2 * sum(links.seconds(groups["cp"], "all_to_all", numel * itemsize) for numel in (query, key))
+    tokens, heads, kv_heads = _tokens(config, layout) / layout.tp, model.n_heads, model.n_kv_heads
+    widths = (heads * model.qk_width, kv_heads * model.qk_width, kv_heads * model.v_width, heads * model.v_width)
+    if config.layout.context == "ulysses":  # queries, keys and values, and attention's output back
+        each = sum(links.seconds(groups["cp"], "all_to_all", tokens * width * itemsize) for width in widths)
         return each, each
     ring = neighbours(layout, "cp", around=True)
-    coming = links.send_s(ring, 2 * key * itemsize)
-    gradients = links.send_s(ring, 2 * key * 4)
+    coming = links.send_s(ring, tokens * sum(widths[1:3]) * itemsize)
+    gradients = links.send_s(ring, tokens * sum(widths[1:3]) * 4)
     attention = core_s / n
     forward = (n - 1) * max(0.0, coming - attention)
     return forward, (n - 1) * max(0.0, coming + gradients - 2 * attention) + gradients

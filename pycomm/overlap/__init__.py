@@ -3,6 +3,7 @@
     buckets     GradientBuckets: gradients reduced while backward computes the rest
     prefetch    ShardedModules: ZeRO, each module's parameters gathered ahead of its use and freed after it
     matmul      all_gather_matmul, matmul_reduce_scatter: products whose operand or result crosses ranks piece by piece
+    ring_time   RingTime: how long such a product takes, split and unsplit
     delayed     WeightGradients: weight gradients put off until there is something to wait for
     scorecard   measure(): what overlapping gains, by FLUX's definition
     cost        LinkCost: what a collective costs here, from which sizes and refusals to overlap follow
@@ -24,6 +25,7 @@ from pycomm.overlap.matmul import (
     plan_matmul_reduce_scatter,
 )
 from pycomm.overlap.prefetch import ShardedModules, in_backward
+from pycomm.overlap.ring_time import RingTime
 from pycomm.overlap.scorecard import Scorecard, measure
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Landed",
     "LinkCost",
     "MatmulPlan",
+    "RingTime",
     "Scorecard",
     "ShardMemory",
     "ShardedModules",

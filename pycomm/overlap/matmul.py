@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,7 @@ from pycomm.overlap import cost
 from pycomm.overlap.cost import LinkCost
 from pycomm.overlap.delayed import WeightGradients
 from pycomm.overlap.ring import gathered, reduced
-
-MAX_PIECES: Final = 8
-PIECE_LOSS: Final = 0.1  # of the link, to latency
-START_S: Final = 2e-5  # of the computing thread, to send and receive one more piece
-MARGIN: Final = 0.95  # of the unsplit time that the split one must be predicted to stay below
+from pycomm.overlap.ring_time import RingTime
 
 
 class RingGroup(Protocol):
@@ -154,29 +150,20 @@ def _plan(
     if spare is not None and spare < 1:
         return MatmulPlan(0, "runs unsplit: all ranks share one host whose cores compute, and copying needs one too")
     found = cost.found(group, link, collective, nbytes, lambda each: _run(group, collective, each))
-    # Of a ring each rank sends n-1 parts, as of the collective, whose n-1 latencies are in found.latency_s.
-    hop_s = found.latency_s / (n - 1) + START_S
-    part_s = nbytes / (n - 1) / found.bytes_per_s
-    n_pieces = max(1, min(MAX_PIECES, int(part_s * PIECE_LOSS / hop_s), rows.shape[0] // n))
+    ring = RingTime(n, rows.shape[0], nbytes, found)
+    n_pieces = ring.n_pieces
     piece = rows[: max(1, rows.shape[0] // n // n_pieces)]
     times = torch.tensor([_time(rows, weights), _time(piece, weights)])
     group.all_reduce(times, "max")
     whole_s, piece_s = times.tolist()
-    unsplit_s = found.seconds(nbytes) + whole_s
-    split_s = ring_s(n, n_pieces, piece_s, part_s / n_pieces + hop_s)
     facts = (
         f"{collective} of {format_nbytes(nbytes)} {format_s(found.seconds(nbytes))}, product {format_s(whole_s)} "
-        f"({format_s(n * n_pieces * piece_s)} in {n * n_pieces} pieces): unsplit {format_s(unsplit_s)}, "
-        f"split {format_s(split_s)}; {found.source}"
+        f"({format_s(n * n_pieces * piece_s)} in {n * n_pieces} pieces): unsplit {format_s(ring.unsplit_s(whole_s))}, "
+        f"split {format_s(ring.split_s(n_pieces, piece_s))}; {found.source}"
     )
-    if split_s > MARGIN * unsplit_s:
+    if not ring.gains(n_pieces, piece_s, whole_s):
         return MatmulPlan(0, f"runs unsplit, since overlapping would not gain: {facts}")
     return MatmulPlan(n_pieces, f"overlaps in {n_pieces} piece(s) a part: {facts}")
-
-
-def ring_s(n_ranks: int, n_pieces: int, product_s: float, hop_s: float) -> float:
-    """A ring of n_ranks parts in n_pieces each: all products and the last piece's way, or all ways and one product."""
-    return max(n_ranks * n_pieces * product_s + hop_s, (n_ranks - 1) * n_pieces * hop_s + product_s)
 
 
 def _run(group: RingGroup, collective: str, x: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pycomm.errors import InvalidArgument
 from pycomm.group import Group
+from pycomm.moe.backward import Backwards
 from pycomm.moe.checks import problem_of_output, problem_of_rows, require, require_sizes
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.waits import RowsGroup, Waits
@@ -71,6 +72,7 @@ class StaticExpertParallel:
     ) -> None:
         require_sizes(num_experts, hidden, top_k, max_tokens)
         self.group, self.waits = group, Waits(group)
+        self.backwards = Backwards(self.waits)
         self.num_experts, self.max_tokens, self.hidden, self.top_k, self.drop = (
             num_experts,
             max_tokens,
@@ -176,6 +178,7 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, ep: StaticExpertParallel, plan: StaticPlan
     ) -> tuple[Tensor, Tensor]:
         ctx.ep, ctx.plan = ep, plan
+        ep.backwards.expect(ctx)
         everyone = ep.waits.all_gather("static dispatch, weights", weights).flatten(0, 1)
         padded = torch.cat([everyone, everyone.new_zeros(1, weights.shape[1])])
         return ep.expand("static dispatch", plan, x), padded[plan.row_of_out, plan.column_of_out]
@@ -184,14 +187,15 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, of_out = grads
         ep, plan = ctx.ep, ctx.plan
-        x = ep.reduce("backward of static dispatch", plan, rows.contiguous(), None)
-        n, top_k = plan.out_of_slot.shape
-        padded = torch.cat([of_out, of_out.new_zeros(1)])
-        slots = torch.zeros(n, top_k, device=of_out.device).scatter_(1, plan.column, padded[plan.out_of_slot])
-        returned = torch.empty_like(slots)
-        even = [n // ep.group.size] * ep.group.size
-        ep.waits.all_to_all("backward of static dispatch, weights", returned, slots, even, even)
-        return x, returned.view(ep.group.size, -1, top_k).sum(0), None, None  # one rank has each, the others zero
+        with ep.backwards.reached(ctx):
+            x = ep.reduce("backward of static dispatch", plan, rows.contiguous(), None)
+            n, top_k = plan.out_of_slot.shape
+            padded = torch.cat([of_out, of_out.new_zeros(1)])
+            slots = torch.zeros(n, top_k, device=of_out.device).scatter_(1, plan.column, padded[plan.out_of_slot])
+            returned = torch.empty_like(slots)
+            even = [n // ep.group.size] * ep.group.size
+            ep.waits.all_to_all("backward of static dispatch, weights", returned, slots, even, even)
+            return x, returned.view(ep.group.size, -1, top_k).sum(0), None, None  # one rank has each, the others zero
 
 
 class _Combine(torch.autograd.Function):
@@ -199,12 +203,14 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, expert_out: Tensor, weights: Tensor, ep: StaticExpertParallel, plan: StaticPlan) -> Tensor:
         ctx.ep, ctx.plan = ep, plan
         ctx.save_for_backward(expert_out, weights)
+        ep.backwards.expect(ctx)
         return ep.reduce("static combine", plan, expert_out, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        expert_out, weights = ctx.saved_tensors
-        rows = ctx.ep.expand("backward of static combine", ctx.plan, grads[0].contiguous())
-        used = ctx.plan.row_of_out < len(ctx.plan.out_of_slot)
-        of_weights = torch.where(used, (rows.float() * expert_out.float()).sum(-1), 0.0)
-        return (rows * weights.unsqueeze(1)).to(expert_out.dtype), of_weights, None, None
+        with ctx.ep.backwards.reached(ctx):
+            expert_out, weights = ctx.saved_tensors
+            rows = ctx.ep.expand("backward of static combine", ctx.plan, grads[0].contiguous())
+            used = ctx.plan.row_of_out < len(ctx.plan.out_of_slot)
+            of_weights = torch.where(used, (rows.float() * expert_out.float()).sum(-1), 0.0)
+            return (rows * weights.unsqueeze(1)).to(expert_out.dtype), of_weights, None, None

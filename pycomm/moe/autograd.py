@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pycomm.moe.movement import Movement
+from pycomm.moe.rows import row_dots
 from pycomm.moe.tables import ExchangePlan
 
 
@@ -76,17 +77,14 @@ class Combine(torch.autograd.Function):
         rows = ctx.moves.expand("backward of combine", ctx.plan, ctx.plan.back, grad.contiguous())
         if weights is None:
             return rows, None, anchor, None, None, None
-        of_weights = weight_gradients(rows, expert_out) if ctx.needs_input_grad[1] else None
+        of_weights = row_dots(rows, expert_out) if ctx.needs_input_grad[1] else None
         return weighted(rows, weights, expert_out.dtype), of_weights, anchor, None, None, None
 
 
-def weight_gradients(rows: Tensor, expert_out: Tensor) -> Tensor:
-    """float32 [n]: of the weights of expert_out [n, H], from the gradients of the sums that each row went to."""
-    return (rows.float() * expert_out.float()).sum(-1)
-
-
 def weighted(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradients of expert_out [n, H], likewise."""
+    """The gradients of expert_out [n, H] from those of the sums that its rows went to, which are overwritten."""
+    if rows.dtype == dtype == weights.dtype:
+        return rows.mul_(weights.unsqueeze(1))  # no pages to be had for as much again
     return (rows * weights.unsqueeze(1)).to(dtype)
 
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument
-from pycomm.moe.autograd import weight_gradients, weighted
+from pycomm.moe.autograd import weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
-from pycomm.moe.rows import empty_rows, spread_rows
+from pycomm.moe.rows import empty_rows, row_dots, spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -210,7 +210,7 @@ class _Record:
             assert self.arriving is not None
             self._expanded = self.arriving.stage(self.next)
             to = self.plan.back.expansions[self.next].to
-            self._of_weights[to] = weight_gradients(self._expanded, self._expert_out[to])
+            self._of_weights[to] = row_dots(self._expanded, self._expert_out, to)
         return self._expanded
 
     def _come_to(self, index: int) -> None:

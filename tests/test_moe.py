@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pickle
 import traceback
 from collections.abc import Callable
@@ -301,25 +302,32 @@ def overflow_raises_with_the_exact_count_or_drops_and_counts(group: Any) -> None
 
 @check
 def static_sizes_give_the_same_bits(group: Any) -> None:
-    for dtype in ("float32", "bfloat16"):
-        case = Case((5, 5, 5, 5), 6, 3, 33, whole=False, dtype=dtype, seed=11)
+    """With room for all, where some rows are dropped, and without tokens; places that no row takes hold NaN."""
+    for dtype, n, room in itertools.product(("float32", "bfloat16", "float16"), (5, 0), (20, 2)):
+        case = Case((n,) * 4, 6, 3, 33, whole=False, dtype=dtype, seed=11)
         placement = placed("replicas", 6)
         assert placement is not None
-        exact = through(group, case, dedup="rank", placement=placement)
+        exact = through(group, case, dedup="rank", placement=placement, max_tokens=room, drop=True)
         one = batch(case, group.rank)
         x, weights = one.x.clone().requires_grad_(), one.weights.clone().requires_grad_()
-        ep = StaticExpertParallel(group, 6, 20, 33, 3, placement)
+        ep = StaticExpertParallel(group, 6, room, 33, 3, placement, drop=True)
         dispatched = ep.dispatch(x, one.idx, weights)
-        experts = placement.experts[group.rank]
-        assert dispatched.rows.shape == (len(experts), 20, 33)
+        experts, counts = placement.experts[group.rank], dispatched.expert_counts.tolist()
+        assert dispatched.rows.shape == (len(experts), room, 33)
+        assert (int(dispatched.plan.dropped) > 0) == (n > 0 and room == 2)
+        rows = [each[:count] for each, count in zip(dispatched.rows.detach(), counts, strict=True)]
         table = torch.stack([factors(case, e) for e in experts]) if experts else torch.empty(0, 33)
-        y = ep.combine(dispatched.rows * table.unsqueeze(1), dispatched)
+        used = torch.arange(room) < torch.tensor(counts).view(-1, 1, 1).mT
+        out = torch.where(used.mT, dispatched.rows * table.unsqueeze(1), torch.nan)
+        y = ep.combine(out, dispatched)
         y.backward(one.grad)
         assert x.grad is not None and weights.grad is not None
-        for ours, expected in zip((y.detach(), x.grad, weights.grad), exact, strict=False):
+        came = torch.cat(rows) if rows else dispatched.rows.flatten(0, 1)
+        for ours, expected in zip((y.detach(), x.grad, weights.grad, came.detach()), exact, strict=True):
             assert same_bits(ours.float().numpy(), expected)
-        small = StaticExpertParallel(group, 6, 1)
-        refuses(group, "slots found no room", functools.partial(small.plan, one.idx))
+    one = batch(Case((5, 5, 5, 5), 6, 3, 33, seed=11), group.rank)
+    small = StaticExpertParallel(group, 6, 1)
+    refuses(group, "slots found no room", functools.partial(small.plan, one.idx))
 
 
 @check

@@ -29,7 +29,7 @@ from pycomm.moe.cost import Dedup, Links, estimates, rows_between_hosts
 from pycomm.moe.placement import Geometry, Places
 from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.router import imbalance
-from pycomm.moe.rows import Terms, combine_rows, copy_rows, decode_fp8, encode_fp8
+from pycomm.moe.rows import Terms, combine_rows, copy_rows, decode_fp8, encode_fp8, row_dots
 
 
 class OneRank:
@@ -77,6 +77,21 @@ def test_kernels_give_the_bits_of_torch(dtype: torch.dtype, monkeypatch: pytest.
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dot_products_are_those_of_double_within_fp32s_rounding(dtype: torch.dtype) -> None:
+    random = np.random.default_rng(2)
+    for width in (0, 1, 127, 129, 256, 2500):
+        a, b = (torch.from_numpy(random.standard_normal((n, width))).to(dtype) for n in (5, 7))
+        for b_rows in (torch.tensor([6, 0, 3, 3, 1]), None):
+            of_b = b[:5] if b_rows is None else b[b_rows]
+            ours = row_dots(a, b[:5] if b_rows is None else b, b_rows)
+            products = a.double() * of_b.double()
+            bound = products.abs().sum(-1) * width * 2.0**-23
+            assert ours.dtype == torch.float32 and ((ours - products.sum(-1)).abs() <= bound).all()
+            again = row_dots(a, of_b.clone())
+            assert torch.equal(ours, again)
+
+
 def test_kernels_refuse_indices_out_of_range() -> None:
     x, zero = torch.ones(2, 3), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(InvalidArgument, match="row 2 at 0; source 0 has 2"):
@@ -89,6 +104,10 @@ def test_kernels_refuse_indices_out_of_range() -> None:
         combine_rows(torch.empty(1, 3), [x], Terms(zero, zero - 1, torch.tensor([0, 1]), 1))
     with pytest.raises(InvalidArgument, match="offsets go from 0 to 0, there are 1 terms"):
         combine_rows(torch.empty(1, 3), [x], Terms(zero, zero, torch.tensor([0, 0]), 1))
+    with pytest.raises(InvalidArgument, match="row 2 at 0; there are 2"):
+        row_dots(x[:1], x, zero + 2)
+    with pytest.raises(InvalidArgument, match="2 products of 1 rows"):
+        row_dots(x, x[:1])
 
 
 def test_ids_that_other_ranks_tell_are_not_trusted() -> None:

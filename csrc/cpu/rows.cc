@@ -49,9 +49,25 @@ template <class T>
   }
 }
 
+template <class T>
+[[gnu::always_inline]] inline void add_products_loop(float* sum, const T* a, const T* b, size_t n) {
+  for (size_t k = 0; k < n; ++k) {
+    const float product = widen(a[k]) * widen(b[k]);
+    sum[k] += product;
+  }
+}
+
 #if defined(__x86_64__)
 [[gnu::target("avx2")]] void add_product_avx2(float* sum, const float* row, float f, size_t n) {
   add_product_loop(sum, row, f, n);
+}
+[[gnu::target("avx2")]] void add_products_avx2(float* sum, const float* a, const float* b,
+                                               size_t n) {
+  add_products_loop(sum, a, b, n);
+}
+[[gnu::target("avx2")]] void add_products_avx2(float* sum, const uint16_t* a, const uint16_t* b,
+                                               size_t n) {
+  add_products_loop(sum, a, b, n);
 }
 [[gnu::target("avx2")]] void add_product_avx2(float* sum, const uint16_t* row, float f, size_t n) {
   add_product_loop(sum, row, f, n);
@@ -65,6 +81,63 @@ void add_product(float* sum, const T* row, float factor, size_t n) {
   if (has_avx2) return add_product_avx2(sum, row, factor, n);
 #endif
   add_product_loop(sum, row, factor, n);
+}
+
+template <class T>
+void add_products(float* sum, const T* a, const T* b, size_t n) {
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
+  if (has_avx2) return add_products_avx2(sum, a, b, n);
+#endif
+  add_products_loop(sum, a, b, n);
+}
+
+constexpr size_t kDotVectors = 32, kVectorNbytes = 16;  // rows.h
+
+// products(sum, begin, count) adds those of columns begin to begin + count - 1.
+template <size_t kPerVector, class Products>
+float dot(size_t width, Products&& products) {
+  constexpr size_t kSums = kDotVectors * kPerVector;
+  alignas(64) std::array<float, kSums> sum{};
+  for (size_t begin = 0; begin < width; begin += kSums)
+    products(sum.data(), begin, std::min(kSums, width - begin));
+  std::array<float, kDotVectors> of_vector;
+  for (size_t v = 0; v < kDotVectors; ++v) {
+    of_vector[v] = sum[v * kPerVector];
+    for (size_t k = 1; k < kPerVector; ++k) of_vector[v] += sum[v * kPerVector + k];
+  }
+  for (size_t offset = kDotVectors / 2; offset > 0; offset /= 2)
+    for (size_t v = 0; v < offset; ++v) of_vector[v] += of_vector[v + offset];
+  return of_vector[0];
+}
+
+float dot(const std::byte* a, const std::byte* b, DType dtype, size_t width) {
+  if (dtype == DType::float32) {
+    const auto *x = reinterpret_cast<const float*>(a), *y = reinterpret_cast<const float*>(b);
+    return dot<kVectorNbytes / sizeof(float)>(width, [&](float* sum, size_t begin, size_t n) {
+      add_products(sum, x + begin, y + begin, n);
+    });
+  }
+  const auto *x = reinterpret_cast<const uint16_t*>(a), *y = reinterpret_cast<const uint16_t*>(b);
+  constexpr size_t kPerVector = kVectorNbytes / sizeof(uint16_t);
+  return dot<kPerVector>(width, [&](float* sum, size_t begin, size_t n) {
+    if (dtype == DType::bfloat16) return add_products(sum, x + begin, y + begin, n);
+    alignas(64) std::array<float, kDotVectors * kPerVector> wide_x, wide_y;
+    to_float32(wide_x.data(), x + begin, n, dtype);
+    to_float32(wide_y.data(), y + begin, n, dtype);
+    add_products(sum, wide_x.data(), wide_y.data(), n);
+  });
+}
+
+// rows: as row_dots() takes them.
+void require_rows(const Rows& of, const int64_t* rows, int64_t n) {
+  if (rows == nullptr && n > of.n_rows)
+    refuse("row_dots: " + std::to_string(n) + " products of " + std::to_string(of.n_rows) +
+           " rows");
+  for (int64_t i = 0; rows != nullptr && i < n; ++i)
+    if (rows[i] < -1 || rows[i] >= of.n_rows)
+      refuse("row_dots: row " + std::to_string(rows[i]) + " at " + std::to_string(i) +
+             "; there are " + std::to_string(of.n_rows));
 }
 
 }  // namespace
@@ -125,6 +198,21 @@ void combine_rows(void* out, DType out_dtype, const std::vector<Rows>& sources, 
       else
         from_float32(place, sum.data(), count, out_dtype);
     }
+  }
+}
+
+void row_dots(float* out, const Rows& a, const int64_t* a_rows, const Rows& b,
+              const int64_t* b_rows, DType dtype, int64_t n, size_t width) {
+  require_rows(a, a_rows, n);
+  require_rows(b, b_rows, n);
+  const size_t row_nbytes = width * size_of(dtype);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t in_a = a_rows != nullptr ? a_rows[i] : i;
+    const int64_t in_b = b_rows != nullptr ? b_rows[i] : i;
+    out[i] = in_a < 0 || in_b < 0
+                 ? 0.0f
+                 : dot(a.data + static_cast<size_t>(in_a) * row_nbytes,
+                       b.data + static_cast<size_t>(in_b) * row_nbytes, dtype, width);
   }
 }
 

@@ -33,6 +33,14 @@ void combine_rows(void* out, DType out_dtype, const std::vector<Rows>& sources, 
                   const int64_t* source, const int64_t* rows, const int64_t* offsets,
                   const float* weights, int64_t n, int64_t n_terms, size_t width);
 
+// out[i] = the dot product of row a_rows[i] of a and row b_rows[i] of b (nullptr: row i), in fp32
+// with the product rounded before it is added; 0 where either row is -1. The order is that of
+// cuda::row_dots(): by column, each value of 32 vectors of 16 bytes sums its own; then each vector
+// its values, in order; then vector v takes v + 16's, v + 8's, .. v + 1's. Errors and dtypes: as
+// combine_rows().
+void row_dots(float* out, const Rows& a, const int64_t* a_rows, const Rows& b,
+              const int64_t* b_rows, DType dtype, int64_t n, size_t width);
+
 // Row by row, each a segment of its own: coded_nbytes(wire, width) bytes (coding.h).
 void encode_rows(std::byte* out, const void* in, DType dtype, int64_t n, size_t width, Wire wire);
 void decode_rows(void* out, const std::byte* in, DType dtype, int64_t n, size_t width, Wire wire);

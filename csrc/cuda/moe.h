@@ -20,21 +20,6 @@ namespace pycomm::cuda {
 
 constexpr size_t kMaxRowBuffers = 128;  // they travel in a kernel's arguments
 
-// counts[e] = slots of expert e; offsets[e + 1] = offsets[e] + counts[e] rounded up to a multiple
-// of align, from 0. expert [n_slots]; slots of an id outside 0 .. n_experts - 1 count nowhere. One
-// launch. workspace: of expert_workspace_nbytes(), 8-byte aligned, its first 8 bytes zero before
-// the first use (each use leaves them so); expert_places() reads what this leaves there.
-size_t expert_workspace_nbytes(int64_t n_slots, int64_t n_experts);
-Status expert_offsets(int64_t* counts, int64_t* offsets, const int64_t* expert, int64_t n_slots,
-                      int64_t n_experts, int64_t align, void* workspace, void* stream);
-
-// out_of_slot[i] = the output row of slot i: by expert, those of an expert in the order of slots;
-// -1 for a slot without expert and where the row would be n_out or more. slot_of_out [n_out] is its
-// inverse, -1 where there is no slot. REQUIRES: expert_offsets() on the same arguments before.
-Status expert_places(int64_t* out_of_slot, int64_t* slot_of_out, int64_t n_out,
-                     const int64_t* counts, const int64_t* offsets, const int64_t* expert,
-                     int64_t n_slots, int64_t n_experts, const void* workspace, void* stream);
-
 // For i < n: row rows[i] of sources[source[i]] goes to row to[i] of out; rows[i] = -1 gives zeros.
 // source nullptr: all of sources[0]; to nullptr: row i. weights nullptr: a copy of the bits;
 // otherwise times weights[i] in fp32, rounded once.
@@ -50,7 +35,7 @@ Status combine_rows(void* out, DType out_dtype, std::span<const void* const> sou
                     const float* weights, int64_t n, int64_t width, void* stream);
 
 // out[i] = the dot product of row a_rows[i] of a and row b_rows[i] of b (nullptr: row i), in fp32,
-// in an order that the width and the dtype fix; 0 where either row is -1.
+// in the order that cpu/rows.h has; 0 where either row is -1.
 Status row_dots(float* out, const void* a, const int64_t* a_rows, const void* b,
                 const int64_t* b_rows, int64_t n, int64_t width, DType dtype, void* stream);
 

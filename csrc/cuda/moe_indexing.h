@@ -10,8 +10,7 @@
 namespace pycomm::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kTurns = 4;           // vectors that each lane of a warp moves of one tile
-constexpr int kSlotsPerTile = 512;  // slots whose order one CUDA block finds
+constexpr int kTurns = 4;  // vectors that each lane of a warp moves of one tile
 
 // A warp's work: columns begin to end - 1 of one row. Tiles begin at multiples of a warp's vectors,
 // so they are aligned as their row is.
@@ -46,26 +45,5 @@ PYCOMM_HD int64_t scale_offset(int64_t width, int64_t column) {
          column / kBlockNumel * static_cast<int64_t>(sizeof(float));
 }
 PYCOMM_HD int64_t padded_width(int64_t width) { return n_blocks(width) * kBlockNumel; }
-
-// Of n slots' experts: how many slots before slot i have its expert, and how many have it in all.
-struct Equals {
-  int before, all;
-};
-PYCOMM_HD Equals equals(const int64_t* expert, int n, int i) {
-  Equals found{0, 0};
-  for (int j = 0; j < n; ++j) {
-    const int same = expert[j] == expert[i];
-    found.all += same;
-    found.before += j < i ? same : 0;
-  }
-  return found;
-}
-
-PYCOMM_HD bool has_expert(int64_t expert, int64_t n_experts) {
-  return expert >= 0 && expert < n_experts;
-}
-PYCOMM_HD int64_t padded_count(int64_t count, int64_t align) {
-  return ceil_div(count, align) * align;
-}
 
 }  // namespace pycomm::cuda

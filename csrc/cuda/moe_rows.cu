@@ -129,13 +129,14 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   }
 }
 
-// A lane adds its vectors' products in the order of columns; the lanes' sums are added as a tree.
+// Each value of a lane's vector sums its own products, by column; then the lane adds up its values
+// in order, and the lanes are added as a tree: the CPU's bits (cpu/rows.h).
 template <class T>
 __global__ void __launch_bounds__(kThreads) dots_kernel(const Dots args) {
   constexpr int kPerVector = Vector<T>::n;
   for (int64_t i = this_warp(); i < args.n; i += n_warps()) {
     const int64_t a_row = at(args.a_rows, i, i), b_row = at(args.b_rows, i, i);
-    float sum = 0.0f;
+    float sums[kPerVector] = {};
     if (a_row >= 0 && b_row >= 0) {
       const T* const a = reinterpret_cast<const T*>(args.a) + a_row * args.width;
       const T* const b = reinterpret_cast<const T*>(args.b) + b_row * args.width;
@@ -146,9 +147,12 @@ __global__ void __launch_bounds__(kThreads) dots_kernel(const Dots args) {
         const auto y = load<T, kPerVector>(b + column, args.width - column, args.whole);
 #pragma unroll
         for (int k = 0; k < kPerVector; ++k)
-          sum = __fadd_rn(sum, __fmul_rn(widen(x.x[k]), widen(y.x[k])));
+          sums[k] = __fadd_rn(sums[k], __fmul_rn(widen(x.x[k]), widen(y.x[k])));
       }
     }
+    float sum = sums[0];
+#pragma unroll
+    for (int k = 1; k < kPerVector; ++k) sum = __fadd_rn(sum, sums[k]);
 #pragma unroll
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
       sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, offset));

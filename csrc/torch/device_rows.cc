@@ -91,6 +91,19 @@ void device_combine_rows(const View& out, const std::vector<View>& sources, cons
                                    on.stream));
 }
 
+void device_row_dots(const View& out, const View& a, const std::optional<View>& a_rows,
+                     const View& b, const std::optional<View>& b_rows, uint64_t width) {
+  const char* what = "row_dots";
+  std::vector<const View*> all = {&a, &b};
+  for (const auto* each : {&a_rows, &b_rows})
+    if (*each) all.push_back(&**each);
+  const OnDevice on(what, out, all);
+  const auto rows = [&](const std::optional<View>& of) { return of ? ints(what, *of) : nullptr; };
+  require(what, cuda::row_dots(static_cast<float*>(out.data), a.data, rows(a_rows), b.data,
+                               rows(b_rows), static_cast<int64_t>(out.numel),
+                               static_cast<int64_t>(width), a.dtype, on.stream));
+}
+
 void device_code_rows(const View& coded, const View& values, uint64_t width, Wire wire,
                       bool encodes) {
   const char* what = encodes ? "encode_rows" : "decode_rows";
@@ -129,6 +142,10 @@ void device_copy_rows(const View&, const std::vector<View>&, const View&, const 
 void device_combine_rows(const View&, const std::vector<View>&, const View&, const View&,
                          const View&, const std::optional<View>&) {
   without_cuda("combine_rows");
+}
+void device_row_dots(const View&, const View&, const std::optional<View>&, const View&,
+                     const std::optional<View>&, uint64_t) {
+  without_cuda("row_dots");
 }
 void device_code_rows(const View&, const View&, uint64_t, Wire, bool encodes) {
   without_cuda(encodes ? "encode_rows" : "decode_rows");

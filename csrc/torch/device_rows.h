@@ -17,6 +17,9 @@ void device_copy_rows(const View& out, const std::vector<View>& sources, const V
                       const View& rows, const std::optional<View>& to);
 void device_combine_rows(const View& out, const std::vector<View>& sources, const View& source,
                          const View& rows, const View& offsets, const std::optional<View>& weights);
+// rows: none, or one for each product. a and b are of one type, with rows of width values.
+void device_row_dots(const View& out, const View& a, const std::optional<View>& a_rows,
+                     const View& b, const std::optional<View>& b_rows, uint64_t width);
 // One of the two is written. n rows of width values; e4m3 alone.
 void device_code_rows(const View& coded, const View& values, uint64_t width, Wire wire,
                       bool encodes);

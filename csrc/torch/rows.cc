@@ -124,6 +124,33 @@ void combine_rows(const py::object& out, const py::sequence& sources, const py::
                     static_cast<int64_t>(target.rows), static_cast<int64_t>(row.numel), width);
 }
 
+void row_dots(const py::object& out, const py::object& a, const py::object& a_rows,
+              const py::object& b, const py::object& b_rows) {
+  const char* what = "row_dots";
+  const View target = view(what, out, true);
+  if (target.dtype != DType::float32)
+    refuse(what, std::string("gives float32, not ") + name_of(target.dtype));
+  const DType dtype = view(what, a, false).dtype;
+  require_summable(what, dtype);
+  const uint64_t width = width_of(a);
+  const std::vector<View> factors = sources_of(what, py::make_tuple(a, b), dtype, width);
+  std::vector<std::optional<View>> rows;
+  for (const py::object& each : {a_rows, b_rows}) {
+    rows.push_back(each.is_none() ? std::nullopt : std::optional(view(what, each, false)));
+    if (rows.back() && rows.back()->numel != target.numel)
+      refuse(what, "rows must be one for each product");
+  }
+  if (!target.device.is_cpu())
+    return device_row_dots(target, factors[0], rows[0], factors[1], rows[1], width);
+  require_host(what, factors, {rows[0] ? &*rows[0] : nullptr, rows[1] ? &*rows[1] : nullptr});
+  const auto all = rows_of(factors);
+  const int64_t* of_a = rows[0] ? indices(what, *rows[0]) : nullptr;
+  const int64_t* of_b = rows[1] ? indices(what, *rows[1]) : nullptr;
+  py::gil_scoped_release release;
+  cpu::row_dots(static_cast<float*>(target.data), all[0], of_a, all[1], of_b, dtype,
+                static_cast<int64_t>(target.numel), width);
+}
+
 void code_rows(const py::object& coded, const py::object& values, const std::string& wire,
                bool encodes) {
   const char* what = encodes ? "encode_rows" : "decode_rows";
@@ -172,6 +199,9 @@ void def_rows(py::module_& m) {
         py::arg("rows"), py::arg("offsets"), py::arg("weights") = py::none(),
         "out[i] = the sum over j from offsets[i] to offsets[i + 1] of weights[j] * "
         "sources[source[j]][rows[j]], in order, in fp32, rounded once.");
+  m.def("row_dots", &row_dots, py::arg("out"), py::arg("a"), py::arg("a_rows"), py::arg("b"),
+        py::arg("b_rows"),
+        "out[i] = a[a_rows[i] or i] . b[b_rows[i] or i], in fp32; 0 where a row is -1.");
   m.def(
       "encode_rows",
       [](const py::object& coded, const py::object& values, const std::string& wire) {

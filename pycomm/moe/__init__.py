@@ -10,7 +10,8 @@ plan       where each row of a batch goes: tables        placement   which rank 
                                                          movement    rows and weights by a plan
 transport  rows on their way, and the order of sums      rows        kernels, and rows in fp8
 through_hosts  likewise, once to each host               waits       collectives whose errors name the stage
-autograd   gradients                                     checks      what is refused
+autograd   gradients                                     backward    one that fails elsewhere is noticed
+checks     what is refused
 static     the same with sizes known beforehand          dispatched  what a dispatch gives
 router     loads, loss, bias, hosts a token              balance     placements from loads
 adapters   for torchtitan, Megatron-Core, all_to_all_single"""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pycomm.moe.movement import Movement
+from pycomm.moe.rows import row_dots
 from pycomm.moe.tables import ExchangePlan
 
 
@@ -26,6 +27,7 @@ class Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, moves: Movement, plan: ExchangePlan, slot_weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.moves, ctx.plan, ctx.weights_shape = moves, plan, weights.shape
+        moves.backwards.expect(ctx)
         if slot_weights is not None:
             return moves.expand("dispatch", plan, plan.out, x), slot_weights, x.new_empty(0)
         arriving: list[Callable[[], Tensor]] = []
@@ -40,9 +42,10 @@ class Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, slot_weights, _ = grads
         stage = "backward of dispatch"
-        arriving = ctx.moves.start_back(stage, ctx.plan, slot_weights.contiguous())
-        x = ctx.moves.reduce(stage, ctx.plan, ctx.plan.out, rows.contiguous(), None, None)
-        return x, arriving().view(ctx.weights_shape), None, None, None
+        with ctx.moves.backwards.reached(ctx):
+            arriving = ctx.moves.start_back(stage, ctx.plan, slot_weights.contiguous())
+            x = ctx.moves.reduce(stage, ctx.plan, ctx.plan.out, rows.contiguous(), None, None)
+            return x, arriving().view(ctx.weights_shape), None, None, None
 
 
 class Combine(torch.autograd.Function):
@@ -58,27 +61,30 @@ class Combine(torch.autograd.Function):
     ) -> Tensor:
         ctx.moves, ctx.plan, ctx.anchor = moves, plan, (anchor.shape, anchor.dtype, anchor.device)
         ctx.save_for_backward(expert_out, weights)
+        moves.backwards.expect(ctx)
         return moves.reduce("combine", plan, plan.back, expert_out, weights, home_weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
+        with ctx.moves.backwards.reached(ctx):
+            return Combine._gradients(ctx, grads[0])
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None, None]:
         expert_out, weights = ctx.saved_tensors
         shape, dtype, device = ctx.anchor
         anchor = torch.zeros(shape, dtype=dtype, device=device)
-        rows = ctx.moves.expand("backward of combine", ctx.plan, ctx.plan.back, grads[0].contiguous())
+        rows = ctx.moves.expand("backward of combine", ctx.plan, ctx.plan.back, grad.contiguous())
         if weights is None:
             return rows, None, anchor, None, None, None
-        of_weights = weight_gradients(rows, expert_out) if ctx.needs_input_grad[1] else None
+        of_weights = row_dots(rows, expert_out) if ctx.needs_input_grad[1] else None
         return weighted(rows, weights, expert_out.dtype), of_weights, anchor, None, None, None
 
 
-def weight_gradients(rows: Tensor, expert_out: Tensor) -> Tensor:
-    """float32 [n]: of the weights of expert_out [n, H], from the gradients of the sums that each row went to."""
-    return (rows.float() * expert_out.float()).sum(-1)
-
-
 def weighted(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradients of expert_out [n, H], likewise."""
+    """The gradients of expert_out [n, H] from those of the sums that its rows went to, which are overwritten."""
+    if rows.dtype == dtype == weights.dtype:
+        return rows.mul_(weights.unsqueeze(1))  # no pages to be had for as much again
     return (rows * weights.unsqueeze(1)).to(dtype)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from pycomm import _C
+from pycomm.errors import InvalidArgument
 from pycomm.group import Group
 from pycomm.moe.autograd import Combine, Dispatch, picked
 from pycomm.moe.checks import (
@@ -29,7 +32,7 @@ from pycomm.moe.stream import ExpertStream, Later
 from pycomm.moe.tables import Cut, ExchangePlan, Layout
 from pycomm.moe.through_hosts import ThroughHosts
 from pycomm.moe.transport import Direct, Transport
-from pycomm.moe.waits import RowsGroup, Waits
+from pycomm.moe.waits import Call, RowsGroup, Waits
 
 KEPT_NBYTES: Final = 256 << 20  # of output rows that nobody holds any more, for the next batch
 
@@ -211,6 +214,25 @@ class ExpertParallel:
 
     # Failure.
 
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Around any part of a step: an exception that leaves the block on one rank breaks the exchange's groups, and
+        the others raise GroupClosed at once, with that rank, the stage after which it failed and the exception, instead
+        of waiting for its combine or its backward:
+
+            with ep.failing_together():
+                dispatched = ep.dispatch(x, topk_idx, topk_weights)
+                loss(ep.combine(my_experts(dispatched.rows), dispatched)).backward()
+
+        InvalidArgument passes by, since what this class raises of it is raised on all ranks."""
+        try:
+            yield
+        except InvalidArgument:
+            raise
+        except BaseException as error:
+            self.waits.abandon_after(f"{type(error).__name__}: {error}")
+            raise
+
     def mask(self, rank: int, *, allow_lost: bool = False) -> None:
         """From the next plan on, nothing goes to the experts of `rank`; their replicas elsewhere take over. Every rank
         calls it alike. allow_lost: experts without a replica are gone, their slots go nowhere and are counted in
@@ -283,7 +305,7 @@ class ExpertParallel:
     def _owner(self) -> tuple[Any, ...]:
         return (id(self), tuple(sorted(self._masked)))
 
-    def _agree(self, name: str, problem: str | None, *inputs: Tensor) -> bool:
+    def _agree(self, name: Call, problem: str | None, *inputs: Tensor) -> bool:
         """Raises the problem of any rank on all. Returns whether an input of any rank requires a gradient."""
         needs = any(each.requires_grad for each in inputs)
         facts = self.waits.agree(name, problem, [int(needs), form(inputs[0])], inputs[0].device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pycomm import _C
 from pycomm.group import Group
+from pycomm.moe.backward import Backwards
 from pycomm.moe.cost import Dedup
 from pycomm.moe.rows import decode_fp8, empty_rows, encode_fp8
 from pycomm.moe.tables import ExchangePlan, Route
@@ -31,6 +32,7 @@ class Movement:
         n_hosts: int,
     ) -> None:
         self.waits, self.memory, self.transports, self.wire = waits, memory, transports, wire
+        self.backwards = Backwards(waits)
         self._beside = isinstance(waits.group, Group) and n_hosts > 1  # weights travel beside rows
 
     # Rows.

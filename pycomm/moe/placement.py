@@ -108,7 +108,7 @@ class Places:
             if rank not in without
             for local, expert in enumerate(held)
         )
-        self.n = len(entries)
+        self.n, self.num_experts = len(entries), placement.num_experts
         self._geometry = geometry
         self._elsewhere: dict[torch.device, Places] = {}
         table = torch.tensor([*entries, (geometry.n_hosts, geometry.size, -1, -1)], dtype=torch.int64)

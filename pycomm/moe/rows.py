@@ -37,13 +37,19 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
     if _native(out, *sources) and (out.device.type == "cpu" or out.shape[1] * out.itemsize % 2 == 0):
         _C.copy_rows(out, sources, source, rows, to)
         return out
+    stacked = torch.cat([*sources, sources[0].new_zeros(1, out.shape[1])])
+    found = stacked[torch.where(rows < 0, len(stacked) - 1, _starts(sources)[source] + rows)]
     if to is None:
-        to = torch.arange(len(rows), device=rows.device)
-    for number, each in enumerate(sources):
-        chosen = (source == number) & (rows >= 0)
-        out[to[chosen]] = each[rows[chosen]]
-    out[to[rows < 0]] = 0
+        out[: len(rows)] = found
+    else:
+        out.index_copy_(0, to, found)
     return out
+
+
+def _starts(sources: Sequence[Tensor]) -> Tensor:
+    """Where each source begins among all, one after the other."""
+    lengths = [0, *(len(each) for each in sources)]
+    return torch.tensor(lengths, device=sources[0].device).cumsum(0)
 
 
 def spread_rows(out: Tensor, rows: Tensor, to: Tensor) -> None:
@@ -77,8 +83,7 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
     total = torch.zeros(out.shape, device=out.device)
     begin, count = terms.offsets[:-1], terms.offsets.diff()
     stacked = torch.cat(list(sources))
-    start = torch.tensor([0, *(len(each) for each in sources)], device=out.device).cumsum(0)
-    place = start[terms.source] + terms.rows
+    place = _starts(sources)[terms.source] + terms.rows
     for number in range(terms.most):
         has = count > number
         term = begin + torch.where(has, number, 0)
@@ -88,6 +93,17 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
             value = value * weights[term].unsqueeze(1)
         total = total + torch.where(has.unsqueeze(1), value, 0.0)
     return out.copy_(total.to(out.dtype))
+
+
+def row_dots(a: Tensor, b: Tensor, b_rows: Tensor | None = None) -> Tensor:
+    """float32 [n]: the dot products of a [n, H] with b's rows b_rows, or all; in fp32, in an order that width and type
+    fix (csrc/cpu/rows.h), which in torch is torch's."""
+    if _native(a, b) and a.dtype == b.dtype and a.dtype in _SUMMED:
+        out = torch.empty(len(a), device=a.device)
+        _C.row_dots(out, a, None, b, b_rows)
+        return out
+    of_b = b if b_rows is None else b[b_rows]
+    return (a.float() * of_b.float()).sum(-1)
 
 
 def coded_width(width: int) -> int:

@@ -2,7 +2,10 @@
 
 Each rank gets every rank's rows (all_gather) and picks those of its experts into max_tokens places an expert; each rank
 returns its partial sums of all tokens (all_to_all). For a few experts a token per rank, or two hosts, that moves hardly
-more than an exact exchange (docs/moe.md); sums are in the same order, so results are equal bit for bit."""
+more than an exact exchange (docs/moe.md); sums are in the same order, so results are equal bit for bit.
+
+Every sum has a term for each that it could have; those that it has not are zeros, which change no bit of a sum that
+begins with +0 (rows.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +17,12 @@ from torch import Tensor
 
 from pycomm.errors import InvalidArgument
 from pycomm.group import Group
+from pycomm.moe.autograd import picked, weighted
+from pycomm.moe.backward import Backwards
 from pycomm.moe.checks import problem_of_output, problem_of_rows, require, require_sizes
 from pycomm.moe.placement import Geometry, Placement, Places
+from pycomm.moe.rows import Terms, copy_rows, row_dots
+from pycomm.moe.transport import sums
 from pycomm.moe.waits import RowsGroup, Waits
 
 
@@ -23,10 +30,11 @@ from pycomm.moe.waits import RowsGroup, Waits
 class StaticPlan:
     """Of N = ranks × T tokens and n_out = local experts × max_tokens rows, all on the batch's device."""
 
-    row_of_out: Tensor  # [n_out]: the token of each output row, N for none
-    column_of_out: Tensor  # [n_out]: the column of topk_idx that it came from
-    out_of_slot: Tensor  # [N, K], in place order: the output row of each slot, n_out for none
-    column: Tensor  # [N, K], in place order
+    row_of_out: Tensor  # [n_out]: the token of each output row, -1 for none
+    slot_of_out: Tensor  # [n_out]: its place in topk_idx of all ranks, flattened, -1 for none
+    out_of_slot: Tensor  # [N * K], a token's in place order: the output row of each slot, -1 for none
+    partial: Terms  # of this rank's sums [N], over its output rows and, as a second source, a row of zeros
+    home: tuple[Terms, Terms]  # of each host's sums [hosts * T], over the ranks' sums [N], and of all hosts' [T]
     expert_counts: Tensor  # [local experts] int64
     dropped: Tensor  # int64 scalar: slots of all ranks that found no room or no expert
 
@@ -71,6 +79,7 @@ class StaticExpertParallel:
     ) -> None:
         require_sizes(num_experts, hidden, top_k, max_tokens)
         self.group, self.waits = group, Waits(group)
+        self.backwards = Backwards(self.waits)
         self.num_experts, self.max_tokens, self.hidden, self.top_k, self.drop = (
             num_experts,
             max_tokens,
@@ -92,27 +101,7 @@ class StaticExpertParallel:
     def plan(self, topk_idx: Tensor) -> StaticPlan:
         """From topk_idx [T, K] int64; one all_gather."""
         idx = self.waits.all_gather("static plan", topk_idx.contiguous()).flatten(0, 1)
-        places = self._places.to(idx.device)
-        n, top_k = idx.shape
-        known = (idx >= 0) & (idx < self.num_experts)
-        turn = torch.arange(n, device=idx.device)
-        turn = turn // len(topk_idx) + turn % len(topk_idx) if len(topk_idx) else turn
-        place, column = places.route(torch.where(known, idx, 0), turn, known)
-        # The position of each slot among those of its place, in (source rank, token) order.
-        is_at = place.unsqueeze(-1) == torch.arange(places.n, device=idx.device)  # [N, K, places]
-        takes = is_at.any(1)
-        before = takes.long().cumsum(0) - 1
-        position = torch.cat([before, before.new_full((n, 1), self.max_tokens)], 1).gather(1, place)
-        room = position < self.max_tokens
-        mine = room & (places.rank[place] == self.group.rank)
-        n_out = self.n_local * self.max_tokens
-        out_of_slot = torch.where(mine, places.local[place] * self.max_tokens + position, n_out)
-        token = torch.arange(n, device=idx.device).unsqueeze(1).expand(-1, top_k)
-        row_of_out = idx.new_full((n_out + 1,), n).scatter_(0, out_of_slot.flatten(), token.flatten())[:n_out]
-        column_of_out = idx.new_zeros(n_out + 1).scatter_(0, out_of_slot.flatten(), column.flatten())[:n_out]
-        local = torch.where(mine, places.local[place], self.n_local)
-        counts = idx.new_zeros(self.n_local + 1).scatter_add_(0, local.flatten(), mine.long().flatten())
-        plan = StaticPlan(row_of_out, column_of_out, out_of_slot, column, counts[: self.n_local], (~room).sum())
+        plan = _static_plan(idx, self._places.to(idx.device), self.geometry, self.n_local, self.max_tokens)
         if not self.drop and type(topk_idx) is Tensor and topk_idx.device.type == "cpu":
             plan.check()
         return plan
@@ -141,33 +130,65 @@ class StaticExpertParallel:
 
     def expand(self, stage: str, plan: StaticPlan, rows: Tensor) -> Tensor:
         everyone = self.waits.all_gather(stage, rows).flatten(0, 1)
-        padded = torch.cat([everyone, everyone.new_zeros(1, rows.shape[1])])
-        return padded[plan.row_of_out]
+        out = rows.new_empty(len(plan.row_of_out), rows.shape[1])
+        return copy_rows(out, [everyone], torch.zeros_like(plan.row_of_out), plan.row_of_out)
 
     def reduce(self, stage: str, plan: StaticPlan, rows: Tensor, weights: Tensor | None) -> Tensor:
         """Sums in transport.py's order: here of the rank, at home of each host and in all."""
-        n, top_k = plan.out_of_slot.shape
-        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        factors = None if weights is None else torch.cat([weights, weights.new_zeros(1)])
-        partial = torch.zeros(n, rows.shape[1], device=rows.device)
-        for k in range(top_k):
-            slot = plan.out_of_slot[:, k]
-            value = padded[slot].float()
-            if factors is not None:
-                value = value * factors[slot].unsqueeze(1)
-            partial = partial + torch.where((slot < len(rows)).unsqueeze(1), value, 0.0)
-        world = self.group.size
+        nothing = rows.new_zeros(1, rows.shape[1])
+        of_slots = None if weights is None else picked(weights, plan.out_of_slot)
+        partial = sums(plan.partial, [rows, nothing], torch.float32, of_slots)
         returned = torch.empty_like(partial)
-        even = [n // world] * world
+        even = [len(partial) // self.group.size] * self.group.size
         self.waits.all_to_all(stage, returned, partial, even, even)
-        of_ranks = returned.view(world, n // world, -1)
-        total = torch.zeros_like(of_ranks[0])
-        for members in self.geometry.members:
-            of_host = torch.zeros_like(total)
-            for rank in members:
-                of_host = of_host + of_ranks[rank]
-            total = total + of_host.to(rows.dtype).float()
-        return total.to(rows.dtype)
+        hosts, tokens = plan.home
+        return sums(tokens, [sums(hosts, [returned], rows.dtype)], rows.dtype)
+
+
+def _static_plan(idx: Tensor, places: Places, geometry: Geometry, n_local: int, max_tokens: int) -> StaticPlan:
+    """idx [N, K]: topk_idx of all ranks, as many tokens of each."""
+    (n, top_k), device = idx.shape, idx.device
+    n_tokens = n // geometry.size
+
+    def every(n: int) -> Tensor:
+        return torch.arange(n, device=device)
+
+    known = (idx >= 0) & (idx < places.num_experts)
+    turn = every(n_tokens).repeat(geometry.size) + every(geometry.size).repeat_interleave(n_tokens)
+    place, column = places.route(torch.where(known, idx, 0), turn, known)
+    place, slot = place.flatten(), (every(n).unsqueeze(1) * top_k + column).flatten()
+    # The position of each slot among those of its place, in (source rank, token) order.
+    order = place.sort(stable=True).indices
+    counts = place.new_zeros(places.n + 1).scatter_add_(0, place, torch.ones_like(place))
+    first = counts.cumsum(0) - counts
+    position = torch.empty_like(place).scatter_(0, order, every(n * top_k) - first[place[order]])
+    room = (position < max_tokens) & (place < places.n)
+    mine = room & (places.rank[place] == geometry.rank)
+    local = torch.where(mine, places.local[place], n_local)
+    n_out = n_local * max_tokens
+    out = torch.where(mine, local * max_tokens + position, n_out)
+    slot_of_out = slot.new_full((n_out + 1,), -1).scatter_(0, out, slot)[:n_out]
+    # Of hosts' sums, host by host: their ranks' sums of a token. Of a token: its hosts' sums.
+    ranks = [torch.stack([every(n_tokens) + r * n_tokens for r in of_host], 1) for of_host in geometry.members]
+    lengths = torch.cat([torch.full_like(each[:, 0], each.shape[1]) for each in ranks])
+    hosts = every(geometry.n_hosts * n_tokens).view(geometry.n_hosts, n_tokens).T
+    return StaticPlan(
+        row_of_out=slot_of_out.div(top_k, rounding_mode="floor"),
+        slot_of_out=slot_of_out,
+        out_of_slot=torch.where(mine, out, -1),
+        partial=Terms((~mine).long(), torch.where(mine, out, 0), every(n + 1) * top_k, top_k),
+        home=(
+            _terms(torch.cat([each.flatten() for each in ranks]), lengths, max(each.shape[1] for each in ranks)),
+            _terms(hosts.flatten(), torch.full_like(hosts[:, 0], geometry.n_hosts), geometry.n_hosts),
+        ),
+        expert_counts=slot.new_zeros(n_local + 1).scatter_add_(0, local, torch.ones_like(local))[:n_local],
+        dropped=(~room).sum(),
+    )
+
+
+def _terms(rows: Tensor, lengths: Tensor, most: int) -> Terms:
+    """Of one source, a sum of lengths[i] terms after the other."""
+    return Terms(torch.zeros_like(rows), rows, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), most)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -176,22 +197,23 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Tensor, ep: StaticExpertParallel, plan: StaticPlan
     ) -> tuple[Tensor, Tensor]:
         ctx.ep, ctx.plan = ep, plan
-        everyone = ep.waits.all_gather("static dispatch, weights", weights).flatten(0, 1)
-        padded = torch.cat([everyone, everyone.new_zeros(1, weights.shape[1])])
-        return ep.expand("static dispatch", plan, x), padded[plan.row_of_out, plan.column_of_out]
+        ctx.top_k = weights.shape[1]
+        ep.backwards.expect(ctx)
+        everyone = ep.waits.all_gather("static dispatch, weights", weights)
+        return ep.expand("static dispatch", plan, x), picked(everyone.flatten(), plan.slot_of_out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, of_out = grads
         ep, plan = ctx.ep, ctx.plan
-        x = ep.reduce("backward of static dispatch", plan, rows.contiguous(), None)
-        n, top_k = plan.out_of_slot.shape
-        padded = torch.cat([of_out, of_out.new_zeros(1)])
-        slots = torch.zeros(n, top_k, device=of_out.device).scatter_(1, plan.column, padded[plan.out_of_slot])
-        returned = torch.empty_like(slots)
-        even = [n // ep.group.size] * ep.group.size
-        ep.waits.all_to_all("backward of static dispatch, weights", returned, slots, even, even)
-        return x, returned.view(ep.group.size, -1, top_k).sum(0), None, None  # one rank has each, the others zero
+        with ep.backwards.reached(ctx):
+            x = ep.reduce("backward of static dispatch", plan, rows.contiguous(), None)
+            n, size = len(plan.out_of_slot), ep.group.size
+            slot = torch.where(plan.slot_of_out < 0, n, plan.slot_of_out)
+            slots = of_out.new_zeros(n + 1).scatter_(0, slot, of_out)[:n]
+            returned, even = torch.empty_like(slots), [n // size] * size
+            ep.waits.all_to_all("backward of static dispatch, weights", returned, slots, even, even)
+            return x, returned.view(size, -1, ctx.top_k).sum(0), None, None  # one rank has each, the others zero
 
 
 class _Combine(torch.autograd.Function):
@@ -199,12 +221,13 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, expert_out: Tensor, weights: Tensor, ep: StaticExpertParallel, plan: StaticPlan) -> Tensor:
         ctx.ep, ctx.plan = ep, plan
         ctx.save_for_backward(expert_out, weights)
+        ep.backwards.expect(ctx)
         return ep.reduce("static combine", plan, expert_out, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        expert_out, weights = ctx.saved_tensors
-        rows = ctx.ep.expand("backward of static combine", ctx.plan, grads[0].contiguous())
-        used = ctx.plan.row_of_out < len(ctx.plan.out_of_slot)
-        of_weights = torch.where(used, (rows.float() * expert_out.float()).sum(-1), 0.0)
-        return (rows * weights.unsqueeze(1)).to(expert_out.dtype), of_weights, None, None
+        with ctx.ep.backwards.reached(ctx):
+            expert_out, weights = ctx.saved_tensors
+            rows = ctx.ep.expand("backward of static combine", ctx.plan, grads[0].contiguous())
+            of_weights = torch.where(ctx.plan.row_of_out < 0, 0.0, row_dots(rows, expert_out))
+            return weighted(rows, weights, expert_out.dtype), of_weights, None, None

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument
-from pycomm.moe.autograd import weight_gradients, weighted
+from pycomm.moe.autograd import weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
-from pycomm.moe.rows import empty_rows, spread_rows
+from pycomm.moe.rows import empty_rows, row_dots, spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -210,7 +210,7 @@ class _Record:
             assert self.arriving is not None
             self._expanded = self.arriving.stage(self.next)
             to = self.plan.back.expansions[self.next].to
-            self._of_weights[to] = weight_gradients(self._expanded, self._expert_out[to])
+            self._of_weights[to] = row_dots(self._expanded, self._expert_out, to)
         return self._expanded
 
     def _come_to(self, index: int) -> None:
@@ -233,22 +233,26 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: _Record, x: Tensor, weights: Tensor, anchor: Tensor) -> tuple[Tensor, ...]:
         ctx.record = record
+        record.moves.backwards.expect(ctx)
         return tuple(_ticket(x) for _ in range(len(record.plan.crossing_of_stage) + 1))
 
     @staticmethod
     def backward(ctx: Any, *tickets: Tensor) -> tuple[None, Tensor, Tensor, None]:
-        return None, *ctx.record.finish(), None
+        with ctx.record.moves.backwards.reached(ctx):
+            return None, *ctx.record.finish(), None
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: _Record, index: int, rows: Tensor, ticket: Tensor) -> Tensor:
         ctx.record, ctx.index = record, index
+        record.moves.backwards.expect(ctx)
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, Tensor]:
-        ctx.record.take(ctx.index, grad)
+        with ctx.record.moves.backwards.reached(ctx):
+            ctx.record.take(ctx.index, grad)
         return None, None, None, _ticket(grad)
 
 
@@ -256,11 +260,13 @@ class _Hold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, record: _Record, index: int, out: Tensor) -> Tensor:
         ctx.record, ctx.index = record, index
+        record.moves.backwards.expect(ctx)
         return _ticket(out)
 
     @staticmethod
     def backward(ctx: Any, ticket: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, ctx.record.gradient_of_output(ctx.index)
+        with ctx.record.moves.backwards.reached(ctx):
+            return None, None, ctx.record.gradient_of_output(ctx.index)
 
 
 class _End(torch.autograd.Function):
@@ -268,11 +274,13 @@ class _End(torch.autograd.Function):
     def forward(ctx: Any, record: _Record, expert_out: Tensor, weights: Tensor, y: Tensor, *tickets: Tensor) -> Tensor:
         ctx.record, ctx.n = record, len(tickets)
         ctx.save_for_backward(expert_out, weights)
+        record.moves.backwards.expect(ctx)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Read first: a checkpoint that runs forward again does so here, before this backward's own exchange begins.
-        expert_out, weights = ctx.saved_tensors
-        ctx.record.begin(grad, expert_out, weights)
+        with ctx.record.moves.backwards.reached(ctx):
+            # Read first: a checkpoint that runs forward again does so here, before this backward's own exchange begins.
+            expert_out, weights = ctx.saved_tensors
+            ctx.record.begin(grad, expert_out, weights)
         return None, None, None, None, *(_ticket(grad) for _ in range(ctx.n))

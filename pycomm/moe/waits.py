@@ -6,13 +6,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument, PycommError
 from pycomm.group import Group
+
+Call = Literal["plan", "dispatch", "combine"]
+_CALLS: Final[tuple[Call, ...]] = ("plan", "dispatch", "combine")
 
 
 class RowsGroup(Protocol):
@@ -40,6 +43,7 @@ class Waits:
     def __init__(self, group: RowsGroup, host: Group | None = None) -> None:
         self.group = group
         self._host = host
+        self._last = "its making"  # the stage that this rank entered last
         self.blocked_s = 0.0
 
     def abandon(self, why: str) -> None:
@@ -49,9 +53,14 @@ class Waits:
             if isinstance(group, Group) and group.size > 1:
                 group.revoke(why)
 
+    def abandon_after(self, what: str) -> None:
+        """The same where the failure is outside of the exchange: after the last stage that this rank was in."""
+        self.abandon(f"moe: rank {self.group.rank} of {self.group.size}, after {self._last}: {what}")
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
+        self._last = name
         try:
             yield
         except InvalidArgument:
@@ -88,18 +97,22 @@ class Waits:
             self.group.all_gather(gathered, mine)
         return gathered
 
-    def agree(self, name: str, problem: str | None, facts: Sequence[int], device: torch.device) -> Tensor:
+    def agree(self, name: Call, problem: str | None, facts: Sequence[int], device: torch.device) -> Tensor:
         """Every rank's facts, int64 [ranks, facts] on the CPU. Where any rank has a problem, all raise InvalidArgument
         with the problems of all, by rank."""
         return self.agree_and_gather(name, problem, facts, torch.empty(0, dtype=torch.uint8, device=device), 0)[0]
 
     def agree_and_gather(
-        self, name: str, problem: str | None, facts: Sequence[int], mine: Tensor, room: int
+        self, name: Call, problem: str | None, facts: Sequence[int], mine: Tensor, room: int
     ) -> tuple[Tensor, Tensor]:
         """The same, and every rank's bytes `mine`, uint8 [ranks, bytes of the longest], in one collective where they
         fit into `room`, which is alike on all ranks, and else in two."""
         text = (problem or "").encode()
-        header = torch.tensor([len(text), len(mine), *facts], dtype=torch.int64).to(mine.device).view(torch.uint8)
+        header = (
+            torch.tensor([len(text), len(mine), _CALLS.index(name), *facts], dtype=torch.int64)
+            .to(mine.device)
+            .view(torch.uint8)
+        )
         message = mine.new_zeros(len(header) + room)
         message[: len(header)] = header
         if len(mine) <= room:
@@ -107,13 +120,21 @@ class Waits:
         received = self.all_gather(name, message)
         headers = received[:, : len(header)].reshape(-1).view(torch.int64)
         everyone = headers.view(self.group.size, -1).cpu()
+        self._require_same_call(everyone[:, 2])
         self._raise_problems(name, text, everyone[:, 0], mine.device)
         longest = int(everyone[:, 1].max())
         if longest > room:
             message = mine.new_zeros(longest)
             message[: len(mine)] = mine
-            return everyone[:, 2:], self.all_gather(name, message)
-        return everyone[:, 2:], received[:, len(header) :][:, :longest]
+            return everyone[:, 3:], self.all_gather(name, message)
+        return everyone[:, 3:], received[:, len(header) :][:, :longest]
+
+    def _require_same_call(self, calls: Tensor) -> None:
+        """Raises where a rank left a batch after its dispatch and began another while the others combine."""
+        if bool((calls == calls[0]).all()):
+            return
+        said = ", ".join(f"rank {rank} in {_CALLS[call]}" for rank, call in enumerate(calls.tolist()))
+        raise InvalidArgument(f"moe: ranks are in different calls: {said}; all must make the same ones in one order")
 
     def _raise_problems(self, name: str, text: bytes, lengths: Tensor, device: torch.device) -> None:
         longest = int(lengths.max())

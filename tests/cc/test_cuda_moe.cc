@@ -12,7 +12,6 @@ alignas(16) char memory[64];
 const void* const one[] = {memory};
 void* const buffer[] = {memory};
 const int64_t table[2] = {};
-int64_t out[2];
 bool has_gpu() { return !cuda::info("").devices.empty(); }
 
 Status expand(std::span<const void* const> sources, int64_t n, int64_t width, DType dtype) {
@@ -75,21 +74,6 @@ TEST(sizes_that_make_no_sense_are_refused) {
   expect_refused(dots(-1, 4, f32), "takes no -1 rows of 4 values");
   expect_refused(encode(buffer, -1, 4, f32), "takes no -1 rows of 4 values");
   expect_refused(decode(one, 1, -4, f32), "takes no 1 rows of -4 values");
-  const auto offsets = [&](int64_t n_slots, int64_t n_experts, int64_t align, void* workspace) {
-    return cuda::expert_offsets(out, out, table, n_slots, n_experts, align, workspace, nullptr);
-  };
-  expect_refused(offsets(-1, 1, 1, memory), "not -1, 1 and 1");
-  expect_refused(offsets(1, 0, 1, memory), "not 1, 0 and 1");
-  expect_refused(offsets(1, 1, 0, memory), "not 1, 1 and 0");
-  expect_refused(offsets(1, 1, 1, memory + 4), "workspace 8-byte aligned; it is 4 bytes off");
-  expect_refused(cuda::expert_places(out, out, -1, table, table, table, 1, 1, memory, nullptr),
-                 "takes no -1 output rows");
-}
-
-TEST(a_workspace_holds_a_counter_and_each_tiles_counts) {
-  EXPECT_EQ(cuda::expert_workspace_nbytes(0, 3), 8u + 4 * 3);
-  EXPECT_EQ(cuda::expert_workspace_nbytes(512, 3), 8u + 4 * 3);
-  EXPECT_EQ(cuda::expert_workspace_nbytes(513, 3), 8u + 4 * 3 * 2);
 }
 
 TEST(nothing_to_do_needs_no_gpu) {
@@ -109,9 +93,7 @@ TEST(a_launch_without_a_gpu_says_so) {
   for (const Status& status :
        {expand(one, 1, 4, DType::float32), combine(one, 1, 4, DType::float16, DType::float32),
         dots(1, 4, DType::bfloat16), encode(buffer, 1, 4, DType::float32),
-        decode(one, 1, 4, DType::float16),
-        cuda::expert_offsets(out, out, table, 1, 1, 1, memory, nullptr),
-        cuda::expert_places(out, out, 1, table, table, table, 1, 1, memory, nullptr)}) {
+        decode(one, 1, 4, DType::float16)}) {
     EXPECT_EQ(status.code, Code::internal);
     EXPECT_TRUE(status.message.find("did not start: cudaError") != std::string::npos);
   }

@@ -2,9 +2,9 @@
 // arithmetic (cuda/moe_indexing.h): each value is touched once, vectors are aligned, and the bytes
 // are those of the CPU implementation (cpu/rows.h).
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <random>
-#include <utility>
 
 #include "cpu/rows.h"
 #include "cuda/moe_indexing.h"
@@ -126,6 +126,50 @@ void combine_equals_the_cpu(int64_t width, bool weighted) {
   EXPECT_EQ(std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), 0);
 }
 
+// Within fp32's rounding of the products' sum in double as well: 2^-23 of the magnitudes for each
+// addition.
+template <class T>
+void dots_equal_the_cpu(int64_t width) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  std::mt19937 random(static_cast<unsigned>(width));
+  const Sources<T> sources(width, random);
+  const std::vector<T>&a = sources.values[2], &b = sources.values[0];
+  const std::vector<int64_t> a_rows = {8, -1, 0, 5, 0, 8}, b_rows = {4, 1, 3, -1, 0, 4};
+  std::vector<float> expected(a_rows.size(), 7);
+  cpu::row_dots(expected.data(), sources.rows[2], a_rows.data(), sources.rows[0], b_rows.data(),
+                kDType<T>, static_cast<int64_t>(a_rows.size()), width);
+  for (size_t i = 0; i < a_rows.size(); ++i) {
+    if (a_rows[i] < 0 || b_rows[i] < 0) {
+      EXPECT_EQ(expected[i], 0.0f);
+      continue;
+    }
+    std::vector<float> lanes(kWarp);
+    double exact = 0, magnitude = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      float sums[kPerVector] = {};
+      for (int64_t column = int64_t{lane} * kPerVector; column < width;
+           column += kWarp * kPerVector)
+        for (int k = 0; k < kPerVector; ++k) {
+          const bool inside = column + k < width;
+          const float x = inside ? widen(a[a_rows[i] * width + column + k]) : 0.0f;
+          const float y = inside ? widen(b[b_rows[i] * width + column + k]) : 0.0f;
+          const float product = x * y;
+          sums[k] = sums[k] + product;
+          exact += double{x} * y;
+          magnitude += std::abs(double{x} * y);
+        }
+      lanes[lane] = sums[0];
+      for (int k = 1; k < kPerVector; ++k) lanes[lane] = lanes[lane] + sums[k];
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {  // what __shfl_xor_sync gives
+      std::vector<float> others = lanes;
+      for (int lane = 0; lane < kWarp; ++lane) lanes[lane] += others[lane ^ offset];
+    }
+    EXPECT_EQ(std::memcmp(&lanes[0], &expected[i], sizeof(float)), 0);
+    EXPECT_TRUE(std::abs(expected[i] - exact) <= std::ldexp(magnitude, -23) * double(width));
+  }
+}
+
 template <class T>
 void coding_equals_the_cpu(int64_t width) {
   constexpr int kPerLane = kVectorBytes / sizeof(T), kLanes = kBlockNumel / kPerLane;
@@ -201,49 +245,16 @@ TEST(combine_sums_as_the_cpu_does) {
     }
 }
 
+TEST(dots_sum_as_the_cpu_does) {
+  for (int64_t width : kWidths) {
+    dots_equal_the_cpu<float>(width);
+    dots_equal_the_cpu<uint16_t>(width);
+  }
+}
+
 TEST(rows_are_coded_and_decoded_as_on_the_cpu) {
   for (int64_t width : kWidths) {
     coding_equals_the_cpu<float>(width);
     coding_equals_the_cpu<uint16_t>(width);
   }
-}
-
-// Places by tiles, as moe_layout.cu finds them, against a stable sort.
-TEST(slots_stand_by_expert_in_their_order) {
-  std::mt19937 random(1);
-  for (int64_t n : {0, 1, 511, 512, 513, 1500})
-    for (int64_t n_experts : {1, 3, 600})
-      for (int64_t align : {1, 8}) {
-        std::vector<int64_t> expert(n);
-        for (auto& each : expert)  // one id in four is outside
-          each = random() % 4 ? random() % n_experts : random() % 2 ? -1 : n_experts;
-        const int64_t n_tiles = ceil_div(n, kSlotsPerTile);
-        std::vector<int64_t> counts(n_experts), offsets(n_experts + 1), before(n);
-        std::vector<std::vector<int64_t>> tiles(n_tiles, std::vector<int64_t>(n_experts));
-        for (int64_t slot = 0; slot < n; ++slot) {
-          if (!has_expert(expert[slot], n_experts)) continue;
-          const int64_t tile = slot / kSlotsPerTile, begin = tile * kSlotsPerTile;
-          const Equals found =
-              equals(&expert[begin], static_cast<int>(std::min<int64_t>(kSlotsPerTile, n - begin)),
-                     static_cast<int>(slot - begin));
-          before[slot] = found.before;
-          if (found.before == 0) tiles[tile][expert[slot]] = found.all;
-        }
-        for (int64_t e = 0; e < n_experts; ++e) {
-          for (auto& tile : tiles) counts[e] += std::exchange(tile[e], counts[e]);
-          offsets[e + 1] = offsets[e] + padded_count(counts[e], align);
-        }
-        int64_t begin = 0;
-        for (int64_t e = 0; e < n_experts; ++e) {
-          EXPECT_EQ(offsets[e], begin);
-          int64_t row = begin;
-          for (int64_t slot = 0; slot < n; ++slot)
-            if (expert[slot] == e)
-              EXPECT_EQ(offsets[e] + tiles[slot / kSlotsPerTile][e] + before[slot], row++);
-          EXPECT_EQ(counts[e], row - begin);
-          while (row % align) ++row;
-          begin = row;
-        }
-        EXPECT_EQ(offsets.back(), begin);
-      }
 }

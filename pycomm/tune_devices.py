@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pycomm.group import Group
 
 DEVICE_SIZES: Final = tuple(1 << power for power in range(12, 28, 2))
+_GROWTH: Final = 4  # from one to the next, and of what it takes at most
 _WAYS: Final = (NATIVE, HIERARCHICAL)
 _BLOCKS: Final = 5
 _BLOCK_S: Final = 2.5e-3  # what a block of calls is to take
@@ -48,8 +49,8 @@ def own_device() -> Device:
 
 
 def tune_devices(group: Group, device: Device, budget_s: float) -> tuple[Times, ...]:
-    """Times both ways at DEVICE_SIZES, the small ones first, until budget_s is over; every rank calls it, and all get
-    the same. Sizes that are left out go as the nearest.
+    """Times both ways at DEVICE_SIZES, the small ones first, the first one whatever it takes and others while budget_s
+    lasts; every rank calls it, and all get the same. Sizes that are left out go as the nearest.
 
     Raises InvalidArgument where there is nothing to choose: on one host, where hosts have different numbers of ranks,
     and where the host carries between them."""
@@ -66,13 +67,14 @@ def tune_devices(group: Group, device: Device, budget_s: float) -> tuple[Times, 
             "tune --devices: NCCL does not connect these hosts, so collectives go hierarchically at every size, and "
             "there is nothing to choose"
         )
-    begin = time.perf_counter()
+    begin, spent_s = time.perf_counter(), 0.0
     points: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for nbytes in DEVICE_SIZES:
         size = rounded(nbytes, group.size)
+        before_s, spent_s = spent_s, slowest(group, time.perf_counter() - begin)
+        if points and spent_s + _GROWTH * (spent_s - before_s) > budget_s:
+            break
         for collective in CALL_PLANNERS:
-            if slowest(group, time.perf_counter() - begin) > budget_s:
-                break
             first = time_algorithms(group, collective, size, _WAYS, [1, 1], 1, device.zeros, device.settle)
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds)) for seconds in first]
             well = time_algorithms(group, collective, size, _WAYS, calls, _BLOCKS, device.zeros, device.settle)

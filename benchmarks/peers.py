@@ -3,8 +3,9 @@
 Each library runs in an environment of its own (build/peers, made at the first run from PyPI), each of its ranks in a
 process. All libraries are up at once and take turns, block by block, in an order that rotates; a rank whose turn it is
 not sleeps. A call's time is that of its slowest rank; medians and 99th percentiles are over all blocks. Before each
-block the result of a call on fresh values is compared with the right one, to the last element. The peers are called
-through mpi4py or ctypes with everything prepared that can be, pycomm through its Python API.
+block the result of a call on fresh values is compared with the right one, to the last element, and calls of 10 ms go by
+uncounted. The peers are called through mpi4py or ctypes with everything prepared that can be, pycomm through its
+Python API.
 
 All cases are gone through several times: cores of a shared machine change for seconds, from near to far for each
 other too, and what is measured minutes apart meets that alike.
@@ -62,6 +63,9 @@ BFLOAT16_SIZES = [8, KIB, 64 * KIB, MIB, 16 * MIB]
 LARGEST = {2: 256 * MIB, 4: 64 * MIB}  # with 4 ranks 256 MiB would take the run from ten minutes to thirty
 BLOCK_S = 0.03  # what a block's timed calls may take, unless three take longer
 MAX_CALLS = 400
+WARM_UP_S = (
+    0.01  # two of the scheduler's ticks: ranks just woken may share a core until then, but for MPI's, who pin theirs
+)
 PATIENCE_S = 120
 
 PACKAGES = {
@@ -267,16 +271,16 @@ def measure(running: Sequence[Running], case: tuple[str, str, int], n_blocks: in
         inner_names = [inner for name, inner in each.contenders.items() if name not in absent]
         each.ask("prepare", collective, dtype, nbytes, inner_names)
     times: dict[str, list[Any]] = {name: [] for _, name, _ in turns}
-    n_calls = {}
+    n_calls, warm_up = {}, {}
     for each, name, inner in turns:
-        slowest = max(each.ask("calibrate", inner, 5))
-        n_calls[name] = int(min(max(BLOCK_S * 1e9 / max(slowest, 1), 3), MAX_CALLS))
+        slowest = max(*each.ask("calibrate", inner, 5), 1) / 1e9
+        n_calls[name] = int(min(max(BLOCK_S / slowest, 3), MAX_CALLS))
+        warm_up[name] = 1 + int(max(n_calls[name] / 20, WARM_UP_S / slowest))
     for block in range(n_blocks):
         first = block * len(turns) // n_blocks
         for each, name, inner in turns[first:] + turns[:first]:
-            warm_up = 1 + n_calls[name] // 20  # the ranks fall into step
             verify = nbytes <= MIB or block == 0
-            times[name].append(each.block(case, name, inner, n_calls[name], warm_up, verify).max(axis=0))
+            times[name].append(each.block(case, name, inner, n_calls[name], warm_up[name], verify).max(axis=0))
     for each in running:
         each.ask("release")
     halves = 2 if collective == "sendrecv" else 1

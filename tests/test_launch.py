@@ -180,7 +180,8 @@ def test_log_dir_takes_every_ranks_lines_and_the_terminal_the_traceback(tmp_path
 def test_rank0_owns_the_terminal_when_asked():
     """Live progress lines need a terminal; the other ranks stay prefixed."""
     ours, theirs = pty.openpty()
-    program = "import os, sys; print(os.environ['RANK'], sys.stdout.isatty())"
+    # One write a line: print() on a terminal writes its parts one by one, and another rank's line may come between.
+    program = "import os, sys; sys.stdout.write(f'{os.environ[\"RANK\"]} {sys.stdout.isatty()}\\n')"
     process = subprocess.Popen(
         [*LAUNCH, "--ranks", "2", "--output", "rank0", "--", "python", "-c", program], stdout=theirs
     )

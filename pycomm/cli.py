@@ -14,10 +14,13 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pycomm import __version__
 from pycomm.errors import PycommError
+
+if TYPE_CHECKING:
+    from pycomm.explain import Explanation
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,15 @@ def _launch(argv: Sequence[str]) -> int:
 
 
 def _explain(argv: Sequence[str]) -> int:
-    from pycomm import device_choice, explain, launch, plot, table
-    from pycomm.planners import PLANNERS
-    from pycomm.simulate import simulate
+    from pycomm import device_choice, explain, launch, table
+    from pycomm.launch.started import join_job
     from pycomm.topology import Topology
 
     parser = argparse.ArgumentParser(
         prog="pycomm explain",
         description="Which schedule a collective of this size would run, why, and what the others would cost.",
-        epilog="Without a layout: 2 hosts of 2 ranks. "
+        epilog="Under `pycomm launch`, torchrun or srun, without a layout: of that job, with the table that it loads. "
+        "Elsewhere, without a layout: 2 hosts of 2 ranks. "
         "Example: pycomm explain all_reduce 64MiB --hosts 2 --ranks-per-host 2",
     )
     parser.add_argument("collective", help="all_reduce, broadcast, all_to_all, ...")
@@ -62,7 +65,11 @@ def _explain(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     layout = (options.ranks, options.hosts, options.ranks_per_host)
     nbytes = explain.parse_nbytes(options.nbytes)
+    if options.devices and (options.topology is None or options.png is not None):
+        parser.error("--devices needs --topology, with what joins the GPUs, and draws nothing")
     tuned = None
+    if layout == (None, None, None) and options.table is None and options.topology is None and join_job():
+        return _explain_job(options.collective, nbytes, options.png)
     if options.table is not None:
         if layout != (None, None, None) or options.topology is not None:
             parser.error(
@@ -79,17 +86,37 @@ def _explain(argv: Sequence[str]) -> int:
     else:
         topology = Topology.emulated(launch.parse_layout(*layout))
     if options.devices:
-        if options.topology is None or options.png is not None:
-            parser.error("--devices needs --topology, with what joins the GPUs, and draws nothing")
         print(device_choice.explain_devices(topology, options.collective, nbytes))
         return 0
     found = explain.explain(topology, options.collective, nbytes, table=tuned)
     print(found)
     if options.png is not None:
-        schedule = PLANNERS[options.collective][found.choice](topology, 0)
-        plot.save_space_time(simulate(schedule, topology, nbytes), topology, options.png)
-        print(f"Its space-time diagram is in {options.png}.")
+        _draw(found, options.png)
     return 0
+
+
+def _explain_job(collective: str, nbytes: int, png: str | None) -> int:
+    """One rank's part; rank 0 speaks."""
+    from pycomm import init
+
+    with init() as group:
+        if group.rank == 0:
+            found = group.explanation(collective, nbytes)
+            print(group.explain(collective, nbytes))
+            if png is not None:
+                _draw(found, png)
+    return 0
+
+
+def _draw(found: Explanation, png: str) -> None:
+    """The chosen schedule as a space-time diagram."""
+    from pycomm import plot
+    from pycomm.planners import PLANNERS
+    from pycomm.simulate import simulate
+
+    schedule = PLANNERS[found.collective][found.choice](found.topology, 0)
+    plot.save_space_time(simulate(schedule, found.topology, found.nbytes), found.topology, png)
+    print(f"Its space-time diagram is in {png}.")
 
 
 def _tune(argv: Sequence[str]) -> int:

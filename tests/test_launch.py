@@ -197,6 +197,16 @@ def test_rank0_owns_the_terminal_when_asked():
     assert sorted(shown.decode().splitlines()) == ["0 True", "[1] 1 False"]
 
 
+def test_explain_in_a_job_is_of_that_job_and_said_once():
+    command = ("--hosts", "3,1", "--output", "rank0", "--", "-m", "pycomm", "explain")
+    code, stdout, stderr = run(*command, "all_reduce", "1MiB")
+    assert (code, stderr) == (0, "")
+    assert stdout.startswith("all_reduce of 1 MiB on 4 ranks, 2 hosts (host0: 3, host1: 1)\n")
+    assert stdout.count("between hosts") == 1 and stdout.count("->") == 1
+    code, stdout, stderr = run(*command, "all_reduc", "1MiB")
+    assert code != 0 and stdout == "" and "no collective 'all_reduc'" in stderr
+
+
 def test_output_that_nobody_reads_ends_the_job_quietly():
     process = start("--hosts", "1,1", "--", "sh", "-c", "echo $$; while :; do echo more; done")
     lines = (process.stdout.readline().split() for _ in range(1 << 20))

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -166,6 +166,15 @@ class Group:
     ) -> Any: ...
     def recv(
         self, x: Any, src: int | None = None, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
+    ) -> Any: ...
+    def exchange(
+        self,
+        sends: Iterable[tuple[Any, int]] = (),
+        receives: Iterable[tuple[Any, int]] = (),
+        tag: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
     ) -> Any: ...
     def stats(self) -> Stats: ...
     def revoke(self, why: str) -> None: ...

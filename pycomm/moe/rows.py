@@ -38,7 +38,7 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
         _C.copy_rows(out, sources, source, rows, to)
         return out
     stacked = torch.cat([*sources, sources[0].new_zeros(1, out.shape[1])])
-    found = stacked[torch.where(rows < 0, len(stacked) - 1, _starts(sources)[source] + rows)]
+    found = stacked[torch.where(rows < 0, len(stacked) - 1, _starts(sources, source) + rows)]
     if to is None:
         out[: len(rows)] = found
     else:
@@ -46,10 +46,13 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
     return out
 
 
-def _starts(sources: Sequence[Tensor]) -> Tensor:
-    """Where each source begins among all, one after the other."""
-    lengths = [0, *(len(each) for each in sources)]
-    return torch.tensor(lengths, device=sources[0].device).cumsum(0)
+def _starts(sources: Sequence[Tensor], source: Tensor) -> Tensor:
+    """Where each of these sources begins among all, one after the other; without a table, which a device would have to
+    be sent."""
+    begin = torch.zeros_like(source)
+    for number, before in enumerate(sources[:-1], 1):
+        begin += (source >= number) * len(before)
+    return begin
 
 
 def spread_rows(out: Tensor, rows: Tensor, to: Tensor) -> None:
@@ -83,7 +86,7 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
     total = torch.zeros(out.shape, device=out.device)
     begin, count = terms.offsets[:-1], terms.offsets.diff()
     stacked = torch.cat(list(sources))
-    place = _starts(sources)[terms.source] + terms.rows
+    place = _starts(sources, terms.source) + terms.rows
     for number in range(terms.most):
         has = count > number
         term = begin + torch.where(has, number, 0)
@@ -136,7 +139,7 @@ def decode_fp8(coded: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """What encode_fp8() was given, within |x|/16 or 1/458,752 of its block's largest value; [n, width] of dtype."""
     n = len(coded)
     if _native(coded) and dtype in _SUMMED:
-        out = torch.empty(n, width, dtype=dtype)
+        out = coded.new_empty((n, width), dtype=dtype)
         _C.decode_rows(out, coded, "fp8")
         return out
     n_blocks = -(-width // BLOCK)

@@ -217,6 +217,7 @@ def copy_rows(
     rows: torch.Tensor,
     to: torch.Tensor | None = None,
 ) -> None: ...
+def count_slots(positions: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, bins: torch.Tensor) -> None: ...
 def combine_rows(
     out: torch.Tensor,
     sources: Sequence[torch.Tensor],

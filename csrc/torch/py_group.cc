@@ -423,8 +423,8 @@ std::vector<Parcel> parcels(const Group& group, const py::object& sends,
         refuse("exchange", "rank " + std::to_string(group.rank()) + " of " +
                                std::to_string(group.size()) + " cannot exchange with rank " +
                                std::to_string(peer));
-      all.push_back({x, view(is_send ? "exchange, send" : "exchange, receive", x, !is_send),
-                     is_send, peer});
+      all.push_back(
+          {x, view(is_send ? "exchange, send" : "exchange, receive", x, !is_send), is_send, peer});
       if (all.back().data.device != all.front().data.device)
         refuse("exchange", "one array is on " + all.front().data.device.str() + ", another on " +
                                all.back().data.device.str() +
@@ -449,7 +449,8 @@ py::object exchange(PyGroup& self, const py::object& sends, const py::object& re
     py::list kept;
     for (const Parcel& each : all) {
       callers = stream_of("exchange", {&all.front().data, &each.data});
-      messages.push_back({each.is_send, each.data.data, each.data.nbytes(), each.peer, callers, {}});
+      messages.push_back(
+          {each.is_send, each.data.data, each.data.nbytes(), each.peer, callers, {}});
       kept.append(py::make_tuple(each.x, each.data.owner));
     }
     Group& there = self.on("exchange", all.front().data.device);

@@ -98,6 +98,24 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
     return out.copy_(total.to(out.dtype))
 
 
+def count_slots(bins: Tensor, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How int64 bins [n], of 0 .. n_bins - 1 or beyond, lie in a layout by bin, all int64: positions [n], the place of
+    each among those of its bin, in their order, -1 beyond the bins; counts [n_bins]; offsets [n_bins + 1], where each
+    bin begins."""
+    if _native(bins):
+        found = bins.new_empty(len(bins)), bins.new_empty(n_bins), bins.new_empty(n_bins + 1)
+        _C.count_slots(*found, bins)
+        return found
+    known = (bins >= 0) & (bins < n_bins)
+    bin_ = torch.where(known, bins, n_bins)
+    order = bin_.sort(stable=True).indices
+    counts = bin_.new_zeros(n_bins + 1).scatter_add_(0, bin_, torch.ones_like(bin_))
+    offsets = counts.cumsum(0) - counts
+    rank = torch.arange(len(bins), device=bins.device) - offsets[bin_[order]]
+    positions = torch.empty_like(bin_).scatter_(0, order, rank)
+    return torch.where(known, positions, -1), counts[:n_bins], offsets
+
+
 def row_dots(a: Tensor, b: Tensor, b_rows: Tensor | None = None) -> Tensor:
     """float32 [n]: the dot products of a [n, H] with b's rows b_rows, or all; in fp32, in an order that width and type
     fix (csrc/cpu/rows.h), which in torch is torch's."""

@@ -24,6 +24,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -53,6 +54,7 @@ struct EngineOptions {
   // Up to that many bytes an all_reduce on one host is the peer kernel's, where it has it
   // (peers.h).
   uint64_t peer_nbytes = 0;
+  std::optional<int> max_ctas;  // multiprocessors that one operation takes at most; NCCL's choice
   Between between = Between::nccl;
   // A group of host memory of these ranks, with this name; all of them ask. Where not all is
   // NCCL's.

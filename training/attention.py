@@ -143,7 +143,7 @@ class LatentAttention(nn.Module):
 
 def _angles(n_rows: int, frequencies: Tensor, mesh: Mesh, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
     """cos and sin of the positions of this context parallel rank's n_rows."""
-    at = positions(n_rows * mesh.cp.size, mesh.cp.size, mesh.cp.rank)
+    at = positions(n_rows * mesh.cp.size, mesh.cp.size, mesh.cp.rank, frequencies.device)
     if cache is not None:
         at += cache.n_seen
     return rotary_angles(at, frequencies)

@@ -65,6 +65,7 @@ class TrainConfig:
     global_batch: int = 16  # sequences a step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches a step
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where every rank has one
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: bf16 parameters and activations, fp32 masters and gradients
     bucket_kib: int = 0  # gradients reduced together, at most; 0: as the links ask for (docs/overlap.md)
     eval_every: int = 50

@@ -26,17 +26,18 @@ from training.metered import MeteredGroup
 _TAG = 1 << 40  # keys and values on their way; + 1: their gradients
 
 
-def positions(seq_len: int, n_ranks: int, rank: int) -> Tensor:
-    """int64 [S / n_ranks]: the positions in the sequence that a context parallel rank has."""
+def positions(seq_len: int, n_ranks: int, rank: int, where: torch.device) -> Tensor:
+    """int64 [S / n_ranks] there: the positions in the sequence that a context parallel rank has."""
+    everything = torch.arange(seq_len, device=where)
     if n_ranks == 1:
-        return torch.arange(seq_len)
-    parts = torch.arange(seq_len).view(2 * n_ranks, -1)
+        return everything
+    parts = everything.view(2 * n_ranks, -1)
     return torch.cat([parts[rank], parts[2 * n_ranks - 1 - rank]])
 
 
 def own_part(x: Tensor, mesh: Mesh) -> Tensor:
     """This context parallel rank's rows of x [S, ..]."""
-    return x if mesh.cp.size == 1 else x[positions(x.shape[0], mesh.cp.size, mesh.cp.rank)]
+    return x if mesh.cp.size == 1 else x[positions(x.shape[0], mesh.cp.size, mesh.cp.rank, x.device)]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mesh: Mesh, kind: str, documents: Tensor | None) -> Tensor:
@@ -67,13 +68,16 @@ def _whole_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tenso
         value = F.pad(value, (0, key.shape[-1] - width))
     query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))  # [B, H, S, d]
     grouped = key.shape[1] != query.shape[1]
+    if grouped and mask is not None and query.is_cuda:  # of the kernels that take a mask none groups heads
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+        grouped = False
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
     return y.permute(2, 0, 1, 3)[..., :width]
 
 
-def _order(seq_len: int, n_ranks: int) -> Tensor:
+def _order(seq_len: int, n_ranks: int, where: torch.device) -> Tensor:
     """The position of each row of the ranks' parts one after another."""
-    return torch.cat([positions(seq_len, n_ranks, rank) for rank in range(n_ranks)])
+    return torch.cat([positions(seq_len, n_ranks, rank, where) for rank in range(n_ranks)])
 
 
 def _to_heads(x: Tensor, mesh: Mesh) -> Tensor:
@@ -83,13 +87,13 @@ def _to_heads(x: Tensor, mesh: Mesh) -> Tensor:
     received = torch.empty_like(sent)
     mesh.cp.all_to_all(received.flatten(0, 1), sent.flatten(0, 1), wire=mesh.wire["cp"])
     rows = received.flatten(0, 1)
-    return torch.empty_like(rows).index_copy_(0, _order(rows.shape[0], n), rows)
+    return torch.empty_like(rows).index_copy_(0, _order(rows.shape[0], n, x.device), rows)
 
 
 def _to_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     """The reverse: [S, B, H/cp, d] to [S/cp, B, H, d]."""
     n = mesh.cp.size
-    sent = x[_order(x.shape[0], n)]
+    sent = x[_order(x.shape[0], n, x.device)]
     received = torch.empty_like(sent)
     mesh.cp.all_to_all(received, sent, wire=mesh.wire["cp"])
     return received.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
@@ -121,13 +125,14 @@ class _Step:
     """What a rank attends to in one step of the ring: which rows of its queries, which of the source's keys, and the
     mask, [B or 1, 1, rows, keys] or None where all are seen."""
 
-    def __init__(self, group: MeteredGroup, source: int, n_rows: int, documents: Tensor | None) -> None:
+    def __init__(self, group: MeteredGroup, source: int, query: Tensor, documents: Tensor | None) -> None:
+        n_rows, where = query.shape[0], query.device
         half = n_rows // 2
         self.rows = slice(half, None) if source > group.rank else slice(None)  # a later one: the late part sees
         self.keys = slice(0, half) if source < group.rank else slice(None)  # an earlier one: its early part is seen
         seq_len = n_rows * group.size
-        at = positions(seq_len, group.size, group.rank)[self.rows]
-        of = positions(seq_len, group.size, source)[self.keys]
+        at = positions(seq_len, group.size, group.rank, where)[self.rows]
+        of = positions(seq_len, group.size, source, where)[self.keys]
         self.mask: Tensor | None = None
         if source == group.rank:
             self.mask = (of <= at.unsqueeze(-1))[None, None]
@@ -190,7 +195,7 @@ class _RingAttention(torch.autograd.Function):
             held = ring.tensors
             if step < group.size - 1:
                 ring.pass_on()
-            part = _Step(group, (group.rank - step) % group.size, query.shape[0], documents)
+            part = _Step(group, (group.rank - step) % group.size, query, documents)
             k, v = (_heads_first(each, repeats) for each in held)
             scores = part.scores(q, k)
             joined = torch.logaddexp(lse[:, :, part.rows], scores.logsumexp(-1))
@@ -222,7 +227,7 @@ class _RingAttention(torch.autograd.Function):
             held = ring.tensors
             if step < group.size - 1:
                 ring.pass_on()
-            part = _Step(group, (group.rank - step) % group.size, query.shape[0], ctx.documents)
+            part = _Step(group, (group.rank - step) % group.size, query, ctx.documents)
             k, v = (_heads_first(each, repeats) for each in held)
             weights = (part.scores(q, k) - lse[:, :, part.rows].unsqueeze(-1)).exp()
             rows = grad_out[:, :, part.rows]

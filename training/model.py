@@ -49,7 +49,7 @@ class Positions(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         mesh = self.mesh
-        at = positions(x.shape[0] * mesh.sequence.size, mesh.cp.size, mesh.cp.rank)
+        at = positions(x.shape[0] * mesh.sequence.size, mesh.cp.size, mesh.cp.rank, x.device)
         if self.cache is not None:
             at = (at + self.cache.n_seen).clamp(max=len(self.weight) - 1)  # padding may go beyond
         return x + self.weight[at.chunk(mesh.tp.size)[mesh.tp.rank]].unsqueeze(1)
@@ -161,7 +161,7 @@ class GPT(nn.Module):
     def run_blocks(self, chunk: int, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """x through the layers of a chunk, and the balance loss: fp32 scalar, this rank's part of the sum over
         sequences and these layers."""
-        balance = torch.zeros(())
+        balance = torch.zeros((), device=x.device)
         for index in self.chunks[chunk]:
             x, of_block = again(self.blocks[str(index)], x, documents, enabled=self.parallel.recompute == "full")
             if of_block is not None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +18,13 @@ from training.checkpoint_files import Progress
 from training.config import Config
 from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
+from training.device import Span, choose_device
 from training.diagnose import first_not_finite, largest_loss_and_gradient
 from training.errors import DataError, DivergenceError
 from training.layout import resolve_layout, stages_of
-from training.machine import give_back_free_memory, peak_memory_bytes, process_nbytes
+from training.machine import give_back_free_memory, process_nbytes
 from training.memory import require_fit
-from training.mesh import AXES, Mesh
+from training.mesh import Mesh
 from training.metered import SLOW_S
 from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
@@ -35,6 +34,7 @@ from training.outer import Outer
 from training.pipeline import Pipeline, Saving, Scales
 from training.sharding import filler
 from training.stale import Stale
+from training.step_result import Measuring, StepResult, Submitted
 from training.synchronise import Synchronous
 
 if TYPE_CHECKING:
@@ -43,48 +43,27 @@ if TYPE_CHECKING:
 _LOSSES = 20  # of the last steps, whose median a jump is told by
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One step. Loss and norm are of the whole batch and model, times and bytes are summed over all ranks; with several
-    workers ([sync]), those are the batch, model and ranks of this rank's worker."""
-
-    step: int  # updates done, this one included
-    loss: float  # mean cross-entropy of a token, before the update
-    grad_norm: float  # before clipping
-    lr: float
-    step_s: float  # of this rank
-    n_tokens: int  # of all workers
-    blocked_s: float  # in which a rank did nothing but wait for communication
-    blocked_by_axis_s: dict[str, float]  # the same, of each of the mesh's groups
-    busy_s: float  # in which an engine had communication to do
-    bytes_inside_hosts: int
-    bytes_between_hosts: int
-    peak_memory_bytes: int  # of the rank that had most
-    slowest_rank: int  # whose own work took longest: the others waited for it
-    slowest_excess_s: float  # by how much longer than the median rank's
-    stopping: bool  # whether some rank was asked to stop, and all know of it
-
-    def exposed_share(self, n_ranks: int) -> float:
-        """The part of the worker's n_ranks' time that they spent waiting for communication, 0 to 1."""
-        return self.blocked_s / (self.step_s * n_ranks)
-
-
 class Trainer:
     """The model, its data and its state on one rank. All ranks of the world construct it and call it together."""
 
     def __init__(self, config: Config, world: Group) -> None:
         self.config = config
         train, layout = config.train, config.layout
-        stages = stages_of(config)
-        self.mesh = Mesh(world, resolve_layout(config, world.size), stages.placement, config.wire)
+        stages, resolved = stages_of(config), resolve_layout(config, world.size)
+        self.device = choose_device(train.device, world)
+        self.mesh = Mesh(world, resolved, stages.placement, config.wire, self.device)
         checkpoint.require_same_model(config, self.mesh)
         specs = specs_of_whole(config.model, self.mesh)
-        self.memory = require_fit(config, self.mesh.layout, specs, process_nbytes())
+        gpu_nbytes = self.device.free_nbytes()
+        of_process = process_nbytes() if gpu_nbytes is None else 0
+        self.memory = require_fit(config, self.mesh.layout, specs, of_process, gpu_nbytes)
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(train.global_batch, train.eval_sequences)
         self._check_same_corpus()
         parallel = Parallel(stages, layout.context, train.recompute, train.loss_chunk)
-        self.model = GPT(config.model, self.mesh, parallel)
+        with self.device.making():
+            self.model = GPT(config.model, self.mesh, parallel)
+        self.model.to(self.device.where)  # the frequencies of rotations, which the CPU makes
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
         self.sync = _synchronisation(self.optimizer, self.mesh, config)
@@ -94,7 +73,11 @@ class Trainer:
         schedule = schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
         self.pipeline = Pipeline(self.model, self.mesh, schedule, self.dtype, saving)
         self.progress = Progress()
-        self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch)
+        self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch, self.device)
+        self._measuring = Measuring(self.mesh)
+        self._submitted: Submitted | None = None  # a step that a device may be busy with
+        self._results: list[StepResult] = []
+        self._broken = torch.zeros((), device=self.device.where)  # 1 from the first step on that must not update
         self._recent_losses: deque[float] = deque(maxlen=_LOSSES)
         self.stop_requested = False  # a signal handler sets it; all ranks learn of it in the same step
 
@@ -126,60 +109,81 @@ class Trainer:
         return train.global_batch // (self.mesh.layout.n_data * train.accumulation)
 
     def train_step(self) -> StepResult:
-        """Forward and backward of this rank's part of the global batch, reduction, clipping, update.
+        """submit_step() and its result, for which a device is waited for."""
+        self.submit_step()
+        return self.results(until_now=True)[-1]
+
+    def results(self, until_now: bool = False) -> list[StepResult]:
+        """Of the steps that were not given yet, in order: of a CPU all, of a device all but the one that it may be busy
+        with, which until_now waits for. Raises as submit_step()."""
+        if until_now:
+            self._settle()
+        found, self._results = self._results, []
+        return found
+
+    def submit_step(self) -> None:
+        """Forward and backward of this rank's part of the global batch, reduction, clipping, update. A device is handed
+        all of it, and waited for until it has done the step before.
 
         Raises DivergenceError on every rank when loss or gradient norm is not finite, or the loss jumped; nothing was
-        updated then."""
-        train, before = self.config.train, self._counters()
-        started = time.perf_counter()
-        step = self.progress.step + 1
+        updated then. On a device that is found one step later; the step that is named has not updated either, but where
+        a loss jumped."""
+        train, step = self.config.train, self.progress.step + 1
+        self._measuring.begin()
+        span = Span(self.device)
         n_tokens = train.global_batch // self.mesh.layout.workers * self.config.data.seq_len
         batches = self._batches.at(self.progress.position)
         loss_sum = self._forward_backward(batches, n_tokens)
         updates = self.sync.reduce(step)
-        worked_s = time.perf_counter() - started
-        passed = [now - then for now, then in zip(self._counters(), before, strict=True)]
-        own = [
-            loss_sum / (n_tokens * self.mesh.tp.size),  # every tp rank has the whole loss
-            self.optimizer.norm_squared_share(),
-            float(self.stop_requested),
-            worked_s - sum(passed[3:]),
-            float(peak_memory_bytes()),
-            *passed,
-        ]
-        worker = self.mesh.worker
-        ranks = torch.empty(worker.size, len(own), dtype=torch.float64)
-        worker.all_gather(ranks, torch.tensor([own], dtype=torch.float64))
-        loss, norm_squared, stopping, _, _, busy_s, inside, between, *blocked_s = ranks.sum(0).tolist()
-        grad_norm = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan
-        self._stop_if_diverging(step, loss, grad_norm, ranks[:, 0], lambda: self._forward_backward(batches, n_tokens))
+        if self.device.late:
+            self._settle()  # of the step before, now that the device has enough to do
+        shares = self._shares(loss_sum / (n_tokens * self.mesh.tp.size))  # every tp rank has the whole loss
         lr = learning_rate(self.progress.step, train.steps, self.config.optimizer)
+        fetched, n_workers = self.device.fetch(shares), self.mesh.layout.workers
+        submitted = Submitted(step, lr, n_tokens, n_workers, batches, span, fetched)
+        grad_norm = shares[:, 1].sum().sqrt()
+        if self.device.late:
+            finite = shares[:, 0].sum().isfinite() & grad_norm.isfinite()
+            self._broken = self._broken.maximum((~finite).float())
+        else:
+            self._stop_if_diverging(submitted)
         if updates:
-            self.optimizer.step(lr, grad_norm)
+            self.optimizer.step(lr, grad_norm, self._broken if self.device.late else None)
         balance_routers(self.model, self.mesh)
         self.sync.updated(step)
-        n_updates = self.progress.updates + updates
-        self.progress = Progress(step, self.progress.position + train.global_batch, n_updates)
+        self.progress = Progress(step, self.progress.position + train.global_batch, self.progress.updates + updates)
         if not self._recent_losses:
             give_back_free_memory()  # of making the model and laying out buckets
-        self._recent_losses.append(loss)
-        return StepResult(
-            step=step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            step_s=time.perf_counter() - started,
-            n_tokens=n_tokens * self.mesh.layout.workers,
-            blocked_s=sum(blocked_s),
-            blocked_by_axis_s={name: s for name, s in zip(AXES, blocked_s, strict=True) if s > 0},
-            busy_s=busy_s,
-            bytes_inside_hosts=round(inside),
-            bytes_between_hosts=round(between),
-            peak_memory_bytes=int(ranks[:, 4].max()),
-            slowest_rank=int(ranks[:, 3].argmax()),
-            slowest_excess_s=float(ranks[:, 3].max() - ranks[:, 3].median()),
-            stopping=self._stops(step, stopping > 0),
-        )
+        span.stop()
+        self._submitted = submitted
+        if not self.device.late:
+            self._settle()
+
+    def _shares(self, loss: Tensor) -> Tensor:
+        """Submitted.shares, on the device, from this rank's share of the loss."""
+        own = torch.tensor([[0.0, 0.0, float(self.stop_requested), *self._measuring.own()]], dtype=torch.float64)
+        own = self.device.put(own)
+        own[0, 0], own[0, 1] = loss, self.optimizer.norm_squared_share()
+        shares = torch.empty(self.mesh.worker.size, own.shape[1], dtype=torch.float64, device=own.device)
+        self.mesh.worker.all_gather(shares, own)
+        return shares
+
+    def _settle(self) -> None:
+        """The result of the step that was submitted last, if it was not taken yet."""
+        step, self._submitted = self._submitted, None
+        if step is None:
+            return
+        if self.device.late:
+            self._stop_if_diverging(step)
+            self._measuring.ended(step.span.seconds())
+        self._recent_losses.append(step.loss)
+        stopping = bool(step.shares.value()[:, 2].any())
+        self._results.append(step.result(self._stops(step.step, stopping)))
+
+    def _pause(self) -> None:
+        """No step is under way, and what is done now is none."""
+        self._settle()
+        self._measuring.pause()
 
     def _stops(self, step: int, asked: bool) -> bool:
         """Whether all workers stop after this step; asked: whether a rank of this one was asked to."""
@@ -190,27 +194,29 @@ class Trainer:
             self.mesh.outer.all_reduce(flag, "max", timeout_s=SLOW_S)
         return bool(flag)
 
-    def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> float:
-        """Forward, backward and reduction of this rank's micro-batches; their cross-entropy, summed over tokens."""
+    def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> Tensor:
+        """Forward, backward and reduction of this rank's micro-batches, from host memory; their cross-entropy, summed
+        over tokens, fp64 scalar on the device."""
         weight = self.config.model.aux_loss_weight if self.config.model.n_experts else 0.0
         scales = Scales(1 / n_tokens, weight / (n_tokens // self.config.data.seq_len))
         self.optimizer.begin()
-        loss_sum = self.pipeline.step(batches, scales, self.optimizer)
+        loss_sum = self.pipeline.step([Batch(*map(self.device.put, each)) for each in batches], scales, self.optimizer)
         self.optimizer.wait()
-        return loss_sum
+        return loss_sum.double()
 
-    def _stop_if_diverging(
-        self, step: int, loss: float, grad_norm: float, shares: Tensor, again: Callable[[], object]
-    ) -> None:
+    def _stop_if_diverging(self, step: Submitted) -> None:
         """Raises DivergenceError on every rank for a loss or norm that is not finite, or a loss that jumped, and says
-        where it came from. shares: of the loss, by rank."""
-        allowed = self.config.monitor.max_loss_jump
+        where it came from."""
+        allowed, loss, grad_norm = self.config.monitor.max_loss_jump, step.loss, step.grad_norm
         usual = statistics.median(self._recent_losses) if len(self._recent_losses) >= _LOSSES // 2 else math.inf
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            again = lambda: self._forward_backward(step.batches, step.n_tokens)  # noqa: E731
             where = first_not_finite(self.mesh.worker, self.model, again)
             what = f"the loss is {loss}, the gradient norm {grad_norm}"
         elif allowed > 0 and loss > usual + allowed:
-            losses = (shares * self.mesh.worker.size).tolist()
+            losses = (step.shares.value()[:, 0] * self.mesh.worker.size).tolist()
+            if self.device.late:  # what it has now are gradients of the next step
+                self._forward_backward(step.batches, step.n_tokens)
             where = largest_loss_and_gradient(self.mesh.worker, losses, self.optimizer.gradients())
             what = f"the loss jumped from {usual:.4f} to {loss:.4f} (monitor.max_loss_jump allows {allowed:g})"
         else:
@@ -218,7 +224,7 @@ class Trainer:
         if self.mesh.layout.workers > 1:
             where += f" of worker {self.mesh.worker_index}"
         raise DivergenceError(
-            f"step {step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or longer "
+            f"step {step.step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or longer "
             "warmup_steps"
         )
 
@@ -228,28 +234,19 @@ class Trainer:
         firsts = [(index * n_data + self.mesh.data_index) * size for index in range(train.accumulation)]
         return [[self.corpus.train_window(position + first + i, train.seed) for i in range(size)] for first in firsts]
 
-    def _counters(self) -> tuple[float, ...]:
-        """Seconds busy, bytes sent inside hosts and between them, and seconds blocked in each group, until now."""
-        stats = [group.group.stats() for group in self.mesh.groups]
-        return (
-            sum(each.busy_s for each in stats),
-            float(sum(each.bytes_inside_hosts for each in stats)),
-            float(sum(each.bytes_between_hosts for each in stats)),
-            *self.mesh.blocked_by_axis_s().values(),
-        )
-
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean cross-entropy of a token on the held-out windows, of the model that all workers agree on."""
+        self._pause()
         train, size = self.config.train, self._micro_batch_size
         mine = [
             self.corpus.eval_window(index, train.eval_sequences)
             for index in range(self.mesh.data_index, train.eval_sequences, self.mesh.layout.n_data)
         ]
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device.where)
         with self.sync.shared_parameters():
             for first in range(0, len(mine), size):
-                batch = self.corpus.batch(mine[first : first + size])
+                batch = Batch(*map(self.device.put, self.corpus.batch(mine[first : first + size])))
                 output = self.pipeline.forward(batch)
                 if output is not None:
                     total += self.model.cross_entropy(output, own_part(batch.targets, self.mesh))
@@ -262,8 +259,9 @@ class Trainer:
         return KeyValueCache(self.config.data.seq_len + tp) if self.mesh.cp.size == 1 else None
 
     def next_token_logits(self, tokens: Sequence[int], cache: KeyValueCache | None = None) -> Tensor:
-        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank. cache: of the
+        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank's host. cache: of the
         same text's calls before; then the new tokens alone are computed, until there are more than seq_len."""
+        self._pause()
         context = list(tokens)[-self.config.data.seq_len :]
         if len(tokens) > len(context):
             cache = None  # positions move with each token
@@ -271,8 +269,8 @@ class Trainer:
             context = context[cache.n_seen :]
         mesh = self.mesh
         pieces = mesh.tp.size * (1 if mesh.cp.size == 1 else 2 * mesh.cp.size)  # that the sequence is cut into
-        padded = torch.tensor(context + [0] * (-len(context) % pieces)).unsqueeze(-1)
-        logits = torch.zeros(self.config.model.vocab_size)
+        padded = torch.tensor(context + [0] * (-len(context) % pieces), device=self.device.where).unsqueeze(-1)
+        logits = torch.zeros(self.config.model.vocab_size, device=self.device.where)
         with self.model.keeping(cache):
             output = self.pipeline.forward(Batch(padded, padded, None))
         if cache is not None:
@@ -280,15 +278,17 @@ class Trainer:
         if output is not None:
             with torch.no_grad():
                 own = self.model.logits(output)
-            row = (positions(len(padded), mesh.cp.size, mesh.cp.rank) == len(context) - 1).nonzero()
+            at = positions(len(padded), mesh.cp.size, mesh.cp.rank, padded.device)
+            row = (at == len(context) - 1).nonzero()
             if len(row):
                 whole = self.model.whole_logits(own[int(row)])[0]
                 if mesh.data_index == mesh.tp.rank == 0:  # one rank of the world gives it to all
                     logits = whole.contiguous()
         mesh.world.all_reduce(logits)
-        return logits
+        return logits.cpu()
 
     def save(self) -> None:
+        self._pause()
         checkpoint.save(self.config, self.mesh, self.optimizer, self.sync, self.progress)
 
     def resume(self) -> bool:

@@ -31,6 +31,7 @@ class Attention(nn.Module):
         self.parallel = parallel
         self.mesh = mesh
         self.cache: KeyValueCache | None = None
+        self.attend = attend  # torch.compile leaves another one out of its graphs
         self.head_dim = config.head_width
         self.frequencies: Tensor | None
         frequencies = rotary_frequencies(config) if config.block == "llama" else None
@@ -57,7 +58,7 @@ class Attention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.cache is not None:
             return self.cache.attend(query, *self.cache.keep(self, key, value))
-        return attend(query, key, value, self.mesh, self.parallel.context, documents)
+        return self.attend(query, key, value, self.mesh, self.parallel.context, documents)
 
 
 class LatentAttention(nn.Module):
@@ -78,6 +79,7 @@ class LatentAttention(nn.Module):
         self.parallel = parallel
         self.mesh = mesh
         self.cache: KeyValueCache | None = None
+        self.attend = attend
         self.widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         self.of_query = (config.head_width, config.qk_rope_head_dim)
         self.of_head = (config.head_width, config.v_width)
@@ -128,7 +130,7 @@ class LatentAttention(nn.Module):
         key, value = both.split(self.of_head, -1)
         query = torch.cat([still, turned], -1)
         key = torch.cat([key, shared.expand(-1, -1, key.shape[-2], -1)], -1)
-        return attend(query, key, value, self.mesh, self.parallel.context, documents)
+        return self.attend(query, key, value, self.mesh, self.parallel.context, documents)
 
     def _of_latents(self, cache: KeyValueCache, query: Tensor, latent: Tensor, shared: Tensor) -> Tensor:
         """_core() without keys and values of heads: q · (U c) = (Uᵀ q) · c, so that latents are the one key and value

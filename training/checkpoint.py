@@ -118,7 +118,8 @@ def whole_tensors(kind: str, config: Config, mesh: Mesh, optimizer: Optimizer, w
     for name, piece in optimizer.pieces(kind) if mesh.worker_index == worker else ():
         whole = gather_to_leader(piece, optimizer.specs[name], mesh)
         if whole is not None:
-            own[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)  # of its own memory, not a view
+            # Of its own memory, not a view.
+            own[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
     stages = stages_of(config)
     for tag, (name, spec) in enumerate(specs_of_whole(config.model, mesh).items()):
         owner = mesh.leader(stages.ranks_of(name)[0], worker)

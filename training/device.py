@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,26 @@ class Device:
     def fetch(self, x: Tensor) -> Fetched:
         """x on its way to the host."""
         return Fetched(self, x)
+
+    def leave_default_stream(self) -> None:
+        """From now on this thread's work is on a stream that capture() can capture."""
+        if self.is_gpu:
+            torch.cuda.set_stream(torch.cuda.Stream(self.where))
+
+    def capture(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """run as a graph: what is returned does its work again, on the same memory, and gives its result."""
+        if not self.is_gpu:
+            return run
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile: the one that reads batches ahead does.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            output = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
 
     def synchronize(self) -> None:
         """Returns when the device has done all that it was given."""

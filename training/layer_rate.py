@@ -31,6 +31,7 @@ class Alone:
     pp_index = 0
     ties = False
     weight_gradients = None
+    fp8 = False
     layout = Layout(1, 1, 1)
 
     def shards(self, axis: object) -> None:

@@ -81,6 +81,7 @@ class Mesh:
         self.layout = layout
         self.device = device
         self.placement = placement or Placement(layout.pp)
+        self.fp8 = False  # whether linear layers' products are (train.matmul)
         self.weight_gradients: WeightGradients | None = None  # of the forward or backward that runs, where put off
         given = wire or WireConfig()
         self.wire: dict[str, str | None] = {

@@ -45,13 +45,18 @@ class MeteredGroup:
     def _blocking(self) -> AbstractContextManager[None]:
         return self._waits.counting()
 
+    def leave_out_of_graphs(self) -> None:
+        """torch.compile ends a graph before each collective from now on, and begins another one after it."""
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "send", "recv"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
+
     def open_messages(self) -> Sequence[Group]:
         """To be called before send() and recv() of a device's tensors, on all ranks together; the groups that were made
         for it, which are the caller's to close.
 
-        A device's messages have no tags and come in the order of one queue for each two ranks of a group (docs/cuda.md).
-        So each direction gets a group of its own, where receives are posted in the order of the sends; and neighbours
-        around the ring meet here, in an order that no rank waits in for ever. Others must not exchange messages."""
+        A device's messages have no tags and come in the order of one queue for each two ranks of a group. So each
+        direction gets a group of its own, where receives are posted in the order of the sends; and neighbours around
+        the ring meet here, in an order that no rank waits in for ever. Others must not exchange messages."""
         if not self._device.late or self.size == 1 or self._messages:
             return ()
         self._messages = tuple(made for _ in range(2) if (made := self.group.new_group(range(self.size))) is not None)

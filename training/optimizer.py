@@ -88,6 +88,7 @@ class Optimizer:
             betas=(self._config.beta1, self._config.beta2),
             eps=self._config.eps,
             fused=True,
+            capturable=self._device.is_gpu,
         )
         for x, _ in updated:
             found.state[x] = {}
@@ -151,9 +152,10 @@ class Optimizer:
         return torch.stack([torch.zeros((), dtype=torch.float64, device=self._device.where), *shares]).sum()
 
     @torch.no_grad()
-    def step(self, lr: float, grad_norm: Tensor, skip: Tensor | None = None) -> None:
-        """One update, after scaling the gradients so that their norm, grad_norm (fp64 scalar), becomes at most
-        clip_norm. skip: fp32 scalar on the device, 1 where nothing is to be updated, 0 else."""
+    def step(self, lr: float | Tensor, grad_norm: Tensor, skip: Tensor | None = None) -> None:
+        """One update, after scaling the gradients so that their norm, grad_norm (fp64 scalar), is at most clip_norm.
+
+        lr: fp32 scalar on the device where it is a tensor. skip: the same, 1 where nothing is to be updated, 0 else."""
         self._clip(grad_norm)
         held = [[x for group in update.param_groups for x in group["params"]] for update in self._updates]
         for at, update in enumerate(self._updates):

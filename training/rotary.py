@@ -11,7 +11,8 @@ from training.model_config import ModelConfig
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """fp32 [width / 2] on the CPU, so that all devices turn alike, radians a position; width: head_dim, or with latent attention qk_rope_head_dim.
+    """fp32 [width / 2], radians a position, on the CPU, so that all devices have the same; width: head_dim, or with
+    latent attention qk_rope_head_dim.
 
     rope_scaling "linear" divides all by rope_factor (arXiv:2306.15595). "llama3" divides those that turn fewer than
     rope_low_freq_factor times in rope_original_len, leaves those above rope_high_freq_factor turns, and goes linearly

@@ -15,7 +15,7 @@ from training.mesh import AXES, Mesh
 class StepResult:
     """One step. Loss and norm are of the whole batch and model, times and bytes are summed over all ranks; with several
     workers ([sync]), those are the batch, model and ranks of this rank's worker. On a device all times but step_s, and
-    bytes, are those of the step before."""
+    bytes, are those of two steps before."""
 
     step: int  # updates done, this one included
     loss: float  # mean cross-entropy of a token, before the update

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -19,8 +16,10 @@ from training.config import Config
 from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
 from training.device import Span, choose_device
-from training.diagnose import first_not_finite, largest_loss_and_gradient
-from training.errors import DataError, DivergenceError
+from training.divergence import Divergence
+from training.errors import DataError
+from training.fp8 import require_fp8
+from training.graphed import Graphed
 from training.layout import resolve_layout, stages_of
 from training.machine import give_back_free_memory, process_nbytes
 from training.memory import require_fit
@@ -40,8 +39,6 @@ from training.synchronise import Synchronous
 if TYPE_CHECKING:
     from pycomm.group import Group
 
-_LOSSES = 20  # of the last steps, whose median a jump is told by
-
 
 class Trainer:
     """The model, its data and its state on one rank. All ranks of the world construct it and call it together."""
@@ -52,6 +49,10 @@ class Trainer:
         stages, resolved = stages_of(config), resolve_layout(config, world.size)
         self.device = choose_device(train.device, world)
         self.mesh = Mesh(world, resolved, stages.placement, config.wire, self.device)
+        self._graphed = Graphed(self.device, self._whole_step) if train.cuda_graph else None
+        if train.matmul == "fp8":
+            require_fp8(self.device)
+            self.mesh.fp8 = True
         checkpoint.require_same_model(config, self.mesh)
         specs = specs_of_whole(config.model, self.mesh)
         gpu_nbytes = self.device.free_nbytes()
@@ -64,6 +65,8 @@ class Trainer:
         with self.device.making():
             self.model = GPT(config.model, self.mesh, parallel)
         self.model.to(self.device.where)  # the frequencies of rotations, which the CPU makes
+        if train.compile:
+            self.model.compile_blocks()
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
         self.sync = _synchronisation(self.optimizer, self.mesh, config)
@@ -78,7 +81,7 @@ class Trainer:
         self._submitted: Submitted | None = None  # a step that a device may be busy with
         self._results: list[StepResult] = []
         self._broken = torch.zeros((), device=self.device.where)  # 1 from the first step on that must not update
-        self._recent_losses: deque[float] = deque(maxlen=_LOSSES)
+        self.divergence = Divergence(self.model, self.mesh, config.monitor.max_loss_jump)
         self.stop_requested = False  # a signal handler sets it; all ranks learn of it in the same step
 
     def _check_same_corpus(self) -> None:
@@ -102,6 +105,11 @@ class Trainer:
     def activation_nbytes(self) -> int:
         """Of one micro-batch between two layers, over its whole sequence."""
         return self.config.data.seq_len * self._micro_batch_size * self.config.model.d_model * self.dtype.itemsize
+
+    @property
+    def _n_tokens(self) -> int:
+        """Of a step of one worker."""
+        return self.config.train.global_batch // self.mesh.layout.workers * self.config.data.seq_len
 
     @property
     def _micro_batch_size(self) -> int:
@@ -130,42 +138,64 @@ class Trainer:
         a loss jumped."""
         train, step = self.config.train, self.progress.step + 1
         self._measuring.begin()
-        span = Span(self.device)
-        n_tokens = train.global_batch // self.mesh.layout.workers * self.config.data.seq_len
-        batches = self._batches.at(self.progress.position)
-        loss_sum = self._forward_backward(batches, n_tokens)
-        updates = self.sync.reduce(step)
-        if self.device.late:
-            self._settle()  # of the step before, now that the device has enough to do
-        shares = self._shares(loss_sum / (n_tokens * self.mesh.tp.size))  # every tp rank has the whole loss
+        span, batches = Span(self.device), self._batches.at(self.progress.position)
         lr = learning_rate(self.progress.step, train.steps, self.config.optimizer)
-        fetched, n_workers = self.device.fetch(shares), self.mesh.layout.workers
-        submitted = Submitted(step, lr, n_tokens, n_workers, batches, span, fetched)
-        grad_norm = shares[:, 1].sum().sqrt()
-        if self.device.late:
-            finite = shares[:, 0].sum().isfinite() & grad_norm.isfinite()
-            self._broken = self._broken.maximum((~finite).float())
+        updates = True
+        if self._graphed is not None:
+            lr_there = self.device.put(torch.tensor(lr))
+            tensors = [self.device.put(x) for batch in batches for x in batch if x is not None]
+            submitted = self._submission(batches, span, lr, self._graphed(self._own(), lr_there, *tensors))
         else:
-            self._stop_if_diverging(submitted)
-        if updates:
-            self.optimizer.step(lr, grad_norm, self._broken if self.device.late else None)
-        balance_routers(self.model, self.mesh)
+            loss = self._forward_backward(batches)
+            updates = self.sync.reduce(step)
+            shares = self._of_all_ranks(loss, self._own())
+            submitted = self._submission(batches, span, lr, shares)
+            if not self.device.late:
+                self._require_sound(submitted)
+            self._update(shares, lr, updates)
         self.sync.updated(step)
         self.progress = Progress(step, self.progress.position + train.global_batch, self.progress.updates + updates)
-        if not self._recent_losses:
+        if not self.divergence.recent_losses:
             give_back_free_memory()  # of making the model and laying out buckets
         span.stop()
+        if self.device.late:
+            self._settle()  # the step before, now that the device has this one to do
         self._submitted = submitted
         if not self.device.late:
             self._settle()
 
-    def _shares(self, loss: Tensor) -> Tensor:
-        """Submitted.shares, on the device, from this rank's share of the loss."""
-        own = torch.tensor([[0.0, 0.0, float(self.stop_requested), *self._measuring.own()]], dtype=torch.float64)
-        own = self.device.put(own)
+    def _own(self) -> Tensor:
+        """This rank's row of Submitted.shares, on the device, but for its part of loss and norm."""
+        own = [[0.0, 0.0, float(self.stop_requested), *self._measuring.own()]]
+        return self.device.put(torch.tensor(own, dtype=torch.float64))
+
+    def _of_all_ranks(self, loss: Tensor, own: Tensor) -> Tensor:
+        """Submitted.shares, on the device."""
         own[0, 0], own[0, 1] = loss, self.optimizer.norm_squared_share()
-        shares = torch.empty(self.mesh.worker.size, own.shape[1], dtype=torch.float64, device=own.device)
+        shares = own.new_empty(self.mesh.worker.size, own.shape[1])
         self.mesh.worker.all_gather(shares, own)
+        return shares
+
+    def _submission(self, batches: list[Batch], span: Span, lr: float, shares: Tensor) -> Submitted:
+        fetched, n_workers = self.device.fetch(shares), self.mesh.layout.workers
+        return Submitted(self.progress.step + 1, lr, self._n_tokens, n_workers, batches, span, fetched)
+
+    def _update(self, shares: Tensor, lr: float | Tensor, updates: bool = True) -> None:
+        """The update, if it is due. On a device nothing is updated from the first step on that is not finite."""
+        grad_norm = shares[:, 1].sum().sqrt()
+        if self.device.late:
+            finite = shares[:, 0].sum().isfinite() & grad_norm.isfinite()
+            torch.maximum(self._broken, (~finite).float(), out=self._broken)
+        if updates:
+            self.optimizer.step(lr, grad_norm, self._broken if self.device.late else None)
+        balance_routers(self.model, self.mesh)
+
+    def _whole_step(self, own: Tensor, lr: Tensor, *tensors: Tensor) -> Tensor:
+        """All that a device does in a step, as a function of tensors; Submitted.shares."""
+        n = len(tensors) // self.config.train.accumulation
+        batches = [Batch(*tensors[i : i + n], *[None] * (3 - n)) for i in range(0, len(tensors), n)]
+        shares = self._of_all_ranks(self._forward_backward(batches), own)
+        self._update(shares, lr)
         return shares
 
     def _settle(self) -> None:
@@ -174,11 +204,14 @@ class Trainer:
         if step is None:
             return
         if self.device.late:
-            self._stop_if_diverging(step)
+            self._require_sound(step)
             self._measuring.ended(step.span.seconds())
-        self._recent_losses.append(step.loss)
+        self.divergence.recent_losses.append(step.loss)
         stopping = bool(step.shares.value()[:, 2].any())
         self._results.append(step.result(self._stops(step.step, stopping)))
+
+    def _require_sound(self, step: Submitted) -> None:
+        self.divergence.require_sound(step, lambda: self._forward_backward(step.batches), self.optimizer.gradients)
 
     def _pause(self) -> None:
         """No step is under way, and what is done now is none."""
@@ -194,39 +227,16 @@ class Trainer:
             self.mesh.outer.all_reduce(flag, "max", timeout_s=SLOW_S)
         return bool(flag)
 
-    def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> Tensor:
-        """Forward, backward and reduction of this rank's micro-batches, from host memory; their cross-entropy, summed
-        over tokens, fp64 scalar on the device."""
+    def _forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Forward, backward and reduction of this rank's micro-batches; its share of the worker's mean cross-entropy of
+        a token, fp64 scalar on the device."""
         weight = self.config.model.aux_loss_weight if self.config.model.n_experts else 0.0
-        scales = Scales(1 / n_tokens, weight / (n_tokens // self.config.data.seq_len))
+        scales = Scales(1 / self._n_tokens, weight / (self._n_tokens // self.config.data.seq_len))
         self.optimizer.begin()
-        loss_sum = self.pipeline.step([Batch(*map(self.device.put, each)) for each in batches], scales, self.optimizer)
+        there = [Batch(*map(self.device.put, batch)) for batch in batches]
+        loss_sum = self.pipeline.step(there, scales, self.optimizer)
         self.optimizer.wait()
-        return loss_sum.double()
-
-    def _stop_if_diverging(self, step: Submitted) -> None:
-        """Raises DivergenceError on every rank for a loss or norm that is not finite, or a loss that jumped, and says
-        where it came from."""
-        allowed, loss, grad_norm = self.config.monitor.max_loss_jump, step.loss, step.grad_norm
-        usual = statistics.median(self._recent_losses) if len(self._recent_losses) >= _LOSSES // 2 else math.inf
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            again = lambda: self._forward_backward(step.batches, step.n_tokens)  # noqa: E731
-            where = first_not_finite(self.mesh.worker, self.model, again)
-            what = f"the loss is {loss}, the gradient norm {grad_norm}"
-        elif allowed > 0 and loss > usual + allowed:
-            losses = (step.shares.value()[:, 0] * self.mesh.worker.size).tolist()
-            if self.device.late:  # what it has now are gradients of the next step
-                self._forward_backward(step.batches, step.n_tokens)
-            where = largest_loss_and_gradient(self.mesh.worker, losses, self.optimizer.gradients())
-            what = f"the loss jumped from {usual:.4f} to {loss:.4f} (monitor.max_loss_jump allows {allowed:g})"
-        else:
-            return
-        if self.mesh.layout.workers > 1:
-            where += f" of worker {self.mesh.worker_index}"
-        raise DivergenceError(
-            f"step {step.step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or longer "
-            "warmup_steps"
-        )
+        return loss_sum.double() / (self._n_tokens * self.mesh.tp.size)  # every tp rank has the whole loss
 
     def _micro_batches(self, position: int) -> list[list[int]]:
         """This rank's windows of the global batch that begins at a position, one list for each micro-batch."""
@@ -259,8 +269,10 @@ class Trainer:
         return KeyValueCache(self.config.data.seq_len + tp) if self.mesh.cp.size == 1 else None
 
     def next_token_logits(self, tokens: Sequence[int], cache: KeyValueCache | None = None) -> Tensor:
-        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank's host. cache: of the
-        same text's calls before; then the new tokens alone are computed, until there are more than seq_len."""
+        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank's host.
+
+        cache: of the same text's calls before; then the new tokens alone are computed, until there are more than
+        seq_len."""
         self._pause()
         context = list(tokens)[-self.config.data.seq_len :]
         if len(tokens) > len(context):

@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.cache: KeyValueCache | None = None
         self.attend = attend  # torch.compile leaves another one out of its graphs
         self.head_dim = config.head_width
+        self.score_scale = score_scale(config)
         self.frequencies: Tensor | None
         frequencies = rotary_frequencies(config) if config.block == "llama" else None
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -55,6 +56,8 @@ class Attention(nn.Module):
         """[S/cp, B, H, head_dim] of this rank's heads: rotation and attention."""
         if self.frequencies is not None:
             cos, sin = _angles(len(query), self.frequencies, self.mesh, self.cache)
+            if self.score_scale != 1:
+                query = query * self.score_scale
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.cache is not None:
             return self.cache.attend(query, *self.cache.keep(self, key, value))

@@ -232,6 +232,11 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"], world: Group) -> Device
     return Device(torch.device("cuda", mine), late=True)
 
 
+def device_here(asked: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device of a program that is no rank: the first GPU, where there is one."""
+    return HOST if asked == "cpu" or not torch.cuda.is_available() else Device(torch.device("cuda", 0), late=True)
+
+
 def _local_rank(world: Group) -> int:
     """This rank's number among those of its machine: LOCAL_RANK, or by the kernel's boot id."""
     if "LOCAL_RANK" in os.environ:

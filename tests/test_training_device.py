@@ -39,6 +39,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "1f1b": (2, pipe("1f1b"), {"accumulation": 4}, {}),
     "interleaved": (2, pipe("interleaved", chunks=2), {"accumulation": 4}, {"n_layers": 4}),
     "zbv": (2, pipe("zbv"), {"accumulation": 4}, {"n_layers": 4}),
+    "offload": (2, {}, {"offload_optimizer": True, "offload_activations": True, "precision": "bf16"}, {}),
+    "offload, fp32": (1, {}, {"offload_optimizer": True, "offload_activations": True, "recompute": "full"}, {}),
     "zero 1": (2, {"zero": 1}, {"accumulation": 2}, {}),
     "zero 3": (2, {"zero": 3}, {"precision": "bf16"}, {}),
     "ep": (2, {"ep": 2}, {}, MOE),
@@ -145,6 +147,9 @@ class OnPaper(Device):
         assert x.device == self.where
         return Fetched(HOST, torch.ones(x.shape, dtype=x.dtype))
 
+    def bring(self, x: torch.Tensor, home: torch.Tensor) -> None:
+        assert x.device == self.where and x.shape == home.shape
+
 
 ON_PAPER: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({}, {}, {}, {}),
@@ -153,6 +158,8 @@ ON_PAPER: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, A
     ({"zero": 3}, {"precision": "bf16"}, {}, {}),
     ({}, {"recompute": "selective"}, MLA, {}),
     ({}, {}, GPT2, {}),
+    ({}, {"offload_optimizer": True, "offload_activations": True, "precision": "bf16"}, {}, {}),
+    ({}, {"cuda_graph": True, "matmul": "fp8", "precision": "bf16"}, {"d_model": 32, "d_ff": 64, "head_dim": 16}, {}),
 ]
 
 

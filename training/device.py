@@ -63,6 +63,14 @@ class Device:
         """x on the device."""
         return None if x is None else x.to(self.where, non_blocking=True)
 
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory of the host, uninitialised, that a GPU reads and writes itself."""
+        return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=self.is_gpu)
+
+    def bring(self, x: Tensor, home: Tensor) -> None:
+        """x to pinned memory, in the order of the device's work."""
+        home.copy_(x, non_blocking=True)
+
     def fetch(self, x: Tensor) -> Fetched:
         """x on its way to the host."""
         return Fetched(self, x)

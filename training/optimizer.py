@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from training.config import Config, OptimizerConfig
 from training.device import DeviceMemory
+from training.errors import ConfigError
+from training.host_memory import HostMemory
 from training.mesh import Mesh
 from training.metered import MeteredGroup
 from training.offload import FileMemory
@@ -31,6 +33,16 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
     return lowest + (config.lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def _require_replicated(config: Config) -> None:
+    """Raises ConfigError where what is offloaded on GPUs is more than the optimizer's state of whole parameters."""
+    if config.layout.zero or config.train.offload_parameters or config.sync.method != "synchronous":
+        raise ConfigError(
+            f"on GPUs train.offload_optimizer takes layout.zero 0 and sync.method 'synchronous', they are "
+            f"{config.layout.zero} and {config.sync.method!r}, and train.offload_parameters is for CPUs; raise "
+            "layout.zero instead, which leaves a rank 1/n of the state, or offload without it"
+        )
+
+
 class Optimizer:
     """AdamW over what this rank keeps of a model."""
 
@@ -46,7 +58,11 @@ class Optimizer:
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
         offloads = train.offload_optimizer or train.offload_parameters
-        self._files = FileMemory(config.offload_dir) if offloads else None
+        if offloads and mesh.device.late:
+            _require_replicated(config)
+        self._files: FileMemory | HostMemory | None = None
+        if offloads:
+            self._files = HostMemory(mesh.device) if mesh.device.late else FileMemory(config.offload_dir)
         state_files = self._files if train.offload_optimizer else None
         self._state_memory = state_memory = state_files or DeviceMemory(mesh.device)
         for name in self.untrained if layout.zero else parameters:
@@ -77,6 +93,7 @@ class Optimizer:
         for x, state in self._moments.items():
             state["step"] = torch.zeros((), device=x.device)
             state.update({moment: state_memory.zeros(x.shape, torch.float32) for moment in MOMENTS})
+        self.release()
 
     def _adamw(self, updated: list[tuple[Tensor, bool]]) -> torch.optim.AdamW:
         decayed, others = [x for x, decays in updated if decays], [x for x, decays in updated if not decays]
@@ -160,14 +177,17 @@ class Optimizer:
         held = [[x for group in update.param_groups for x in group["params"]] for update in self._updates]
         for at, update in enumerate(self._updates):
             for x in held[at + 1] if at + 1 < len(held) else ():
-                self._in_files(x, FileMemory.prefetch)
+                self._in_files(x, lambda files, each: files.prefetch(each))
             for group in update.param_groups:
                 group["lr"] = lr
             update.found_inf = skip  # type: ignore[attr-defined]  # the fused kernel's own way not to update
             update.step()
             for x in held[at]:
-                self._in_files(x, FileMemory.release)
-        self.publish()
+                if isinstance(self._state, Replicated):
+                    self._state.publish(x)
+                self._in_files(x, lambda files, each: files.release(each))
+        if isinstance(self._state, Sharded):
+            self._state.publish()
 
     def _clip(self, grad_norm: Tensor) -> None:
         clip = self._config.clip_norm
@@ -179,7 +199,7 @@ class Optimizer:
             for flat in flats:
                 flat.mul_(clip / float(grad_norm))
 
-    def _in_files(self, x: Tensor, action: Callable[[FileMemory, Tensor], None]) -> None:
+    def _in_files(self, x: Tensor, action: Callable[[FileMemory | HostMemory, Tensor], None]) -> None:
         """Does it with a master and its moments, as far as they lie in files."""
         if self._files is not None:
             for each in (x, *(self._moments[x][moment] for moment in MOMENTS)):
@@ -205,6 +225,7 @@ class Optimizer:
     def pieces(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
         MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
+        self._device.synchronize()  # what is at home on the host may still be on its way there
         yield from self._state.pieces(self._of(kind))
         self.release()
         for name, parameter in self.untrained.items():

@@ -20,6 +20,7 @@ from training.divergence import Divergence
 from training.errors import DataError
 from training.fp8 import require_fp8
 from training.graphed import Graphed
+from training.host_memory import HostActivations
 from training.layout import resolve_layout, stages_of
 from training.machine import give_back_free_memory, process_nbytes
 from training.memory import require_fit
@@ -71,7 +72,9 @@ class Trainer:
         self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
         self.sync = _synchronisation(self.optimizer, self.mesh, config)
         saving: Saving = nullcontext
-        if train.offload_activations:
+        if train.offload_activations and self.device.late:
+            saving = HostActivations(self.device, self.model.parameters()).saving
+        elif train.offload_activations:
             saving = ActivationFile(config.offload_dir, self.model.parameters()).saving
         schedule = schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
         self.pipeline = Pipeline(self.model, self.mesh, schedule, self.dtype, saving)

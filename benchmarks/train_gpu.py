@@ -1,6 +1,9 @@
 """One GPU: the trainer's tokens/s and MFU beside the same model in plain torch, in turns.
 
-    python benchmarks/train_gpu.py                    # the preset h200_1b; a table, and results/train_<gpu>.json
+    python benchmarks/train_gpu.py                                       # the preset h200_1b
+    python benchmarks/train_gpu.py --ways trainer "trainer, a graph"     # and as a CUDA graph
+
+prints a table and writes results/train_<gpu>.json.
 
 Plain torch is benchmarks/plain_torch.py's model trained as nanoGPT trains: fp32 parameters, autocast to bf16, flash
 attention, fused AdamW. All are compiled, or with --eager none. Every contender has the same data, batch and
@@ -31,6 +34,7 @@ from training.optimizer import learning_rate
 from training.presets import load_preset
 from training.trainer import Trainer
 
+WAYS = ("trainer", "trainer, a graph", "trainer, fp8")
 Step = Callable[[int], float]  # a step's loss; it returns when the device is done
 
 
@@ -76,28 +80,22 @@ def plain(config: Config, device: torch.device, batches: Callable[[int], list[An
     return step
 
 
-def variants(config: Config, on_gpu: bool, compiles: bool) -> dict[str, Config]:
-    """The trainer's ways to run it, by name."""
-
-    def with_train(**train: Any) -> Config:
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
-
-    found = {"trainer": with_train(compile=compiles)}
-    if on_gpu:
-        found["trainer, a graph"] = with_train(compile=compiles, cuda_graph=True)
-        if torch.cuda.get_device_capability() >= (8, 9):
-            found["trainer, fp8"] = with_train(compile=compiles, matmul="fp8")
-    return found
+def variant(config: Config, way: str, compiles: bool) -> Config:
+    """The trainer's configuration for one of WAYS."""
+    chosen = {"trainer": {}, "trainer, a graph": {"cuda_graph": True}, "trainer, fp8": {"matmul": "fp8"}}[way]
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiles, **chosen))
 
 
-def measure(config: Config, device: torch.device, n_rounds: int, n_steps: int, compiles: bool) -> dict[str, Any]:
+def measure(
+    config: Config, device: torch.device, ways: list[str], n_rounds: int, n_steps: int, compiles: bool
+) -> dict[str, Any]:
     """By contender: the median, least and greatest tokens/s of its turns, MFU, losses, and peak memory."""
     on_gpu, report = device.type == "cuda", {}
     with pycomm.init() as world, contextlib.ExitStack() as stack:
         trainers = {}
-        for name, each in variants(config, on_gpu, compiles).items():
-            trainers[name] = stack.enter_context(contextlib.closing(Trainer(each, world)))
-        first = trainers["trainer"]
+        for way in ways:
+            trainers[way] = stack.enter_context(contextlib.closing(Trainer(variant(config, way, compiles), world)))
+        first = trainers[ways[0]]
 
         def batches(index: int) -> list[Any]:
             return [first.corpus.batch(w) for w in first._micro_batches(index * config.train.global_batch)]
@@ -142,6 +140,7 @@ def measure(config: Config, device: torch.device, n_rounds: int, n_steps: int, c
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="h200_1b")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["trainer"], help="all share the GPU's memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="of each contender's turn")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
@@ -154,7 +153,7 @@ def main() -> None:
     config = load_preset(given.preset)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, device=given.device))
     device = torch.device(given.device, 0) if given.device == "cuda" else torch.device("cpu")
-    report = measure(config, device, given.rounds, given.steps, not given.eager)
+    report = measure(config, device, given.ways, given.rounds, given.steps, not given.eager)
     name = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
     print(f"{given.preset}: {config.model.n_parameters:,} parameters, {config.data.seq_len} tokens a sequence, {name}")
     for contender, row in report.items():

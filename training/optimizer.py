@@ -192,7 +192,7 @@ class Optimizer:
     def _clip(self, grad_norm: Tensor) -> None:
         clip = self._config.clip_norm
         flats = [flat for flat, _ in self._state.sums()] if clip > 0 else []
-        if self._device.late:
+        if self._device.late and flats:
             factor = (clip / grad_norm).clamp(max=1.0).float()  # 1 changes nothing; the host does not know which
             torch._foreach_mul_(flats, factor)
         elif flats and grad_norm > clip:

@@ -36,7 +36,7 @@ def require_fp8(device: Device) -> None:
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [..] in an fp8 dtype, and the fp32 scalar that its numbers are multiplied by to be x's."""
     largest = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=1e-12) / largest
+    scale = x.abs().amax().float().clamp(min=1e-30) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 

@@ -51,6 +51,10 @@ class Device:
 
     # Batches there, values back.
 
+    @overload
+    def staged(self, x: Tensor) -> Tensor: ...
+    @overload
+    def staged(self, x: Tensor | None) -> Tensor | None: ...
     def staged(self, x: Tensor | None) -> Tensor | None:
         """x in the memory that put() copies from without a wait."""
         return x.pin_memory() if x is not None and self.is_gpu else x

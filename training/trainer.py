@@ -145,7 +145,7 @@ class Trainer:
         lr = learning_rate(self.progress.step, train.steps, self.config.optimizer)
         updates = True
         if self._graphed is not None:
-            lr_there = self.device.put(torch.tensor(lr))
+            lr_there = self.device.put(self.device.staged(torch.tensor(lr)))
             tensors = [self.device.put(x) for batch in batches for x in batch if x is not None]
             submitted = self._submission(batches, span, lr, self._graphed(self._own(), lr_there, *tensors))
         else:
@@ -170,7 +170,7 @@ class Trainer:
     def _own(self) -> Tensor:
         """This rank's row of Submitted.shares, on the device, but for its part of loss and norm."""
         own = [[0.0, 0.0, float(self.stop_requested), *self._measuring.own()]]
-        return self.device.put(torch.tensor(own, dtype=torch.float64))
+        return self.device.put(self.device.staged(torch.tensor(own, dtype=torch.float64)))
 
     def _of_all_ranks(self, loss: Tensor, own: Tensor) -> Tensor:
         """Submitted.shares, on the device."""

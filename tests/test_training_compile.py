@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -16,24 +17,27 @@ from training.errors import ConfigError
 from training.layout import resolve_layout
 
 
-def both(group: Any, config: Config, compiled: Config) -> tuple[Any, Any, int]:
+def both(group: Any, config: Config, compiled: Config, backend: str) -> tuple[Any, Any, int]:
     """curve() of both, and how many graphs the second one's blocks are."""
     import torch._dynamo
 
+    torch.compile = functools.partial(torch.compile, backend=backend)  # type: ignore[assignment]
     found = curve(group, config, 3), curve(group, compiled, 3)
     return *found, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("n_ranks", "layout", "n_graphs"), [(1, {}, 1), (2, {"tp": 2, "tp_overlap": "never"}, 2)])
-def test_compiled_blocks_train_alike(n_ranks: int, layout: dict[str, Any], n_graphs: int) -> None:
-    options: dict[str, Any] = {"layout": layout, "model": {"n_layers": 2}}
-    for plain, compiled, found in run_ranks(
-        both, n_ranks, tiny(**options), tiny(**options, compile=True), timeout_s=230
-    ):
-        np.testing.assert_allclose(compiled[0], plain[0], rtol=1e-5)
-        np.testing.assert_allclose(compiled[1], plain[1], rtol=1e-4)
-        assert found >= n_graphs if n_ranks > 1 else found == n_graphs  # one for blocks alike
+@pytest.mark.parametrize(
+    ("n_ranks", "layout", "backend"),
+    [(1, {}, "inductor"), (2, {"tp": 2, "tp_overlap": "never"}, "aot_eager"), (2, {"cp": 2, "zero": 3}, "aot_eager")],
+)
+def test_compiled_blocks_train_alike(n_ranks: int, layout: dict[str, Any], backend: str) -> None:
+    """Where ranks exchange the graphs are what is tested, not the code that is made of them, which takes long."""
+    plain, compiled = tiny(layout=layout), tiny(layout=layout, compile=True)
+    for expected, got, n_graphs in run_ranks(both, n_ranks, plain, compiled, backend, timeout_s=230):
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+        np.testing.assert_allclose(got[1], expected[1], rtol=1e-4)
+        assert n_graphs > 1 if n_ranks > 1 else n_graphs == 1  # one for blocks alike
 
 
 @pytest.mark.parametrize(

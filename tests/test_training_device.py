@@ -21,7 +21,7 @@ from training.errors import ConfigError, DivergenceError
 from training.optimizer import PARAMETERS
 from training.trainer import Trainer
 
-N_STEPS = 6
+N_STEPS = 5
 SMALL = {"n_layers": 2, "d_model": 16, "d_ff": 24, "n_heads": 4, "n_kv_heads": 2}
 
 
@@ -175,7 +175,7 @@ def steps_on_paper(group: Any) -> None:
         made = [*trainer.model.parameters(), *trainer.model.buffers(), *trainer.optimizer.masters.values()]
         assert {each.device.type for each in made} == {"meta"}
         with pytest.raises(RuntimeError, match="meta"):
-            float(made[0].sum())
+            float(made[0].detach().sum())
         trainer.close()
 
 

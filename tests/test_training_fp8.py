@@ -87,7 +87,7 @@ def test_a_weights_gradient_that_is_put_off_is_the_same() -> None:
 
 
 def config_of(device: str = "cuda", **train: Any) -> Config:
-    return tiny(precision="bf16", **{"device": device, "matmul": "fp8", **train})
+    return tiny(**{"precision": "bf16", "device": device, "matmul": "fp8", **train})
 
 
 def losses(group: Any, config: Config) -> list[float]:

@@ -23,7 +23,7 @@ class HostMemory:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._homes: dict[Tensor, Tensor] = {}
-        self._unchanged: dict[Tensor, int] = {}  # of those that are on the device: their version when they came
+        self._away: set[Tensor] = set()  # those that are on the device
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         home = self._device.pinned(shape, dtype).zero_()
@@ -34,19 +34,16 @@ class HostMemory:
     def prefetch(self, x: Tensor) -> None:
         """x is on the device. Returns at once."""
         home = self._homes.get(x)
-        if home is not None and x not in self._unchanged:
+        if home is not None and x not in self._away:
             x.data = torch.empty(home.shape, dtype=home.dtype, device=self._device.where).copy_(home, non_blocking=True)
-            self._unchanged[x] = x._version
+            self._away.add(x)
 
     def release(self, x: Tensor) -> None:
         """x is at home, with what was written into it."""
-        version = self._unchanged.pop(x, None)
-        if version is None:
-            return
-        home = self._homes[x]
-        if x._version != version:
-            self._device.bring(x, home)
-        x.data = home
+        if x in self._away:
+            self._away.remove(x)
+            self._device.bring(x, self._homes[x])
+            x.data = self._homes[x]
 
 
 class HostActivations:

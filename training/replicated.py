@@ -40,9 +40,12 @@ class Replicated:
         for name, parameter in parameters.items():
             self.masters[name] = parameter.detach()
             if dtype != torch.float32:
-                self.masters[name] = memory.zeros(parameter.shape, torch.float32).copy_(parameter.detach())
+                self.masters[name] = master = memory.zeros(parameter.shape, torch.float32)
+                memory.prefetch(master)
+                master.copy_(parameter.detach())
+                memory.release(master)
                 parameter.data = parameter.data.to(dtype)
-                self._rounded[self.masters[name]] = parameter
+                self._rounded[master] = parameter
         for group, names in by_gradient_group(parameters, specs, mesh):
             buckets = GradientBuckets(
                 [parameters[n] for n in names],

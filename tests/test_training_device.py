@@ -16,7 +16,7 @@ from training_matrix import GPT2, MLA, MOE
 from training_runs import tiny
 
 from training import checkpoint
-from training.config import Config
+from training.config import Config, SyncConfig
 from training.device import HOST, Device, Fetched
 from training.errors import ConfigError, DivergenceError
 from training.metrics import read_metrics
@@ -52,6 +52,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "dp and tp": (4, {"tp": 2, "tp_overlap": "never", "zero": 2}, {}, {}),
     "pp and cp": (4, pipe("zb_h1", cp=2), {"accumulation": 4}, GPT2),
     "hybrid": (4, {"zero": 3, "zero_ranks": 2}, {}, {}),
+    "experts over tp": (4, {"tp": 2, "ep": 2, "experts_over_tp": "split", "tp_overlap": "never"}, {}, MOE),
+    "streaming diloco": (2, {}, {}, {}),
+    "stale": (2, {"zero": 1}, {}, {}),
+}
+SYNC = {
+    "streaming diloco": SyncConfig("streaming_diloco", workers=2, every=2, fragments=2),
+    "stale": SyncConfig("stale", workers=2, staleness=1),
 }
 
 
@@ -60,7 +67,8 @@ def config_of(name: str, device: str) -> Config:
     if device == "cpu":
         train = {**train, "cuda_graph": False}
     found = tiny(layout=layout, model=SMALL | model, data={"seq_len": 16}, device=device, bucket_kib=4, **train)
-    return dataclasses.replace(found, optimizer=dataclasses.replace(found.optimizer, clip_norm=0.5))
+    optimizer = dataclasses.replace(found.optimizer, clip_norm=0.5)
+    return dataclasses.replace(found, optimizer=optimizer, sync=SYNC.get(name, found.sync))
 
 
 def outcome(group: Any, config: Config) -> Any:

@@ -36,7 +36,8 @@ from training import schedules
 from training.config import Config
 from training.layout import resolve_layout, stages_of
 from training.presets import load_preset
-from training.trainer import StepResult, Trainer
+from training.step_result import StepResult
+from training.trainer import Trainer
 
 RATE_MBIT = 1000
 HOSTS = ["a"] * 4 + ["b"] * 4

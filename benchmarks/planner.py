@@ -34,7 +34,8 @@ from training.layer_rate import planning_flops
 from training.metered import MeteredGroup, on_rank_0
 from training.plan_layout import Plan, search
 from training.presets import load_preset
-from training.trainer import StepResult, Trainer
+from training.step_result import StepResult
+from training.trainer import Trainer
 
 FLOPS_PER_S = 10e9
 SLEEPING = ("1x4", "1x8", "2x2@1gbit", "2x2@200mbit", "2x4@1gbit", "2x4@200mbit", "4x2@1gbit", "4x1@200mbit")

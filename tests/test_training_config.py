@@ -170,7 +170,6 @@ def test_layouts() -> None:
         ({"model": {"kv_lora_rank": 8, "qk_rope_head_dim": 3}}, 1, "model.qk_rope_head_dim is 3; latent attention"),
         ({"model": {"kv_lora_rank": 8, "n_kv_heads": 2}}, 1, "model.n_kv_heads is 2, but in latent attention each of"),
         ({"model": {"kv_lora_rank": 8, "block": "gpt2"}}, 1, "model.kv_lora_rank needs rotary positions"),
-        ({"model": {"rope_scaling": "yarn"}}, 1, "'yarn' needs latent attention; set model.kv_lora_rank"),
         (
             {"model": {"rope_mscale": 1.0}},
             1,

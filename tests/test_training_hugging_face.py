@@ -50,6 +50,13 @@ LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32,
 MODELS: dict[str, dict[str, Any]] = {
     "llama, tied": {"head_dim": 16, "rope_scaling": "linear", "rope_factor": 2.0},
     "llama 3.1": {"tie_embeddings": False, **LLAMA3},
+    "llama, yarn": {
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_original_len": 24,
+        "rope_high_freq_factor": 16.0,
+        "rope_mscale": 1.0,
+    },
     "mixtral": {"n_experts": 4, "top_k": 2, "tie_embeddings": False},
     "glm4_moe": DEEPSEEK,
     "glm4_moe, weights as they are": {**DEEPSEEK, "norm_topk_prob": False, "n_expert_groups": 1, "topk_groups": 1},
@@ -64,6 +71,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "best_of_group": 1,
     },
     "deepseek_v2, lite": {**V2, **YARN, "v_head_dim": 0, "rope_mscale": 0.0},
+    "mixtral, yarn": {
+        "n_experts": 4,
+        "top_k": 2,
+        "tie_embeddings": False,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_original_len": 24,
+        "rope_mscale": 0.0,
+        "rope_high_freq_factor": 16.0,
+    },
     "gpt2": {"block": "gpt2", "n_kv_heads": 4},
 }
 TOKENS = torch.randint(0, 64, (80, 2), generator=torch.Generator().manual_seed(1))  # [S, B]
@@ -183,7 +200,10 @@ def test_a_model_that_hugging_face_does_not_have_is_refused(changes: Any, messag
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the trainer's models have 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"sliding_window": 4096}, "sliding_window is 4096"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'; there are default, linear"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "rope_type is 'longrope'; there are default, linear",
+        ),
         ({"hidden_size": None}, "has no 'hidden_size'"),
     ],
 )

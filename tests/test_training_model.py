@@ -195,9 +195,9 @@ def broken(group: Any, config: Config) -> list[tuple[str, bool]]:
     said.append(says())
     if group.rank == 1:
         handle.remove()
-    trainer._recent_losses.extend([1.0] * 10)  # the loss is about 5.5
+    trainer.divergence.recent_losses.extend([1.0] * 10)  # the loss is about 5.5
     said.append(says())
-    trainer._recent_losses.clear()
+    trainer.divergence.recent_losses.clear()
     if group.rank == 1:  # a weight of rank 1 alone
         with torch.no_grad():
             block.feed_forward.up.weight[3, 5] = float("inf")

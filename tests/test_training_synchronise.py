@@ -95,7 +95,7 @@ class Oracle:
             master.copy_(worker["p"][name])
         batch = trainer.corpus.batch([trainer.corpus.train_window(i, self.config.train.seed) for i in sequences])
         n_tokens = batch.tokens.numel()
-        loss = trainer.pipeline.step([batch], Scales(1 / n_tokens, 0.0), trainer.optimizer)
+        loss = float(trainer.pipeline.step([batch], Scales(1 / n_tokens, 0.0), trainer.optimizer))
         trainer.optimizer.wait()
         return loss / n_tokens, {name: each.clone() for name, each in trainer.optimizer.gradients().items()}
 

@@ -31,7 +31,9 @@ class Attention(nn.Module):
         self.parallel = parallel
         self.mesh = mesh
         self.cache: KeyValueCache | None = None
+        self.attend = attend  # torch.compile leaves another one out of its graphs
         self.head_dim = config.head_width
+        self.score_scale = score_scale(config)
         self.frequencies: Tensor | None
         frequencies = rotary_frequencies(config) if config.block == "llama" else None
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -54,10 +56,12 @@ class Attention(nn.Module):
         """[S/cp, B, H, head_dim] of this rank's heads: rotation and attention."""
         if self.frequencies is not None:
             cos, sin = _angles(len(query), self.frequencies, self.mesh, self.cache)
+            if self.score_scale != 1:
+                query = query * self.score_scale
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.cache is not None:
             return self.cache.attend(query, *self.cache.keep(self, key, value))
-        return attend(query, key, value, self.mesh, self.parallel.context, documents)
+        return self.attend(query, key, value, self.mesh, self.parallel.context, documents)
 
 
 class LatentAttention(nn.Module):
@@ -78,6 +82,7 @@ class LatentAttention(nn.Module):
         self.parallel = parallel
         self.mesh = mesh
         self.cache: KeyValueCache | None = None
+        self.attend = attend
         self.widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         self.of_query = (config.head_width, config.qk_rope_head_dim)
         self.of_head = (config.head_width, config.v_width)
@@ -128,7 +133,7 @@ class LatentAttention(nn.Module):
         key, value = both.split(self.of_head, -1)
         query = torch.cat([still, turned], -1)
         key = torch.cat([key, shared.expand(-1, -1, key.shape[-2], -1)], -1)
-        return attend(query, key, value, self.mesh, self.parallel.context, documents)
+        return self.attend(query, key, value, self.mesh, self.parallel.context, documents)
 
     def _of_latents(self, cache: KeyValueCache, query: Tensor, latent: Tensor, shared: Tensor) -> Tensor:
         """_core() without keys and values of heads: q · (U c) = (Uᵀ q) · c, so that latents are the one key and value
@@ -143,7 +148,7 @@ class LatentAttention(nn.Module):
 
 def _angles(n_rows: int, frequencies: Tensor, mesh: Mesh, cache: KeyValueCache | None) -> tuple[Tensor, Tensor]:
     """cos and sin of the positions of this context parallel rank's n_rows."""
-    at = positions(n_rows * mesh.cp.size, mesh.cp.size, mesh.cp.rank)
+    at = positions(n_rows * mesh.cp.size, mesh.cp.size, mesh.cp.rank, frequencies.device)
     if cache is not None:
         at += cache.n_seen
     return rotary_angles(at, frequencies)

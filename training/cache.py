@@ -30,7 +30,8 @@ class KeyValueCache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
         """Causal attention of query [R, B, H, d], at the positions from n_seen on, to all keys [S, B, H_kv, d] and
         values until there; [R, B, H, d of value]. scale: of scores; None: 1 / √d."""
-        seen = torch.arange(len(key)) <= torch.arange(self.n_seen, len(key)).unsqueeze(-1)
+        at = torch.arange(len(key), device=key.device)
+        seen = at <= at[self.n_seen :].unsqueeze(-1)
         grouped = key.shape[2] != query.shape[2]
         q, k, v = (each.permute(1, 2, 0, 3) for each in (query, key, value))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped, scale=scale)

@@ -61,7 +61,7 @@ def save(config: Config, mesh: Mesh, optimizer: Optimizer, sync: Synchronous, pr
         own = _residuals(optimizer, sync)
         for rank, numel in enumerate(_every_length(mesh, own)):
             if numel:
-                flat = _to_rank_0(mesh, rank, torch.cat([each.flatten() for each in own]) if own else None, numel)
+                flat = _to_rank_0(mesh, rank, torch.cat([each.flatten() for each in own]).cpu() if own else None, numel)
                 _add(writer, mesh, _of_rank(rank), {} if flat is None else {"residuals": flat})
         on_rank_0(mesh.world, writer.finish)
     finally:
@@ -101,12 +101,12 @@ def _to_rank_0(mesh: Mesh, rank: int, flat: Tensor | None, numel: int) -> Tensor
     """flat of a rank on rank 0, None elsewhere."""
     if mesh.world.rank == rank and rank:
         assert flat is not None
-        mesh.world.send(flat, 0, rank).wait(SLOW_S)
+        mesh.world.group.send(flat, 0, rank, timeout_s=SLOW_S)
     if mesh.world.rank:
         return None
     if rank:
         flat = torch.empty(numel)
-        mesh.world.recv(flat, rank, rank).wait(SLOW_S)
+        mesh.world.group.recv(flat, rank, rank, timeout_s=SLOW_S)
     return flat
 
 
@@ -118,16 +118,17 @@ def whole_tensors(kind: str, config: Config, mesh: Mesh, optimizer: Optimizer, w
     for name, piece in optimizer.pieces(kind) if mesh.worker_index == worker else ():
         whole = gather_to_leader(piece, optimizer.specs[name], mesh)
         if whole is not None:
-            own[name] = whole.clone(memory_format=torch.contiguous_format)  # of its own memory, not a view
+            # Of its own memory, not a view.
+            own[name] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
     stages = stages_of(config)
     for tag, (name, spec) in enumerate(specs_of_whole(config.model, mesh).items()):
         owner = mesh.leader(stages.ranks_of(name)[0], worker)
         if mesh.world.rank == 0:
             found[name] = own[name] if owner == 0 else torch.empty(spec.shape)
             if owner:
-                mesh.world.recv(found[name], owner, tag).wait(SLOW_S)
+                mesh.world.group.recv(found[name], owner, tag, timeout_s=SLOW_S)
         elif mesh.world.rank == owner:
-            mesh.world.send(own[name], 0, tag).wait(SLOW_S)
+            mesh.world.group.send(own[name], 0, tag, timeout_s=SLOW_S)
     return found
 
 
@@ -226,9 +227,9 @@ def _read_residuals(folder: Path, available: set[str], mesh: Mesh, own: list[Ten
         if mesh.world.rank == 0:
             flat = safe_open(folder / name, "pt").get_tensor("residuals")
             if rank:
-                mesh.world.send(flat, rank, rank).wait(SLOW_S)
+                mesh.world.group.send(flat, rank, rank, timeout_s=SLOW_S)
         elif mesh.world.rank == rank:
-            mesh.world.recv(flat, 0, rank).wait(SLOW_S)
+            mesh.world.group.recv(flat, 0, rank, timeout_s=SLOW_S)
         if mesh.world.rank == rank:
             with torch.no_grad():
                 for each, lost in zip(own, flat.split([each.numel() for each in own]), strict=True):

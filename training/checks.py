@@ -186,3 +186,51 @@ def wires(config: Config) -> None:
             f"wire.dp {wire.dp!r} with layout.zero {layout.zero} has no error feedback: a reduce_scatter does not say "
             "what coding lost; set wire.error_feedback to false, or layout.zero to 0"
         )
+
+
+def products(config: Config, resolved: Layout) -> None:
+    """Of train.matmul, train.compile and train.cuda_graph."""
+    model, train = config.model, config.train
+    if train.cuda_graph:
+        _captures(config)
+    if train.compile and config.layout.schedule in ("zb_h1", "zbv") and config.layout.pp > 1:
+        raise ConfigError(
+            f"train.compile with layout.schedule {config.layout.schedule!r}: weight gradients that are put off are not "
+            "in a compiled backward; set schedule to '1f1b' or 'interleaved', or train.compile to false"
+        )
+    if train.matmul != "fp8":
+        return
+    if train.precision != "bf16":
+        raise ConfigError(
+            f"train.matmul 'fp8' gives bf16 results, train.precision is {train.precision!r}; set it to 'bf16'"
+        )
+    if config.layout.tp_overlap == "always":
+        raise ConfigError(
+            "train.matmul 'fp8' with layout.tp_overlap 'always', whose pieces are no fp8 products; set tp_overlap to "
+            "'never'"
+        )
+    tokens = config.data.seq_len // resolved.cp * (train.global_batch // (resolved.n_data * train.accumulation))
+    for name, size in (
+        ("tokens of a micro-batch on a rank / layout.tp", tokens // resolved.tp),
+        ("model.d_model", model.d_model),
+        ("model.n_heads × head width / layout.tp", model.n_heads * model.head_width // resolved.tp),
+        ("model.n_kv_heads × head width / layout.tp", model.n_kv_heads * model.head_width // resolved.tp),
+        ("model.d_ff / layout.tp", model.d_ff // resolved.tp),
+    ):
+        if size % 16:
+            raise ConfigError(f"train.matmul is 'fp8', whose products need multiples of 16; {name} is {size}")
+
+
+def _captures(config: Config) -> None:
+    layout, train = config.layout, config.train
+    for asked, what in (
+        (layout.pp > 1, f"layout.pp {layout.pp}, whose stages exchange messages"),
+        (layout.cp > 1 and layout.context == "ring", "layout.context 'ring', whose ranks exchange messages"),
+        (layout.tp_overlap == "always", "layout.tp_overlap 'always', whose ranks exchange messages"),
+        (layout.zero > 0, f"layout.zero {layout.zero}, whose memory comes and goes from step to step"),
+        (config.model.n_experts > 0, "experts, whose rows the host counts"),
+        (train.offload_activations or train.offload_optimizer or train.offload_parameters, "offloading"),
+        (config.sync.method != "synchronous", f"sync.method {config.sync.method!r}, whose steps are not all alike"),
+    ):
+        if asked:
+            raise ConfigError(f"train.cuda_graph cannot capture a step with {what}; set one of them to its default")

@@ -65,6 +65,7 @@ class TrainConfig:
     global_batch: int = 16  # sequences a step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches a step
     seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where every rank has one
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: bf16 parameters and activations, fp32 masters and gradients
     bucket_kib: int = 0  # gradients reduced together, at most; 0: as the links ask for (docs/overlap.md)
     eval_every: int = 50
@@ -74,6 +75,9 @@ class TrainConfig:
     offload_parameters: bool = False  # with layout.zero 3, each rank's part of blocks in a mapped file
     offload_activations: bool = False  # what backward needs in a mapped file
     offload_dir: str = ""  # "": offload in the run's folder
+    matmul: Literal["plain", "fp8"] = "plain"  # products of linear layers: as train.precision says, or fp8 on GPUs
+    compile: bool = False  # blocks by torch.compile
+    cuda_graph: bool = False  # a step as one graph, on GPUs
     loss_chunk: int = 1024  # tokens whose logits exist at a time
     memory_gib: float = 0.0  # of a rank; a run that is predicted to need more is refused; 0: not checked
     checkpoint_every: int = 100

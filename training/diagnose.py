@@ -17,12 +17,13 @@ from training.metered import MeteredGroup
 
 _ROW = 256  # bytes of a rank's finding
 
-Finding = tuple[int, int, str]  # phase (0 forward, 1 backward), how many outputs were seen before it, where
+# Phase (0 forward, 1 backward), the turn of the rank's stage in it, how many outputs were seen before it, where.
+Finding = tuple[int, int, int, str]
 
 
-def first_not_finite(world: MeteredGroup, model: nn.Module, again: Callable[[], Any]) -> str:
+def first_not_finite(world: MeteredGroup, model: nn.Module, again: Callable[[], Any], stage: int = 0) -> str:
     """In words, the rank and layer whose output, or gradient of an output, was first not finite in again(), which runs
-    the step's forward and backward. All ranks together."""
+    the step's forward and backward. stage: of the pipeline, this rank's. All ranks together."""
     seen: list[Finding] = []
     count = 0
 
@@ -30,8 +31,8 @@ def first_not_finite(world: MeteredGroup, model: nn.Module, again: Callable[[], 
         nonlocal count
         count += 1
         if not seen and isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
-            kind = "nan" if value.isnan().any() else "inf"
-            seen.append((phase, count, f"{kind} in {'the gradient of ' if phase else ''}{name}"))
+            where = f"{'nan' if value.isnan().any() else 'inf'} in {'the gradient of ' if phase else ''}{name}"
+            seen.append((phase, -stage if phase else stage, count, where))
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -48,7 +49,7 @@ def first_not_finite(world: MeteredGroup, model: nn.Module, again: Callable[[], 
     finally:
         for handle in handles:
             handle.remove()
-    found = [(tuple(each[:2]), rank, each[2]) for rank, each in enumerate(_gather(world, seen[:1])) for each in each]
+    found = [(tuple(each[:3]), rank, each[3]) for rank, each in enumerate(_gather(world, seen[:1])) for each in each]
     if not found:
         return "every layer's output and gradient is finite, their sums are not"
     _, rank, where = min(found)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from training.errors import ConfigError
 from training.model_config import ModelConfig
+from training.rotary import score_scale
 
 _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -155,7 +157,10 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
         scaling |= {"beta_slow": config.rope_low_freq_factor, "beta_fast": config.rope_high_freq_factor}
         # Both alike: what one does to cosines and sines the other one undoes, and scores alone are scaled.
         m = config.rope_mscale
-        scaling |= {"mscale": m, "mscale_all_dim": m} if m else {"attention_factor": 1.0}
+        if config.latent and m:
+            scaling |= {"mscale": m, "mscale_all_dim": m}
+        elif m != 1:
+            scaling |= {"attention_factor": score_scale(config) ** 0.5}
     return scaling
 
 
@@ -267,7 +272,7 @@ def model_config(description: dict[str, Any], source: str) -> ModelConfig:
 def _scaled_positions(rope: dict[str, Any], kind: str, source: str) -> dict[str, Any]:
     """ModelConfig's rope_scaling and what belongs to it, of a config.json's rope_parameters."""
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    known = ["default", "linear", "llama3", *(["yarn"] if kind in _LATENT else [])]
+    known = ["default", "linear", "llama3", "yarn"]
     if rope_type not in known:
         raise ConfigError(f"{source}: rope_type is {rope_type!r}; there are {', '.join(known)}")
     if rope_type == "default":
@@ -279,8 +284,16 @@ def _scaled_positions(rope: dict[str, Any], kind: str, source: str) -> dict[str,
     if rope_type == "llama3":
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
         return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+    if not rope.get("truncate", True):
+        raise ConfigError(f"{source}: truncate is false; the trainer's yarn rounds the bounds of its ramp")
     low, high = float(rope.get("beta_slow", 1)), float(rope.get("beta_fast", 32))
     of_scores, of_angles = rope.get("mscale_all_dim") or 0.0, rope.get("mscale") or 0.0
+    if kind not in _LATENT:  # there it is angles that are scaled: queries and keys, as if it were scores
+        scale, log = rope.get("attention_factor"), 0.1 * math.log(found["rope_factor"])
+        if scale is None and of_scores and of_angles:
+            scale = (1 + of_angles * log) / (1 + of_scores * log)
+        mscale = 1.0 if scale is None else (scale - 1) / log if log else 0.0
+        return found | {"rope_low_freq_factor": low, "rope_high_freq_factor": high, "rope_mscale": mscale}
     if rope.get("attention_factor") != 1 and (of_scores != of_angles or not of_scores):
         raise ConfigError(
             f"{source}: mscale is {of_angles}, mscale_all_dim {of_scores}; the trainer's models have them "

@@ -106,8 +106,9 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         )
     stages_of(config)
     schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
-    # auto times products, so that the last bits may differ from run to run; pieces cross whole.
-    whole = config.monitor.deterministic or config.wire.tp != "none"
+    # auto times products, so that the last bits may differ from run to run; pieces cross whole, and are neither fp8
+    # products nor in graphs.
+    whole = config.monitor.deterministic or config.wire.tp != "none" or train.matmul == "fp8" or train.cuda_graph
     tp_overlap = "never" if layout.tp_overlap == "auto" and whole else layout.tp_overlap
     found = Layout(
         dp=dp,
@@ -124,6 +125,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
     )
     checks.zero(config, found)
     checks.wires(config)
+    checks.products(config, found)
     if layout.moe_chunks < 0:
         raise ConfigError(f"layout.moe_chunks is {layout.moe_chunks}; give 1 or more, or 0 for the library's choice")
     if layout.moe_exchange == "flat" and layout.moe_dedup != "auto":

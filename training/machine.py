@@ -6,19 +6,22 @@ import ctypes
 import functools
 import os
 import resource
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from training.device import HOST, Device, Span, of_this_machine
+
 if TYPE_CHECKING:
     from pycomm.group import Group
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has had resident."""
+def peak_memory_bytes(device: Device = HOST) -> int:
+    """The most memory that this process has had resident, or that its tensors have had of a GPU."""
+    if device.is_gpu:
+        return torch.cuda.max_memory_allocated(device.where)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -49,13 +52,9 @@ def give_back_free_memory() -> None:
 def share_cores(world: Group) -> None:
     """Gives each rank its share of its machine's cores, unless OMP_NUM_THREADS says how many it has.
 
-    Ranks of one machine are those whose kernel has the same boot id: emulated hosts share cores too."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:36].ljust(36)
-    all_ids = torch.empty(world.size, 36, dtype=torch.uint8)
-    own_id = torch.frombuffer(bytearray(boot_id), dtype=torch.uint8).unsqueeze(0)
-    world.all_gather(all_ids, own_id)
+    Emulated hosts share cores too."""
+    ranks_here = sum(of_this_machine(world))
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int((all_ids == own_id).all(1).sum())
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
@@ -66,13 +65,15 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def matmul_flops(dtype: torch.dtype, n: int = 768, n_tries: int = 5) -> float:
+def matmul_flops(dtype: torch.dtype, device: Device = HOST, n_tries: int = 5) -> float:
     """FLOP/s that this rank reaches in a matrix product [n, n] × [n, n], the best of n_tries: what MFU is a share of
     where no peak is given. All ranks at once see what sharing the machine leaves them."""
-    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
+    n = 8192 if device.is_gpu else 768
+    a, b = (torch.ones(n, n, dtype=dtype, device=device.where) for _ in range(2))
     best_s = float("inf")
     for _ in range(n_tries):
-        started = time.perf_counter()
+        span = Span(device)
         torch.mm(a, b)
-        best_s = min(best_s, time.perf_counter() - started)
+        span.stop()
+        best_s = min(best_s, span.seconds())
     return 2 * n**3 / best_s

@@ -7,6 +7,7 @@ cannot reuse is not counted. Where a figure depends on the data (rows of an expe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -244,17 +245,30 @@ def _inner(config: Config, layout: Layout, index: int) -> float:
     return _tokens(config, layout) * (2 if model.block == "gpt2" else 4) * width / layout.tp
 
 
-def require_fit(config: Config, layout: Layout, specs: dict[str, ParamSpec], process_nbytes: int = 0) -> Estimate:
-    """The largest estimate(). Raises ConfigError where it is more than train.memory_gib."""
+def require_fit(
+    config: Config,
+    layout: Layout,
+    specs: dict[str, ParamSpec],
+    process_nbytes: int = 0,
+    gpu_nbytes: int | None = None,
+) -> Estimate:
+    """The largest estimate(). gpu_nbytes: what a rank's GPU has free; None for ranks on CPUs.
+
+    Raises ConfigError where it is more than train.memory_gib, or without that than the GPU has."""
     estimates = [estimate(config, layout, specs, pp_index, process_nbytes) for pp_index in range(layout.pp)]
+    if gpu_nbytes is not None:
+        estimates = [dataclasses.replace(each, communication=0) for each in estimates]  # it is in host memory
     most = max(estimates, key=lambda each: each.total)
     allowed = config.train.memory_gib
     if allowed and most.total > allowed * 2**30:
-        raise ConfigError(
-            f"a rank of pipeline stage {estimates.index(most)} needs about {most}, train.memory_gib allows "
-            f"{allowed:g}; {_remedy(config, most)}"
-        )
-    return most
+        limit = f"train.memory_gib allows {allowed:g}"
+    elif not allowed and gpu_nbytes is not None and most.total > gpu_nbytes:
+        limit = f"the GPU has {gpu_nbytes / 2**30:.2f} GiB free"
+    else:
+        return most
+    raise ConfigError(
+        f"a rank of pipeline stage {estimates.index(most)} needs about {most}, {limit}; {_remedy(config, most)}"
+    )
 
 
 def _remedy(config: Config, most: Estimate) -> str:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from training.config import WireConfig
+from training.device import HOST, Device
 from training.errors import ConfigError
 from training.layout import Layout
 from training.metered import MeteredGroup
@@ -66,20 +67,28 @@ class Mesh:
     """This rank's place in a layout, and its group along each axis. Every rank of the world constructs it together."""
 
     def __init__(
-        self, world: Group, layout: Layout, placement: Placement | None = None, wire: WireConfig | None = None
+        self,
+        world: Group,
+        layout: Layout,
+        placement: Placement | None = None,
+        wire: WireConfig | None = None,
+        device: Device = HOST,
     ) -> None:
-        """placement: of the pipeline's stages; None: one stage a rank. wire: of each axis; None: none."""
+        """placement: of the pipeline's stages; None: one stage a rank. wire: of each axis; None: none. device: this
+        rank's."""
         if layout.n_ranks != world.size:
             raise ConfigError(f"the layout {layout} has {layout.n_ranks} ranks, the group has {world.size}")
         self.layout = layout
+        self.device = device
         self.placement = placement or Placement(layout.pp)
+        self.fp8 = False  # whether linear layers' products are (train.matmul)
         self.weight_gradients: WeightGradients | None = None  # of the forward or backward that runs, where put off
         given = wire or WireConfig()
         self.wire: dict[str, str | None] = {
             axis: None if (each := getattr(given, axis)) == "none" else each
             for axis in ("dp", "outer", "tp", "cp", "ep")
         }
-        self.world = MeteredGroup(world, "world")
+        self.world = MeteredGroup(world, "world", device)
         self._own: list[Group] = []
         self.exchanges: dict[tuple[int, int, int], ExpertParallel] = {}  # of moe.py: one for all layers that are alike
         self.products: dict[tuple[Any, ...], MatmulPlan] = {}  # of parallel.py: how those of a shape run
@@ -115,6 +124,8 @@ class Mesh:
         if layout.workers > 1:
             self.outer = self._axis("outer", [at[1:] for at in places])  # the ranks of the same place in each worker
             self._all_holders = {axis: self._axis("outer", colors) for axis, colors in holders.items()}
+        for each in (self.tp, self.cp, self.pp):
+            self._own += each.open_messages()
         self._with_leader: dict[Axis, bool] = {
             None: here.dp == here.cp == here.tp == 0,
             "tp": here.dp == here.cp == 0,
@@ -130,7 +141,7 @@ class Mesh:
             group = self.world.group.split(partition[self.world.rank])
             assert group is not None
             self._own.append(group)
-            self._by_partition[partition] = MeteredGroup(group, name if group.size > 1 else "alone")
+            self._by_partition[partition] = MeteredGroup(group, name if group.size > 1 else "alone", self.device)
         return self._by_partition[partition]
 
     def subgroup(self, name: str, parent: MeteredGroup, color: int) -> MeteredGroup:
@@ -140,7 +151,7 @@ class Mesh:
         group = parent.group.split(color)
         assert group is not None
         self._own.append(group)
-        made = MeteredGroup(group, name if group.size > 1 else "alone")
+        made = MeteredGroup(group, name if group.size > 1 else "alone", self.device)
         self._parts.append(made)
         return made
 

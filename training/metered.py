@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from training.device import HOST, Device, Waits
 from training.errors import BY_NAME, TrainingError
 
 if TYPE_CHECKING:
@@ -26,21 +26,49 @@ class MeteredGroup:
     A group of one rank returns at once: its collectives are the identity.
     """
 
-    def __init__(self, group: Group, name: str) -> None:
-        """name: of the axis."""
+    def __init__(self, group: Group, name: str, device: Device = HOST) -> None:
+        """name: of the axis. device: of the tensors, beside the host's."""
         self.group = group
         self.name = name
         self.rank: int = group.rank
         self.size: int = group.size
-        self.blocked_s = 0.0
+        self._array = device.array
+        self._device = device
+        self._waits = Waits(device)
+        self._messages: tuple[Group, ...] = ()
 
-    @contextmanager
-    def _blocking(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.blocked_s += time.perf_counter() - started
+    @property
+    def blocked_s(self) -> float:
+        """Until now; on a GPU of what it has come past."""
+        return self._waits.until_now_s()
+
+    def _blocking(self) -> AbstractContextManager[None]:
+        return self._waits.counting()
+
+    def leave_out_of_graphs(self) -> None:
+        """torch.compile ends a graph before each collective from now on, and begins another one after it."""
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "send", "recv"):
+            setattr(self, name, torch.compiler.disable(getattr(self, name)))
+
+    def open_messages(self) -> Sequence[Group]:
+        """To be called before send() and recv() of a device's tensors, on all ranks together; the groups that were made
+        for it, which are the caller's to close.
+
+        A device's messages have no tags and come in the order of one queue for each two ranks of a group. So each
+        direction gets a group of its own, where receives are posted in the order of the sends; and neighbours around
+        the ring meet here, in an order that no rank waits in for ever. Others must not exchange messages."""
+        if not self._device.late or self.size == 1 or self._messages:
+            return ()
+        self._messages = tuple(made for _ in range(2) if (made := self.group.new_group(range(self.size))) is not None)
+        for low, high in sorted({tuple(sorted((i, (i + 1) % self.size))) for i in range(self.size)}):
+            for upwards in (False, True):
+                src, dst = (low, high) if upwards else (high, low)
+                token = torch.zeros(1, device=self._device.where)
+                if self.rank == src:
+                    self.send(token, dst, 0, async_op=False)
+                elif self.rank == dst:
+                    self.recv(token, src, 0, async_op=False)
+        return self._messages
 
     def all_reduce(
         self,
@@ -52,23 +80,34 @@ class MeteredGroup:
         wire: str | None = None,
         wire_residual: Tensor | None = None,
     ) -> Any:
+        if self.size == 1 and not async_op:
+            return x
         with self._blocking():
             result = self.group.all_reduce(
-                x, op, async_op=async_op, timeout_s=timeout_s, wire=wire, wire_residual=wire_residual
+                self._array(x),
+                op,
+                async_op=async_op,
+                timeout_s=timeout_s,
+                wire=wire,
+                wire_residual=None if wire_residual is None else self._array(wire_residual),
             )
-        return MeteredWork(result, self) if async_op else result
+        return MeteredWork(result, self) if async_op else x
 
     def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False, wire: str | None = None) -> Any:
+        if self.size == 1 and not async_op:
+            return output.copy_(input.view(output.shape))
         with self._blocking():
-            result = self.group.all_gather(output, input, async_op=async_op, wire=wire)
-        return MeteredWork(result, self) if async_op else result
+            result = self.group.all_gather(self._array(output), self._array(input), async_op=async_op, wire=wire)
+        return MeteredWork(result, self) if async_op else output
 
     def reduce_scatter(
         self, output: Tensor, input: Tensor, op: str = "sum", *, async_op: bool = False, wire: str | None = None
     ) -> Any:
         with self._blocking():
-            result = self.group.reduce_scatter(output, input, op, async_op=async_op, wire=wire)
-        return MeteredWork(result, self) if async_op else result
+            result = self.group.reduce_scatter(
+                self._array(output), self._array(input), op, async_op=async_op, wire=wire
+            )
+        return MeteredWork(result, self) if async_op else output
 
     def all_to_all(
         self,
@@ -80,30 +119,38 @@ class MeteredGroup:
         wire: str | None = None,
     ) -> None:
         with self._blocking():
-            self.group.all_to_all(output, input, output_counts, input_counts, wire=wire)
+            self.group.all_to_all(self._array(output), self._array(input), output_counts, input_counts, wire=wire)
 
     def explanation(self, op: str, nbytes: int) -> Explanation:
         return self.group.explanation(op, nbytes)
 
     def send(self, x: Tensor, dst: int, tag: int, *, async_op: bool = True) -> Any:
-        """Begins to send; the Work. Without async_op it waits."""
+        """Begins to send; the Work. Without async_op it waits. On a device the order counts, and no tag."""
         with self._blocking():
-            work = self.group.send(x, dst, tag, async_op=async_op)
+            if self._messages:
+                work = self._messages[dst > self.rank].send(self._array(x), dst, async_op=async_op)
+            else:
+                work = self.group.send(x, dst, tag, async_op=async_op)
         return MeteredWork(work, self) if async_op else work
 
     def recv(self, x: Tensor, src: int, tag: int, *, async_op: bool = True) -> Any:
-        """Begins to receive; the Work. Without async_op it waits."""
+        """Begins to receive; the Work. Without async_op it waits. On a device the order counts, and no tag."""
         with self._blocking():
-            work = self.group.recv(x, src, tag, async_op=async_op)
+            if self._messages:
+                work = self._messages[self.rank > src].recv(self._array(x), src, async_op=async_op)
+            else:
+                work = self.group.recv(x, src, tag, async_op=async_op)
         return MeteredWork(work, self) if async_op else work
 
     def gather(self, output: Tensor | None, input: Tensor, root: int) -> None:
         with self._blocking():
-            self.group.gather(output, input, root)
+            self.group.gather(None if output is None else self._array(output), self._array(input), root)
 
     def broadcast(self, x: Tensor, root: int, timeout_s: float | None = None) -> None:
+        if self.size == 1:
+            return
         with self._blocking():
-            self.group.broadcast(x, root, timeout_s=timeout_s)
+            self.group.broadcast(self._array(x), root, timeout_s=timeout_s)
 
 
 class MeteredWork:

@@ -8,10 +8,10 @@ logits exist on no rank while training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ class Positions(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         mesh = self.mesh
-        at = positions(x.shape[0] * mesh.sequence.size, mesh.cp.size, mesh.cp.rank)
+        at = positions(x.shape[0] * mesh.sequence.size, mesh.cp.size, mesh.cp.rank, x.device)
         if self.cache is not None:
             at = (at + self.cache.n_seen).clamp(max=len(self.weight) - 1)  # padding may go beyond
         return x + self.weight[at.chunk(mesh.tp.size)[mesh.tp.rank]].unsqueeze(1)
@@ -90,6 +90,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mesh: Mesh, index: int, parallel: Parallel) -> None:
         super().__init__()
+        self.mesh = mesh
         self.attention_norm = norm(config, mesh)
         self.attention = (LatentAttention if config.latent else Attention)(config, mesh, parallel)
         self.feed_forward_norm = norm(config, mesh)
@@ -101,8 +102,22 @@ class Block(nn.Module):
                 self.feed_forward = FeedForward(config, mesh, config.n_shared_experts * config.expert_width)
         else:
             self.feed_forward = FeedForward(config, mesh, config.d_ff)
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    def compile_layers(self) -> None:
+        """Forwards that a backward follows run compiled from now on, in one graph, or several between which ranks
+        exchange; hooks of the block itself stay outside."""
+        if self.mesh.cp.size > 1:
+            self.attention.attend = torch.compiler.disable(self.attention.attend)
+        if self.experts is not None:
+            self.experts.exchanged = torch.compiler.disable(self.experts.exchanged)
+        self._compiled = torch.compile(self._layers, dynamic=False)
 
     def forward(self, x: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        run = self._compiled if self._compiled is not None and torch.is_grad_enabled() else self._layers
+        return run(x, documents)
+
+    def _layers(self, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = x + self.attention(self.attention_norm(x), documents)
         normed = self.feed_forward_norm(x)
         if self.feed_forward is not None:
@@ -139,6 +154,16 @@ class GPT(nn.Module):
         separate = self.last and not tied
         self.head = ColumnLinear(config.d_model, config.vocab_size, mesh, STD) if separate else None
 
+    def compile_blocks(self) -> None:
+        """torch.compile for each block's forward and backward: done at the first of them, once for blocks alike."""
+        import torch._dynamo  # slow, and few runs need it
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(self.blocks))
+        for group in self.mesh.groups:
+            group.leave_out_of_graphs()
+        for block in self.blocks.values():
+            cast(Block, block).compile_layers()
+
     @contextmanager
     def keeping(self, cache: KeyValueCache | None) -> Iterator[None]:
         """Within it, forwards begin at the cache's position, and attention sees and keeps what is there. Without
@@ -161,7 +186,7 @@ class GPT(nn.Module):
     def run_blocks(self, chunk: int, x: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """x through the layers of a chunk, and the balance loss: fp32 scalar, this rank's part of the sum over
         sequences and these layers."""
-        balance = torch.zeros(())
+        balance = torch.zeros((), device=x.device)
         for index in self.chunks[chunk]:
             x, of_block = again(self.blocks[str(index)], x, documents, enabled=self.parallel.recompute == "full")
             if of_block is not None:

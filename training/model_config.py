@@ -35,7 +35,7 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0  # llama3, yarn: wavelengths above rope_original_len / this are scaled whole,
     rope_high_freq_factor: float = 4.0  # those below rope_original_len / this not at all
     rope_original_len: int = 8192
-    rope_mscale: float = 0.0  # yarn: scores are multiplied by (0.1 · this · ln(rope_factor) + 1)²
+    rope_mscale: float = 0.0  # yarn: scores are multiplied by (0.1 · this · ln(rope_factor) + 1)²; its authors: 1
 
     n_experts: int = 0  # 0: every block is dense
     top_k: int = 2
@@ -174,10 +174,6 @@ class ModelConfig:
                 raise ConfigError(
                     f"{' and '.join(others)} belong to latent attention, but model.kv_lora_rank is 0; set it to the "
                     "width of the latent, or leave them out"
-                )
-            if self.rope_scaling == "yarn":
-                raise ConfigError(
-                    "model.rope_scaling 'yarn' needs latent attention; set model.kv_lora_rank, or another"
                 )
             return
         if self.block == "gpt2":

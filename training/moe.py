@@ -43,6 +43,7 @@ class MixtureOfExperts(ShardedModule):
         super().__init__(mesh)
         n, d, f = config.n_experts, config.d_model, config.expert_width
         self.config = config
+        self.exchanged = self._through_experts  # torch.compile leaves another one out of its graphs
         self.router = self.new_parameter("router", ParamSpec((n, d), std))
         self.gate = self.new_parameter("gate", ParamSpec((n, f, d), std, "ep", 0, within=1))
         self.up = self.new_parameter("up", ParamSpec((n, f, d), std, "ep", 0, within=1))
@@ -84,7 +85,7 @@ class MixtureOfExperts(ShardedModule):
         if split:
             x = gather_sequence(x, self.mesh)
             experts, weights = (gather_sequence(each, self.mesh, coded=False) for each in (experts, weights))
-        y = self._through_experts(x.flatten(0, 1), experts.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
+        y = self.exchanged(x.flatten(0, 1), experts.flatten(0, 1), weights.flatten(0, 1)).view_as(x)
         return reduce_scatter_sequence(y, self.mesh) if split else y, balance
 
     def _through_experts(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from pycomm.overlap import InMemory
 from training.config import Config, OptimizerConfig
+from training.device import DeviceMemory
+from training.errors import ConfigError
+from training.host_memory import HostMemory
 from training.mesh import Mesh
 from training.metered import MeteredGroup
 from training.offload import FileMemory
@@ -20,7 +22,6 @@ from training.zero import Sharded
 
 PARAMETERS = "parameters"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_NORM_NUMEL = 1 << 18  # the norm copies what it reads in fp64: of 56 MiB at once in 229 ms, in such pieces in 19 ms
 
 
 def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
@@ -30,6 +31,16 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
     progress = min(1.0, (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps))
     lowest = config.lr * config.min_lr_ratio
     return lowest + (config.lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _require_replicated(config: Config) -> None:
+    """Raises ConfigError where what is offloaded on GPUs is more than the optimizer's state of whole parameters."""
+    if config.layout.zero or config.train.offload_parameters or config.sync.method != "synchronous":
+        raise ConfigError(
+            f"on GPUs train.offload_optimizer takes layout.zero 0 and sync.method 'synchronous', they are "
+            f"{config.layout.zero} and {config.sync.method!r}, and train.offload_parameters is for CPUs; raise "
+            "layout.zero instead, which leaves a rank 1/n of the state, or offload without it"
+        )
 
 
 class Optimizer:
@@ -43,13 +54,17 @@ class Optimizer:
         train, layout = config.train, config.layout
         parameters = dict(model.named_parameters())
         self.specs: dict[str, ParamSpec] = specs_of(model)
-        self._config = config.optimizer
+        self._config, self._device = config.optimizer, mesh.device
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
         offloads = train.offload_optimizer or train.offload_parameters
-        self._files = FileMemory(config.offload_dir) if offloads else None
+        if offloads and mesh.device.late:
+            _require_replicated(config)
+        self._files: FileMemory | HostMemory | None = None
+        if offloads:
+            self._files = HostMemory(mesh.device) if mesh.device.late else FileMemory(config.offload_dir)
         state_files = self._files if train.offload_optimizer else None
-        self._state_memory = state_memory = state_files or InMemory()
+        self._state_memory = state_memory = state_files or DeviceMemory(mesh.device)
         for name in self.untrained if layout.zero else parameters:
             fill(name)
         self._state: Replicated | Sharded
@@ -76,8 +91,9 @@ class Optimizer:
         self._updates = [self._adamw(bundle) for bundle in bundles]
         self._moments = {x: state for update in self._updates for x, state in update.state.items()}
         for x, state in self._moments.items():
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=x.device)
             state.update({moment: state_memory.zeros(x.shape, torch.float32) for moment in MOMENTS})
+        self.release()
 
     def _adamw(self, updated: list[tuple[Tensor, bool]]) -> torch.optim.AdamW:
         decayed, others = [x for x, decays in updated if decays], [x for x, decays in updated if not decays]
@@ -89,6 +105,7 @@ class Optimizer:
             betas=(self._config.beta1, self._config.beta2),
             eps=self._config.eps,
             fused=True,
+            capturable=self._device.is_gpu,
         )
         for x, _ in updated:
             found.state[x] = {}
@@ -139,35 +156,50 @@ class Optimizer:
         """(group, collective, bytes) of each exchange of gradients in a step."""
         return self._state.exchanged()
 
-    def norm_squared_share(self) -> float:
-        """This rank's share of the squared norm of the whole model's gradient: summed over the world, it is that.
+    def norm_squared_share(self) -> Tensor:
+        """This rank's share of the squared norm of the whole model's gradient: summed over the world, it is that. fp64
+        scalar on the device.
 
         Ranks that hold the same sums take an equal part of them each."""
-        return sum(
-            float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2 / copies
+        shares = [
+            torch.linalg.vector_norm(piece, dtype=torch.float64).square() / copies
             for flat, copies in self._state.sums()
-            for piece in flat.split(_NORM_NUMEL)
-        )
+            for piece in flat.split(self._device.norm_numel)
+        ]
+        return torch.stack([torch.zeros((), dtype=torch.float64, device=self._device.where), *shares]).sum()
 
     @torch.no_grad()
-    def step(self, lr: float, grad_norm: float) -> None:
-        """One update, after scaling the gradients so that their norm, grad_norm, becomes at most clip_norm."""
-        clip = self._config.clip_norm
-        if clip > 0 and grad_norm > clip:
-            for flat, _ in self._state.sums():
-                flat.mul_(clip / grad_norm)
+    def step(self, lr: float | Tensor, grad_norm: Tensor, skip: Tensor | None = None) -> None:
+        """One update, after scaling the gradients so that their norm, grad_norm (fp64 scalar), is at most clip_norm.
+
+        lr: fp32 scalar on the device where it is a tensor. skip: the same, 1 where nothing is to be updated, 0 else."""
+        self._clip(grad_norm)
         held = [[x for group in update.param_groups for x in group["params"]] for update in self._updates]
         for at, update in enumerate(self._updates):
             for x in held[at + 1] if at + 1 < len(held) else ():
-                self._in_files(x, FileMemory.prefetch)
+                self._in_files(x, lambda files, each: files.prefetch(each))
             for group in update.param_groups:
                 group["lr"] = lr
+            update.found_inf = skip  # type: ignore[attr-defined]  # the fused kernel's own way not to update
             update.step()
             for x in held[at]:
-                self._in_files(x, FileMemory.release)
-        self.publish()
+                if isinstance(self._state, Replicated):
+                    self._state.publish(x)
+                self._in_files(x, lambda files, each: files.release(each))
+        if isinstance(self._state, Sharded):
+            self._state.publish()
 
-    def _in_files(self, x: Tensor, action: Callable[[FileMemory, Tensor], None]) -> None:
+    def _clip(self, grad_norm: Tensor) -> None:
+        clip = self._config.clip_norm
+        flats = [flat for flat, _ in self._state.sums()] if clip > 0 else []
+        if self._device.late and flats:
+            factor = (clip / grad_norm).clamp(max=1.0).float()  # 1 changes nothing; the host does not know which
+            torch._foreach_mul_(flats, factor)
+        elif flats and grad_norm > clip:
+            for flat in flats:
+                flat.mul_(clip / float(grad_norm))
+
+    def _in_files(self, x: Tensor, action: Callable[[FileMemory | HostMemory, Tensor], None]) -> None:
         """Does it with a master and its moments, as far as they lie in files."""
         if self._files is not None:
             for each in (x, *(self._moments[x][moment] for moment in MOMENTS)):
@@ -193,6 +225,7 @@ class Optimizer:
     def pieces(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(name, piece) of every parameter on this rank as the axes cut it: its master for PARAMETERS, or one of
         MOMENTS. Ranks that share pieces together; with ZeRO one unit is whole at a time."""
+        self._device.synchronize()  # what is at home on the host may still be on its way there
         yield from self._state.pieces(self._of(kind))
         self.release()
         for name, parameter in self.untrained.items():

@@ -28,6 +28,7 @@ from pycomm.overlap import (
     plan_all_gather_matmul,
     plan_matmul_reduce_scatter,
 )
+from training import fp8
 from training.mesh import Axis, Mesh
 from training.metered import MeteredGroup
 from training.sharding import ParamSpec, ShardedModule
@@ -79,7 +80,10 @@ def reduce_scatter_sequence(x: Tensor, mesh: Mesh) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, mesh: Mesh) -> Tensor:
-    """F.linear, whose weight gradient is put off where the pipeline's schedule wants it (mesh.weight_gradients)."""
+    """F.linear, in fp8 where the run's products are (mesh.fp8), whose weight gradient is put off where the pipeline's
+    schedule wants it (mesh.weight_gradients)."""
+    if mesh.fp8:
+        return fp8.linear(x, weight, bias, mesh.weight_gradients)
     if mesh.weight_gradients is None:
         return F.linear(x, weight, bias)
     return mesh.weight_gradients.linear(x, weight, bias)

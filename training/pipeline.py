@@ -2,11 +2,13 @@
 and what goes between stages. Without a pipeline it is the same with one stage: forward, backward, the next micro-batch.
 
 Sends never wait; a receive is posted a few actions ahead of its use, so that it arrives beside computation. A message's
-tag names the stage that it goes to, its micro-batch and its direction, so messages of micro-batches never mix.
+tag names the stage that it goes to, its micro-batch and its direction, so messages of micro-batches never mix; receives
+are posted in the order of the sends, for devices, whose messages have no tags.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from training.mesh import Mesh
 from training.model import GPT
 from training.schedules import Action, Schedule
 
+_Message = tuple[str, int, int]  # what goes to a stage: F or B, the stage, the micro-batch
 Saving = Callable[[], AbstractContextManager[None]]
 _AHEAD = 2  # actions whose receives are posted before their turn
 
@@ -63,16 +66,31 @@ class Pipeline:
         # A table that two chunks of one rank share gets two gradients a micro-batch, which buckets cannot count.
         shared = model.config.tie_embeddings and model.first and model.last and len(chunks) > 1
         self._may_sync = not shared
-        self._posted: dict[Action, tuple[Any, Tensor]] = {}
-        self._handed: dict[tuple[str, int, int], Tensor] = {}  # between two chunks of this rank
+        self._incoming = self._in_senders_order([])
+        self._posted: dict[_Message, tuple[Any, Tensor]] = {}
+        self._handed: dict[_Message, Tensor] = {}  # between two chunks of this rank
         self._sent: list[tuple[Any, Tensor]] = []
+
+    def _in_senders_order(self, actions: Sequence[Sequence[Action]]) -> dict[int, deque[_Message]]:
+        """By rank, the messages that it sends to this one as it goes through its actions. That is the order in which
+        they must be received where they have no tags."""
+        found: dict[int, deque[_Message]] = {}
+        for rank, of_rank in enumerate(actions):
+            for action in of_rank if rank != self._mesh.pp_index else ():
+                stage = self._placement.stage(rank, action.chunk)
+                to = {"F": stage + 1, "B": stage - 1}.get(action.kind, -1)
+                if 0 <= to < self._placement.n_stages and self._placement.rank(to) == self._mesh.pp_index:
+                    found.setdefault(rank, deque()).append((action.kind, to, action.micro_batch))
+        return found
 
     def _is_last(self, action: Action) -> bool:
         return action.micro_batch == self._schedule.n_micro_batches - 1
 
-    def step(self, batches: Sequence[Batch], scales: Scales, gradients: Gradients) -> float:
-        """All micro-batches, forward and backward; the cross-entropy summed over tokens, 0.0 but on the last stage."""
-        loss_sum = torch.zeros(())
+    def step(self, batches: Sequence[Batch], scales: Scales, gradients: Gradients) -> Tensor:
+        """All micro-batches, forward and backward; the cross-entropy summed over tokens, fp32 scalar on the device, 0
+        but on the last stage."""
+        loss_sum = torch.zeros((), device=self._mesh.device.where)
+        self._incoming = self._in_senders_order(self._schedule.actions)
         held: dict[tuple[int, int], _Held] = {}
         for at, action in enumerate(self._actions):
             for coming in self._actions[at : at + _AHEAD + 1]:
@@ -81,7 +99,7 @@ class Pipeline:
             if action.kind == "F":
                 held[key], loss = self._forward(action, batches, scales)
                 if loss is not None:
-                    loss_sum += loss
+                    loss_sum += loss.detach()
                 continue
             last = self._may_sync and self._is_last(action)
             with gradients.syncing(last):
@@ -95,12 +113,14 @@ class Pipeline:
                 gradients.backward_done()
                 del held[key]
         self._finish_sends()
-        return float(loss_sum)
+        return loss_sum
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor | None:
         """One micro-batch through all stages: the last layer's output [S/cp/tp, B, D] on the last stage, else None."""
         output = None
+        in_turn = [Action("F", chunk, 0) for chunk in range(self._placement.n_chunks)]
+        self._incoming = self._in_senders_order([in_turn] * self._placement.n_ranks)
         for chunk, stage in enumerate(self._stages):
             action = Action("F", chunk, 0)
             self._post(action, [batch])
@@ -158,20 +178,23 @@ class Pipeline:
         stage = self._stages[action.chunk]
         source = stage - 1 if action.kind == "F" else stage + 1
         nothing = action.kind == "W" or not 0 <= source < self._placement.n_stages
-        if nothing or action in self._posted or self._placement.rank(source) == self._mesh.pp_index:
+        if nothing or self._placement.rank(source) == self._mesh.pp_index:
             return
-        n_positions, n_sequences = batches[action.micro_batch].tokens.shape
-        shape = (n_positions // self._mesh.sequence.size, n_sequences, self._model.config.d_model)
-        x = torch.empty(shape, dtype=self._dtype)
-        tag = self._tag(action.kind, stage, action.micro_batch)
-        self._posted[action] = (self._mesh.pp.recv(x, self._placement.rank(source), tag), x)
+        rank, message = self._placement.rank(source), (action.kind, stage, action.micro_batch)
+        while message in self._incoming.get(rank, ()):
+            coming = self._incoming[rank].popleft()
+            n_positions, n_sequences = batches[coming[2]].tokens.shape
+            shape = (n_positions // self._mesh.sequence.size, n_sequences, self._model.config.d_model)
+            x = torch.empty(shape, dtype=self._dtype, device=self._mesh.device.where)
+            self._posted[coming] = (self._mesh.pp.recv(x, rank, self._tag(*coming)), x)
 
     def _take(self, action: Action) -> Tensor:
-        if action in self._posted:
-            work, x = self._posted.pop(action)
+        message = (action.kind, self._stages[action.chunk], action.micro_batch)
+        if message in self._posted:
+            work, x = self._posted.pop(message)
             work.wait()
             return x
-        return self._handed.pop((action.kind, self._stages[action.chunk], action.micro_batch))
+        return self._handed.pop(message)
 
     def _hand_on(self, kind: str, stage: int, micro_batch: int, x: Tensor) -> None:
         rank = self._placement.rank(stage)

@@ -22,6 +22,7 @@ import pycomm
 from pycomm.errors import TopologyError
 from training import checks, schedules
 from training.config import Config
+from training.device import choose_device, device_here
 from training.errors import ConfigError
 from training.layer_rate import Alone, planning_flops
 from training.layout import Layout, resolve_layout
@@ -98,9 +99,11 @@ def whole_specs(config: Config) -> dict[str, ParamSpec]:
     return specs_of_whole(config.model, cast(Mesh, Alone()))
 
 
-def search(config: Config, topology: Any, flops_per_s: float, process_nbytes: int = 0) -> Plan:
+def search(
+    config: Config, topology: Any, flops_per_s: float, process_nbytes: int = 0, gpu_nbytes: int | None = None
+) -> Plan:
     """The best config.plan.show meshes of a topology's ranks (pycomm.Topology). flops_per_s: that a rank reaches.
-    process_nbytes: as memory.estimate() takes it.
+    process_nbytes, gpu_nbytes: as memory.require_fit() takes them.
 
     Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
     checks.plans(config)
@@ -119,7 +122,7 @@ def search(config: Config, topology: Any, flops_per_s: float, process_nbytes: in
         if each.mesh in fitting:
             continue
         try:
-            fitting[each.mesh] = (each, require_fit(each.config, each.layout, specs, process_nbytes))
+            fitting[each.mesh] = (each, require_fit(each.config, each.layout, specs, process_nbytes, gpu_nbytes))
         except ConfigError as error:
             unfit.setdefault(each.mesh, (each, str(error)))
         if len(fitting) == max(1, config.plan.show):
@@ -269,17 +272,20 @@ def plan(config: Config) -> None:
     if 0 < asked.gpus < topology.n_ranks:
         topology = topology.select(range(asked.gpus))
     console = Console(highlight=False)
-    show(search(config, topology, planning_flops(config)), config, topology, console)
+    show(search(config, topology, planning_flops(config, device_here(config.train.device))), config, topology, console)
 
 
 def automatic(config: Config, world: Group) -> Config:
     """config with the first choice for the world's ranks, the same on every rank; they call it together."""
     share_cores(world)
-    rate = torch.tensor([planning_flops(config)], dtype=torch.float64)
+    device = choose_device(config.train.device, world)
+    gpu_nbytes = device.free_nbytes()
+    of_process = process_nbytes() if gpu_nbytes is None else 0
+    rate = torch.tensor([planning_flops(config, device)], dtype=torch.float64)
     world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
 
     def first() -> dict[str, Any]:
-        chosen = search(config, world.topology, float(rate), process_nbytes()).first
+        chosen = search(config, world.topology, float(rate), of_process, gpu_nbytes).first
         print(f"layout.auto: {chosen}; {_duration(chosen.time.total_s)} a step expected", flush=True)
         return {
             "layout": dataclasses.asdict(chosen.config.layout),

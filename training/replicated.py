@@ -34,13 +34,18 @@ class Replicated:
         """memory: of masters that are not the parameters themselves."""
         self._parameters = parameters
         self.masters: dict[str, Tensor] = {}
+        self._rounded: dict[Tensor, nn.Parameter] = {}  # by master, where the two are different
         self.residuals: dict[str, Tensor] = {}  # what coding lost of each gradient on this rank in the last step
         self._buckets: list[tuple[MeteredGroup, GradientBuckets]] = []
         for name, parameter in parameters.items():
             self.masters[name] = parameter.detach()
             if dtype != torch.float32:
-                self.masters[name] = memory.zeros(parameter.shape, torch.float32).copy_(parameter.detach())
+                self.masters[name] = master = memory.zeros(parameter.shape, torch.float32)
+                memory.prefetch(master)
+                master.copy_(parameter.detach())
+                memory.release(master)
                 parameter.data = parameter.data.to(dtype)
+                self._rounded[master] = parameter
         for group, names in by_gradient_group(parameters, specs, mesh):
             buckets = GradientBuckets(
                 [parameters[n] for n in names],
@@ -51,7 +56,9 @@ class Replicated:
             )
             self._buckets.append((group, buckets))
             for name in names:
+                memory.prefetch(self.masters[name])  # a gradient is taken where its tensor is
                 self.masters[name].grad = buckets.gradient(parameters[name])
+                memory.release(self.masters[name])
                 residual = buckets.residual(parameters[name])
                 if residual is not None:
                     self.residuals[name] = residual
@@ -90,11 +97,11 @@ class Replicated:
         """(group, collective, bytes) of each exchange of gradients in a step."""
         return [(group, "all_reduce", flat.nbytes) for group, buckets in self._buckets for flat in buckets.flats]
 
-    def publish(self) -> None:
-        """Rounds the masters into the model's parameters, where these are others."""
-        for name, parameter in self._parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[name])
+    def publish(self, master: Tensor | None = None) -> None:
+        """Rounds a master, or all, into the model's parameters, where these are others."""
+        for each in self._rounded if master is None else [master]:
+            if each in self._rounded:
+                self._rounded[each].copy_(each)
 
     def held(self, of: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
         """What this rank has of each parameter, by name, of a tensor for each that is updated."""

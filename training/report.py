@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from training.machine import peak_memory_bytes
-from training.trainer import StepResult, Trainer
+from training.step_result import StepResult
+from training.trainer import Trainer
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Totals:
 
 def max_peak_memory(trainer: Trainer) -> int:
     """Bytes of the rank that needed most; all ranks together."""
-    peak = torch.tensor([peak_memory_bytes()])
+    peak = torch.tensor([peak_memory_bytes(trainer.device)])
     trainer.mesh.world.all_reduce(peak, "max")
     return int(peak)
 

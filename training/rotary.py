@@ -11,14 +11,15 @@ from training.model_config import ModelConfig
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """fp32 [width / 2], radians a position; width: head_dim, or with latent attention qk_rope_head_dim.
+    """fp32 [width / 2], radians a position, on the CPU, so that all devices have the same; width: head_dim, or with
+    latent attention qk_rope_head_dim.
 
     rope_scaling "linear" divides all by rope_factor (arXiv:2306.15595). "llama3" divides those that turn fewer than
     rope_low_freq_factor times in rope_original_len, leaves those above rope_high_freq_factor turns, and goes linearly
     from one to the other between (Llama 3.1, arXiv:2407.21783). "yarn" does so linearly in the pair's number
     (arXiv:2309.00071, section 3.2)."""
     width = config.qk_rope_head_dim or config.head_width
-    frequencies = config.rope_base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    frequencies = config.rope_base ** -(torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
     if config.rope_scaling == "linear":
         return frequencies / config.rope_factor
     if config.rope_scaling == "llama3":
@@ -32,7 +33,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
             for turns in (config.rope_high_freq_factor, config.rope_low_freq_factor)
         )  # the pairs that turn so often in rope_original_len
         low, high = max(math.floor(first), 0), min(math.ceil(last), width - 1)
-        scaled = ((torch.arange(width // 2) - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
+        scaled = ((torch.arange(width // 2, device="cpu") - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
         return frequencies * (1 - scaled + scaled / config.rope_factor)
     return frequencies
 

@@ -22,7 +22,8 @@ from training.machine import be_deterministic, matmul_flops, share_cores
 from training.metrics import Sinks, check_sinks, plot_losses, read_metrics
 from training.profile import StepProfiler
 from training.report import Totals, communication_paragraph, max_peak_memory, training_paragraph
-from training.trainer import StepResult, Trainer
+from training.step_result import StepResult
+from training.trainer import Trainer
 
 if TYPE_CHECKING:
     from pycomm.group import Group
@@ -86,21 +87,26 @@ def _train(trainer: Trainer, console: Console, metrics: Sinks | None, totals: To
     profiler = StepProfiler(trainer.config.run_dir / "profile", monitor, trainer.mesh.world.rank)
     with LiveTable(console, train.steps) as live, contextlib.closing(profiler):
         while trainer.progress.step < train.steps:
-            profiler.before(trainer.progress.step + 1)
-            result = trainer.train_step()
-            profiler.after(result.step)
-            totals.add(result)
-            record = _record(result, trainer.mesh.worker.size, flops_per_token / peak_flops)
-            done = result.step == train.steps
-            if done or result.step % train.eval_every == 0:
-                eval_loss = trainer.evaluate()
-                record["eval_loss"] = eval_loss
-            if metrics is not None:
-                metrics.write(record)
-            live.show(record)
-            if done or result.stopping or result.step % train.checkpoint_every == 0:
+            step = trainer.progress.step + 1
+            profiler.before(step)
+            trainer.submit_step()
+            profiler.after(step)
+            done = step == train.steps
+            evaluates, saves = done or step % train.eval_every == 0, done or step % train.checkpoint_every == 0
+            results = trainer.results(until_now=evaluates or saves)
+            stopping = any(result.stopping for result in results)
+            for result in results + (trainer.results(until_now=True) if stopping else []):
+                totals.add(result)
+                record = _record(result, trainer.mesh.worker.size, flops_per_token / peak_flops)
+                if evaluates and result.step == step:
+                    eval_loss = trainer.evaluate()
+                    record["eval_loss"] = eval_loss
+                if metrics is not None:
+                    metrics.write(record)
+                live.show(record)
+            if saves or stopping:
                 trainer.save()
-            if result.stopping and not done:
+            if stopping and not done:
                 return None
     return eval_loss
 
@@ -108,7 +114,7 @@ def _train(trainer: Trainer, console: Console, metrics: Sinks | None, totals: To
 def _peak_flops(trainer: Trainer) -> float:
     """FLOP/s of all ranks together, given or measured; all ranks together."""
     given = trainer.config.monitor.peak_tflops * 1e12
-    total = torch.tensor([given or matmul_flops(trainer.dtype)], dtype=torch.float64)
+    total = torch.tensor([given or matmul_flops(trainer.dtype, trainer.device)], dtype=torch.float64)
     trainer.mesh.world.all_reduce(total)
     return float(total)
 

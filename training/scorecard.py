@@ -38,7 +38,9 @@ def scorecard(trainer: Trainer, n_rounds: int = 3) -> Scorecard:
     n_sequences = config.train.global_batch // (trainer.mesh.layout.dp * config.train.accumulation)
     random = torch.Generator().manual_seed(config.train.seed)
     shape = (config.data.seq_len, n_sequences)
-    tokens, targets = (torch.randint(config.model.vocab_size, shape, generator=random) for _ in range(2))
+    tokens, targets = (
+        trainer.device.put(torch.randint(config.model.vocab_size, shape, generator=random)) for _ in range(2)
+    )
 
     def backward() -> None:
         cross_entropy, balance = trainer.model.loss(tokens, targets)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +15,16 @@ from training.checkpoint_files import Progress
 from training.config import Config
 from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
-from training.diagnose import first_not_finite, largest_loss_and_gradient
-from training.errors import DataError, DivergenceError
+from training.device import Span, choose_device
+from training.divergence import Divergence
+from training.errors import DataError
+from training.fp8 import require_fp8
+from training.graphed import Graphed
+from training.host_memory import HostActivations
 from training.layout import resolve_layout, stages_of
-from training.machine import give_back_free_memory, peak_memory_bytes, process_nbytes
+from training.machine import give_back_free_memory, process_nbytes
 from training.memory import require_fit
-from training.mesh import AXES, Mesh
+from training.mesh import Mesh
 from training.metered import SLOW_S
 from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
@@ -35,38 +34,11 @@ from training.outer import Outer
 from training.pipeline import Pipeline, Saving, Scales
 from training.sharding import filler
 from training.stale import Stale
+from training.step_result import Measuring, StepResult, Submitted
 from training.synchronise import Synchronous
 
 if TYPE_CHECKING:
     from pycomm.group import Group
-
-_LOSSES = 20  # of the last steps, whose median a jump is told by
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step. Loss and norm are of the whole batch and model, times and bytes are summed over all ranks; with several
-    workers ([sync]), those are the batch, model and ranks of this rank's worker."""
-
-    step: int  # updates done, this one included
-    loss: float  # mean cross-entropy of a token, before the update
-    grad_norm: float  # before clipping
-    lr: float
-    step_s: float  # of this rank
-    n_tokens: int  # of all workers
-    blocked_s: float  # in which a rank did nothing but wait for communication
-    blocked_by_axis_s: dict[str, float]  # the same, of each of the mesh's groups
-    busy_s: float  # in which an engine had communication to do
-    bytes_inside_hosts: int
-    bytes_between_hosts: int
-    peak_memory_bytes: int  # of the rank that had most
-    slowest_rank: int  # whose own work took longest: the others waited for it
-    slowest_excess_s: float  # by how much longer than the median rank's
-    stopping: bool  # whether some rank was asked to stop, and all know of it
-
-    def exposed_share(self, n_ranks: int) -> float:
-        """The part of the worker's n_ranks' time that they spent waiting for communication, 0 to 1."""
-        return self.blocked_s / (self.step_s * n_ranks)
 
 
 class Trainer:
@@ -75,27 +47,44 @@ class Trainer:
     def __init__(self, config: Config, world: Group) -> None:
         self.config = config
         train, layout = config.train, config.layout
-        stages = stages_of(config)
-        self.mesh = Mesh(world, resolve_layout(config, world.size), stages.placement, config.wire)
+        stages, resolved = stages_of(config), resolve_layout(config, world.size)
+        self.device = choose_device(train.device, world)
+        self.mesh = Mesh(world, resolved, stages.placement, config.wire, self.device)
+        self._graphed = Graphed(self.device, self._whole_step) if train.cuda_graph else None
+        if train.matmul == "fp8":
+            require_fp8(self.device)
+            self.mesh.fp8 = True
         checkpoint.require_same_model(config, self.mesh)
         specs = specs_of_whole(config.model, self.mesh)
-        self.memory = require_fit(config, self.mesh.layout, specs, process_nbytes())
+        gpu_nbytes = self.device.free_nbytes()
+        of_process = process_nbytes() if gpu_nbytes is None else 0
+        self.memory = require_fit(config, self.mesh.layout, specs, of_process, gpu_nbytes)
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(train.global_batch, train.eval_sequences)
         self._check_same_corpus()
         parallel = Parallel(stages, layout.context, train.recompute, train.loss_chunk)
-        self.model = GPT(config.model, self.mesh, parallel)
+        with self.device.making():
+            self.model = GPT(config.model, self.mesh, parallel)
+        self.model.to(self.device.where)  # the frequencies of rotations, which the CPU makes
+        if train.compile:
+            self.model.compile_blocks()
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
         self.sync = _synchronisation(self.optimizer, self.mesh, config)
         saving: Saving = nullcontext
-        if train.offload_activations:
+        if train.offload_activations and self.device.late:
+            saving = HostActivations(self.device, self.model.parameters()).saving
+        elif train.offload_activations:
             saving = ActivationFile(config.offload_dir, self.model.parameters()).saving
         schedule = schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
         self.pipeline = Pipeline(self.model, self.mesh, schedule, self.dtype, saving)
         self.progress = Progress()
-        self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch)
-        self._recent_losses: deque[float] = deque(maxlen=_LOSSES)
+        self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch, self.device)
+        self._measuring = Measuring(self.mesh)
+        self._submitted: Submitted | None = None  # a step that a device may be busy with
+        self._results: list[StepResult] = []
+        self._broken = torch.zeros((), device=self.device.where)  # 1 from the first step on that must not update
+        self.divergence = Divergence(self.model, self.mesh, config.monitor.max_loss_jump)
         self.stop_requested = False  # a signal handler sets it; all ranks learn of it in the same step
 
     def _check_same_corpus(self) -> None:
@@ -121,65 +110,116 @@ class Trainer:
         return self.config.data.seq_len * self._micro_batch_size * self.config.model.d_model * self.dtype.itemsize
 
     @property
+    def _n_tokens(self) -> int:
+        """Of a step of one worker."""
+        return self.config.train.global_batch // self.mesh.layout.workers * self.config.data.seq_len
+
+    @property
     def _micro_batch_size(self) -> int:
         train = self.config.train
         return train.global_batch // (self.mesh.layout.n_data * train.accumulation)
 
     def train_step(self) -> StepResult:
-        """Forward and backward of this rank's part of the global batch, reduction, clipping, update.
+        """submit_step() and its result, for which a device is waited for."""
+        self.submit_step()
+        return self.results(until_now=True)[-1]
+
+    def results(self, until_now: bool = False) -> list[StepResult]:
+        """Of the steps that were not given yet, in order: of a CPU all, of a device all but the one that it may be busy
+        with, which until_now waits for. Raises as submit_step()."""
+        if until_now:
+            self._settle()
+        found, self._results = self._results, []
+        return found
+
+    def submit_step(self) -> None:
+        """Forward and backward of this rank's part of the global batch, reduction, clipping, update. A device is handed
+        all of it, and waited for until it has done the step before.
 
         Raises DivergenceError on every rank when loss or gradient norm is not finite, or the loss jumped; nothing was
-        updated then."""
-        train, before = self.config.train, self._counters()
-        started = time.perf_counter()
-        step = self.progress.step + 1
-        n_tokens = train.global_batch // self.mesh.layout.workers * self.config.data.seq_len
-        batches = self._batches.at(self.progress.position)
-        loss_sum = self._forward_backward(batches, n_tokens)
-        updates = self.sync.reduce(step)
-        worked_s = time.perf_counter() - started
-        passed = [now - then for now, then in zip(self._counters(), before, strict=True)]
-        own = [
-            loss_sum / (n_tokens * self.mesh.tp.size),  # every tp rank has the whole loss
-            self.optimizer.norm_squared_share(),
-            float(self.stop_requested),
-            worked_s - sum(passed[3:]),
-            float(peak_memory_bytes()),
-            *passed,
-        ]
-        worker = self.mesh.worker
-        ranks = torch.empty(worker.size, len(own), dtype=torch.float64)
-        worker.all_gather(ranks, torch.tensor([own], dtype=torch.float64))
-        loss, norm_squared, stopping, _, _, busy_s, inside, between, *blocked_s = ranks.sum(0).tolist()
-        grad_norm = math.sqrt(norm_squared) if norm_squared >= 0 else math.nan
-        self._stop_if_diverging(step, loss, grad_norm, ranks[:, 0], lambda: self._forward_backward(batches, n_tokens))
+        updated then. On a device that is found one step later; the step that is named has not updated either, but where
+        a loss jumped."""
+        train, step = self.config.train, self.progress.step + 1
+        self._measuring.begin()
+        span, batches = Span(self.device), self._batches.at(self.progress.position)
         lr = learning_rate(self.progress.step, train.steps, self.config.optimizer)
-        if updates:
-            self.optimizer.step(lr, grad_norm)
-        balance_routers(self.model, self.mesh)
+        updates = True
+        if self._graphed is not None:
+            lr_there = self.device.put(self.device.staged(torch.tensor(lr)))
+            tensors = [self.device.put(x) for batch in batches for x in batch if x is not None]
+            submitted = self._submission(batches, span, lr, self._graphed(self._own(), lr_there, *tensors))
+        else:
+            loss = self._forward_backward(batches)
+            updates = self.sync.reduce(step)
+            shares = self._of_all_ranks(loss, self._own())
+            submitted = self._submission(batches, span, lr, shares)
+            if not self.device.late:
+                self._require_sound(submitted)
+            self._update(shares, lr, updates)
         self.sync.updated(step)
-        n_updates = self.progress.updates + updates
-        self.progress = Progress(step, self.progress.position + train.global_batch, n_updates)
-        if not self._recent_losses:
+        self.progress = Progress(step, self.progress.position + train.global_batch, self.progress.updates + updates)
+        if not self.divergence.recent_losses:
             give_back_free_memory()  # of making the model and laying out buckets
-        self._recent_losses.append(loss)
-        return StepResult(
-            step=step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            step_s=time.perf_counter() - started,
-            n_tokens=n_tokens * self.mesh.layout.workers,
-            blocked_s=sum(blocked_s),
-            blocked_by_axis_s={name: s for name, s in zip(AXES, blocked_s, strict=True) if s > 0},
-            busy_s=busy_s,
-            bytes_inside_hosts=round(inside),
-            bytes_between_hosts=round(between),
-            peak_memory_bytes=int(ranks[:, 4].max()),
-            slowest_rank=int(ranks[:, 3].argmax()),
-            slowest_excess_s=float(ranks[:, 3].max() - ranks[:, 3].median()),
-            stopping=self._stops(step, stopping > 0),
-        )
+        span.stop()
+        if self.device.late:
+            self._settle()  # the step before, now that the device has this one to do
+        self._submitted = submitted
+        if not self.device.late:
+            self._settle()
+
+    def _own(self) -> Tensor:
+        """This rank's row of Submitted.shares, on the device, but for its part of loss and norm."""
+        own = [[0.0, 0.0, float(self.stop_requested), *self._measuring.own()]]
+        return self.device.put(self.device.staged(torch.tensor(own, dtype=torch.float64)))
+
+    def _of_all_ranks(self, loss: Tensor, own: Tensor) -> Tensor:
+        """Submitted.shares, on the device."""
+        own[0, 0], own[0, 1] = loss, self.optimizer.norm_squared_share()
+        shares = own.new_empty(self.mesh.worker.size, own.shape[1])
+        self.mesh.worker.all_gather(shares, own)
+        return shares
+
+    def _submission(self, batches: list[Batch], span: Span, lr: float, shares: Tensor) -> Submitted:
+        fetched, n_workers = self.device.fetch(shares), self.mesh.layout.workers
+        return Submitted(self.progress.step + 1, lr, self._n_tokens, n_workers, batches, span, fetched)
+
+    def _update(self, shares: Tensor, lr: float | Tensor, updates: bool = True) -> None:
+        """The update, if it is due. On a device nothing is updated from the first step on that is not finite."""
+        grad_norm = shares[:, 1].sum().sqrt()
+        if self.device.late:
+            finite = shares[:, 0].sum().isfinite() & grad_norm.isfinite()
+            torch.maximum(self._broken, (~finite).float(), out=self._broken)
+        if updates:
+            self.optimizer.step(lr, grad_norm, self._broken if self.device.late else None)
+        balance_routers(self.model, self.mesh)
+
+    def _whole_step(self, own: Tensor, lr: Tensor, *tensors: Tensor) -> Tensor:
+        """All that a device does in a step, as a function of tensors; Submitted.shares."""
+        n = len(tensors) // self.config.train.accumulation
+        batches = [Batch(*tensors[i : i + n], *[None] * (3 - n)) for i in range(0, len(tensors), n)]
+        shares = self._of_all_ranks(self._forward_backward(batches), own)
+        self._update(shares, lr)
+        return shares
+
+    def _settle(self) -> None:
+        """The result of the step that was submitted last, if it was not taken yet."""
+        step, self._submitted = self._submitted, None
+        if step is None:
+            return
+        if self.device.late:
+            self._require_sound(step)
+            self._measuring.ended(step.span.seconds())
+        self.divergence.recent_losses.append(step.loss)
+        stopping = bool(step.shares.value()[:, 2].any())
+        self._results.append(step.result(self._stops(step.step, stopping)))
+
+    def _require_sound(self, step: Submitted) -> None:
+        self.divergence.require_sound(step, lambda: self._forward_backward(step.batches), self.optimizer.gradients)
+
+    def _pause(self) -> None:
+        """No step is under way, and what is done now is none."""
+        self._settle()
+        self._measuring.pause()
 
     def _stops(self, step: int, asked: bool) -> bool:
         """Whether all workers stop after this step; asked: whether a rank of this one was asked to."""
@@ -190,37 +230,16 @@ class Trainer:
             self.mesh.outer.all_reduce(flag, "max", timeout_s=SLOW_S)
         return bool(flag)
 
-    def _forward_backward(self, batches: Sequence[Batch], n_tokens: int) -> float:
-        """Forward, backward and reduction of this rank's micro-batches; their cross-entropy, summed over tokens."""
+    def _forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Forward, backward and reduction of this rank's micro-batches; its share of the worker's mean cross-entropy of
+        a token, fp64 scalar on the device."""
         weight = self.config.model.aux_loss_weight if self.config.model.n_experts else 0.0
-        scales = Scales(1 / n_tokens, weight / (n_tokens // self.config.data.seq_len))
+        scales = Scales(1 / self._n_tokens, weight / (self._n_tokens // self.config.data.seq_len))
         self.optimizer.begin()
-        loss_sum = self.pipeline.step(batches, scales, self.optimizer)
+        there = [Batch(*map(self.device.put, batch)) for batch in batches]
+        loss_sum = self.pipeline.step(there, scales, self.optimizer)
         self.optimizer.wait()
-        return loss_sum
-
-    def _stop_if_diverging(
-        self, step: int, loss: float, grad_norm: float, shares: Tensor, again: Callable[[], object]
-    ) -> None:
-        """Raises DivergenceError on every rank for a loss or norm that is not finite, or a loss that jumped, and says
-        where it came from. shares: of the loss, by rank."""
-        allowed = self.config.monitor.max_loss_jump
-        usual = statistics.median(self._recent_losses) if len(self._recent_losses) >= _LOSSES // 2 else math.inf
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = first_not_finite(self.mesh.worker, self.model, again)
-            what = f"the loss is {loss}, the gradient norm {grad_norm}"
-        elif allowed > 0 and loss > usual + allowed:
-            losses = (shares * self.mesh.worker.size).tolist()
-            where = largest_loss_and_gradient(self.mesh.worker, losses, self.optimizer.gradients())
-            what = f"the loss jumped from {usual:.4f} to {loss:.4f} (monitor.max_loss_jump allows {allowed:g})"
-        else:
-            return
-        if self.mesh.layout.workers > 1:
-            where += f" of worker {self.mesh.worker_index}"
-        raise DivergenceError(
-            f"step {step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or longer "
-            "warmup_steps"
-        )
+        return loss_sum.double() / (self._n_tokens * self.mesh.tp.size)  # every tp rank has the whole loss
 
     def _micro_batches(self, position: int) -> list[list[int]]:
         """This rank's windows of the global batch that begins at a position, one list for each micro-batch."""
@@ -228,28 +247,19 @@ class Trainer:
         firsts = [(index * n_data + self.mesh.data_index) * size for index in range(train.accumulation)]
         return [[self.corpus.train_window(position + first + i, train.seed) for i in range(size)] for first in firsts]
 
-    def _counters(self) -> tuple[float, ...]:
-        """Seconds busy, bytes sent inside hosts and between them, and seconds blocked in each group, until now."""
-        stats = [group.group.stats() for group in self.mesh.groups]
-        return (
-            sum(each.busy_s for each in stats),
-            float(sum(each.bytes_inside_hosts for each in stats)),
-            float(sum(each.bytes_between_hosts for each in stats)),
-            *self.mesh.blocked_by_axis_s().values(),
-        )
-
     @torch.no_grad()
     def evaluate(self) -> float:
         """The mean cross-entropy of a token on the held-out windows, of the model that all workers agree on."""
+        self._pause()
         train, size = self.config.train, self._micro_batch_size
         mine = [
             self.corpus.eval_window(index, train.eval_sequences)
             for index in range(self.mesh.data_index, train.eval_sequences, self.mesh.layout.n_data)
         ]
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device.where)
         with self.sync.shared_parameters():
             for first in range(0, len(mine), size):
-                batch = self.corpus.batch(mine[first : first + size])
+                batch = Batch(*map(self.device.put, self.corpus.batch(mine[first : first + size])))
                 output = self.pipeline.forward(batch)
                 if output is not None:
                     total += self.model.cross_entropy(output, own_part(batch.targets, self.mesh))
@@ -262,8 +272,11 @@ class Trainer:
         return KeyValueCache(self.config.data.seq_len + tp) if self.mesh.cp.size == 1 else None
 
     def next_token_logits(self, tokens: Sequence[int], cache: KeyValueCache | None = None) -> Tensor:
-        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank. cache: of the
-        same text's calls before; then the new tokens alone are computed, until there are more than seq_len."""
+        """Logits fp32 [V] of what follows tokens (at most seq_len of them count), whole on every rank's host.
+
+        cache: of the same text's calls before; then the new tokens alone are computed, until there are more than
+        seq_len."""
+        self._pause()
         context = list(tokens)[-self.config.data.seq_len :]
         if len(tokens) > len(context):
             cache = None  # positions move with each token
@@ -271,8 +284,8 @@ class Trainer:
             context = context[cache.n_seen :]
         mesh = self.mesh
         pieces = mesh.tp.size * (1 if mesh.cp.size == 1 else 2 * mesh.cp.size)  # that the sequence is cut into
-        padded = torch.tensor(context + [0] * (-len(context) % pieces)).unsqueeze(-1)
-        logits = torch.zeros(self.config.model.vocab_size)
+        padded = torch.tensor(context + [0] * (-len(context) % pieces), device=self.device.where).unsqueeze(-1)
+        logits = torch.zeros(self.config.model.vocab_size, device=self.device.where)
         with self.model.keeping(cache):
             output = self.pipeline.forward(Batch(padded, padded, None))
         if cache is not None:
@@ -280,15 +293,17 @@ class Trainer:
         if output is not None:
             with torch.no_grad():
                 own = self.model.logits(output)
-            row = (positions(len(padded), mesh.cp.size, mesh.cp.rank) == len(context) - 1).nonzero()
+            at = positions(len(padded), mesh.cp.size, mesh.cp.rank, padded.device)
+            row = (at == len(context) - 1).nonzero()
             if len(row):
                 whole = self.model.whole_logits(own[int(row)])[0]
                 if mesh.data_index == mesh.tp.rank == 0:  # one rank of the world gives it to all
                     logits = whole.contiguous()
         mesh.world.all_reduce(logits)
-        return logits
+        return logits.cpu()
 
     def save(self) -> None:
+        self._pause()
         checkpoint.save(self.config, self.mesh, self.optimizer, self.sync, self.progress)
 
     def resume(self) -> bool:

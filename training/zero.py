@@ -160,7 +160,7 @@ class Sharded:
         """The reverse of pieces(), for one parameter."""
         for each, master, part, within in self._parts():
             if each == name:
-                of[master][part] = piece.flatten()[within]
+                of[master][part].copy_(piece.flatten()[within])
 
     def close(self) -> None:
         self._sharded.close()

@@ -1,0 +1,65 @@
+"""Ring attention over context parallel ranks is attention over the whole sequence, on flash kernels and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_ranks
+from torch import Tensor
+
+from training import ring_attention
+from training.context import attend, own_part
+from training.layout import Layout
+from training.mesh import Mesh
+
+S, B, HEADS, KEY_HEADS, WIDTH = 48, 2, 4, 2, 16
+
+
+def made(dtype: torch.dtype, value_width: int) -> list[Tensor]:
+    """Query, key, value and the gradient of attention's output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((HEADS, WIDTH), (KEY_HEADS, WIDTH), (KEY_HEADS, value_width), (HEADS, value_width))
+    return [torch.randn(S, B, *shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def errors(group: Any, flash: bool, masked: bool, value_width: int, dtype: torch.dtype) -> list[float]:
+    """Largest differences of output and gradients from those of one rank with the whole sequence in fp64."""
+    torch.set_num_threads(1)
+    used = []
+    kernel = ring_attention._flash
+    ring_attention._flash = lambda *given: used.append(1) or kernel(*given)
+    if not flash:
+        ring_attention._has_flash = lambda query, value: False
+    mesh, alone = Mesh(group, Layout(1, 1, 1, cp=group.size)), Mesh(group.split(group.rank), Layout(1, 1, 1))
+    *inputs, grad = made(dtype, value_width)
+    documents = (torch.arange(S) // 13).unsqueeze(1).expand(S, B).contiguous() if masked else None
+    parts = [own_part(x, mesh).clone().requires_grad_() for x in inputs]
+    y = attend(*parts, mesh, "ring", documents)
+    y.backward(own_part(grad, mesh))
+    whole = [x.double().requires_grad_() for x in inputs]
+    expected = attend(*whole, alone, "ring", documents)
+    expected.backward(grad.double())
+    pairs = [(y, expected), *((part.grad, x.grad) for part, x in zip(parts, whole, strict=True))]
+    assert bool(used) == (flash and not masked)
+    alone.world.group.close()
+    mesh.close()
+    return [float((got.double() - own_part(want, mesh)).abs().max()) for got, want in pairs]
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "flash", "masked", "value_width", "dtype", "allowed"),
+    [
+        (2, True, False, WIDTH, torch.float32, 1e-5),
+        (4, True, False, 10, torch.float32, 1e-5),
+        (4, False, False, 10, torch.float32, 1e-5),
+        (2, True, True, WIDTH, torch.float32, 1e-5),
+        (2, True, False, WIDTH, torch.bfloat16, 0.1),
+    ],
+)
+def test_a_ring_attends_as_one_rank(
+    n_ranks: int, flash: bool, masked: bool, value_width: int, dtype: torch.dtype, allowed: float
+) -> None:
+    for found in run_ranks(errors, n_ranks, flash, masked, value_width, dtype):
+        assert max(found) < allowed, found

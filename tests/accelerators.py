@@ -19,6 +19,7 @@ MANY_RANKS_A_GPU = 23003  # the first NCCL with NCCL_MULTI_RANK_GPU_ENABLE
 class Accelerator(Protocol):
     device: str  # of tensors, as torch has it
     backend: str  # of init_process_group
+    tells_mismatch: bool  # whether ranks that call different collectives never end
 
     def environment(self, n_ranks: int) -> dict[str, str]:
         """What every rank needs in its environment."""
@@ -71,6 +72,7 @@ class Cuda:
     nccl_version: int
     device: str = "cuda"
     backend: str = "cpu:pycomm,cuda:pycomm"
+    tells_mismatch: bool = False
 
     def environment(self, n_ranks: int) -> dict[str, str]:
         if n_ranks <= self.n_gpus or self.nccl_version < MANY_RANKS_A_GPU:
@@ -123,6 +125,7 @@ class Fake:
     library: str
     device: str = "cpu"
     backend: str = "pycomm"
+    tells_mismatch: bool = True
 
     def environment(self, n_ranks: int) -> dict[str, str]:
         return {"PYCOMM_NCCL_LIB": self.library, "PYCOMM_TEST_DEVICE": self.library}

@@ -43,6 +43,7 @@ CASES = (
     Case(gpu_bodies.failures, 2, environment={"PYCOMM_CUDA_PEER_BYTES": "65536"}, name="failures_in_the_peer_kernel"),
     Case(gpu_bodies.refusals),
     Case(gpu_bodies.models, 2),
+    Case(gpu_bodies.pipeline),
     Case(gpu_bodies.through_host, 2, n_hosts=2, environment={"PYCOMM_CUDA_BETWEEN_HOSTS": "tcp"}),
     Case(gpu_group_bodies.hierarchical, n_hosts=2, of_group=True),
     Case(gpu_group_bodies.wire, n_hosts=2, of_group=True),

@@ -4,6 +4,7 @@ ranks that it times, on the fake device."""
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,23 @@ def test_ranks_are_timed_on_the_fake_device(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < calls["native"] < calls["hierarchical"]
     assert all(found["own"] > 0 for found in made["hierarchical"]["host_s"].values())
     assert "2 processes" in gpu_report.tables(made)
+
+
+@pytest.mark.parametrize(("code", "said", "status", "last"), [
+    (0, "3 passed, 0 failed", 0, "all ran and passed"),
+    (0, "NOT RUN threads: old NCCL", 0, "NOT RUN threads: old NCCL"),
+    (3, "1 passed, 1 failed", 1, "FAILED (3): "),
+])  # fmt: skip
+def test_what_a_gpus_programs_say_is_what_is_reported(
+    tmp_path: Path, code: int, said: str, status: int, last: str
+) -> None:
+    for name in ("gpu_kernels", "gpu_moe", "gpu_threads", "bin/compute-sanitizer"):
+        program = tmp_path / name
+        program.parent.mkdir(exist_ok=True)
+        said_by, ended = (said, code) if name == "gpu_threads" else ("fine", 0)
+        program.write_text(f"#!/bin/sh\necho '{said_by}'\nexit {ended}\n")
+        program.chmod(0o755)
+    script = Path(__file__).parent / "gpu/kernels.sh"
+    done = subprocess.run([script, tmp_path, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status and done.stdout.splitlines()[-1].startswith(last), done.stdout
+    assert done.stdout.count("compute-sanitizer --error-exitcode 1") == 3

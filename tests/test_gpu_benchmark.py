@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
+import gpu_host  # noqa: E402
 import gpu_ranks  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_torch  # noqa: E402
@@ -196,3 +197,11 @@ def test_what_a_gpus_programs_say_is_what_is_reported(
     done = subprocess.run([script, tmp_path, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == status and done.stdout.splitlines()[-1].startswith(last), done.stdout
     assert done.stdout.count("compute-sanitizer --error-exitcode 1") == 3
+
+
+def test_what_a_call_costs_the_host_is_counted() -> None:
+    found = gpu_host.times(calls=3, rounds=2)
+    native, hierarchical = found["Group.all_reduce, native"], found["Group.all_reduce, hierarchical"]
+    assert native["device_calls"] == 4  # is it captured; its begin, its end, the group's last
+    assert hierarchical["device_calls"] > 4 + 3 * 4  # four tiles of three steps, in order
+    assert native["seconds"] > 0 and hierarchical["seconds"] > 0

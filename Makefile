@@ -59,19 +59,18 @@ test-gpu bench-gpu: export PYCOMM_WERROR := 0
 test-gpu: $(BUILT)
 	cmake -S csrc -B build/cc-gpu -G Ninja -DPYCOMM_WERROR=OFF -DPYCOMM_CUDA_ARCH=native \
 	  -DPYCOMM_CUDA_HOME="$$($(PY) setup.py cuda_home)"
-	cmake --build build/cc-gpu -j 8 --target gpu_kernels gpu_moe
-	build/cc-gpu/tests/gpu_kernels
-	build/cc-gpu/tests/gpu_moe
-	if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --error-exitcode 1 build/cc-gpu/tests/gpu_kernels pack; \
-	else echo "compute-sanitizer is not installed: it was NOT run"; fi
-	PYTHONPATH=tests:$(CURDIR) PYCOMM_TEST_START=spawn $(PY) -m pytest -q tests/gpu
+	cmake --build build/cc-gpu -j 8 --target gpu_kernels gpu_moe gpu_threads
+	PYCOMM_NCCL_LIB="$$($(PY) -c 'from pycomm.gpus import nccl_wheel; print(nccl_wheel())')" \
+	  tests/gpu/kernels.sh build/cc-gpu/tests "$$($(PY) setup.py cuda_home)"
+	PYTHONPATH=tests:$(CURDIR) PYCOMM_TEST_START=spawn $(PY) -m pytest -q tests/gpu \
+	  $$($(PY) -c 'import xdist; print("-n 3")' 2>/dev/null)
 
 bench-gpu: $(BUILT)
 	cmake -S csrc -B build/cc-gpu -G Ninja -DPYCOMM_WERROR=OFF -DPYCOMM_CUDA_ARCH=native \
 	  -DPYCOMM_CUDA_HOME="$$($(PY) setup.py cuda_home)"
-	cmake --build build/cc-gpu -j 8 --target bench_gpu_kernels bench_gpu_moe
-	PYTHONPATH=$(CURDIR) $(PY) benchmarks/gpu.py build/cc-gpu/tests/bench_gpu_kernels build/cc-gpu/tests/bench_gpu_moe
+	cmake --build build/cc-gpu -j 8 --target bench_gpu_kernels bench_gpu_moe bench_gpu_peers
+	PYCOMM_NCCL_LIB="$$($(PY) -c 'from pycomm.gpus import nccl_wheel; print(nccl_wheel())')" \
+	  PYTHONPATH=$(CURDIR) $(PY) benchmarks/gpu.py build/cc-gpu/tests
 
 # torch's own distributed tests at 2, 3 and 4 ranks, on Gloo and on pycomm; ten minutes. Writes docs/torch_suite.md.
 torch-suite: build

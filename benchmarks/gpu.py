@@ -1,8 +1,9 @@
-"""The CUDA kernels and the c10d backend on this machine's GPUs: make bench-gpu
+"""The CUDA kernels and the engine on this machine's GPUs: make bench-gpu
 
-Runs gpu_kernels and gpu_moe (built by cmake), times torch's copy of rows beside the latter, then, on all GPUs of the
-machine, torch.distributed's all_reduce on "nccl" and on "pycomm" in turns. Writes results/<gpu>.json and prints tables.
-Without a GPU it fails: nothing is measured then."""
+Runs gpu_kernels, gpu_moe and gpu_peers (built by cmake), torch's and Triton's kernels on the same data (gpu_torch.py),
+and collectives of ranks as processes (gpu_ranks.py). Writes results/<gpu>.json and prints it (gpu_report.py). What
+fails stands in the record as not measured, with its reason; the exit code is 1 then. Without a GPU nothing is
+measured."""
 
 from __future__ import annotations
 
@@ -11,111 +12,135 @@ import re
 import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_ranks
+import gpu_torch
 import torch
-import torch.distributed as dist
-from common import environment, markdown_table, run_ranks, write_json
+from common import environment, write_json
+from gpu_clock import Clock
+from gpu_report import tables
 
-SIZES = tuple(1 << exponent for exponent in range(10, 27, 4))
-ROUNDS = 30
+Record = dict[str, Any]
+PROGRAMS = ("gpu_kernels", "gpu_moe", "gpu_peers")
+SIZES = tuple(1 << power for power in range(10, 27, 4))
+SMALL = (1 << 10, 1 << 14, 1 << 16, 1 << 20)
+PEER_BYTES = 1 << 20
+HIERARCHICAL = (1 << 12, 1 << 20, 1 << 26)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("programs", type=Path, nargs="+", help="gpu_kernels, then gpu_moe")
-    programs = parser.parse_args().programs
+    parser.add_argument("folder", type=Path, help=f"where {', '.join('bench_' + name for name in PROGRAMS)} are")
+    folder = parser.parse_args(arguments).folder
     if not torch.cuda.is_available():
         sys.exit("bench-gpu: torch finds no GPU (a CPU-only torch?); nothing was measured")
+    from pycomm import _C
+    from pycomm.gpus import nccl_wheel
+
+    info = _C.cuda_info(nccl_wheel())
+    setting = gpu_ranks.Setting(Clock(), torch.cuda.device_count(), info["nccl_path"], info["nccl_version"])
     name = torch.cuda.get_device_name(0)
-    kernels = [row for program in programs for row in _timed(program)] + _torch_expands()
-    copies = [row for row in kernels if row["kernel"] == "copy"]
-    n_ranks = torch.cuda.device_count()
-    collectives = run_ranks(_all_reduces, n_ranks)[0]
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    results = {"environment": environment(), "gpu": name, "kernels": kernels}
-    path = write_json(slug, results | {"n_ranks": n_ranks, "all_reduce": collectives})
-    rows = [
-        [row["kernel"], f"{row['numel'] * 2 >> 20} MiB", f"{row['median_s'] * 1e6:.1f}", f"{_rate(row) / 1e9:.0f}",
-         f"{_rate(row) / _rate(min(copies, key=lambda copy: abs(copy['nbytes'] - row['nbytes']))):.0%}"]
-        for row in kernels
-    ]  # fmt: skip
-    print(markdown_table(["kernel", "bfloat16", "median us", "GB/s", "of a copy of about as many bytes"], rows))
-    rows = [[str(row["nbytes"]), f"{row['nccl_s'] * 1e6:.1f}", f"{row['pycomm_s'] * 1e6:.1f}"] for row in collectives]
-    print(markdown_table([f"all_reduce, {n_ranks} rank(s), bytes", "nccl us", "pycomm us"], rows))
+    record: Record = {
+        "environment": environment(),
+        "gpu": name,
+        "n_gpus": setting.n_gpus,
+        "nccl_version": info["nccl_version"],
+        "not_measured": {},
+    }
+    measure_kernels(record, folder, setting.clock)
+    if info["nccl_version"]:
+        measure_ranks(record, setting)
+    else:
+        record["not_measured"]["collectives"] = info["nccl_problem"]
+    path = write_json(re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_"), record)
+    print(tables(record))
     print(f"\nwritten: {path}")
+    sys.exit(1 if record["not_measured"] else 0)
 
 
-def _rate(row: dict[str, Any]) -> float:
-    """Bytes per second."""
-    return float(row["nbytes"] / row["median_s"])
+def measure_kernels(record: Record, folder: Path, clock: Clock) -> None:
+    """Adds `kernels` and `threads`."""
+    missing = record["not_measured"]
+    kernels: list[Record] = []
+    for program in PROGRAMS[:2]:
+        _try(missing, program, lambda program=program: kernels.extend(run_program(folder / f"bench_{program}")))
+
+    def by_torch() -> None:
+        found, without = gpu_torch.rows(clock)
+        kernels.extend(found)
+        missing.update(without)
+
+    _try(missing, "kernels by torch", by_torch)
+    _try(missing, "expand by torch", lambda: kernels.extend(gpu_torch.expands(clock)))
+    record["kernels"] = kernels
+    _try(missing, "gpu_peers", lambda: record.update(threads=run_peers(folder / "bench_gpu_peers", missing)))
 
 
-def _timed(program: Path) -> list[dict[str, Any]]:
+def measure_ranks(record: Record, setting: gpu_ranks.Setting, small: tuple[int, ...] = SMALL) -> None:
+    """Adds `processes`, `hierarchical` and `graph`."""
+    missing = record["not_measured"]
+    record["processes"] = []
+    for n_ranks in (2, 4):
+        _try(
+            missing,
+            f"peers of {n_ranks} processes",
+            lambda n=n_ranks: record["processes"].extend(gpu_ranks.all_reduces(setting, n, small, PEER_BYTES)),
+        )
+    _try(
+        missing,
+        "NCCL of processes",
+        lambda: record["processes"].extend(gpu_ranks.all_reduces(setting, max(2, setting.n_gpus), SIZES, 0)),
+    )
+    _try(
+        missing,
+        "hierarchical",
+        lambda: record.update(hierarchical=gpu_ranks.hierarchical(setting, HIERARCHICAL)),
+    )
+    _try(missing, "graph", lambda: record.update(graph=gpu_ranks.graph(setting, max(2, setting.n_gpus))))
+
+
+def _try(missing: dict[str, str], what: str, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        missing[what] = f"{type(error).__name__}: {lines[-1]}"
+        print(f"bench-gpu: {what}: {error}", file=sys.stderr)
+
+
+def _lines(program: Path) -> list[list[str]]:
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
     if done.returncode:
-        sys.exit(f"bench-gpu: {program}: {done.stderr.strip() or f'exit code {done.returncode}'}; nothing was written")
-    rows = []
-    for line in done.stdout.splitlines():
-        kernel, numel, nbytes, *seconds = line.split("\t")
-        median_s = statistics.median(map(float, seconds))
-        rows.append({"kernel": kernel, "numel": int(numel), "nbytes": int(nbytes), "median_s": median_s})
-    return rows
+        raise RuntimeError(done.stderr.strip() or f"{program.name}: exit code {done.returncode}")
+    return [line.split("\t") for line in done.stdout.splitlines()]
 
 
-def _torch_expands() -> list[dict[str, Any]]:
-    """gpu_moe's expand by torch: index_select of each token's row for each of its experts, in experts' order."""
-    width, choices, experts = 7168, 8, 256
-    rows = []
-    for n_tokens in (4096, 128):
-        routed = torch.rand(n_tokens, experts, device="cuda").topk(choices, dim=1).indices.flatten()
-        index = routed.argsort(stable=True) // choices
-        n_sets = 3 if n_tokens > 1000 else 16  # past the L2
-        x = torch.randn(n_sets, n_tokens, width, device="cuda", dtype=torch.bfloat16)
-        out = torch.empty(n_sets, n_tokens * choices, width, device="cuda", dtype=torch.bfloat16)
-        seconds = []
-        for turn in range(-3, ROUNDS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            torch.index_select(x[turn % n_sets], 0, index, out=out[turn % n_sets])
-            end.record()
-            end.synchronize()
-            if turn >= 0:
-                seconds.append(begin.elapsed_time(end) / 1e3)
-        numel = n_tokens * choices * width
-        rows.append(
-            {
-                "kernel": f"torch index_select, as moe expand T={n_tokens}",
-                "numel": numel,
-                "nbytes": 2 * (numel + n_tokens * width),
-                "median_s": statistics.median(seconds),
-            }
-        )
-    return rows
+def run_program(program: Path) -> list[Record]:
+    """What gpu_timing.h's programs print: kernel, elements, bytes, seconds of each round."""
+    return [
+        {
+            "kernel": kernel,
+            "by": "pycomm" if kernel != "copy" else "cudaMemcpy",
+            "numel": int(numel),
+            "nbytes": int(nbytes),
+            "median_s": statistics.median(map(float, seconds)),
+        }
+        for kernel, numel, nbytes, *seconds in _lines(program)
+    ]
 
 
-def _all_reduces(store: dist.Store, rank: int, n_ranks: int) -> list[dict[str, Any]]:
-    import pycomm  # noqa: F401  (registers the backend)
-
-    torch.cuda.set_device(rank)
-    dist.init_process_group("cpu:pycomm,cuda:pycomm", store=store, rank=rank, world_size=n_ranks)
-    groups = {"pycomm": dist.group.WORLD, "nccl": dist.new_group(backend="nccl")}
+def run_peers(program: Path, missing: dict[str, str]) -> list[Record]:
+    """What gpu_peers.cc prints: what, ranks, bytes, seconds of each round; or what it is without, and why."""
     found = []
-    for nbytes in SIZES:
-        x = torch.randn(nbytes // 4, device="cuda")
-        times: dict[str, list[float]] = {name: [] for name in groups}
-        for turn in range(-5, ROUNDS):
-            for name, group in groups.items():
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                dist.all_reduce(x, dist.ReduceOp.MAX, group)
-                torch.cuda.synchronize()
-                if turn >= 0:
-                    times[name].append(time.perf_counter() - begin)
-        found.append({"nbytes": nbytes} | {f"{name}_s": statistics.median(values) for name, values in times.items()})
-    dist.destroy_process_group()
+    for what, *rest in _lines(program):
+        if what == "without":
+            missing[f"{rest[0]} of threads"] = rest[1]
+            continue
+        median_s = statistics.median(map(float, rest[2:]))
+        found.append({"what": what, "ranks": int(rest[0]), "nbytes": int(rest[1]), "median_s": median_s})
     return found
 
 

@@ -19,6 +19,12 @@ bool goes_by_pieces(const Launch& launch) {
          collective == Collective::all_to_all || !even(launch);
 }
 
+// An all_to_all that NCCL has a call for, with this rank's own piece in it.
+bool is_one_exchange(const Launch& launch, const NcclApi& api) {
+  return api.all_to_all != nullptr && launch.fingerprint.collective == Collective::all_to_all &&
+         even(launch) && launch.input != launch.output;
+}
+
 }  // namespace
 
 // The operation of a launch that NCCL can do, with its number. Throws before anything is sent.
@@ -70,6 +76,10 @@ NcclResult CudaEngine::enqueue(const Launch& launch, NcclComm* comm, Device::Str
   if (print.collective == Collective::barrier)
     return api.all_reduce(scratch_, scratch_, 1, NcclDType::int32, NcclOp::sum, comm, stream);
   if (print.numel == 0 && even(launch)) return NcclResult::success;
+  if (is_one_exchange(launch, api))
+    return api.all_to_all(launch.input, launch.output,
+                          launch.input_nbytes / static_cast<uint64_t>(size_), NcclDType::uint8,
+                          comm, stream);
   if (goes_by_pieces(launch)) return enqueue_pieces(launch, comm, stream);
   switch (print.collective) {
     case Collective::all_reduce:
@@ -166,6 +176,7 @@ void CudaEngine::copy_own(const Launch& launch, Device::Stream stream) const {
     return;
   if (!exchange && print.root != rank_) return;
   if (launch.program != nullptr || (print.numel == 0 && even(launch))) return;
+  if (is_one_exchange(launch, *options_.api)) return;
   const int chunk = exchange ? rank_ * size_ + rank_ : rank_;
   const std::byte* const from = input_of(launch) + layout.input_offset(chunk);
   std::byte* const to = output_of(launch) + layout.output_offset(chunk);

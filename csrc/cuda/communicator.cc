@@ -6,6 +6,7 @@ namespace pycomm::cuda {
 namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(100);
+constexpr auto kSpin = std::chrono::microseconds(200);  // a launch in the background takes less
 constexpr auto kCheck = std::chrono::milliseconds(100);
 constexpr auto kRevoke = std::chrono::seconds(5);  // no rank waits for another in it
 constexpr const char* kGone = "the communicator was aborted";
@@ -45,6 +46,7 @@ Status Communicator::result(NcclResult result, const std::string& what) const {
 void Communicator::settle(const std::string& what, const Check& check, Clock::time_point deadline) {
   InterruptCheck interrupted;
   Turns turns(check);
+  const auto began = Clock::now();
   for (;;) {
     {
       const std::lock_guard lock(mutex_);
@@ -62,7 +64,10 @@ void Communicator::settle(const std::string& what, const Check& check, Clock::ti
                                      "every rank of the group call this?");
     interrupted(now);
     turns(now);
-    std::this_thread::sleep_for(kPoll);
+    if (now - began < kSpin)
+      std::this_thread::yield();
+    else
+      std::this_thread::sleep_for(kPoll);
   }
 }
 

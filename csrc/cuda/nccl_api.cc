@@ -20,18 +20,19 @@ constexpr struct {
   const char* gives;
 } kFeatures[] = {
     {"split", "ncclCommSplit", 21800, "sub-groups, and the parts of hierarchical collectives"},
-    {"register", "ncclCommRegister", 21900, "not used"},
-    {"allocate", "ncclMemAlloc", 21900, "not used"},
-    {"window", "ncclCommWindowRegister", 22700, "not used"},
+    {"register", "ncclCommRegister", 21900, "not used: tensors come and go with torch's allocator"},
+    {"allocate", "ncclMemAlloc", 21900, "not used: memory is torch's"},
+    {"window", "ncclCommWindowRegister", 22700,
+     "not used: all ranks would have to register each tensor"},
     {"shrink", "ncclCommShrink", 22700, "a group of the ranks that are left"},
-    {"alltoall", "ncclAlltoAll", 22800, "not used: messages in one launch do the same"},
+    {"alltoall", "ncclAlltoAll", 22800, "an even all_to_all as one call"},
     {"gather", "ncclGather", 22800, "not used: messages in one launch do the same"},
     {"scatter", "ncclScatter", 22800, "not used: messages in one launch do the same"},
-    {"copy_engine", kByVersion, 22800, "not used"},
+    {"copy_engine", kByVersion, 22800, "not used: it needs windows"},
     {"revoke", "ncclCommRevoke", 22900, "a broken group's operations end, and it can be shrunk"},
-    {"grow", "ncclCommGrow", 22900, "not used"},
+    {"grow", "ncclCommGrow", 22900, "not used: a larger group is made anew"},
     {"suspend", "ncclCommSuspend", 22907, "not used"},
-    {"call_config", "ncclAllReduceConfig", 23100, "not used"},
+    {"call_config", "ncclAllReduceConfig", 23100, "not used: NCCL chooses for each call"},
 };
 
 template <class Function>
@@ -118,6 +119,7 @@ Status NcclApi::load(const std::string& path) {
   std::string optional;
   look_up(library, "ncclCommShrink", &comm_shrink, &optional);
   look_up(library, "ncclCommRevoke", &comm_revoke, &optional);
+  look_up(library, "ncclAlltoAll", &all_to_all, &optional);
   for (const auto& [name, symbol, since, gives] : kFeatures) {
     const bool present =
         symbol == kByVersion ? version_ >= since : ::dlsym(library, symbol) != nullptr;

@@ -92,6 +92,8 @@ class NcclApi {
   NcclResult (*comm_shrink)(NcclComm*, int* excluded, int n_excluded, NcclComm** result,
                             void* config, int flags);
   NcclResult (*comm_revoke)(NcclComm*, int flags);
+  // Optional likewise: count elements from and to each rank, itself too. Not in place.
+  NcclResult (*all_to_all)(const void*, void*, size_t count, NcclDType, NcclComm*, void* stream);
   NcclResult (*comm_get_async_error)(NcclComm*, NcclResult*);
   NcclResult (*comm_finalize)(NcclComm*);
   NcclResult (*comm_destroy)(NcclComm*);

@@ -26,10 +26,20 @@ NcclUniqueId decoded(const std::string& text) {
   return id;
 }
 
+// The first NCCL with NCCL_MULTI_RANK_GPU_ENABLE.
+constexpr int kManyRanksADevice = 23003;
+
+// NCCL tells devices apart by their host and their place on its bus; this names the host.
+std::string nccl_host() {
+  const char* const told = std::getenv("NCCL_HOSTID");
+  return told == nullptr || *told == '\0' ? "" : std::string("@") + told;
+}
+
 // What a rank tells the others of itself before NCCL hears of them.
 struct Introduction {
-  int version;  // 0: it has no NCCL
-  std::string device_id, device_name, no_nccl;
+  int version;            // 0: it has no NCCL
+  std::string device_id;  // as NCCL knows it
+  std::string device_name, no_nccl;
 };
 
 std::string encoded(const Introduction& rank) {
@@ -111,9 +121,10 @@ std::shared_ptr<Communicator> CudaEngine::join(const std::string& key,
 
 // Versions and devices: NCCL itself would hang, or fail without a name.
 CudaEngine::Comparison CudaEngine::compare_ranks(Clock::time_point deadline) {
-  options_.store->set("rank/" + std::to_string(rank_),
-                      encoded(Introduction{options_.api == nullptr ? 0 : options_.api->version(),
-                                           device_.id(), device_.name(), options_.no_nccl}));
+  options_.store->set(
+      "rank/" + std::to_string(rank_),
+      encoded(Introduction{options_.api == nullptr ? 0 : options_.api->version(),
+                           device_.id() + nccl_host(), device_.name(), options_.no_nccl}));
   std::vector<std::string> keys;
   for (int rank = 0; rank < size_; ++rank) keys.push_back("rank/" + std::to_string(rank));
   std::vector<Introduction> ranks;
@@ -147,12 +158,14 @@ CudaEngine::Comparison CudaEngine::compare_ranks(Clock::time_point deadline) {
                 who(rank) + " has NCCL " + nccl_version_name(of(rank).version) +
                 "; all ranks need the same: install one nvidia-nccl wheel everywhere, or set "
                 "PYCOMM_NCCL_LIB");
-      if (!may_share && of(rank).device_id == of(other).device_id)
+      if (!(may_share && of(rank).version >= kManyRanksADevice) &&
+          of(rank).device_id == of(other).device_id)
         object(options_.between == Between::tcp || !inside, inside,
                who(other) + " and " + who(rank) + " use one device, " + of(rank).device_name +
                    "; NCCL " + nccl_version_name(of(rank).version) +
-                   " takes one rank per device (newer versions more, with "
-                   "NCCL_MULTI_RANK_GPU_ENABLE=1). Call torch.cuda.set_device(local_rank) first");
+                   " takes one rank per device (2.30.3 and newer more, with "
+                   "NCCL_MULTI_RANK_GPU_ENABLE=1 and NCCL_NVLS_ENABLE=0). Call "
+                   "torch.cuda.set_device(local_rank) first");
     }
   return found;
 }

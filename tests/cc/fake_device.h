@@ -11,8 +11,10 @@ extern "C" pycomm::cuda::Device* pycomm_test_device(const char* id);
 
 namespace pycomm::testing {
 
+inline const char* fake_library = FAKE_NCCL;
+
 inline std::shared_ptr<const cuda::NcclApi> open_fake() {
-  ::setenv("PYCOMM_NCCL_LIB", FAKE_NCCL, 1);
+  ::setenv("PYCOMM_NCCL_LIB", fake_library, 1);
   std::shared_ptr<const cuda::NcclApi> api;
   const Status status = cuda::NcclApi::open("", &api);
   if (!status.ok()) throw Error(status);

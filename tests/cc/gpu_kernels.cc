@@ -1,5 +1,6 @@
 // The kernels on a GPU against the same arithmetic on the host, bit for bit. `make test-gpu` runs
 // it; `make test` only compiles it. Without a GPU every test fails: none may pass by not running.
+#include <cstdlib>
 #include <memory>
 
 #include "core/wire.h"
@@ -12,7 +13,12 @@ using namespace pycomm;
 
 namespace {
 
-constexpr size_t kNumels[] = {1, 7, 127, 128, 129, 4096, 100001, (1 << 22) + 3};
+// PYCOMM_TEST_SMALL=1, for compute-sanitizer, leaves the large ones out.
+const std::vector<size_t> kNumels = [] {
+  std::vector<size_t> all{1, 7, 127, 128, 129, 4096, 100001, (1 << 22) + 3};
+  if (std::getenv("PYCOMM_TEST_SMALL") != nullptr) all.resize(6);
+  return all;
+}();
 
 }  // namespace
 
@@ -137,56 +143,6 @@ TEST(requantise_sum_gives_the_cpu_engines_bits) {
       EXPECT_TRUE(found.read() == expected);
       EXPECT_TRUE(std::memcmp(loss.read().data(), lost.data(), numel * sizeof(float)) == 0);
     }
-}
-
-TEST(all_reduce_of_peers_on_one_device) {
-  for (const int n : {2, 4})
-    for (const bool two_shot : {false, true})
-      for (const int64_t numel : {1, 1001, 16384}) {
-        const int64_t capacity = (numel * 4 + 15) / 16 * 16;
-        std::vector<std::unique_ptr<Memory>> buffers, tensors;
-        std::vector<cudaStream_t> streams(static_cast<size_t>(n));
-        cuda::PeerArguments args{};
-        args.n_ranks = n;
-        args.capacity = capacity;
-        args.numel = numel;
-        args.op = ReduceOp::sum;
-        args.timeout_ns = 5'000'000'000;
-        for (int rank = 0; rank < n; ++rank) {
-          buffers.push_back(
-              std::make_unique<Memory>(static_cast<size_t>(cuda::peer_buffer_nbytes(capacity))));
-          args.buffers[rank] = buffers.back()->data();
-          require(cudaMemset(args.buffers[rank], 0,
-                             static_cast<size_t>(cuda::peer_buffer_nbytes(capacity))));
-          require(cudaStreamCreateWithFlags(&streams[static_cast<size_t>(rank)],
-                                            cudaStreamNonBlocking));
-        }
-        require(cudaDeviceSynchronize());
-        for (uint32_t epoch = 1; epoch <= 4; ++epoch) {
-          tensors.clear();
-          std::vector<char> expected;
-          for (int rank = 0; rank < n; ++rank) {
-            const auto x = values(static_cast<size_t>(numel), DType::float32,
-                                  epoch * 10 + static_cast<unsigned>(rank));
-            tensors.push_back(std::make_unique<Memory>(x, 0));
-            if (rank == 0)
-              expected = x;
-            else
-              cpu::reduce(expected.data(), expected.data(), x.data(), static_cast<size_t>(numel),
-                          DType::float32, ReduceOp::sum);
-          }
-          for (int rank = 0; rank < n; ++rank) {
-            args.rank = rank;
-            args.epoch = epoch;
-            args.input = args.output = tensors[static_cast<size_t>(rank)]->data();
-            require(cuda::peer_all_reduce(args, DType::float32, two_shot, n,
-                                          streams[static_cast<size_t>(rank)]));
-          }
-          require(cudaDeviceSynchronize());
-          for (const auto& tensor : tensors) EXPECT_TRUE(tensor->read() == expected);
-        }
-        for (const auto stream : streams) require(cudaStreamDestroy(stream));
-      }
 }
 
 TEST(pack_and_unpack_move_every_element_once) {

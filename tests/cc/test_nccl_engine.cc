@@ -10,6 +10,7 @@ using namespace pycomm;
 using cuda::CudaEngine;
 using cuda::EngineOptions;
 using pycomm::testing::all_reduce;
+using pycomm::testing::fake_library;
 using pycomm::testing::MemoryStore;
 using pycomm::testing::open_fake;
 using pycomm::testing::PrefixStore;
@@ -78,101 +79,116 @@ std::vector<int32_t> filled(uint64_t n, int start) {
 
 }  // namespace
 
-TEST(every_collective_gives_what_it_promises) {
-  for (const int n : {1, 2, 3, 4})
-    run_ranks(n, [n](Rank& rank) {
-      Group& group = rank.group;
-      const int me = group.rank();
-      const auto size = static_cast<size_t>(n);
-      for (const uint64_t numel : {uint64_t{0}, uint64_t{1}, uint64_t{7}, uint64_t{40001}}) {
-        // all_reduce, reduce, broadcast
-        auto x = filled(numel, me);
-        group.run(call_of(Collective::all_reduce, DType::int32, x, x));
-        for (uint64_t i = 0; i < numel; ++i)
-          if (x[i] != static_cast<int>(i) * n + n * (n - 1) / 2) return EXPECT_TRUE(false);
-        x = filled(numel, me);
-        std::vector<int32_t> out(numel, -1);
-        Call reduce = call_of(Collective::reduce, DType::int32, x, out);
-        reduce.root = n - 1;
-        reduce.op = ReduceOp::max;
-        if (me != n - 1) reduce.output = nullptr;
-        group.run(reduce);
-        EXPECT_EQ(out, me == n - 1 ? filled(numel, n - 1) : std::vector<int32_t>(numel, -1));
-        x = filled(numel, 10 * me);
-        Call broadcast = call_of(Collective::broadcast, DType::int32, x, x);
-        broadcast.root = n / 2;
-        group.run(broadcast);
-        EXPECT_EQ(x, filled(numel, 10 * (n / 2)));
-        // all_gather, gather, scatter, reduce_scatter, all_to_all, even
-        auto piece = filled(numel, 100 * me);
-        std::vector<int32_t> whole(numel * size, -1), expected;
-        for (int r = 0; r < n; ++r)
-          for (const int value : filled(numel, 100 * r)) expected.push_back(value);
-        group.run(call_of(Collective::all_gather, DType::int32, piece, whole));
-        EXPECT_EQ(whole, expected);
-        std::fill(whole.begin(), whole.end(), -1);
-        Call gather = call_of(Collective::gather, DType::int32, piece, whole);
-        if (me != 0) gather.output = nullptr;
-        gather.numel = numel * size;
-        group.run(gather);
-        if (me == 0) EXPECT_EQ(whole, expected);
-        std::vector<int32_t> got(numel, -1);
-        Call scatter = call_of(Collective::scatter, DType::int32, expected, got);
-        if (me != 0) scatter.input = nullptr;
-        scatter.numel = numel * size;
-        group.run(scatter);
-        EXPECT_EQ(got, piece);
-        group.run(call_of(Collective::reduce_scatter, DType::int32, expected, got));
-        for (uint64_t i = 0; i < numel; ++i) EXPECT_EQ(got[i], n * piece[i]);
-        std::vector<int32_t> sent, received(numel * size, -1), due;
-        for (int r = 0; r < n; ++r) {
-          for (const int value : filled(numel, 1000 * me + 10 * r)) sent.push_back(value);
-          for (const int value : filled(numel, 1000 * r + 10 * me)) due.push_back(value);
-        }
-        group.run(call_of(Collective::all_to_all, DType::int32, sent, received));
-        EXPECT_EQ(received, due);
-      }
-      // Uneven: rank r has r + 1 elements, rank 0 none.
-      std::vector<uint64_t> counts;
-      uint64_t total = 0;
-      for (int r = 0; r < n; ++r) total += counts.emplace_back(r == 0 ? 0 : r + 1);
-      auto piece = filled(counts[static_cast<size_t>(me)], 7 * me);
-      std::vector<int32_t> whole(total), expected;
+namespace {
+
+void check_every_collective(int n) {
+  run_ranks(n, [n](Rank& rank) {
+    Group& group = rank.group;
+    const int me = group.rank();
+    const auto size = static_cast<size_t>(n);
+    for (const uint64_t numel : {uint64_t{0}, uint64_t{1}, uint64_t{7}, uint64_t{40001}}) {
+      // all_reduce, reduce, broadcast
+      auto x = filled(numel, me);
+      group.run(call_of(Collective::all_reduce, DType::int32, x, x));
+      for (uint64_t i = 0; i < numel; ++i)
+        if (x[i] != static_cast<int>(i) * n + n * (n - 1) / 2) return EXPECT_TRUE(false);
+      x = filled(numel, me);
+      std::vector<int32_t> out(numel, -1);
+      Call reduce = call_of(Collective::reduce, DType::int32, x, out);
+      reduce.root = n - 1;
+      reduce.op = ReduceOp::max;
+      if (me != n - 1) reduce.output = nullptr;
+      group.run(reduce);
+      EXPECT_EQ(out, me == n - 1 ? filled(numel, n - 1) : std::vector<int32_t>(numel, -1));
+      x = filled(numel, 10 * me);
+      Call broadcast = call_of(Collective::broadcast, DType::int32, x, x);
+      broadcast.root = n / 2;
+      group.run(broadcast);
+      EXPECT_EQ(x, filled(numel, 10 * (n / 2)));
+      // all_gather, gather, scatter, reduce_scatter, all_to_all, even
+      auto piece = filled(numel, 100 * me);
+      std::vector<int32_t> whole(numel * size, -1), expected;
       for (int r = 0; r < n; ++r)
-        for (const int value : filled(counts[static_cast<size_t>(r)], 7 * r))
-          expected.push_back(value);
-      Call gather = call_of(Collective::all_gather, DType::int32, piece, whole);
-      gather.counts = counts;
-      gather.numel = total;
-      group.run(gather);
+        for (const int value : filled(numel, 100 * r)) expected.push_back(value);
+      group.run(call_of(Collective::all_gather, DType::int32, piece, whole));
       EXPECT_EQ(whole, expected);
-      Call scatter = call_of(Collective::reduce_scatter, DType::int32, expected, piece);
-      scatter.counts = counts;
-      scatter.numel = total;
+      std::fill(whole.begin(), whole.end(), -1);
+      Call gather = call_of(Collective::gather, DType::int32, piece, whole);
+      if (me != 0) gather.output = nullptr;
+      gather.numel = numel * size;
+      group.run(gather);
+      if (me == 0) EXPECT_EQ(whole, expected);
+      std::vector<int32_t> got(numel, -1);
+      Call scatter = call_of(Collective::scatter, DType::int32, expected, got);
+      if (me != 0) scatter.input = nullptr;
+      scatter.numel = numel * size;
       group.run(scatter);
-      for (uint64_t i = 0; i < piece.size(); ++i)
-        EXPECT_EQ(piece[i], n * (7 * me + static_cast<int>(i)));
-      // all_to_all where i sends j i + 2 j elements
-      Call uneven = call_of(Collective::all_to_all, DType::int32, piece, whole);
+      EXPECT_EQ(got, piece);
+      group.run(call_of(Collective::reduce_scatter, DType::int32, expected, got));
+      for (uint64_t i = 0; i < numel; ++i) EXPECT_EQ(got[i], n * piece[i]);
+      std::vector<int32_t> sent, received(numel * size, -1), due;
       for (int r = 0; r < n; ++r) {
-        uneven.counts.push_back(static_cast<uint64_t>(me + 2 * r));
-        uneven.recv_counts.push_back(static_cast<uint64_t>(r + 2 * me));
+        for (const int value : filled(numel, 1000 * me + 10 * r)) sent.push_back(value);
+        for (const int value : filled(numel, 1000 * r + 10 * me)) due.push_back(value);
       }
-      std::vector<int32_t> sent, due;
-      for (int r = 0; r < n; ++r) {
-        for (int i = 0; i < me + 2 * r; ++i) sent.push_back(100 * me + 10 * r + i);
-        for (int i = 0; i < r + 2 * me; ++i) due.push_back(100 * r + 10 * me + i);
-      }
-      std::vector<int32_t> received(due.size(), -1);
-      uneven.input = sent.data();
-      uneven.output = received.data();
-      uneven.numel = std::max(sent.size(), due.size());
-      group.run(uneven);
+      group.run(call_of(Collective::all_to_all, DType::int32, sent, received));
       EXPECT_EQ(received, due);
-      Call barrier;
-      barrier.collective = Collective::barrier;
-      group.run(barrier);
-    });
+    }
+    // Uneven: rank r has r + 1 elements, rank 0 none.
+    std::vector<uint64_t> counts;
+    uint64_t total = 0;
+    for (int r = 0; r < n; ++r) total += counts.emplace_back(r == 0 ? 0 : r + 1);
+    auto piece = filled(counts[static_cast<size_t>(me)], 7 * me);
+    std::vector<int32_t> whole(total), expected;
+    for (int r = 0; r < n; ++r)
+      for (const int value : filled(counts[static_cast<size_t>(r)], 7 * r))
+        expected.push_back(value);
+    Call gather = call_of(Collective::all_gather, DType::int32, piece, whole);
+    gather.counts = counts;
+    gather.numel = total;
+    group.run(gather);
+    EXPECT_EQ(whole, expected);
+    Call scatter = call_of(Collective::reduce_scatter, DType::int32, expected, piece);
+    scatter.counts = counts;
+    scatter.numel = total;
+    group.run(scatter);
+    for (uint64_t i = 0; i < piece.size(); ++i)
+      EXPECT_EQ(piece[i], n * (7 * me + static_cast<int>(i)));
+    // all_to_all where i sends j i + 2 j elements
+    Call uneven = call_of(Collective::all_to_all, DType::int32, piece, whole);
+    for (int r = 0; r < n; ++r) {
+      uneven.counts.push_back(static_cast<uint64_t>(me + 2 * r));
+      uneven.recv_counts.push_back(static_cast<uint64_t>(r + 2 * me));
+    }
+    std::vector<int32_t> sent, due;
+    for (int r = 0; r < n; ++r) {
+      for (int i = 0; i < me + 2 * r; ++i) sent.push_back(100 * me + 10 * r + i);
+      for (int i = 0; i < r + 2 * me; ++i) due.push_back(100 * r + 10 * me + i);
+    }
+    std::vector<int32_t> received(due.size(), -1);
+    uneven.input = sent.data();
+    uneven.output = received.data();
+    uneven.numel = std::max(sent.size(), due.size());
+    group.run(uneven);
+    EXPECT_EQ(received, due);
+    Call barrier;
+    barrier.collective = Collective::barrier;
+    group.run(barrier);
+  });
+}
+
+}  // namespace
+
+TEST(every_collective_gives_what_it_promises) {
+  const int before = ::fake_nccl_n_all_to_alls();
+  for (const int n : {1, 2, 3, 4}) check_every_collective(n);
+  EXPECT_EQ(::fake_nccl_n_all_to_alls() - before, (1 + 2 + 3 + 4) * 3);  // the even ones
+}
+
+TEST(without_ncclAlltoAll_pieces_do_the_same) {
+  fake_library = FAKE_NCCL_OLDEST;
+  for (const int n : {2, 3}) check_every_collective(n);
+  fake_library = FAKE_NCCL;
 }
 
 TEST(dtypes_and_operations_that_nccl_lacks_are_refused_before_anything_is_sent) {

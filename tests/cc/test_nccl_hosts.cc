@@ -258,8 +258,10 @@ TEST(memory_that_one_rank_does_not_get_is_an_error_on_all_and_nobody_waits) {
 }
 
 TEST(small_all_reduces_on_one_host_are_the_peer_kernels_and_all_else_nccls) {
-  for (const char* unshared : {static_cast<const char*>(nullptr), "gpu1"}) {
-    ::fake_device_unshared(unshared);
+  // A rank that cannot map another's memory, or has none to share, leaves all to NCCL.
+  for (const std::string lacks : {"", "way", "memory"}) {
+    ::fake_device_unshared(lacks == "way" ? "gpu1" : nullptr);
+    if (lacks == "memory") ::fake_device_refuse("gpu1", size_t{1} << 20);
     const int before = ::fake_device_n_peer_launches();
     run_ranks({"a", "a", "a"}, [](Rank& rank) {
       rank.options.peer_nbytes = 4096;
@@ -290,9 +292,10 @@ TEST(small_all_reduces_on_one_host_are_the_peer_kernels_and_all_else_nccls) {
       rank.group->run(barrier);
       device.free_stream(mine);
     });
-    EXPECT_EQ(::fake_device_n_peer_launches() - before, unshared == nullptr ? 3 * 2 * 4 : 0);
+    EXPECT_EQ(::fake_device_n_peer_launches() - before, lacks.empty() ? 3 * 2 * 4 : 0);
   }
   ::fake_device_unshared(nullptr);
+  ::fake_device_refuse(nullptr, 0);
 }
 
 TEST(a_peer_that_is_late_or_mistaken_is_an_error_on_all_ranks) {

@@ -1,7 +1,8 @@
 // The C++ tests' harness: TEST(name) { ... } registers, main() runs those whose name contains
 // argv[1] (all without it). An EXPECT that fails is printed and counted, from any thread, and the
 // test goes on; ASSERT_TRUE leaves the test, from its own thread only. Each test has kDeadlineS
-// seconds; one that hangs is named and ends the process, since its threads cannot be stopped.
+// seconds, or PYCOMM_TEST_DEADLINE_S; one that hangs is named and ends the process, since its
+// threads cannot be stopped.
 #pragma once
 
 #include <unistd.h>
@@ -9,6 +10,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <sstream>
@@ -29,6 +31,10 @@ struct Test {
   void (*run)();
 };
 struct Abandoned {};  // thrown by ASSERT_TRUE once its failure is counted
+// Thrown by a test that cannot run here; it counts as neither passed nor failed.
+struct NotRun {
+  std::string why;
+};
 
 inline std::vector<Test> tests;
 inline std::atomic<int> failures{0};  // EXPECTs failed in the running test
@@ -83,15 +89,22 @@ inline void on_alarm(int) {
 
 inline int run_all(const char* filter) {
   std::signal(SIGALRM, on_alarm);
-  int passed = 0, failed = 0;
+  const char* const told = std::getenv("PYCOMM_TEST_DEADLINE_S");
+  const unsigned deadline_s = told != nullptr ? static_cast<unsigned>(std::atoi(told)) : kDeadlineS;
+  int passed = 0, failed = 0, not_run = 0;
   for (const Test& test : tests) {
     if (!std::strstr(test.name, filter)) continue;
     running = test.name;
     failures = 0;
-    ::alarm(kDeadlineS);
+    ::alarm(deadline_s);
     try {
       test.run();
     } catch (const Abandoned&) {
+    } catch (const NotRun& reason) {
+      ::alarm(0);
+      std::printf("NOT RUN %s: %s\n", test.name, reason.why.c_str());
+      ++not_run;
+      continue;
     } catch (const std::exception& e) {
       fail(test.name, 0, std::string("threw: ") + e.what());
     }
@@ -99,7 +112,8 @@ inline int run_all(const char* filter) {
     if (failures) std::fprintf(stderr, "FAILED %s\n", test.name);
     failures ? ++failed : ++passed;
   }
-  std::printf("%d passed, %d failed\n", passed, failed);
+  std::printf("%d passed, %d failed", passed, failed);
+  std::printf(not_run > 0 ? ", %d NOT RUN\n" : "\n", not_run);
   return failed ||
          passed + failed == 0;  // nothing ran: a filter that matches nothing is no success
 }

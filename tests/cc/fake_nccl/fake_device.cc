@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -137,6 +138,7 @@ class HostDevice final : public pycomm::cuda::Device {
   void release(void* memory) override { ::free(memory); }
   // A memfd, whose handle says of which process it is which file.
   void* allocate_shared(size_t nbytes) override {
+    refuse_above(nbytes, "allocate_shared");
     const int fd = ::memfd_create("pycomm-fake-device", MFD_CLOEXEC);
     if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(nbytes)) != 0)
       throw pycomm::Error(pycomm::Code::internal, "allocate_shared: no memory");
@@ -238,10 +240,13 @@ class HostDevice final : public pycomm::cuda::Device {
   }
   std::mutex shared_mutex_;
   std::map<void*, std::pair<int, size_t>> shared_;
-  void* take(size_t nbytes, const char* what) const {
+  void refuse_above(size_t nbytes, const char* what) const {
     const std::lock_guard lock(refusal_mutex);
     if (nbytes > refused_above && id_ == refusing_id)
       throw pycomm::Error(pycomm::Code::internal, std::string(what) + ": out of memory");
+  }
+  void* take(size_t nbytes, const char* what) const {
+    refuse_above(nbytes, what);
     return ::calloc(1, nbytes);
   }
   // By the CPU engine's functions of one value, in plain loops.
@@ -321,4 +326,8 @@ void fake_device_free_stream(void* stream) { HostDevice("").free_stream(stream);
 }
 
 // What PYCOMM_TEST_DEVICE names: csrc/torch asks a library for its device by this function.
-extern "C" pycomm::cuda::Device* pycomm_test_device(const char* id) { return new HostDevice(id); }
+// FAKE_DEVICE_ID=x: all ranks have the device x.
+extern "C" pycomm::cuda::Device* pycomm_test_device(const char* id) {
+  const char* const shared = std::getenv("FAKE_DEVICE_ID");
+  return new HostDevice(shared != nullptr ? shared : id);
+}

@@ -34,6 +34,8 @@ void* fake_device_new_stream();
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes);
 void fake_device_synchronize(void* stream);
 void fake_device_free_stream(void* stream);
+// Calls of ncclAlltoAll in this process.
+int fake_nccl_n_all_to_alls();
 // Communicators that exist in this process.
 int fake_nccl_n_communicators();
 // maxCTAs of the configuration that the last one was made with; INT_MIN: left to NCCL.

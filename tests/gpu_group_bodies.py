@@ -1,0 +1,128 @@
+"""What each rank does in tests of pycomm's own Group on a device (gpu_bodies.py): body(group, accelerator)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerators import Accelerator
+from gpu_bodies import normal, values
+
+from pycomm.errors import InvalidArgument
+from pycomm.moe import ExpertParallel, StaticExpertParallel
+
+
+def hierarchical(group: Any, a: Accelerator) -> None:
+    """Inside hosts and across in turn: the CPU engine's bits for whole numbers, all ranks' own for any."""
+    n = group.size
+    for numel in (0, 1, 5, 4097, 100003):
+        for dtype in (torch.int64, torch.int32, torch.float32, torch.float16):
+            for op in ("sum", "max"):
+                x = values(group.rank, numel, dtype)
+                y = x.clone().to(a.device)
+                group.all_reduce(x, op)
+                group.all_reduce(a.array(y), op, algorithm="hierarchical")
+                a.synchronize()
+                assert torch.equal(x, y.cpu()), (numel, dtype, op)
+        y = normal(group.rank, numel).to(a.device)
+        group.all_reduce(a.array(y), algorithm="hierarchical")
+        a.synchronize()
+        everyone = torch.empty(n * numel)
+        group.all_gather(everyone, y.cpu())
+        assert all(torch.equal(mine, y.cpu()) for mine in everyone.chunk(n) if numel)
+        exact = sum(normal(rank, numel).double() for rank in range(n))
+        torch.testing.assert_close(y.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+        mine, whole = values(group.rank, numel), torch.zeros(n * numel, dtype=torch.int64, device=a.device)
+        group.all_gather(a.array(whole), a.array(mine.to(a.device)), algorithm="hierarchical")
+        a.synchronize()
+        assert torch.equal(whole.cpu(), torch.cat([values(rank, numel) for rank in range(n)]))
+        part = torch.zeros(numel, dtype=torch.int64, device=a.device)
+        group.reduce_scatter(a.array(part), a.array(whole), algorithm="hierarchical")
+        got = torch.zeros_like(whole)
+        group.all_to_all(a.array(got), a.array(whole), algorithm="hierarchical")
+        a.synchronize()
+        assert torch.equal(part.cpu(), n * mine) and torch.equal(got.cpu(), mine.repeat(n))
+
+
+def wire(group: Any, a: Accelerator) -> None:
+    """Codes across hosts: all ranks get the same bits, within the bound; what is lost is in the residual."""
+    n, hosts = group.size, len(set(group.host_ids))
+    for name, relative in (("int8", 0.5 / 127), ("fp8", 1 / 16)):
+        for numel in (1, 300, 40001):
+            given = [normal(rank, numel) for rank in range(n)]
+            exact = sum(one.double() for one in given)
+            largest = max(one.abs().max().item() for one in given)
+            x, lost = given[group.rank].clone().to(a.device), torch.full((numel,), 9.0, device=a.device)
+            group.all_reduce(a.array(x), wire=name, wire_residual=a.array(lost))
+            a.synchronize()
+            error = (x.cpu().double() - exact).abs().max().item()
+            assert error <= (n + n * (1 + hosts * relative)) * largest * relative * 1.001
+            assert numel == 1 or error > 0
+            everyone = torch.empty(n * numel)
+            group.all_gather(everyone, x.cpu())
+            assert all(torch.equal(other, x.cpu()) for other in everyone.chunk(n))
+            group.all_reduce(everything := lost.cpu().double())
+            torch.testing.assert_close(x.cpu().double() + everything, exact, rtol=1e-5, atol=1e-4)
+
+
+def foreign_arrays(group: Any, a: Accelerator) -> None:
+    """Arrays of other libraries, in place and in the order of their stream; host arrays by their own engine."""
+    n, total = group.size, group.size * (group.size + 1) // 2
+    with a.on_stream():
+        x = torch.zeros(1 << 20, device=a.device)
+        a.delay()
+        x += group.rank + 1
+        group.all_reduce(a.foreign(x))
+        y = x + 1
+        work = group.all_reduce(a.foreign(z := torch.ones(5, device=a.device)), async_op=True)
+        work.wait()
+        whole, mine = torch.zeros(3 * n, device=a.device), torch.full((3,), float(group.rank), device=a.device)
+        group.all_gather(a.foreign(whole), a.foreign(mine))
+    a.synchronize()
+    assert (y == 1 + total).all() and (z == n).all()
+    assert whole.tolist() == [float(rank) for rank in range(n) for _ in range(3)]
+    on_host = np.full(7, group.rank + 1)
+    group.all_reduce(on_host)
+    assert (on_host == total).all()
+    with pytest.raises(InvalidArgument, match=r"another on cpu|another on the CPU"):
+        group.all_to_all(a.foreign(torch.ones(n, device=a.device)), np.ones(n, np.float32))
+    group.all_reduce(a.foreign(z.fill_(1.0)))  # the group goes on
+    a.synchronize()
+    assert (z == n).all()
+
+
+def experts(group: Any, a: Accelerator) -> None:
+    """The expert exchange, forward and backward, has the CPU's bits."""
+    n_experts, top_k = 4 * group.size, 3
+    random = torch.Generator().manual_seed(group.rank)
+    for dtype, hidden, n_tokens in ((torch.float32, 70, 33), (torch.bfloat16, 256, 64), (torch.bfloat16, 5, 0)):
+        idx = torch.rand(n_tokens, n_experts, generator=random).argsort(1)[:, :top_k]
+        x, y_grad = (torch.randn(n_tokens, hidden, generator=random).to(dtype) for _ in range(2))
+        weights = torch.rand(n_tokens, top_k, generator=random)
+        for coding, dedup in ((None, "none"), (None, "rank"), ("fp8", "rank")):
+            found = []
+            for device in ("cpu", a.device):
+                ep = ExpertParallel(group, n_experts, wire=coding, dedup=dedup)
+                moved = [each.clone().to(device) for each in (x, idx, weights, y_grad)]
+                mine, of_weights = moved[0].requires_grad_(), moved[2].requires_grad_()
+                dispatched = ep.dispatch(mine, moved[1], of_weights)
+                y = ep.combine(dispatched.rows * 2, dispatched)
+                y.backward(moved[3])
+                assert y.device.type == device and dispatched.rows.device.type == device
+                found.append([each.cpu() for each in (dispatched.rows.detach(), y.detach(), mine.grad)])
+                found[-1].append(of_weights.grad.cpu())
+            for ours, expected in zip(found[1], found[0], strict=True):
+                assert torch.equal(ours, expected), (dtype, coding, dedup)
+            if coding is None:
+                static = StaticExpertParallel(group, n_experts, max(1, n_tokens * group.size))
+                mine.grad = of_weights.grad = None
+                dispatched = static.dispatch(mine, moved[1], of_weights)
+                y = static.combine(dispatched.rows * 2, dispatched)
+                y.backward(moved[3])
+                for there, expected in zip((y.detach(), mine.grad, of_weights.grad), found[0][1:], strict=True):
+                    assert torch.equal(there.cpu(), expected), (dtype, "static")
+    if a.device != "cpu":
+        with pytest.raises(InvalidArgument, match="dedup='host' moves rows in CPU memory"):
+            ExpertParallel(group, n_experts, dedup="host").plan(idx.to(a.device))

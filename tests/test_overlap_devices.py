@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import pycomm
 from pycomm.errors import GroupClosed, InvalidArgument
-from pycomm.moe import ExpertParallel
+from pycomm.moe import ExpertParallel, StaticExpertParallel
 from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.planning import Planned
 from pycomm.overlap import (
@@ -362,9 +362,28 @@ def _stream_without_values(group: Nothing) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize(
-    "make", [_buckets_without_values, _products_without_values, _sharded_without_values, _stream_without_values]
+def _static_without_values(group: Nothing) -> Callable[[], None]:
+    ep = StaticExpertParallel(group, 4, 5, hidden=6, top_k=2)
+    x, weights = (torch.empty(3, width, device="meta", requires_grad=True) for width in (6, 2))
+    topk = torch.empty(3, 2, dtype=torch.int64, device="meta")
+
+    def step() -> None:
+        dispatched = ep.dispatch(x, topk, weights)
+        ep.combine(dispatched.rows * 2, dispatched).sum().backward()
+
+    return step
+
+
+STEPS = (
+    _buckets_without_values,
+    _products_without_values,
+    _sharded_without_values,
+    _stream_without_values,
+    _static_without_values,
 )
+
+
+@pytest.mark.parametrize("make", STEPS)
 def test_a_steady_step_reads_nothing_from_the_device(
     make: Callable[[Nothing], Callable[[], None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

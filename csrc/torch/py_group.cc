@@ -172,7 +172,7 @@ std::shared_ptr<Work> start_message(PyGroup& self, const char* what, const View&
                                     const py::object& x) {
   if (peer < 0) refuse(what, "from any rank: NCCL must know who sends; name the source");
   require_no_tag(what, tag);
-  Message message{is_send, data.data, data.nbytes(), peer, stream_of(what, {&data}), {}};
+  Message message{is_send, data.data, data.nbytes(), peer, stream_of(what, {&data}), {}, true};
   Group& group = self.on(what, data.device);
   auto keep = held(py::make_tuple(x, data.owner));
   const Current current(data.device);
@@ -673,8 +673,7 @@ void def_methods(py::class_<PyGroup>& type) {
        "exchange($self, sends=(), receives=(), tag=0, *, async_op=False, timeout_s=None)\n"
        "--\n\n"
        "Messages that start together, so that none waits for another: pairs (x, dst) and (x, src). "
-       "On a device they are one launch, which all ranks of the group make in one order with their "
-       "collectives; a rank has two messages in it or more.",
+       "On a device they are one launch, which ranks make in one order with their collectives.",
        {"sends", "receives", "tag", "async_op", "timeout_s"},
        0,
        3});

@@ -221,7 +221,7 @@ def test_a_step_reads_nothing_from_its_device_and_mixes_nothing_with_the_host() 
 def refused(group: Any) -> tuple[str, str]:
     with pytest.raises(ConfigError) as caught:
         Trainer(tiny(device="cuda"), group)
-    trainer = Trainer(tiny(), group)
+    trainer = Trainer(tiny(device="auto"), group)
     trainer.close()
     return str(caught.value), str(trainer.device.where)
 

@@ -24,7 +24,8 @@ def tiny(
     data: dict[str, Any] | None = None,
     **train: Any,
 ) -> Config:
-    """The tiny preset with some fields replaced; keywords that are named nowhere here belong to [train]."""
+    """The tiny preset with some fields replaced; keywords that are named nowhere here belong to [train].
+    On CPUs, whatever the machine has."""
     config = load_preset("tiny")
     data = {"path": argparse.__file__, **(data or {})}  # some text that is always there
     return dataclasses.replace(
@@ -33,7 +34,7 @@ def tiny(
         layout=LayoutConfig(**{"tp": tp, "ep": ep, **(layout or {})}),
         model=dataclasses.replace(config.model, **(model or {})),
         data=dataclasses.replace(config.data, **data),
-        train=dataclasses.replace(config.train, **train),
+        train=dataclasses.replace(config.train, **{"device": "cpu", **train}),
     )
 
 

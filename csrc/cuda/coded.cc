@@ -64,15 +64,17 @@ void CudaEngine::run_coded(const Launch& launch, const SubCall& call, Places& pl
     }
   };
   const auto run = [&](auto&& calls) {
-    on.communicator->run(what, look_for_word_now_and_then(), launch.deadline, [&](NcclComm* comm) {
-      NcclResult result = NcclResult::success;
-      each_chunk([&](int, const Pieces& pieces, std::byte* own, std::byte* given) {
-        calls(comm, pieces, own, given, [&](NcclResult one) {
-          if (one != NcclResult::success && one != NcclResult::in_progress) result = one;
+    on.communicator->run(
+        [&] { return what; }, look_for_word_now_and_then(), launch.deadline,
+        [&](NcclComm* comm) {
+          NcclResult result = NcclResult::success;
+          each_chunk([&](int, const Pieces& pieces, std::byte* own, std::byte* given) {
+            calls(comm, pieces, own, given, [&](NcclResult one) {
+              if (one != NcclResult::success && one != NcclResult::in_progress) result = one;
+            });
+          });
+          return result;
         });
-      });
-      return result;
-    });
   };
 
   each_chunk([&](int chunk, const Pieces& pieces, std::byte* own, std::byte* given) {
@@ -109,7 +111,7 @@ void CudaEngine::run_coded(const Launch& launch, const SubCall& call, Places& pl
                              own + piece * pieces.form_nbytes, 1, 0, pieces.numel_of(piece),
                              launch.fingerprint.dtype, code, 1.0f, on.stream);
   });
-  places.written.insert(call.chunks.begin(), call.chunks.end());
+  for (const int chunk : call.chunks) places.written[static_cast<size_t>(chunk)] = 1;
 }
 
 }  // namespace pycomm::cuda

@@ -146,11 +146,12 @@ std::shared_ptr<Communicator> Communicator::derive(
 
 Communicator::~Communicator() { abort(); }
 
-void Communicator::run(const std::string& what, const Check& check, Clock::time_point deadline,
+void Communicator::run(const Text& what, const Check& check, Clock::time_point deadline,
                        const Calls& calls) {
   {
     const std::lock_guard lock(mutex_);
-    if (comm_ == nullptr || revoked_) throw Error(Code::closed, who_ + ": " + what + ": " + kGone);
+    if (comm_ == nullptr || revoked_)
+      throw Error(Code::closed, who_ + ": " + what() + ": " + kGone);
     NcclResult first = api_->group_start();
     if (first == NcclResult::success) {
       first = calls(comm_);
@@ -158,10 +159,10 @@ void Communicator::run(const std::string& what, const Check& check, Clock::time_
           api_->group_end();  // also after an error: the thread leaves the group
       if (first == NcclResult::success || first == NcclResult::in_progress) first = ended;
     }
-    if (const Status status = result(first, what); !status.ok()) throw Error(status);
     if (first == NcclResult::success) return;
+    if (const Status status = result(first, what()); !status.ok()) throw Error(status);
   }
-  settle(what, check, deadline);
+  settle(what(), check, deadline);
 }
 
 Status Communicator::status() {

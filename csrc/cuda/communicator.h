@@ -42,10 +42,10 @@ class Communicator {
   const NcclApi& api() const { return *api_; }
 
   // One call, or several as one NCCL group; returns when NCCL has taken it.
-  // what: the operation, for messages.
+  // what: the operation, for messages; asked only where there is one, or NCCL takes time.
   using Calls = std::function<NcclResult(NcclComm*)>;
-  void run(const std::string& what, const Check& check, Clock::time_point deadline,
-           const Calls& calls);
+  using Text = std::function<std::string()>;
+  void run(const Text& what, const Check& check, Clock::time_point deadline, const Calls& calls);
 
   Status status();  // what NCCL says of its background work; ok() also while that goes on
   void revoke();    // ends this rank's operations where the library can, else aborts

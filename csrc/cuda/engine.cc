@@ -128,7 +128,8 @@ void CudaEngine::put(const Launch& launch, const std::shared_ptr<Operation>& ope
     peers->run(launch, static_cast<uint32_t>(fnv1a(operation->what.data(), operation->what.size())),
                stream);
   } else
-    communicator_->run(operation->what, look_for_word_now_and_then(), operation->deadline,
+    communicator_->run([&] { return operation->what; }, look_for_word_now_and_then(),
+                       operation->deadline,
                        [&](NcclComm* comm) { return enqueue(launch, comm, stream); });
 }
 
@@ -178,7 +179,7 @@ std::shared_ptr<Work> CudaEngine::start_together(std::vector<Launch> launches,
       operation, true, stream_, callers,
       [&] {
         if (courier_ == nullptr)
-          return communicator_->run(operation->what, look_for_word_now_and_then(),
+          return communicator_->run([&] { return operation->what; }, look_for_word_now_and_then(),
                                     operation->deadline, calls);
         for (const Launch& launch : launches) carry(launch, operation->what, stream_);
         if (!messages.empty()) carry(messages, operation->what, everyone_, *courier_, stream_);

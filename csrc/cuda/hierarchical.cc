@@ -70,7 +70,7 @@ std::byte* CudaEngine::partial_memory(uint64_t nbytes) {
 void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operation>& operation,
                              Device::Stream stream) {
   const Program& program = *launch.program;
-  Places at{launch, rank_, nullptr, {}, {}};
+  Places at{launch, rank_, nullptr, {}, std::vector<char>(static_cast<size_t>(program.n_chunks))};
   uint64_t needed = 0;
   const auto take = [&](uint64_t nbytes) { return std::exchange(needed, needed + nbytes); };
   at.place(take);
@@ -87,14 +87,19 @@ void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operati
     device_.record(event, on);
     return event;
   };
+  operation->inner.reserve(program.steps.size() + program.partitions.size() + 1);
   const auto begun = mark(stream);
   std::vector<std::pair<Device::Event, Device::Stream>> ends(program.steps.size());
+  std::vector<Layer*> layers(program.partitions.size());
   std::vector<Device::Stream> entered;
   for (size_t i = 0; i < program.steps.size(); ++i) {
     const Step& step = program.steps[i];
     const SubCall& call = program.calls[static_cast<size_t>(step.call)];
-    Layer& on = layer(program.partitions[static_cast<size_t>(call.partition)], call.ranks,
-                      operation->deadline);
+    Layer*& known = layers[static_cast<size_t>(call.partition)];
+    if (known == nullptr)
+      known = &layer(program.partitions[static_cast<size_t>(call.partition)], call.ranks,
+                     operation->deadline);
+    Layer& on = *known;
     if (std::find(entered.begin(), entered.end(), on.stream) == entered.end()) {
       device_.wait(on.stream, begun);
       entered.push_back(on.stream);
@@ -103,13 +108,14 @@ void CudaEngine::run_program(const Launch& launch, const std::shared_ptr<Operati
       const auto& [event, of] = ends[static_cast<size_t>(program.deps[step.dep_begin + d])];
       if (of != on.stream) device_.wait(on.stream, event);
     }
-    const std::string what = operation->what + ", step " + std::to_string(i) + " of " +
-                             std::to_string(program.steps.size()) + " (" +
-                             name_of(call.collective) + ")";
+    const auto what = [&] {
+      return operation->what + ", step " + std::to_string(i) + " of " +
+             std::to_string(program.steps.size()) + " (" + name_of(call.collective) + ")";
+    };
     if (on.communicator == nullptr)
-      carry_call(launch, call, at, what, on.stream);
+      carry_call(launch, call, at, what(), on.stream);
     else if (is_coded(launch, call))
-      run_coded(launch, call, at, at.partial + forms_offset[i], on, what);
+      run_coded(launch, call, at, at.partial + forms_offset[i], on, what());
     else
       on.communicator->run(
           what, look_for_word_now_and_then(), operation->deadline,
@@ -181,7 +187,7 @@ NcclResult CudaEngine::enqueue_call(const Launch& launch, const SubCall& call, P
   }
   for (size_t i = 0; i < call.chunks.size(); ++i)
     if (const int to = route(call, i).to; to == -1 || to == static_cast<int>(me))
-      places.written.insert(call.chunks[i]);
+      places.written[static_cast<size_t>(call.chunks[i])] = 1;
   return result;
 }
 

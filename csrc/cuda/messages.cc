@@ -24,7 +24,7 @@ std::shared_ptr<Work> CudaEngine::start_message(const Message& message,
            if (with.courier)
              return carry({message}, operation->what, with.host, *with.courier, with.stream);
            with.communicator->run(
-               operation->what, look_for_word_now_and_then(), operation->deadline,
+               [&] { return operation->what; }, look_for_word_now_and_then(), operation->deadline,
                [&](NcclComm* comm) {
                  const auto& api = *options_.api;
                  return message.is_send ? api.send(message.data, message.nbytes, NcclDType::uint8,

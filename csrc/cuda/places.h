@@ -47,7 +47,7 @@ struct CudaEngine::Places {
   const int rank;
   std::byte* partial = nullptr;
   std::unordered_map<int, uint64_t> partial_offset;  // of chunks that only pass this rank
-  std::unordered_set<int> written;
+  std::vector<char> written;                         // by chunk
 
   bool in_result(int chunk) const {
     const Program& program = *launch.program;
@@ -56,7 +56,7 @@ struct CudaEngine::Places {
   }
   uint64_t nbytes(int chunk) const { return launch.layout.nbytes(chunk); }
   const std::byte* read(int chunk) const {
-    return written.contains(chunk)
+    return written[static_cast<size_t>(chunk)]
                ? write(chunk)
                : static_cast<const std::byte*>(launch.input) + launch.layout.input_offset(chunk);
   }

@@ -94,7 +94,7 @@ void CudaEngine::carry_call(const Launch& launch, const SubCall& sub, Places& pl
     const int to = route(sub, i).to;
     if (to != -1 && to != me) continue;
     job.out.push_back({places.write(chunk), places.nbytes(chunk)});
-    places.written.insert(chunk);
+    places.written[static_cast<size_t>(chunk)] = 1;
   }
   uint64_t in_nbytes = 0, out_nbytes = 0;
   for (const auto& piece : job.in) in_nbytes += piece.nbytes;

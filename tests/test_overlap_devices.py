@@ -264,6 +264,9 @@ class Nothing(pycomm.Group):
     def all_to_all(self, output: Tensor, input: Tensor, *counts: Any, **options: Any) -> Any:
         return self._call(output, input, **options)
 
+    def revoke(self, why: str) -> None:
+        raise AssertionError(why)
+
     def exchange(self, sends: Any, receives: Any, **options: Any) -> Any:
         return self._call(*(x for x, _ in [*sends, *receives]), **options)
 

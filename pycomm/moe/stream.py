@@ -195,12 +195,12 @@ class _Record:
     def finish(self) -> tuple[Tensor, Tensor]:
         """The gradients of x and the weights."""
         self._come_to(-1)
-        if self._later is not None:
-            self._later.flush()
         assert self.arriving is not None
         self.arriving.finish()
         slots = torch.empty_like(self._of_weights).index_copy_(0, self.plan.slot_of_out, self._of_weights)
         arriving = self.moves.start_back("backward of stream, dispatch", self.plan, slots)
+        if self._later is not None:  # while those and the last sums cross
+            self._later.flush()
         x = self._reducing.finish()
         weights = arriving().view(self.weights_shape)
         del self.arriving, self._reducing, self._expert_out, self._weights, self._of_rows, self._of_weights

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -167,6 +167,15 @@ class Group:
     def recv(
         self, x: Any, src: int | None = None, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
     ) -> Any: ...
+    def exchange(
+        self,
+        sends: Iterable[tuple[Any, int]] = (),
+        receives: Iterable[tuple[Any, int]] = (),
+        tag: int = 0,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any: ...
     def stats(self) -> Stats: ...
     def revoke(self, why: str) -> None: ...
     def close(self) -> None: ...
@@ -208,6 +217,7 @@ def copy_rows(
     rows: torch.Tensor,
     to: torch.Tensor | None = None,
 ) -> None: ...
+def count_slots(positions: torch.Tensor, counts: torch.Tensor, offsets: torch.Tensor, bins: torch.Tensor) -> None: ...
 def combine_rows(
     out: torch.Tensor,
     sources: Sequence[torch.Tensor],

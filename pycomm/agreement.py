@@ -9,6 +9,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
 | PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for GPUs' tensors: nccl, tcp, auto: tcp where NCCL cannot |
 | PYCOMM_CUDA_PEER_BYTES | up to that size an all_reduce on one host is the peer kernel's; 0, the default: none |
+| PYCOMM_CUDA_MAX_CTAS | the most multiprocessors that a collective of NCCL's takes |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |
@@ -128,9 +129,12 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
 
 def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
     """What the environment says of collectives on GPUs. Raises TopologyError, InvalidArgument."""
-    path, nbytes, peer_nbytes = (
-        os.environ.get(f"PYCOMM_CUDA_{name}") or None for name in ("TOPOLOGY", "HIERARCHICAL_BYTES", "PEER_BYTES")
+    path, nbytes, peer_nbytes, max_ctas = (
+        os.environ.get(f"PYCOMM_CUDA_{name}") or None
+        for name in ("TOPOLOGY", "HIERARCHICAL_BYTES", "PEER_BYTES", "MAX_CTAS")
     )
+    if max_ctas is not None and not (max_ctas.isdecimal() and int(max_ctas)):
+        raise InvalidArgument(f"PYCOMM_CUDA_MAX_CTAS={max_ctas!r} is not a number of multiprocessors from 1")
     for name, given in (("HIERARCHICAL", nbytes), ("PEER", peer_nbytes)):
         if given is not None and not given.isdecimal():
             raise InvalidArgument(f"PYCOMM_CUDA_{name}_BYTES={given!r} is not a number of bytes")
@@ -142,6 +146,7 @@ def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
         "peer_nbytes": int(peer_nbytes or 0),  # no GPU has run the kernel yet, nor shown where it wins
         "device_topology": path and topology_to_document(fit(Topology.load(path), host_ids)),
         "hierarchical_nbytes": nbytes and int(nbytes),
+        "max_ctas": max_ctas and int(max_ctas),
     }
 
 
@@ -183,6 +188,7 @@ def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[
         job["hierarchical_nbytes"],
         job["between_hosts"],
         job["peer_nbytes"],
+        job["max_ctas"],
     )
 
 

@@ -168,6 +168,13 @@ def measured_table(points: Points) -> Choices:
     return as_choices(LADDER, [HIERARCHICAL if win else NATIVE for win in (ratio < -np.log(TIE)).tolist()])
 
 
+def seconds_between(points: Sequence[tuple[int, float]], nbytes: int) -> float:
+    """By measured (bytes, seconds), smallest first: on the line between neighbours, the first one's time below them,
+    the last one's rate beyond."""
+    sizes, seconds = zip(*points, strict=True)
+    return float(np.interp(nbytes, sizes, seconds)) * float(max(1.0, nbytes / sizes[-1]))
+
+
 def is_measured(points: Points) -> bool:
     """Whether a table's times (TuningTable.device_points) are of both ways at the same sizes."""
     sizes = [[nbytes for nbytes, _ in points.get(name, ())] for name in (NATIVE, HIERARCHICAL)]

@@ -115,17 +115,32 @@ class Group(_C.Group):
         Raises InvalidArgument where the host has no such memory left."""
         return _empty(self._endpoint, shape, dtype)
 
+    def device_seconds(self, op: str, nbytes: int) -> tuple[float, str] | None:
+        """What a collective of nbytes on GPUs is expected to take, by `pycomm tune --devices` or PYCOMM_CUDA_TOPOLOGY,
+        and which of them says so; None where neither does. Every rank gets the same."""
+        if not self.devices_cross_host:
+            return self._devices.seconds(op, nbytes)
+        found = self.explanation(op, nbytes)
+        chosen = next(each for each in found.candidates if each.algorithm == found.choice)
+        return chosen.expected_s, "predicted, through the host"
+
     # Groups of fewer ranks.
 
-    def new_group(self, ranks: Sequence[int], name: str | None = None) -> Group | None:
+    def new_group(self, ranks: Sequence[int], name: str | None = None, *, max_ctas: int | None = None) -> Group | None:
         """A group of some of this one's ranks, in the order given; None on the others. Every rank of this group calls
-        it, with the same ranks."""
+        it, with the same ranks.
+
+        max_ctas: the most multiprocessors of a GPU that a collective of this group takes, and of groups made from it,
+        so that the rest computes meanwhile: NCCL's maxCTAs. None: as in this group."""
         if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks):
             raise InvalidArgument(
                 f"new_group in group {self.name!r}: {list(ranks)} are not distinct ranks of 0 .. {self.size - 1}"
             )
+        if max_ctas is not None and max_ctas < 1:
+            raise InvalidArgument(f"new_group: max_ctas is {max_ctas}; give 1 or more, or None for this group's")
         self._n_children += 1
-        return self._child(list(ranks), f"{self._n_children}", name)
+        job = self._job if max_ctas is None else dataclasses.replace(self._job, max_ctas=max_ctas)
+        return self._child(list(ranks), f"{self._n_children}", name, job)
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Group | None:
         """One group per color, ranks ordered by (key, rank), as MPI_Comm_split; None for ranks whose color is None."""
@@ -139,7 +154,7 @@ class Group(_C.Group):
             return None
         members = [rank for rank in range(self.size) if everyone[rank, 0] and everyone[rank, 1] == color]
         members.sort(key=lambda rank: (int(everyone[rank, 2]), rank))
-        return self._child(members, f"{self._n_children}/{color}", name)
+        return self._child(members, f"{self._n_children}/{color}", name, self._job)
 
     def replan(self, topology: Topology, table: TuningTable | None = None, name: str | None = None) -> Group:
         """A group of the same ranks that plans from `topology` and, where given, a tuning table's times, and so do the
@@ -155,8 +170,8 @@ class Group(_C.Group):
         self._n_children += 1
         return self._made(list(range(self.size)), f"{self._n_children}", name, job)
 
-    def _child(self, ranks: list[int], suffix: str, name: str | None) -> Group | None:
-        return self._made(ranks, suffix, name, self._job) if self.rank in ranks else None
+    def _child(self, ranks: list[int], suffix: str, name: str | None, job: JobPlan) -> Group | None:
+        return self._made(ranks, suffix, name, job) if self.rank in ranks else None
 
     def _made(self, ranks: list[int], suffix: str, name: str | None, job: JobPlan) -> Group:
         store = PrefixStore(f"group/{suffix}/{'-'.join(map(str, ranks[:4]))}", self._store)

@@ -17,10 +17,12 @@ from pycomm.device_choice import (
     HIERARCHICAL,
     NATIVE,
     Points,
+    costs,
     explain_devices,
     has_calls,
     is_measured,
     measured_table,
+    seconds_between,
     threshold_table,
 )
 from pycomm.device_choice import choice_table as device_choice_table
@@ -32,7 +34,7 @@ from pycomm.project import CallProgram, Program, project_calls
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
 from pycomm.topology import Topology
-from pycomm.tuner import Choices, candidates, choice_table
+from pycomm.tuner import Choices, candidates, choice_table, choose
 
 # Groups are often alike: 100 of one shape plan once, not in 0.1 s each.
 _choices = lru_cache(maxsize=256)(choice_table)
@@ -72,7 +74,7 @@ def _call_program(topology: Topology, rank: int, collective: str) -> CallProgram
 class JobPlan:
     """What all ranks of a job plan from. topology: of all ranks, given or measured; None: default figures. table: that
     was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology, hierarchical_nbytes,
-    between_hosts, peer_nbytes: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
+    between_hosts, peer_nbytes, max_ctas: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
 
     host_ids: tuple[str, ...]
     topology: Topology | None = None
@@ -82,6 +84,7 @@ class JobPlan:
     hierarchical_nbytes: int | None = None
     between_hosts: str = "auto"
     peer_nbytes: int = 0
+    max_ctas: int | None = None
 
     def of(self, ranks: Sequence[int]) -> tuple[Topology, TuningTable | None]:
         """A group's topology, and the table where its times hold: for the group of all ranks, in their order."""
@@ -160,11 +163,13 @@ class DevicePlanning:
         between: str = "auto",
         peer_nbytes: int = 0,
         table: TuningTable | None = None,
+        max_ctas: int | None = None,
     ) -> None:
         """figures: the topology of the devices, where one was given. hierarchical_nbytes: from that size on
         hierarchical, whatever that costs. Without either NCCL has all where it joins hosts, and what is inside hosts
         where it does not. explain_as: as Planning's. between: PYCOMM_CUDA_BETWEEN_HOSTS. peer_nbytes: up to that size
-        an all_reduce on one host is the peer kernel's. table: where its times hold, as in Planning."""
+        an all_reduce on one host is the peer kernel's. table: where its times hold, as in Planning. max_ctas: the most
+        multiprocessors that a collective of NCCL's takes; None: as NCCL likes."""
         self.topology = topology
         self.rank = rank
         self.figures = figures
@@ -172,6 +177,7 @@ class DevicePlanning:
         self.between = between
         self.peer_nbytes = peer_nbytes
         self.table = table
+        self.max_ctas = max_ctas
         self._explain_as = explain_as
         self._explained: set[str] = set()
 
@@ -181,7 +187,13 @@ class DevicePlanning:
         figures = None if self.figures is None else topology
         rank = list(ranks).index(self.rank)
         return DevicePlanning(
-            topology, rank, figures, self.hierarchical_nbytes, between=self.between, peer_nbytes=self.peer_nbytes
+            topology,
+            rank,
+            figures,
+            self.hierarchical_nbytes,
+            between=self.between,
+            peer_nbytes=self.peer_nbytes,
+            max_ctas=self.max_ctas,
         )
 
     def through_host(self, why: str) -> None:
@@ -220,6 +232,16 @@ class DevicePlanning:
         if self.figures is None:
             return ((None, NATIVE),), "NCCL's, since no `pycomm tune --devices` and no PYCOMM_CUDA_TOPOLOGY tells more"
         return device_choice_table(self.figures, collective), ""
+
+    def seconds(self, collective: str, nbytes: int) -> tuple[float, str] | None:
+        """Of a collective as it would go, and where the figure is from; None where nothing tells."""
+        way = choose(self._table(collective)[0], nbytes)
+        points = {} if self.table is None else self.table.device_points(collective)
+        if points.get(way):
+            return seconds_between(points[way], nbytes), "tuning table"
+        if self.figures is None or collective not in CALL_PLANNERS:
+            return None
+        return float(costs(self.figures, collective, nbytes)[way][0]), "predicted from PYCOMM_CUDA_TOPOLOGY"
 
     def _lines(self, collective: str, table: Choices, why: str) -> list[str]:
         lines, beyond = [], 0
@@ -284,4 +306,5 @@ def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -
         job.between_hosts,
         job.peer_nbytes,
         job.of(ranks)[1],
+        job.max_ctas,
     )

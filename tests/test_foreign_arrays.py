@@ -17,7 +17,7 @@ from spawn import run_ranks
 
 from pycomm import _C
 from pycomm.calls import CALL_PLANNERS
-from pycomm.errors import InvalidArgument
+from pycomm.errors import InvalidArgument, PeerTimeout
 from pycomm.table import Times, TuningTable
 from pycomm.tune import report, tune
 from pycomm.tune_devices import DEVICE_SIZES, Device, tune_devices
@@ -141,6 +141,53 @@ def _on_device(group: Any) -> None:
     _rows_by_index()
     group.barrier()
     synchronize()
+    fake.fake_device_free_stream(ctypes.c_void_p(stream))
+
+
+def test_wait_without_a_limit_makes_the_stream_wait_and_not_the_host() -> None:
+    library = str(build())
+    run_ranks(_streams_wait, 2, environment={"PYCOMM_NCCL_LIB": library, "PYCOMM_TEST_DEVICE": library})
+
+
+def _streams_wait(group: Any) -> None:
+    fake = ctypes.CDLL(os.environ["PYCOMM_TEST_DEVICE"])
+    fake.fake_device_new_stream.restype = ctypes.c_void_p
+    stream = fake.fake_device_new_stream()
+    x, given = np.ones(1000, np.float32), np.full(50, group.rank, np.int32)
+    others = [np.zeros(50, np.int32) for _ in range(2)]
+    group.all_reduce(OnDevice(x, stream))  # the ranks meet
+    group.exchange([(OnDevice(given), 1 - group.rank)], [(OnDevice(others[0]), 1 - group.rank)])
+    word = np.zeros(1)
+    if group.rank == 1:  # begins once rank 0 has come through all its waits
+        group.recv(word, 0)
+    works = [
+        group.all_reduce(OnDevice(x, stream), async_op=True),
+        group.exchange(
+            [(OnDevice(given, stream), 1 - group.rank)], [(OnDevice(others[1], stream), 1 - group.rank)], async_op=True
+        ),
+    ]
+    for work in works:
+        work.wait()
+    if group.rank == 0:
+        assert not any(work.is_completed() for work in works)
+        with pytest.raises(PeerTimeout, match="not done within 10 ms; it goes on"):
+            works[0].wait(timeout_s=0.01)
+        group.send(word, 1)
+    fake.fake_device_synchronize(ctypes.c_void_p(stream))  # behind what was waited for
+    assert (x == 4).all() and all((other == 1 - group.rank).all() for other in others)
+    works[0].wait(timeout_s=20)
+    with pytest.raises(InvalidArgument, match="one array is on cpu, another on cuda:0"):
+        group.exchange([(OnDevice(x, stream), 1 - group.rank)], [(x, 1 - group.rank)])
+    with pytest.raises(InvalidArgument, match="cannot exchange with rank 2"):
+        group.exchange([(x, 2)])
+    # The host's memory: the same call.
+    host = np.zeros(50, np.int32)
+    group.exchange([(given, 1 - group.rank)], [(host, 1 - group.rank)], tag=7)
+    assert (host == 1 - group.rank).all()
+    work = group.exchange([(given, 1 - group.rank)], [(others[0], 1 - group.rank)], async_op=True)
+    work.wait(timeout_s=20)
+    assert work.is_completed() and (others[0] == 1 - group.rank).all()
+    group.barrier()
     fake.fake_device_free_stream(ctypes.c_void_p(stream))
 
 

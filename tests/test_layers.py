@@ -35,6 +35,7 @@ PYTHON_ROWS = [
     ["planning"],
     ["agreement"],
     ["group"],
+    ["devices"],
     ["backend", "distributed", "overlap", "moe", "measure", "timing", "wire"],
     ["netns"],
     ["launch"],

@@ -118,6 +118,12 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
     ]
     for each in dist.batch_isend_irecv(ring):
         each.wait()
+    chain, hop = torch.full((5,), float(rank)), torch.empty(5)  # ends have one message, others two
+    messages = [dist.P2POp(dist.irecv, hop, rank - 1)] if rank else []
+    messages += [dist.P2POp(dist.isend, chain, rank + 1)] if rank < n - 1 else []
+    for each in dist.batch_isend_irecv(messages):
+        each.wait()
+    assert rank == 0 or hop.tolist() == [rank - 1.0] * 5
     assert got.unique().tolist() == [float((rank - 1) % n)]
     if rank < 2:
         first = torch.full((3,), float(rank))

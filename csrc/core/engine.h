@@ -107,7 +107,7 @@ struct Launch {
                                  // operation's stream
 };
 
-// A send or a receive, as one of several that start together.
+// A send or a receive, as one of those that start together.
 struct Message {
   bool is_send = false;
   void* data = nullptr;  // of a send: only read
@@ -115,6 +115,7 @@ struct Message {
   int peer = 0;
   void* stream = nullptr;  // as Launch's
   Clock::time_point deadline;
+  bool alone = false;  // on a device: its two ranks meet for it, and no other's order matters
 };
 
 // A started operation. wait() drives it; dropping the Work neither cancels nor blocks it.

@@ -216,6 +216,15 @@ void row_dots(float* out, const Rows& a, const int64_t* a_rows, const Rows& b,
   }
 }
 
+void count_slots(int64_t* positions, int64_t* counts, int64_t* offsets, const int64_t* bins,
+                 int64_t n, int64_t n_bins) {
+  std::fill(counts, counts + n_bins, 0);
+  for (int64_t i = 0; i < n; ++i)
+    positions[i] = bins[i] >= 0 && bins[i] < n_bins ? counts[bins[i]]++ : -1;
+  offsets[0] = 0;
+  for (int64_t bin = 0; bin < n_bins; ++bin) offsets[bin + 1] = offsets[bin] + counts[bin];
+}
+
 void encode_rows(std::byte* out, const void* in, DType dtype, int64_t n, size_t width, Wire wire) {
   std::vector<float> wide(dtype == DType::float32 ? 0 : width);
   const size_t row_nbytes = coded_nbytes(wire, width), size = size_of(dtype);

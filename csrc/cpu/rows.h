@@ -41,6 +41,12 @@ void combine_rows(void* out, DType out_dtype, const std::vector<Rows>& sources, 
 void row_dots(float* out, const Rows& a, const int64_t* a_rows, const Rows& b,
               const int64_t* b_rows, DType dtype, int64_t n, size_t width);
 
+// The layout of n slots in n_bins bins. For i < n: positions[i] = how many slots before i are of
+// bin bins[i], -1 where that is none of 0 .. n_bins - 1; counts[b] of n_bins; offsets[b] of n_bins
+// + 1: the slots of all bins before b.
+void count_slots(int64_t* positions, int64_t* counts, int64_t* offsets, const int64_t* bins,
+                 int64_t n, int64_t n_bins);
+
 // Row by row, each a segment of its own: coded_nbytes(wire, width) bytes (coding.h).
 void encode_rows(std::byte* out, const void* in, DType dtype, int64_t n, size_t width, Wire wire);
 void decode_rows(void* out, const std::byte* in, DType dtype, int64_t n, size_t width, Wire wire);

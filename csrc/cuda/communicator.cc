@@ -25,6 +25,12 @@ class Turns {
   Clock::time_point last_ = Clock::now();
 };
 
+NcclConfig config_of(std::optional<int> max_ctas) {
+  NcclConfig config;
+  if (max_ctas) config.max_ctas = *max_ctas;
+  return config;
+}
+
 }  // namespace
 
 Status Communicator::result(NcclResult result, const std::string& what) const {
@@ -62,9 +68,10 @@ void Communicator::settle(const std::string& what, const Check& check, Clock::ti
 
 std::shared_ptr<Communicator> Communicator::create(std::shared_ptr<const NcclApi> api,
                                                    const NcclUniqueId& id, int rank, int size,
+                                                   std::optional<int> max_ctas,
                                                    const std::string& who, const Check& check,
                                                    Clock::time_point deadline) {
-  NcclConfig config;
+  NcclConfig config = config_of(max_ctas);
   NcclComm* comm = nullptr;
   std::shared_ptr<Communicator> self(new Communicator(std::move(api), nullptr, who));
   const NcclResult begun =
@@ -77,21 +84,23 @@ std::shared_ptr<Communicator> Communicator::create(std::shared_ptr<const NcclApi
   return self;
 }
 
-std::shared_ptr<Communicator> Communicator::split(int color, int key, const std::string& who,
-                                                  const Check& check, Clock::time_point deadline) {
-  return derive("split of the communicator", who, color == kNcclNoColor, false, check, deadline,
-                [&](NcclComm* parent, NcclComm** child, void* config) {
+std::shared_ptr<Communicator> Communicator::split(int color, int key, std::optional<int> max_ctas,
+                                                  const std::string& who, const Check& check,
+                                                  Clock::time_point deadline) {
+  return derive("split of the communicator", max_ctas, who, color == kNcclNoColor, false, check,
+                deadline, [&](NcclComm* parent, NcclComm** child, void* config) {
                   return api_->comm_split(parent, color, key, child, config);
                 });
 }
 
 std::shared_ptr<Communicator> Communicator::shrink(std::vector<int> excluded, bool hangs,
+                                                   std::optional<int> max_ctas,
                                                    const std::string& who,
                                                    Clock::time_point deadline) {
   if (api_->comm_shrink == nullptr)
     throw Error(Code::invalid_argument, who_ + ": NCCL " + nccl_version_name(api_->version()) +
                                             " cannot shrink a communicator; that came with 2.27");
-  return derive("shrink of the communicator", who, false, hangs, nullptr, deadline,
+  return derive("shrink of the communicator", max_ctas, who, false, hangs, nullptr, deadline,
                 [&](NcclComm* parent, NcclComm** child, void* config) {
                   return api_->comm_shrink(parent, excluded.data(),
                                            static_cast<int>(excluded.size()), child, config,
@@ -100,10 +109,10 @@ std::shared_ptr<Communicator> Communicator::shrink(std::vector<int> excluded, bo
 }
 
 std::shared_ptr<Communicator> Communicator::derive(
-    const char* what, const std::string& who, bool without_child, bool parent_is_broken,
-    const Check& check, Clock::time_point deadline,
+    const char* what, std::optional<int> max_ctas, const std::string& who, bool without_child,
+    bool parent_is_broken, const Check& check, Clock::time_point deadline,
     const std::function<NcclResult(NcclComm*, NcclComm**, void*)>& call) {
-  NcclConfig config;
+  NcclConfig config = config_of(max_ctas);
   // NCCL may fill it in from a thread of its own, after a deadline that made us leave.
   const auto child = std::make_shared<std::atomic<NcclComm*>>(nullptr);
   {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,19 +21,22 @@ class Communicator {
  public:
   // Asked some times a second by who waits for other ranks; what it throws ends the wait.
   using Check = std::function<void()>;
+  // max_ctas: multiprocessors that an operation takes at most; NCCL's choice where there is none.
   // who: "group 'dp', rank 1 of 4 (host a, cuda:0)", which every message begins with.
   // Errors of all three: Error(timeout) with what NCCL was about, Error(internal) with NCCL's text.
   static std::shared_ptr<Communicator> create(std::shared_ptr<const NcclApi> api,
                                               const NcclUniqueId& id, int rank, int size,
-                                              const std::string& who, const Check& check,
-                                              Clock::time_point deadline);
+                                              std::optional<int> max_ctas, const std::string& who,
+                                              const Check& check, Clock::time_point deadline);
   // All ranks of this one call it; nullptr where color is kNcclNoColor.
-  std::shared_ptr<Communicator> split(int color, int key, const std::string& who,
-                                      const Check& check, Clock::time_point deadline);
+  std::shared_ptr<Communicator> split(int color, int key, std::optional<int> max_ctas,
+                                      const std::string& who, const Check& check,
+                                      Clock::time_point deadline);
   // All ranks but `excluded` call it, with the same list. hangs: some operation may never end.
   // Errors: Error(invalid_argument) where the library cannot.
   std::shared_ptr<Communicator> shrink(std::vector<int> excluded, bool hangs,
-                                       const std::string& who, Clock::time_point deadline);
+                                       std::optional<int> max_ctas, const std::string& who,
+                                       Clock::time_point deadline);
   ~Communicator();
 
   const NcclApi& api() const { return *api_; }
@@ -52,8 +56,8 @@ class Communicator {
   Communicator(std::shared_ptr<const NcclApi> api, NcclComm* comm, std::string who)
       : api_(std::move(api)), who_(std::move(who)), comm_(comm) {}
   std::shared_ptr<Communicator> derive(
-      const char* what, const std::string& who, bool without_child, bool parent_is_broken,
-      const Check& check, Clock::time_point deadline,
+      const char* what, std::optional<int> max_ctas, const std::string& who, bool without_child,
+      bool parent_is_broken, const Check& check, Clock::time_point deadline,
       const std::function<NcclResult(NcclComm*, NcclComm**, void*)>& call);
   Status result(NcclResult result, const std::string& what) const;
   void settle(const std::string& what, const Check& check, Clock::time_point deadline);

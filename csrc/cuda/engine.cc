@@ -135,7 +135,7 @@ void CudaEngine::put(const Launch& launch, const std::shared_ptr<Operation>& ope
 std::shared_ptr<Work> CudaEngine::start_together(std::vector<Launch> launches,
                                                  std::vector<Message> messages,
                                                  std::shared_ptr<void> keep_alive) {
-  if (launches.empty() && messages.size() == 1) return start_message(messages[0], keep_alive);
+  if (messages.size() == 1 && messages[0].alone) return start_message(messages[0], keep_alive);
   const std::lock_guard lock(mutex_);
   require_sound();
   auto operation = std::make_shared<Operation>();
@@ -157,7 +157,7 @@ std::shared_ptr<Work> CudaEngine::start_together(std::vector<Launch> launches,
     operation->deadline = std::min(operation->deadline, message.deadline);
     callers = message.stream;
   }
-  if (launches.empty()) sequence_ += 1;  // messages that start together count as one
+  // Messages count as none: not every rank need have any.
   operation->what = "together: " + operation->what;
   operation->memory = std::move(keep_alive);
   meet(operation->deadline);

@@ -13,8 +13,8 @@
 // later call throws the reason. Results of operations that did not end are undefined.
 //
 // Order. All ranks submit the same collectives in the same order. A message alone goes over a
-// communicator of its two ranks, on a stream of that pair; several that start together go over the
-// group's, so all its ranks start that in their order of collectives.
+// communicator of its two ranks, on a stream of that pair; those that start together go over the
+// group's, so that its ranks start them in their order of collectives.
 //
 // Between hosts. Where NCCL does not join them, what it would put on a stream a courier does
 // (courier.h); all that stands above holds for it as well, but nothing can be captured.
@@ -24,6 +24,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -53,6 +54,7 @@ struct EngineOptions {
   // Up to that many bytes an all_reduce on one host is the peer kernel's, where it has it
   // (peers.h).
   uint64_t peer_nbytes = 0;
+  std::optional<int> max_ctas;  // multiprocessors that one operation takes at most; NCCL's choice
   Between between = Between::nccl;
   // A group of host memory of these ranks, with this name; all of them ask. Where not all is
   // NCCL's.

@@ -68,6 +68,7 @@ void CudaEngine::look_at_others(const Operation& operation) {
     if (!theirs || *theirs == mine) continue;
     const size_t end = theirs->find('\n');
     if (theirs->substr(0, end) != std::to_string(operation.sequence)) continue;
+    if (theirs->compare(end + 1, 8, "together") == 0) continue;
     throw Error(Code::mismatch, me_ + ": collective mismatch: rank " + std::to_string(rank_) +
                                     " called " + operation.what + ", " + who(rank) + " called " +
                                     theirs->substr(end + 1) +

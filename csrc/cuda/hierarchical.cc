@@ -38,7 +38,7 @@ CudaEngine::Layer& CudaEngine::layer(const Partition& partition, const std::vect
   const int key = static_cast<int>(std::find(part.begin(), part.end(), rank_) - part.begin());
   std::shared_ptr<Communicator> made;
   if (courier_ == nullptr)
-    made = communicator_->split(color, key, me_ + ", among ranks " + ranks,
+    made = communicator_->split(color, key, options_.max_ctas, me_ + ", among ranks " + ranks,
                                 look_for_word_now_and_then(), deadline);
   else if (!std::equal(part.begin(), part.end(), rail_.begin(), rail_.end()))
     made = inside_;

@@ -43,7 +43,7 @@ std::shared_ptr<Work> CudaEngine::send(const void* data, uint64_t nbytes, int pe
   if (tag != 0)
     throw Error(Code::invalid_argument, me_ + ": send: tag " + std::to_string(tag) +
                                             ": NCCL's messages have no tag, they come in order");
-  return start_message({true, const_cast<void*>(data), nbytes, peer, nullptr, deadline},
+  return start_message({true, const_cast<void*>(data), nbytes, peer, nullptr, deadline, true},
                        std::move(keep_alive));
 }
 
@@ -56,7 +56,7 @@ std::shared_ptr<Work> CudaEngine::recv(void* data, uint64_t nbytes, int peer, in
   if (peer < 0)
     throw Error(Code::invalid_argument,
                 me_ + ": recv from any rank: NCCL must know who sends; name the source");
-  return start_message({false, data, nbytes, peer, nullptr, deadline}, std::move(keep_alive));
+  return start_message({false, data, nbytes, peer, nullptr, deadline, true}, std::move(keep_alive));
 }
 
 void CudaEngine::run_send(const void* data, uint64_t nbytes, int peer, int64_t tag,

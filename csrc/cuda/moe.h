@@ -34,6 +34,13 @@ Status combine_rows(void* out, DType out_dtype, std::span<const void* const> sou
                     const int64_t* source, const int64_t* rows, const int64_t* offsets,
                     const float* weights, int64_t n, int64_t width, void* stream);
 
+// The layout of n slots in n_bins bins (experts, or places of them), counts and offsets in one
+// launch. For i < n: positions[i] = how many slots before i are of bin bins[i], -1 where that is
+// none of 0 .. n_bins - 1; counts[b] of n_bins: the slots of a bin; offsets[b] of n_bins + 1: those
+// of all bins before it.
+Status count_slots(int64_t* positions, int64_t* counts, int64_t* offsets, const int64_t* bins,
+                   int64_t n, int64_t n_bins, void* stream);
+
 // out[i] = the dot product of row a_rows[i] of a and row b_rows[i] of b (nullptr: row i), in fp32,
 // in the order that cpu/rows.h has; 0 where either row is -1.
 Status row_dots(float* out, const void* a, const int64_t* a_rows, const void* b,

@@ -36,6 +36,16 @@ PYCOMM_HD int64_t lane_column(const RowTile& tile, int turn, int lane, int per_v
   return tile.begin + (int64_t{turn} * kWarp + lane) * per_vector;
 }
 
+// A warp's lanes where something holds, as bits.
+PYCOMM_HD int n_set(uint32_t lanes) {
+#ifdef __CUDA_ARCH__
+  return __popc(lanes);
+#else
+  return __builtin_popcount(lanes);
+#endif
+}
+PYCOMM_HD int n_set_below(uint32_t lanes, int lane) { return n_set(lanes & ((1u << lane) - 1)); }
+
 // A row in fp8: the codes of all blocks, then their scales; 4-byte aligned where the buffer is.
 PYCOMM_HD int64_t coded_row_nbytes(int64_t width) {
   return quantised_nbytes(width, BlockCode::e4m3);

@@ -105,7 +105,8 @@ std::shared_ptr<Communicator> CudaEngine::join(const std::string& key,
     id = decoded(told);
   }
   return Communicator::create(options_.api, id, static_cast<int>(at),
-                              static_cast<int>(ranks.size()), who, check, deadline);
+                              static_cast<int>(ranks.size()), options_.max_ctas, who, check,
+                              deadline);
 }
 
 // Versions and devices: NCCL itself would hang, or fail without a name.
@@ -276,8 +277,9 @@ std::shared_ptr<CudaEngine> CudaEngine::split(int color, int key, const std::vec
       throw Error(
           Code::invalid_argument,
           me_ + ": split: no communicator of NCCL's has all ranks; make a group of its own");
-    auto part = communicator_->split(color, key, made ? made->me_ : me_,
-                                     look_for_word_now_and_then(), deadline);
+    auto part =
+        communicator_->split(color, key, made ? made->options_.max_ctas : std::nullopt,
+                             made ? made->me_ : me_, look_for_word_now_and_then(), deadline);
     if (made) made->set_communicator(std::move(part));
   } catch (const Error& error) {
     watch_->fail(error.status());
@@ -308,7 +310,8 @@ std::shared_ptr<CudaEngine> CudaEngine::shrink(const std::vector<int>& excluded,
   if (communicator_ == nullptr)
     throw Error(Code::invalid_argument, me_ + ": shrink: the group has not communicated yet");
   auto made = create(std::move(options));
-  made->set_communicator(communicator_->shrink(excluded, hangs, made->me_, deadline));
+  made->set_communicator(
+      communicator_->shrink(excluded, hangs, made->options_.max_ctas, made->me_, deadline));
   return made;
 }
 

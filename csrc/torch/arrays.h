@@ -21,6 +21,7 @@ struct View {
   void* stream = nullptr;  // on a device: in whose order it stands; its current one where
                            // has_stream is false
   bool has_stream = false;
+  bool names_stream = false;      // the array itself says which it is
   py::object owner = py::none();  // keeps the memory, beside the array itself
   uint64_t row() const { return rows == 0 ? 0 : numel / rows; }
   uint64_t nbytes() const { return numel * size_of(dtype); }

@@ -101,6 +101,7 @@ PycommBackend::WorkPtr PycommBackend::message_on_device(const at::Tensor& tensor
     work->set({}, {tensor});
     return work;
   }
+  message.alone = true;
   const InterruptScope interruptible(check_signals, is_only_thread);
   work->set({side.group().start_together({}, {message}, std::nullopt, std::move(held))}, {tensor});
   return work;

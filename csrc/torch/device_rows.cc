@@ -91,6 +91,16 @@ void device_combine_rows(const View& out, const std::vector<View>& sources, cons
                                    on.stream));
 }
 
+void device_count_slots(const View& positions, const View& counts, const View& offsets,
+                        const View& bins) {
+  const char* what = "count_slots";
+  const OnDevice on(what, positions, {&counts, &offsets, &bins});
+  const auto written = [](const View& view) { return static_cast<int64_t*>(view.data); };
+  require(what, cuda::count_slots(written(positions), written(counts), written(offsets),
+                                  ints(what, bins), static_cast<int64_t>(bins.numel),
+                                  static_cast<int64_t>(counts.numel), on.stream));
+}
+
 void device_row_dots(const View& out, const View& a, const std::optional<View>& a_rows,
                      const View& b, const std::optional<View>& b_rows, uint64_t width) {
   const char* what = "row_dots";
@@ -142,6 +152,9 @@ void device_copy_rows(const View&, const std::vector<View>&, const View&, const 
 void device_combine_rows(const View&, const std::vector<View>&, const View&, const View&,
                          const View&, const std::optional<View>&) {
   without_cuda("combine_rows");
+}
+void device_count_slots(const View&, const View&, const View&, const View&) {
+  without_cuda("count_slots");
 }
 void device_row_dots(const View&, const View&, const std::optional<View>&, const View&,
                      const std::optional<View>&, uint64_t) {

@@ -17,6 +17,9 @@ void device_copy_rows(const View& out, const std::vector<View>& sources, const V
                       const View& rows, const std::optional<View>& to);
 void device_combine_rows(const View& out, const std::vector<View>& sources, const View& source,
                          const View& rows, const View& offsets, const std::optional<View>& weights);
+// The first three are written.
+void device_count_slots(const View& positions, const View& counts, const View& offsets,
+                        const View& bins);
 // rows: none, or one for each product. a and b are of one type, with rows of width values.
 void device_row_dots(const View& out, const View& a, const std::optional<View>& a_rows,
                      const View& b, const std::optional<View>& b_rows, uint64_t width);

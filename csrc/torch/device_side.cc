@@ -78,6 +78,7 @@ std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c1
   engine->store = store_of(options);
   engine->between = options.planner.between();
   engine->peer_nbytes = options.planner.peer_nbytes;
+  engine->max_ctas = options.planner.max_ctas;
   if (const Status status = cuda::NcclApi::open(options.nccl_wheel, &engine->api); !status.ok())
     engine->no_nccl = status.message;
   std::optional<c10::Stream> stream;
@@ -95,6 +96,7 @@ std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c1
     throw;
   }
   std::shared_ptr<DeviceSide> self(new DeviceSide(device, stream));
+  self->store_ = engine->store;
   engine->host_group = [part = options.part, store = options.store, name = engine->name](
                            const std::vector<int>& ranks, const std::string& suffix) {
     const std::string key = "host/" + suffix;
@@ -157,6 +159,11 @@ void DeviceSide::on_own_stream(const std::function<void()>& task) const {
   if (!has_streams()) return task();
   const c10::StreamGuard guard(*stream_);
   task();
+}
+
+void DeviceSide::revoke(const Status& why) {
+  cuda::CudaEngine::tell(*store_, why);  // the engine tells failures alone
+  engine_->revoke(why);
 }
 
 void DeviceSide::synchronise() const {

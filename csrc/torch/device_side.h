@@ -31,6 +31,7 @@ struct DevicePlanner {
   Planner planner;
   std::function<cuda::Between()> between;                    // what joins hosts
   uint64_t peer_nbytes = 0;                                  // EngineOptions'
+  std::optional<int> max_ctas;                               // likewise
   std::function<void(const std::string& why)> through_host;  // NCCL does not: plan for that
   std::function<DevicePlanner(const std::vector<int>& ranks)> select;  // of some of the ranks
 };
@@ -68,6 +69,8 @@ class DeviceSide {
   // Runs task with the engine's stream as torch's current one.
   void on_own_stream(const std::function<void()>& task) const;
   void synchronise() const;  // waits for the caller's stream
+  // Every operation of the device's group, on every rank, fails with `why`.
+  void revoke(const Status& why);
 
  private:
   DeviceSide(const c10::Device& device, std::optional<c10::Stream> stream)
@@ -78,6 +81,7 @@ class DeviceSide {
 
   const c10::Device device_;
   const std::optional<c10::Stream> stream_;
+  std::shared_ptr<Store> store_;  // the engine's
   std::shared_ptr<cuda::CudaEngine> engine_;
   std::shared_ptr<Group> group_;
 };

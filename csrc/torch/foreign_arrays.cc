@@ -56,7 +56,7 @@ View cuda_view(const char* what, const py::dict& interface, bool writable) {
     const auto stream = interface["stream"].cast<uintptr_t>();
     if (stream == 0) refuse(what, "its stream is 0, which __cuda_array_interface__ does not allow");
     view.stream = reinterpret_cast<void*>(stream);  // 1 and 2 are CUDA's own names of the defaults
-    view.has_stream = true;
+    view.has_stream = view.names_stream = true;
   }
   return view;
 }

@@ -99,7 +99,7 @@ std::shared_ptr<Group> make_group(const std::shared_ptr<cpu::Endpoint>& endpoint
                                  timeout);
 }
 
-// `planning` has peer_nbytes, between, through_host(why) and select(ranks) as well.
+// `planning` has peer_nbytes, max_ctas, between, through_host(why) and select(ranks) as well.
 DevicePlanner device_planner_of(const py::object& planning) {
   const auto keep = held(planning);
   const auto object = [keep]() -> py::object& { return *static_cast<py::object*>(keep.get()); };
@@ -112,6 +112,7 @@ DevicePlanner device_planner_of(const py::object& planning) {
                                        : cuda::Between::automatic;
           },
           planning.attr("peer_nbytes").cast<uint64_t>(),
+          planning.attr("max_ctas").cast<std::optional<int>>(),
           [object](const std::string& why) {
             py::gil_scoped_acquire gil;
             object().attr("through_host")(why);
@@ -163,7 +164,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<PyWork>(m, "Work", "A started operation; wait() for its result.")
       .def("wait", &PyWork::wait, py::arg("timeout_s") = py::none(),
            "Returns when the operation is done; raises its error, or PeerTimeout after timeout_s "
-           "seconds (it goes on then).")
+           "seconds (it goes on then). Of arrays on a device, without timeout_s, the stream that they "
+           "name, or else the current one, waits, and the host does not.")
       .def("is_completed", &PyWork::is_completed)
       .def_property_readonly("duration_s", &PyWork::duration_s,
                              "seconds from start to end, 0 before that")
@@ -276,9 +278,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("revoke",
            [](const PyGroup& group, const std::string& why) {
              py::gil_scoped_release release;
-             group.group()->engine().revoke(
-                 {Code::closed,
-                  "rank " + std::to_string(group.group()->rank()) + " revoked it: " + why});
+             group.revoke({Code::closed, "rank " + std::to_string(group.group()->rank()) +
+                                             " revoked it: " + why});
            })
       .def("close",
            [](const PyGroup& group) {

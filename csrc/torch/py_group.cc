@@ -103,6 +103,26 @@ void* stream_of(const char* what, std::initializer_list<const View*> arrays) {
   return stream(first);
 }
 
+// What a Work's wait() makes wait: the stream that the arrays name, or else the one that is current
+// then. REQUIRES: they are on one device.
+std::function<void*()> waiting_stream(std::initializer_list<const View*> arrays) {
+  const View& first = **arrays.begin();
+  for (const View* view : arrays)
+    if (view->names_stream) return [stream = view->stream] { return stream; };
+  return [device = first.device] { return current_stream_of(device); };
+}
+
+py::object work_of(PyWork::Works works, std::function<void*()> stream = {}) {
+  return py::cast(PyWork(std::move(works), std::move(stream)));
+}
+
+void require_no_tag(const char* what, int64_t tag) {
+  if (tag != 0)
+    refuse(what,
+           "tag " + std::to_string(tag) +
+               ": NCCL's messages have no tag, they come in the order in which they are sent");
+}
+
 // The device is current where torch knows such devices; else it is the caller's to make it so.
 struct Current {
   explicit Current(const c10::Device& device) {
@@ -143,7 +163,7 @@ py::object submit(PyGroup& self, Call call, bool async_op, const py::object& res
     py::gil_scoped_release release;
     work = group->start(call, std::move(keep_alive));
   }
-  return py::cast(PyWork(std::move(work)));
+  return work_of({std::move(work)}, device ? waiting_stream(arrays) : nullptr);
 }
 
 // A message of an array on a device.
@@ -151,11 +171,8 @@ std::shared_ptr<Work> start_message(PyGroup& self, const char* what, const View&
                                     int peer, int64_t tag, std::optional<double> timeout_s,
                                     const py::object& x) {
   if (peer < 0) refuse(what, "from any rank: NCCL must know who sends; name the source");
-  if (tag != 0)
-    refuse(what,
-           "tag " + std::to_string(tag) +
-               ": NCCL's messages have no tag, they come in the order in which they are sent");
-  Message message{is_send, data.data, data.nbytes(), peer, stream_of(what, {&data}), {}};
+  require_no_tag(what, tag);
+  Message message{is_send, data.data, data.nbytes(), peer, stream_of(what, {&data}), {}, true};
   Group& group = self.on(what, data.device);
   auto keep = held(py::make_tuple(x, data.owner));
   const Current current(data.device);
@@ -329,7 +346,7 @@ py::object send(PyGroup& self, const py::object& x, int dst, int64_t tag, bool a
   const View data = view("send", x, false);
   if (on_device(data)) {
     const auto work = start_message(self, "send", data, true, dst, tag, timeout_s, x);
-    if (async_op) return py::cast(PyWork(work));
+    if (async_op) return work_of({work}, waiting_stream({&data}));
     {
       Blocking blocking;
       work->order_before(stream_of("send", {&data}));
@@ -349,7 +366,7 @@ py::object send(PyGroup& self, const py::object& x, int dst, int64_t tag, bool a
     Blocking blocking;
     work = group.send(data.data, data.nbytes(), dst, tag, limit_of(timeout_s), std::move(keep));
   }
-  return py::cast(PyWork(std::move(work)));
+  return work_of({std::move(work)});
 }
 
 py::object recv(PyGroup& self, const py::object& x, std::optional<int> src, int64_t tag,
@@ -361,7 +378,7 @@ py::object recv(PyGroup& self, const py::object& x, std::optional<int> src, int6
   if (on_device(data)) {
     const int from = src.value_or(-1);
     const auto work = start_message(self, "recv", data, false, from, tag, timeout_s, x);
-    if (async_op) return py::cast(PyWork(work));
+    if (async_op) return work_of({work}, waiting_stream({&data}));
     {
       Blocking blocking;
       work->order_before(stream_of("recv", {&data}));
@@ -383,7 +400,79 @@ py::object recv(PyGroup& self, const py::object& x, std::optional<int> src, int6
     work = group.recv(data.data, data.nbytes(), src.value_or(-1), tag, limit_of(timeout_s),
                       std::move(keep));
   }
-  return py::cast(PyWork(work));
+  return work_of({std::move(work)});
+}
+
+// What exchange() is given: pairs of an array and a rank.
+struct Parcel {
+  py::object x;
+  View data;
+  bool is_send;
+  int peer;
+};
+
+std::vector<Parcel> parcels(const Group& group, const py::object& sends,
+                            const py::object& receives) {
+  std::vector<Parcel> all;
+  for (const bool is_send : {false, true}) {
+    const py::object& given = is_send ? sends : receives;
+    if (given.is_none()) continue;
+    for (const py::handle each : given) {
+      const auto [x, peer] = each.cast<std::pair<py::object, int>>();
+      if (peer < 0 || peer >= group.size() || peer == group.rank())
+        refuse("exchange", "rank " + std::to_string(group.rank()) + " of " +
+                               std::to_string(group.size()) + " cannot exchange with rank " +
+                               std::to_string(peer));
+      all.push_back(
+          {x, view(is_send ? "exchange, send" : "exchange, receive", x, !is_send), is_send, peer});
+      if (all.back().data.device != all.front().data.device)
+        refuse("exchange", "one array is on " + all.front().data.device.str() + ", another on " +
+                               all.back().data.device.str() +
+                               "; all arrays of a call must be on one device");
+    }
+  }
+  return all;
+}
+
+py::object exchange(PyGroup& self, const py::object& sends, const py::object& receives, int64_t tag,
+                    bool async_op, std::optional<double> timeout_s) {
+  Group& group = *self.group();
+  const auto all = parcels(group, sends, receives);
+  const auto limit = limit_of(timeout_s);
+  const bool device = !all.empty() && on_device(all.front().data);
+  PyWork::Works works;
+  std::function<void*()> stream;
+  if (device) {
+    require_no_tag("exchange", tag);
+    void* callers = nullptr;
+    std::vector<Message> messages;
+    py::list kept;
+    for (const Parcel& each : all) {
+      callers = stream_of("exchange", {&all.front().data, &each.data});
+      messages.push_back(
+          {each.is_send, each.data.data, each.data.nbytes(), each.peer, callers, {}});
+      kept.append(py::make_tuple(each.x, each.data.owner));
+    }
+    Group& there = self.on("exchange", all.front().data.device);
+    stream = waiting_stream({&all.front().data});
+    auto keep = held(std::move(kept));
+    const Current current(all.front().data.device);
+    Blocking blocking;
+    works.push_back(there.start_together({}, std::move(messages), limit, std::move(keep)));
+    if (!async_op) works.front()->order_before(callers);
+  } else {
+    for (const Parcel& each : all) {
+      auto keep = held(py::make_tuple(each.x, each.data.owner));
+      Blocking blocking;
+      works.push_back(each.is_send ? group.send(each.data.data, each.data.nbytes(), each.peer, tag,
+                                                limit, std::move(keep))
+                                   : group.recv(each.data.data, each.data.nbytes(), each.peer, tag,
+                                                limit, std::move(keep)));
+    }
+  }
+  if (async_op) return work_of(std::move(works), std::move(stream));
+  if (!device) PyWork(std::move(works)).wait(std::nullopt);
+  return py::none();
 }
 
 }  // namespace
@@ -401,6 +490,16 @@ Group& PyGroup::on(const char* what, const c10::Device& device) {
                      ", where its first array was; a rank has one device, make it current before "
                      "arrays are made");
   return side->group();
+}
+
+void PyGroup::revoke(const Status& why) const {
+  std::shared_ptr<DeviceSide> side;
+  {
+    const std::lock_guard lock(devices_->mutex);
+    side = devices_->side;
+  }
+  if (side != nullptr) side->revoke(why);
+  group_->engine().revoke(why);
 }
 
 void PyGroup::set_timeout(Milliseconds timeout) const {
@@ -567,6 +666,16 @@ void def_methods(py::class_<PyGroup>& type) {
        "message has another size.",
        {"x", "src", "tag", "async_op", "timeout_s"},
        1,
+       3});
+  def_method<exchange>(
+      type,
+      {"exchange",
+       "exchange($self, sends=(), receives=(), tag=0, *, async_op=False, timeout_s=None)\n"
+       "--\n\n"
+       "Messages that start together, so that none waits for another: pairs (x, dst) and (x, src). "
+       "On a device they are one launch, which ranks make in one order with their collectives.",
+       {"sends", "receives", "tag", "async_op", "timeout_s"},
+       0,
        3});
 }
 

@@ -1,8 +1,11 @@
 // core/group.h's Group as Python's pycomm.Group, and what an asynchronous call on it gives.
 #pragma once
 
+#include <algorithm>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "core/group.h"
 #include "torch/blocking.h"
@@ -24,6 +27,7 @@ class PyGroup {
   // The group of memory on this device. Throws where the group works on another one.
   Group& on(const char* what, const c10::Device& device);
   void set_timeout(Milliseconds timeout) const;
+  void revoke(const Status& why) const;
   Stats stats() const;  // with the bytes of arrays on a device that went through the host
   void close() const;
 
@@ -43,20 +47,31 @@ class PyGroup {
   const std::shared_ptr<Devices> devices_;
 };
 
+// One asynchronous call: one operation, or messages that started together.
 class PyWork {
  public:
-  PyWork(std::shared_ptr<Work> work) : work_(std::move(work)) {}
+  using Works = std::vector<std::shared_ptr<Work>>;
+  // stream: of arrays on a device, what waits for them; empty on the host.
+  explicit PyWork(Works works, std::function<void*()> stream = {})
+      : works_(std::move(works)), stream_(std::move(stream)) {}
   void wait(std::optional<double> timeout_s) {
-    const auto limit = limit_of(timeout_s).value_or(Milliseconds(std::chrono::hours(24 * 365)));
+    const auto limit = limit_of(timeout_s);
     Blocking blocking;
-    work_->wait(limit);
+    wait_for(works_, stream_, limit);
   }
-  bool is_completed() const { return work_->done(); }
-  double duration_s() const { return work_->duration_s(); }
-  int source() const { return work_->source(); }
+  bool is_completed() const {
+    return std::all_of(works_.begin(), works_.end(), [](const auto& work) { return work->done(); });
+  }
+  double duration_s() const {
+    double longest = 0;
+    for (const auto& work : works_) longest = std::max(longest, work->duration_s());
+    return longest;
+  }
+  int source() const { return works_.empty() ? -1 : works_.front()->source(); }
 
  private:
-  const std::shared_ptr<Work> work_;
+  const Works works_;
+  const std::function<void*()> stream_;
 };
 
 // By its name in Python. Throws Error(invalid_argument) that lists them.

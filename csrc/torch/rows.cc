@@ -151,6 +151,26 @@ void row_dots(const py::object& out, const py::object& a, const py::object& a_ro
                 static_cast<int64_t>(target.numel), width);
 }
 
+void count_slots(const py::object& positions, const py::object& counts, const py::object& offsets,
+                 const py::object& bins) {
+  const char* what = "count_slots";
+  const View position = view(what, positions, true), count = view(what, counts, true),
+             offset = view(what, offsets, true), bin = view(what, bins, false);
+  for (const View* each : {&position, &count, &offset, &bin}) (void)indices(what, *each);
+  if (position.numel != bin.numel || count.numel < 1 || offset.numel != count.numel + 1)
+    refuse(what, std::to_string(position.numel) + " positions of " + std::to_string(bin.numel) +
+                     " slots, " + std::to_string(count.numel) + " counts, " +
+                     std::to_string(offset.numel) +
+                     " offsets; there must be a position for each "
+                     "slot, a count for each bin, of which there is one, and one offset more");
+  if (!position.device.is_cpu()) return device_count_slots(position, count, offset, bin);
+  require_host(what, {}, {&count, &offset, &bin});
+  const auto written = [](const View& view) { return static_cast<int64_t*>(view.data); };
+  py::gil_scoped_release release;
+  cpu::count_slots(written(position), written(count), written(offset), indices(what, bin),
+                   static_cast<int64_t>(bin.numel), static_cast<int64_t>(count.numel));
+}
+
 void code_rows(const py::object& coded, const py::object& values, const std::string& wire,
                bool encodes) {
   const char* what = encodes ? "encode_rows" : "decode_rows";
@@ -199,6 +219,10 @@ void def_rows(py::module_& m) {
         py::arg("rows"), py::arg("offsets"), py::arg("weights") = py::none(),
         "out[i] = the sum over j from offsets[i] to offsets[i + 1] of weights[j] * "
         "sources[source[j]][rows[j]], in order, in fp32, rounded once.");
+  m.def("count_slots", &count_slots, py::arg("positions"), py::arg("counts"), py::arg("offsets"),
+        py::arg("bins"),
+        "positions[i] = how many slots before i are of bin bins[i], -1 beyond the bins; counts and "
+        "offsets of the bins.");
   m.def("row_dots", &row_dots, py::arg("out"), py::arg("a"), py::arg("a_rows"), py::arg("b"),
         py::arg("b_rows"),
         "out[i] = a[a_rows[i] or i] . b[b_rows[i] or i], in fp32; 0 where a row is -1.");

@@ -78,20 +78,11 @@ std::exception_ptr BackendWork::exception() const { return first_error(works_); 
 int BackendWork::sourceRank() const { return works_.empty() ? -1 : works_.front()->source(); }
 
 bool BackendWork::wait(std::chrono::milliseconds timeout) {
-  if (side_ && (timeout <= kNoTimeout || timeout >= kForever)) {
-    const InterruptScope interruptible(check_signals, is_only_thread);
-    for (const auto& work : works_) work->order_before(side_->current_stream());
-    return true;
-  }
-  // Each operation has a deadline of its own; kNoTimeout leaves it to that.
-  const auto until = timeout > kNoTimeout && timeout < kForever ? Clock::now() + timeout
-                                                                : Clock::time_point::max();
+  const bool limited = timeout > kNoTimeout && timeout < kForever;
+  std::function<void*()> stream;
+  if (side_) stream = [this] { return side_->current_stream(); };
   const InterruptScope interruptible(check_signals, is_only_thread);
-  for (const auto& work : works_)
-    work->wait(until == Clock::time_point::max()
-                   ? kForever
-                   : std::max(std::chrono::milliseconds(0),
-                              std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now())));
+  wait_for(works_, stream, limited ? std::optional(timeout) : std::nullopt);
   return true;
 }
 

@@ -82,8 +82,8 @@ def problem_of_plan(plan: Any, owner: tuple[Any, ...], topk_idx: Tensor) -> str 
             f"the plan is of topk_idx {list(plan.topk_idx.shape)}, this batch has {list(topk_idx.shape)}; "
             "make a plan of this batch"
         )
-    if topk_idx.device.type == "cpu" and not torch.equal(plan.topk_idx, topk_idx):
-        token = int((plan.topk_idx != topk_idx).any(-1).nonzero()[0])
+    if not plan.is_of(topk_idx):
+        token = int((plan.topk_idx != topk_idx.cpu()).any(-1).nonzero()[0])
         return f"the plan is of another batch: token {token} has other experts; make a plan of this batch"
     return None
 

@@ -17,7 +17,6 @@ from pycomm.moe.autograd import Combine, Dispatch, picked
 from pycomm.moe.checks import (
     problem_of_output,
     problem_of_plan,
-    problem_of_routing,
     problem_of_rows,
     require,
     require_equal,
@@ -128,8 +127,7 @@ class ExpertParallel:
         together: it exchanges what the batch needs, once. A slot whose expert is masked goes nowhere.
 
         Raises InvalidArgument where an expert does not exist, a token names one twice, or ranks differ in K."""
-        problem = problem_of_routing(topk_idx, self.num_experts, self.top_k)
-        return self._planning.plan(topk_idx, problem, (), self._owner(), self._places).plan
+        return self._planning.plan(topk_idx, None, (), self._owner(), self._places).plan
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, plan: ExchangePlan | None = None
@@ -141,7 +139,6 @@ class ExpertParallel:
         of this call and of its combine() use it too."""
         problem, known = problem_of_rows(x, topk_idx, topk_weights, self.hidden), None
         if plan is None:
-            problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k)
             planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places)
             plan, known = planned.plan, planned.slot_weights
         else:
@@ -208,7 +205,6 @@ class ExpertParallel:
         require(cut in ("tokens", "experts"), f"cut {cut!r} is none of tokens, experts")
         require(n_chunks == "auto" or n_chunks >= 1, f"n_chunks is {n_chunks!r}; give 1 or more, or 'auto'")
         problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
-        problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k)
         planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places, cut, n_chunks)
         return ExpertStream(self._moves, planned, x.contiguous(), topk_weights.float().contiguous(), later)
 
@@ -308,6 +304,6 @@ class ExpertParallel:
     def _agree(self, name: Call, problem: str | None, *inputs: Tensor) -> bool:
         """Raises the problem of any rank on all. Returns whether an input of any rank requires a gradient."""
         needs = any(each.requires_grad for each in inputs)
-        facts = self.waits.agree(name, problem, [int(needs), form(inputs[0])], inputs[0].device)
+        facts = self.waits.agree(name, problem, [int(needs), form(inputs[0])])
         require_equal(facts[:, 1:], [f"{name}: the rows' width and bytes a value (width × 16 + bytes)"])
         return bool(facts[:, 0].any())

@@ -106,7 +106,7 @@ class Movement:
         self, name: str, output: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]
     ) -> Callable[[], Tensor]:
         group = self.waits.group
-        if not isinstance(group, Group) or not self._beside or output.device.type != "cpu":
+        if not isinstance(group, Group) or not self._beside:
             self.waits.all_to_all(name, output, sent, receives, sends)
             return lambda: output
         work = self.waits.start_all_to_all(group, name, output, sent, receives, sends)

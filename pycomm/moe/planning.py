@@ -8,9 +8,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from pycomm import devices
 from pycomm.group import Group
-from pycomm.moe.checks import code_of, require_equal
-from pycomm.moe.cost import Choice, Dedup, Links, estimates
+from pycomm.moe.checks import code_of, problem_of_routing, require_equal
+from pycomm.moe.cost import Choice, Dedup, Links, estimates, share_reached
 from pycomm.moe.movement import Wire
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.plan import Request, make_plan
@@ -98,18 +99,25 @@ class Planning:
         return max(1, min(_MAX_CHUNKS, int(choice.crossing_s(n_tokens) / _CHUNK_S)))
 
     def stream_chunks(self, n_tokens: int, top_k: int, itemsize: int, cut: Cut) -> tuple[int, str]:
-        """In how many crossings a stream goes, and why; n_tokens a rank, on average."""
+        """In how many crossings a stream of CPU tensors goes, and why; n_tokens a rank, on average."""
         if not self._can_overlap():
             return 1, "one chunk: nobody to exchange with, or a group that starts nothing without waiting for it"
         if self._geometry.n_hosts == 1:
             return 1, "one chunk: inside one host exchanging is copying, which needs the cores that compute"
         choice = self.choice(n_tokens, top_k, itemsize)
-        link, crossing_s = choice.links.between, choice.crossing_s(n_tokens)
-        wanted = int(crossing_s * _STREAM_LOSS / link.latency_s)
-        about = f"{crossing_s * 1e3:.3g} ms of the link, whose latency is {link.latency_s * 1e6:.3g} us"
-        if wanted < 2:
-            return 1, f"one chunk: {about}; cut further it would lose more to latency than it hides"
-        return min(wanted, _MAX_STREAM_CHUNKS[cut]), f"chunks that lose {_STREAM_LOSS:.0%} at most to latency: {about}"
+        return _chunks_of(choice.crossing_s(n_tokens), choice.links.between.latency_s, cut, "the link")
+
+    def device_stream_chunks(self, n_tokens: int, top_k: int, itemsize: int, cut: Cut) -> tuple[int, str]:
+        """The same of tensors on devices, which exchange beside computing inside hosts as well."""
+        group, n_ranks = self._waits.group, self._waits.group.size
+        if not self._can_overlap():
+            return 1, "one chunk: nobody to exchange with, or a group that starts nothing without waiting for it"
+        mode = self.choice(n_tokens, top_k, itemsize, "cuda").mode
+        of = self._settings
+        rows = top_k if mode == "none" else n_ranks * share_reached(of.num_experts, top_k, n_ranks)
+        nbytes = int(n_tokens * rows * (of.hidden or 1024) * (1 if of.wire == "fp8" else itemsize))
+        latency_s, bytes_per_s, source = devices.collective_cost(group, "all_to_all", nbytes)
+        return _chunks_of(nbytes / bytes_per_s, latency_s, cut, f"an all_to_all, {source}")
 
     def _can_overlap(self) -> bool:
         return isinstance(self._waits.group, Group) and self._waits.group.size > 1
@@ -126,12 +134,16 @@ class Planning:
         cut: Cut = "tokens",
         n_chunks: int | Literal["auto"] | None = None,
     ) -> Planned:
-        """inputs: x and the weights, where they are known. n_chunks: of a stream.
+        """inputs: x and the weights, where they are known. n_chunks: of a stream. Waits once for a device, for
+        topk_idx; all else is done on the host.
 
-        Raises the problem of any rank on all, and whatever ranks differ in."""
-        of, device = self._settings, topk_idx.device
+        Raises the problem of any rank on all, that of topk_idx among them, and whatever ranks differ in."""
+        of, device, given = self._settings, topk_idx.device, topk_idx
+        on_device = devices.on_device(topk_idx)
+        topk_idx = topk_idx.cpu()
+        problem = problem or problem_of_routing(topk_idx, of.num_experts, of.top_k)
         n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
-        if of.dedup == "host" and device.type != "cpu":
+        if of.dedup == "host" and on_device:
             problem = problem or (
                 f"dedup='host' moves rows in CPU memory that the ranks of a host share; topk_idx is on {device}: use "
                 "'rank', 'none' or 'auto'"
@@ -145,10 +157,10 @@ class Planning:
         narrow = torch.uint8 if of.num_experts <= 256 else torch.int16 if of.num_experts <= 1 << 15 else torch.int32
         # What ranks tell each other, as bytes, since not every library moves int16. Inside a host weights come along.
         told = [] if problem else [topk_idx.to(narrow).contiguous().view(torch.uint8).flatten()]
-        with_weights = len(inputs) == 2 and self._geometry.n_hosts == 1 and self._can_overlap()
+        with_weights = len(inputs) == 2 and self._geometry.n_hosts == 1 and self._can_overlap() and not on_device
         if with_weights and not problem:
             told.insert(0, inputs[1].detach().float().contiguous().view(torch.uint8).flatten())
-        mine = torch.cat(told) if told else torch.empty(0, dtype=torch.uint8, device=device)
+        mine = torch.cat(told) if told else torch.empty(0, dtype=torch.uint8)
         everyone, gathered = self._waits.agree_and_gather("plan", problem, facts, mine, self._room)
         self._room = gathered.shape[1] // 8 * 9  # for the next batch, a little larger
         require_equal(
@@ -166,23 +178,30 @@ class Planning:
         if with_weights:
             at = 4 * top_k
             weights = _rows(gathered, counts, 0, at, torch.float32)
-        of_all = _rows(gathered, counts, at, narrow.itemsize * top_k, narrow).cpu()
+        of_all = _rows(gathered, counts, at, narrow.itemsize * top_k, narrow)
         itemsize = inputs[0].dtype.itemsize if inputs else 2
         average = max(1, sum(counts) // len(counts))
-        choice = self.choice(average, top_k, itemsize, device.type)
+        choice = self.choice(average, top_k, itemsize, "cuda" if on_device else "cpu")
         why = "as given"
-        if device.type != "cpu" and (n_chunks is None or n_chunks == "auto"):
-            n_chunks, why = 1, "one chunk: on a device crossings are in the order of one stream"
-        elif n_chunks is None:
-            n_chunks = self._n_chunks(choice, average)
+        if n_chunks is None:
+            n_chunks = 1 if on_device else self._n_chunks(choice, average)
         elif n_chunks == "auto":
-            n_chunks, why = self.stream_chunks(average, top_k, itemsize, cut)
+            decide = self.device_stream_chunks if on_device else self.stream_chunks
+            n_chunks, why = decide(average, top_k, itemsize, cut)
         request = Request(
             owner, self._geometry, places, choice.mode, of.layout, n_chunks, cut, of.align, of.max_tokens, of.drop
         )
-        plan = make_plan(request, topk_idx.cpu(), of_all, counts).to(device)
+        plan = make_plan(request, topk_idx, of_all, counts).to(device, given)
         slot_weights = None if weights is None else weights.flatten()[plan.slot_weights]
         return Planned(plan, why, slot_weights)
+
+
+def _chunks_of(crossing_s: float, latency_s: float, cut: Cut, link: str) -> tuple[int, str]:
+    wanted = int(crossing_s * _STREAM_LOSS / latency_s)
+    about = f"{crossing_s * 1e3:.3g} ms of {link}, whose latency is {latency_s * 1e6:.3g} us"
+    if wanted < 2:
+        return 1, f"one chunk: {about}; cut further it would lose more to latency than it hides"
+    return min(wanted, _MAX_STREAM_CHUNKS[cut]), f"chunks that lose {_STREAM_LOSS:.0%} at most to latency: {about}"
 
 
 def _rows(gathered: Tensor, counts: tuple[int, ...], before: int, nbytes: int, dtype: torch.dtype) -> Tensor:

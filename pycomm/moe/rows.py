@@ -38,7 +38,7 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
         _C.copy_rows(out, sources, source, rows, to)
         return out
     stacked = torch.cat([*sources, sources[0].new_zeros(1, out.shape[1])])
-    found = stacked[torch.where(rows < 0, len(stacked) - 1, _starts(sources)[source] + rows)]
+    found = stacked[torch.where(rows < 0, len(stacked) - 1, _starts(sources, source) + rows)]
     if to is None:
         out[: len(rows)] = found
     else:
@@ -46,10 +46,13 @@ def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tens
     return out
 
 
-def _starts(sources: Sequence[Tensor]) -> Tensor:
-    """Where each source begins among all, one after the other."""
-    lengths = [0, *(len(each) for each in sources)]
-    return torch.tensor(lengths, device=sources[0].device).cumsum(0)
+def _starts(sources: Sequence[Tensor], source: Tensor) -> Tensor:
+    """Where each of these sources begins among all, one after the other; without a table, which a device would have to
+    be sent."""
+    begin = torch.zeros_like(source)
+    for number, before in enumerate(sources[:-1], 1):
+        begin += (source >= number) * len(before)
+    return begin
 
 
 def spread_rows(out: Tensor, rows: Tensor, to: Tensor) -> None:
@@ -83,7 +86,7 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
     total = torch.zeros(out.shape, device=out.device)
     begin, count = terms.offsets[:-1], terms.offsets.diff()
     stacked = torch.cat(list(sources))
-    place = _starts(sources)[terms.source] + terms.rows
+    place = _starts(sources, terms.source) + terms.rows
     for number in range(terms.most):
         has = count > number
         term = begin + torch.where(has, number, 0)
@@ -93,6 +96,24 @@ def combine_rows(out: Tensor, sources: Sequence[Tensor], terms: Terms, weights: 
             value = value * weights[term].unsqueeze(1)
         total = total + torch.where(has.unsqueeze(1), value, 0.0)
     return out.copy_(total.to(out.dtype))
+
+
+def count_slots(bins: Tensor, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How int64 bins [n], of 0 .. n_bins - 1 or beyond, lie in a layout by bin, all int64: positions [n], the place of
+    each among those of its bin, in their order, -1 beyond the bins; counts [n_bins]; offsets [n_bins + 1], where each
+    bin begins."""
+    if _native(bins):
+        found = bins.new_empty(len(bins)), bins.new_empty(n_bins), bins.new_empty(n_bins + 1)
+        _C.count_slots(*found, bins)
+        return found
+    known = (bins >= 0) & (bins < n_bins)
+    bin_ = torch.where(known, bins, n_bins)
+    order = bin_.sort(stable=True).indices
+    counts = bin_.new_zeros(n_bins + 1).scatter_add_(0, bin_, torch.ones_like(bin_))
+    offsets = counts.cumsum(0) - counts
+    rank = torch.arange(len(bins), device=bins.device) - offsets[bin_[order]]
+    positions = torch.empty_like(bin_).scatter_(0, order, rank)
+    return torch.where(known, positions, -1), counts[:n_bins], offsets
 
 
 def row_dots(a: Tensor, b: Tensor, b_rows: Tensor | None = None) -> Tensor:
@@ -136,7 +157,7 @@ def decode_fp8(coded: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """What encode_fp8() was given, within |x|/16 or 1/458,752 of its block's largest value; [n, width] of dtype."""
     n = len(coded)
     if _native(coded) and dtype in _SUMMED:
-        out = torch.empty(n, width, dtype=dtype)
+        out = coded.new_empty((n, width), dtype=dtype)
         _C.decode_rows(out, coded, "fp8")
         return out
     n_blocks = -(-width // BLOCK)

@@ -21,7 +21,7 @@ from pycomm.moe.autograd import picked, weighted
 from pycomm.moe.backward import Backwards
 from pycomm.moe.checks import problem_of_output, problem_of_rows, require, require_sizes
 from pycomm.moe.placement import Geometry, Placement, Places
-from pycomm.moe.rows import Terms, copy_rows, row_dots
+from pycomm.moe.rows import Terms, copy_rows, count_slots, row_dots
 from pycomm.moe.transport import sums
 from pycomm.moe.waits import RowsGroup, Waits
 
@@ -157,11 +157,7 @@ def _static_plan(idx: Tensor, places: Places, geometry: Geometry, n_local: int, 
     turn = every(n_tokens).repeat(geometry.size) + every(geometry.size).repeat_interleave(n_tokens)
     place, column = places.route(torch.where(known, idx, 0), turn, known)
     place, slot = place.flatten(), (every(n).unsqueeze(1) * top_k + column).flatten()
-    # The position of each slot among those of its place, in (source rank, token) order.
-    order = place.sort(stable=True).indices
-    counts = place.new_zeros(places.n + 1).scatter_add_(0, place, torch.ones_like(place))
-    first = counts.cumsum(0) - counts
-    position = torch.empty_like(place).scatter_(0, order, every(n * top_k) - first[place[order]])
+    position, _, _ = count_slots(place, places.n)  # in (source rank, token) order
     room = (position < max_tokens) & (place < places.n)
     mine = room & (places.rank[place] == geometry.rank)
     local = torch.where(mine, places.local[place], n_local)

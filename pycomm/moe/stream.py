@@ -120,7 +120,8 @@ class ExpertStream:
             experts = plan.stage_experts[index]
             counts = plan.stage_counts[index, experts.start : experts.stop]
             self._at = index
-            chunk = Chunk(index, rows, experts, counts, tuple(counts.tolist()))
+            sizes = plan.stage_sizes[index][experts.start : experts.stop]
+            chunk = Chunk(index, rows, experts, counts, sizes)
             yield chunk
             out = _checked(chunk)
             spread_rows(expert_out, out.detach(), plan.out.expansions[index].to)

@@ -8,6 +8,8 @@ hosts a token. An item *crosses* where it leaves its rank (its host with "host")
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -77,6 +79,17 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """A tensor as it was."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    def is_unchanged(self, tensor: Tensor) -> bool:
+        return self.tensor() is tensor and tensor._version == self.version
+
+
+@dataclass(frozen=True)
 class ExchangePlan:
     """Where the rows of one batch go. It belongs to the ExpertParallel that made it, and to this topk_idx."""
 
@@ -85,11 +98,13 @@ class ExchangePlan:
     layout: Layout
     n_chunks: int
     crossing_of_stage: tuple[int | None, ...]  # what has to arrive before the stage, and may leave after it
-    topk_idx: Tensor  # [T, K] int64
+    topk_idx: Tensor  # [T, K] int64, on the CPU
+    batch: Batch | None  # on a device: the tensor that topk_idx was read from
     expert_counts: Tensor  # [local experts] int64: slots of each
     expert_offsets: Tensor  # [local experts + 1] int64: where each one's rows begin in layout "expert", with padding
     sizes: tuple[int, ...]  # rows of each local expert, padding included: rows.split(sizes)
     stage_counts: Tensor  # [stages, local experts] int64: slots of each stage
+    stage_sizes: tuple[tuple[int, ...], ...]  # the same as numbers
     stage_experts: tuple[range, ...]  # the local experts that a stage may have rows of
     dropped: int  # slots of all ranks that found no room or no expert
     n_slots: int  # of this rank's experts
@@ -104,16 +119,41 @@ class ExchangePlan:
     back: Route  # combine, and its backward; another where stages are experts: a token leaves after its last one
     one_host: bool  # there is one host, and every token of this rank has an expert: a host's sum is the token's
 
-    def to(self, device: torch.device) -> ExchangePlan:
-        return self if device.type == "cpu" else _moved(self, device)
+    def to(self, device: torch.device, batch: Tensor) -> ExchangePlan:
+        """With its tables on the device, all in one copy that nobody waits for; `batch`, there, is its topk_idx."""
+        if device.type == "cpu":
+            return self
+        tables: list[Tensor] = []
+
+        def note(table: Tensor) -> Tensor:
+            tables.append(table)
+            return table
+
+        of_host = dataclasses.replace(self, topk_idx=self.topk_idx[:0])
+        _each_tensor(of_host, note)
+        together = torch.cat([table.flatten() for table in tables])
+        if device.type == "cuda" and torch.cuda.is_available():
+            together = together.pin_memory()
+        there = together.to(device, non_blocking=True)
+        parts = iter(torch.split(there, [table.numel() for table in tables]))
+        moved: ExchangePlan = _each_tensor(of_host, lambda table: next(parts).view(table.shape))
+        return dataclasses.replace(moved, topk_idx=self.topk_idx, batch=Batch(weakref.ref(batch), batch._version))
+
+    def is_of(self, topk_idx: Tensor) -> bool:
+        """Whether topk_idx, of this shape, names the plan's experts. On a device it is read, and waited for, only where
+        it is not the tensor that the plan was made from, unchanged since."""
+        if self.batch is not None and self.batch.is_unchanged(topk_idx):
+            return True
+        return torch.equal(self.topk_idx, topk_idx.cpu())
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """value with each int64 tensor in it changed, in a fixed order."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _moved(getattr(value, f.name), device) for f in dataclasses.fields(value)}
+        fields = {f.name: _each_tensor(getattr(value, f.name), change) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, tuple):
-        return tuple(_moved(each, device) for each in value)
+        return tuple(_each_tensor(each, change) for each in value)
     return value

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycomm import _C
+from pycomm import _C, devices
 from pycomm.group import Group
 from pycomm.moe.rows import Terms, combine_rows, copy_rows, empty_rows
 from pycomm.moe.tables import ExchangePlan, Leg, Route
@@ -140,8 +140,8 @@ def packed(leg: Leg, crossing: int, rows: Tensor) -> Tensor:
 
 
 class Crossings:
-    """The all_to_alls of one leg. at_once: each is waited for where it starts, for want of a wire to wait for; on a
-    device that is no wait of the host's, but the order of the stream that the kernels are on."""
+    """The all_to_alls of one leg. at_once: each is waited for where it starts, for want of a wire to wait for. On a
+    device no wait is the host's: it is the order of the stream that the kernels are on."""
 
     def __init__(
         self, waits: Waits, stage: str, plan: ExchangePlan, leg: Leg, *, back: bool, at_once: bool = False
@@ -200,7 +200,8 @@ class Direct(Transport):
         return _DirectReducing(crossings, plan, route, rows, weights, home_weights, travels_as)
 
     def _crossings(self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, back: bool) -> Crossings:
-        at_once = self._one_host or rows.device.type != "cpu"
+        # On a device a stream of their own costs events, and gains where there is something to compute meanwhile.
+        at_once = plan.n_chunks == 1 if devices.on_device(rows) else self._one_host
         return Crossings(self.waits, stage, plan, route.leg, back=back, at_once=at_once)
 
 

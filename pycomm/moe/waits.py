@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, Protocol
 import torch
 from torch import Tensor
 
+from pycomm import devices
 from pycomm.errors import InvalidArgument, PycommError
 from pycomm.group import Group
 
@@ -84,9 +85,11 @@ class Waits:
     def start_all_to_all(
         self, group: Group, name: str, output: Tensor, rows: Tensor, receives: Sequence[int], sends: Sequence[int]
     ) -> Any:
-        """Begun, to be waited for within stage(). Straight from rank to rank, since rows were gathered already."""
+        """Begun, to be waited for within stage(). Straight from rank to rank, since rows were gathered already; on a
+        device as NCCL does it."""
+        algorithm = None if devices.on_device(rows) else "pairwise"
         with self.stage(name):
-            return group.all_to_all(output, rows, receives, sends, async_op=True, algorithm="pairwise")
+            return group.all_to_all(output, rows, receives, sends, async_op=True, algorithm=algorithm)
 
     def all_gather(self, name: str, mine: Tensor) -> Tensor:
         """[ranks, *mine.shape]"""
@@ -97,10 +100,12 @@ class Waits:
             self.group.all_gather(gathered, mine)
         return gathered
 
-    def agree(self, name: Call, problem: str | None, facts: Sequence[int], device: torch.device) -> Tensor:
-        """Every rank's facts, int64 [ranks, facts] on the CPU. Where any rank has a problem, all raise InvalidArgument
-        with the problems of all, by rank."""
-        return self.agree_and_gather(name, problem, facts, torch.empty(0, dtype=torch.uint8, device=device), 0)[0]
+    # What follows is of CPU memory, wherever rows are: the host waits for other hosts, and for no device.
+
+    def agree(self, name: Call, problem: str | None, facts: Sequence[int]) -> Tensor:
+        """Every rank's facts, int64 [ranks, facts]. Where any rank has a problem, all raise InvalidArgument with the
+        problems of all, by rank."""
+        return self.agree_and_gather(name, problem, facts, torch.empty(0, dtype=torch.uint8), 0)[0]
 
     def agree_and_gather(
         self, name: Call, problem: str | None, facts: Sequence[int], mine: Tensor, room: int
@@ -108,20 +113,16 @@ class Waits:
         """The same, and every rank's bytes `mine`, uint8 [ranks, bytes of the longest], in one collective where they
         fit into `room`, which is alike on all ranks, and else in two."""
         text = (problem or "").encode()
-        header = (
-            torch.tensor([len(text), len(mine), _CALLS.index(name), *facts], dtype=torch.int64)
-            .to(mine.device)
-            .view(torch.uint8)
-        )
+        header = torch.tensor([len(text), len(mine), _CALLS.index(name), *facts], dtype=torch.int64).view(torch.uint8)
         message = mine.new_zeros(len(header) + room)
         message[: len(header)] = header
         if len(mine) <= room:
             message[len(header) : len(header) + len(mine)] = mine
         received = self.all_gather(name, message)
         headers = received[:, : len(header)].reshape(-1).view(torch.int64)
-        everyone = headers.view(self.group.size, -1).cpu()
+        everyone = headers.view(self.group.size, -1)
         self._require_same_call(everyone[:, 2])
-        self._raise_problems(name, text, everyone[:, 0], mine.device)
+        self._raise_problems(name, text, everyone[:, 0])
         longest = int(everyone[:, 1].max())
         if longest > room:
             message = mine.new_zeros(longest)
@@ -136,12 +137,12 @@ class Waits:
         said = ", ".join(f"rank {rank} in {_CALLS[call]}" for rank, call in enumerate(calls.tolist()))
         raise InvalidArgument(f"moe: ranks are in different calls: {said}; all must make the same ones in one order")
 
-    def _raise_problems(self, name: str, text: bytes, lengths: Tensor, device: torch.device) -> None:
+    def _raise_problems(self, name: str, text: bytes, lengths: Tensor) -> None:
         longest = int(lengths.max())
         if longest == 0:
             return
-        padded = torch.frombuffer(bytearray(text.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
-        texts = self.all_gather(f"{name}, its errors", padded).cpu().numpy()
+        padded = torch.frombuffer(bytearray(text.ljust(longest, b"\0")), dtype=torch.uint8)
+        texts = self.all_gather(f"{name}, its errors", padded).numpy()
         said = [(rank, bytes(each).rstrip(b"\0").decode()) for rank, each in enumerate(texts)]
         if self.group.size == 1:
             raise InvalidArgument(said[0][1])

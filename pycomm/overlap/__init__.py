@@ -1,4 +1,4 @@
-"""Communication beside computation, on CPU tensors: each part works alone, on a pycomm.Group or what wraps one.
+"""Communication beside computation, on CPU and CUDA tensors: each part works alone, on a pycomm.Group or a wrapper.
 
     buckets     GradientBuckets: gradients reduced while backward computes the rest
     prefetch    ShardedModules: ZeRO, each module's parameters gathered ahead of its use and freed after it

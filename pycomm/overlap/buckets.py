@@ -233,7 +233,14 @@ class GradientBuckets:
         if self._group.size == 1:
             self._why = "one rank has nobody to reduce with"
             return max(1, total), max(1, total)
-        link = cost.found(self._group, self._link, self._collective, total, lambda x: self._reduce(x, None).wait())
+        link = cost.found(
+            self._group,
+            self._link,
+            self._collective,
+            total,
+            lambda x: self._reduce(x, None).wait(),
+            self.parameters[0],
+        )
         if self._link == "predicted":
             link = LinkCost(link.latency_s + START_S, link.bytes_per_s, link.source)
         most, last = link.efficient_nbytes(LOSS), link.efficient_nbytes(LAST_LOSS)

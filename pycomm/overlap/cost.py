@@ -14,11 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
+from pycomm import devices
 from pycomm.errors import InvalidArgument
 from pycomm.explain import Explanation, format_s
 
 _SMALL_NBYTES = 1 << 10
 _LARGE_NBYTES = 1 << 20  # of a measurement: 40 ms at 200 Mbit/s
+_LARGE_DEVICE_NBYTES = 32 << 20
 _REPETITIONS = 3
 
 
@@ -53,9 +55,13 @@ class LinkCost:
         return f"{format_s(self.latency_s)} + n / {self.bytes_per_s / 1e6:.4g} MB/s ({self.source})"
 
 
-def predicted(group: Explains, collective: str, nbytes: int) -> LinkCost:
-    """From the group's topology and, where it has one, its tuning table, between 1 KiB and nbytes. Every rank gets the
-    same, from run to run, and nothing is sent. Raises InvalidArgument for a collective that no planner serves."""
+def predicted(group: Explains, collective: str, nbytes: int, like: torch.Tensor) -> LinkCost:
+    """From the group's topology and, where it has one, its tuning table, between 1 KiB and nbytes; for tensors on
+    devices from what is known of their links (docs/cuda.md). Every rank gets the same, from run to run, and nothing is
+    sent. like: one of the tensors. Raises InvalidArgument for a collective that no planner serves."""
+    if devices.on_device(like):
+        latency_s, bytes_per_s, source = devices.collective_cost(group, collective, nbytes)
+        return LinkCost(latency_s, bytes_per_s, f"{collective}, {source}")
     sizes = (_SMALL_NBYTES, max(nbytes, 2 * _SMALL_NBYTES))
     seconds, measured = [], True
     for size in sizes:
@@ -66,18 +72,24 @@ def predicted(group: Explains, collective: str, nbytes: int) -> LinkCost:
     return _line(sizes, seconds, f"{collective}, {'tuning table' if measured else 'predicted from the topology'}")
 
 
-def measured(group: Measures, collective: str, nbytes: int, run: Callable[[torch.Tensor], Any]) -> LinkCost:
-    """From timing run(x), which blocks, on float32 scratch of 1 KiB and of nbytes (at most 1 MiB): medians of the
-    slowest rank. All ranks together; their results agree, but not from run to run."""
-    sizes = (_SMALL_NBYTES, min(max(nbytes, 2 * _SMALL_NBYTES), _LARGE_NBYTES))
+def measured(
+    group: Measures, collective: str, nbytes: int, run: Callable[[torch.Tensor], Any], like: torch.Tensor
+) -> LinkCost:
+    """From timing run(x) on float32 scratch where `like` is, of 1 KiB and of nbytes (at most 1 MiB, on a device 32
+    MiB): medians of the slowest rank. run waits for its collective. All ranks together; their results agree, but not
+    from run to run."""
+    most = _LARGE_DEVICE_NBYTES if devices.on_device(like) else _LARGE_NBYTES
+    sizes = (_SMALL_NBYTES, min(max(nbytes, 2 * _SMALL_NBYTES), most))
     seconds = torch.zeros(len(sizes), dtype=torch.float64)
     for at, size in enumerate(sizes):
-        x = torch.zeros(size // 4)
+        x = torch.zeros(size // 4, device=like.device)
         times = []
         for _ in range(1 + _REPETITIONS):  # the first one connects, plans and warms up
+            devices.settle(x)
             group.all_reduce(torch.zeros(1))  # in step
             begin = time.perf_counter()
             run(x)
+            devices.settle(x)
             times.append(time.perf_counter() - begin)
         seconds[at] = statistics.median(times[1:])
     group.all_reduce(seconds, "max")
@@ -90,8 +102,11 @@ def _line(sizes: tuple[int, int], seconds: list[float], source: str) -> LinkCost
     return LinkCost(small, (sizes[1] - sizes[0]) / max(large - small, 1e-9), source)
 
 
-def spare_cores(group: Any) -> int | None:
-    """Of this host beside those that compute; None across hosts, where waiting for a wire needs no core."""
+def spare_cores(group: Any, like: torch.Tensor) -> int | None:
+    """Of this host beside those that compute; None across hosts, where waiting for a wire needs no core, and for
+    tensors on devices, which copy by themselves."""
+    if devices.on_device(like):
+        return None
     inner: Any = getattr(group, "group", group)
     hosts = getattr(inner, "host_ids", None)
     if hosts is None or len(set(hosts)) > 1:
@@ -102,13 +117,21 @@ def spare_cores(group: Any) -> int | None:
 
 
 def found(
-    group: Any, link: str | LinkCost, collective: str, nbytes: int, run: Callable[[torch.Tensor], Any]
+    group: Any,
+    link: str | LinkCost,
+    collective: str,
+    nbytes: int,
+    run: Callable[[torch.Tensor], Any],
+    like: torch.Tensor,
 ) -> LinkCost:
-    """The cost by `link`: "predicted", "measured" (see there for run), or itself where it is one."""
+    """The cost by `link`: "predicted", "measured" (see there for run), or itself where it is one. like: one of the
+    tensors that are communicated."""
     require_source(link)
     if isinstance(link, LinkCost):
         return link
-    return predicted(group, collective, nbytes) if link == "predicted" else measured(group, collective, nbytes, run)
+    if link == "predicted":
+        return predicted(group, collective, nbytes, like)
+    return measured(group, collective, nbytes, run, like)
 
 
 def require_source(link: str | LinkCost) -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pycomm import devices
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
 from pycomm.overlap import cost
@@ -124,10 +125,10 @@ def plan_all_gather_matmul(
     x: Tensor, weight: Tensor | Sequence[Tensor], group: RingGroup, link: str | LinkCost = "predicted"
 ) -> MatmulPlan:
     """Whether all_gather_matmul (of several weights: all_gather_matmuls) gains by overlapping, and with how many
-    pieces. All ranks together, and they get the same plan: products are timed here, the link is as `link` says
-    (GradientBuckets). Keep the plan for all calls of these shapes."""
+    pieces. All ranks together, and they get the same plan: products are timed here (which waits for a device), the link
+    is as `link` says (GradientBuckets). Keep the plan for all calls of these shapes."""
     weights = [weight] if isinstance(weight, Tensor) else weight
-    rows = torch.zeros((x.shape[0] * group.size, *x.shape[1:]), dtype=x.dtype)
+    rows = torch.zeros((x.shape[0] * group.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
     return _plan(group, "all_gather", rows, weights, rows.nbytes, link)
 
 
@@ -146,10 +147,10 @@ def _plan(
     n = group.size
     if n == 1:
         return MatmulPlan(0, "one rank has nothing to exchange")
-    spare = cost.spare_cores(group)
+    spare = cost.spare_cores(group, rows)
     if spare is not None and spare < 1:
         return MatmulPlan(0, "runs unsplit: all ranks share one host whose cores compute, and copying needs one too")
-    found = cost.found(group, link, collective, nbytes, lambda each: _run(group, collective, each))
+    found = cost.found(group, link, collective, nbytes, lambda each: _run(group, collective, each), rows)
     ring = RingTime(n, rows.shape[0], nbytes, found)
     n_pieces = ring.n_pieces
     piece = rows[: max(1, rows.shape[0] // n // n_pieces)]
@@ -169,17 +170,19 @@ def _plan(
 def _run(group: RingGroup, collective: str, x: Tensor) -> None:
     each = x.numel() // group.size
     if collective == "all_gather":
-        group.all_gather(x[: each * group.size], torch.zeros(each))
+        group.all_gather(x[: each * group.size], x.new_zeros(each))
     else:
-        group.reduce_scatter(torch.zeros(each), x[: each * group.size])
+        group.reduce_scatter(x.new_zeros(each), x[: each * group.size])
 
 
 def _time(rows: Tensor, weights: Sequence[Tensor]) -> float:
     times = []
     for _ in range(4):
+        devices.settle(rows)
         begin = time.perf_counter()
         for weight in weights:
             F.linear(rows, weight.detach())
+        devices.settle(rows)
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:])
 

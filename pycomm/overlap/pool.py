@@ -2,7 +2,9 @@
 
 A flat of parameters is whole while a module computes, its gradient until it is reduced. Through malloc() that memory
 goes back to the kernel and comes again page by page, or is broken up by small tensors that outlive it: ZeRO-3's heap
-grew by a flat with each block of a forward. Devices have an allocator of that kind already."""
+grew by a flat with each block of a forward. Devices have an allocator of that kind already, which gives memory out
+again in the order of the stream that it was taken on; who empties a tensor has made that stream wait for its
+collective."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pycomm import _C
+from pycomm import _C, devices
 
 
 class Pool:
@@ -41,7 +43,7 @@ class Pool:
         """The memory of x's storage is taken from it, and from all that views it."""
         storage = x.untyped_storage()
         nbytes = storage.nbytes()
-        if x.device.type != "cpu" or self._nbytes + nbytes > self._most_nbytes:
+        if devices.on_device(x) or self._nbytes + nbytes > self._most_nbytes:
             storage.resize_(0)
         elif nbytes:
             spare = torch.empty(0, dtype=torch.uint8)
@@ -50,7 +52,7 @@ class Pool:
             self._nbytes += nbytes
 
     def _fill(self, x: Tensor, nbytes: int) -> None:
-        if x.device.type == "cpu" and self._spare.get(nbytes):
+        if not devices.on_device(x) and self._spare.get(nbytes):
             _C.swap_memory(x, self._spare[nbytes].pop())
             self._nbytes -= nbytes
         else:

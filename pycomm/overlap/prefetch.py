@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pycomm import devices
 from pycomm.errors import InvalidArgument
 from pycomm.overlap.cut import Cut, ShardGroup, ShardMemory, Unit
 from pycomm.overlap.layout import require_alike, require_leaves
@@ -65,7 +66,8 @@ class ShardedModules:
         depth: modules gathered ahead of the one that computes; 0 gathers each when it is needed. op: "sum" or "avg" of
         gradients. dtype: what the parameters become (bf16, say), while shards(), the optimizer's, keep the type that
         they had, in which gradients add up too; None: that type.
-        memory: where shards lie (None: ordinary memory); master_memory: where shards() lie if they are of another type.
+        memory: where shards lie (None: ordinary memory; of CPU tensors alone); master_memory: where shards() lie if
+        they are of another type.
         before_cut: called with each parameter just before it is cut: one that fills it there has no more than one Cut
         whole at a time.
         Raises InvalidArgument where modules share parameters, have none, or differ between ranks."""
@@ -76,7 +78,13 @@ class ShardedModules:
         cuts = [_cut(each, group) for each in modules]
         for index, cut in enumerate(cuts):
             cut.check(index)
-        require_leaves([p for cut in cuts for p in cut.parameters])
+        everything = [p for cut in cuts for p in cut.parameters]
+        require_leaves(everything)
+        if (memory or master_memory) is not None and everything and devices.on_device(everything[0]):
+            raise InvalidArgument(
+                f"memory= is of the host, and the parameters are on {everything[0].device}, where their shards have to "
+                "lie; leave it out"
+            )
         self._depth, self._op = depth, op
         self._require_alike(cuts, f"op {op}, depth {depth}, type {dtype}")
         self._units: list[Unit] = []

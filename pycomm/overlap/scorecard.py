@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pycomm import devices
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_s
 
@@ -66,18 +67,23 @@ def measure(
     serial: Callable[[], object],
     together: Callable[[], object],
     n_rounds: int = 5,
+    device: torch.device | str = "cpu",
 ) -> Scorecard:
     """The four in turns, n_rounds times after one that does not count: medians over the rounds of the slowest rank's
-    time. All ranks together; they get the same. Each callable leaves nothing under way."""
+    time. All ranks together; they get the same. Each callable leaves nothing under way, but on `device`, whose end is
+    waited for."""
     if n_rounds < 1:
         raise InvalidArgument(f"n_rounds is {n_rounds}; give at least 1")
+    like = torch.empty(0, device=device)
     runs = (compute, communicate, serial, together)
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(n_rounds + 1):
         for run, found in zip(runs, times, strict=True):
+            devices.settle(like)
             group.all_reduce(torch.zeros(1))  # in step
             begin = time.perf_counter()
             run()
+            devices.settle(like)
             took = torch.tensor([time.perf_counter() - begin], dtype=torch.float64)
             group.all_reduce(took, "max")
             if turn:

@@ -217,3 +217,28 @@ TEST(rows_are_packed_in_fp8_and_spread_as_on_the_cpu) {
     EXPECT_TRUE(out.read() == back);
   });
 }
+
+TEST(slots_are_counted_and_placed_as_the_cpu_does) {
+  for (const int64_t n : {1, 255, 256, 257, 5000})
+    for (const int64_t n_bins : {1, 7, 300}) {
+      std::mt19937 random(static_cast<unsigned>(n + n_bins));
+      std::vector<int64_t> drawn(static_cast<size_t>(n));
+      for (auto& bin : drawn)
+        bin = static_cast<int64_t>(random() % static_cast<unsigned>(n_bins + 2)) - 1;
+      const Table<int64_t> bins(std::move(drawn));
+      std::vector<int64_t> positions(static_cast<size_t>(n)), counts(static_cast<size_t>(n_bins)),
+          offsets(static_cast<size_t>(n_bins + 1));
+      cpu::count_slots(positions.data(), counts.data(), offsets.data(), bins.host.data(), n,
+                       n_bins);
+      const Memory at(bytes(positions).size()), of(bytes(counts).size()),
+          from(bytes(offsets).size());
+      const auto ints = [](const Memory& memory) {
+        return reinterpret_cast<int64_t*>(const_cast<char*>(memory.data()));
+      };
+      require(cuda::count_slots(ints(at), ints(of), ints(from), bins.data(), n, n_bins, nullptr));
+      require(cudaDeviceSynchronize());
+      EXPECT_TRUE(at.read() == bytes(positions));
+      EXPECT_TRUE(of.read() == bytes(counts));
+      EXPECT_TRUE(from.read() == bytes(offsets));
+    }
+}

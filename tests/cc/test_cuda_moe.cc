@@ -34,6 +34,11 @@ Status decode(std::span<const void* const> sources, int64_t n, int64_t width, DT
   return cuda::decode_rows(memory, sources, nullptr, table, nullptr, n, width, dtype, nullptr);
 }
 
+Status count(int64_t n, int64_t n_bins) {
+  auto* const out = reinterpret_cast<int64_t*>(memory);
+  return cuda::count_slots(out, out, out, table, n, n_bins, nullptr);
+}
+
 void expect_refused(const Status& status, const char* text) {
   EXPECT_EQ(status.code, Code::invalid_argument);
   if (status.message.find(text) == std::string::npos) EXPECT_EQ(status.message, text);
@@ -74,6 +79,8 @@ TEST(sizes_that_make_no_sense_are_refused) {
   expect_refused(dots(-1, 4, f32), "takes no -1 rows of 4 values");
   expect_refused(encode(buffer, -1, 4, f32), "takes no -1 rows of 4 values");
   expect_refused(decode(one, 1, -4, f32), "takes no 1 rows of -4 values");
+  expect_refused(count(-1, 4), "'count_slots' takes no -1 slots in 4 bins");
+  expect_refused(count(1, 0), "'count_slots' takes no 1 slots in 0 bins");
 }
 
 TEST(nothing_to_do_needs_no_gpu) {
@@ -93,7 +100,7 @@ TEST(a_launch_without_a_gpu_says_so) {
   for (const Status& status :
        {expand(one, 1, 4, DType::float32), combine(one, 1, 4, DType::float16, DType::float32),
         dots(1, 4, DType::bfloat16), encode(buffer, 1, 4, DType::float32),
-        decode(one, 1, 4, DType::float16)}) {
+        decode(one, 1, 4, DType::float16), count(1, 1)}) {
     EXPECT_EQ(status.code, Code::internal);
     EXPECT_TRUE(status.message.find("did not start: cudaError") != std::string::npos);
   }

@@ -228,6 +228,47 @@ void coding_equals_the_cpu(int64_t width) {
   EXPECT_EQ(std::memcmp(decoded.data(), back.data(), back.size() * sizeof(float)), 0);
 }
 
+// A CUDA block's loop of moe_slots.cu, its warps one after the other.
+void count_equals_the_cpu(int64_t n, int64_t n_bins) {
+  constexpr int kWarps = 8;
+  std::mt19937 random(static_cast<unsigned>(n + n_bins));
+  std::vector<int64_t> bins(n), expected(n, 7), counts(n_bins, 7), offsets(n_bins + 1, 7);
+  for (auto& bin : bins) bin = static_cast<int64_t>(random() % (n_bins + 2)) - 1;
+  cpu::count_slots(expected.data(), counts.data(), offsets.data(), bins.data(), n, n_bins);
+  std::vector<int64_t> positions(n, -1);
+  for (int64_t own = 0; own < n_bins; ++own) {
+    int64_t count = 0, below = 0;
+    for (int64_t first = 0; first < n; first += kWarps * kWarp) {
+      int before = 0;
+      for (int warp = 0; warp < kWarps; ++warp) {
+        uint32_t lanes = 0;
+        const auto bin = [&](int lane) {
+          const int64_t i = first + warp * kWarp + lane;
+          return i < n ? bins[i] : -1;
+        };
+        for (int lane = 0; lane < kWarp; ++lane) lanes |= uint32_t{bin(lane) == own} << lane;
+        for (int lane = 0; lane < kWarp; ++lane) {
+          if (bin(lane) == own)
+            positions[first + warp * kWarp + lane] = count + before + n_set_below(lanes, lane);
+          below += bin(lane) >= 0 && bin(lane) < own;
+        }
+        before += n_set(lanes);
+      }
+      count += before;
+    }
+    EXPECT_EQ(count, counts[own]);
+    EXPECT_EQ(below, offsets[own]);
+  }
+  EXPECT_EQ(offsets[n_bins], offsets[n_bins - 1] + counts[n_bins - 1]);
+  EXPECT_TRUE(positions == expected);
+  // By hand: what stands before it.
+  for (int64_t i = 0; i < n; ++i) {
+    const bool known = bins[i] >= 0 && bins[i] < n_bins;
+    const auto same = std::count(bins.begin(), bins.begin() + i, bins[i]);
+    EXPECT_EQ(expected[i], known ? same : -1);
+  }
+}
+
 }  // namespace
 
 TEST(expand_moves_the_bytes_that_the_cpu_does) {
@@ -257,4 +298,9 @@ TEST(rows_are_coded_and_decoded_as_on_the_cpu) {
     coding_equals_the_cpu<float>(width);
     coding_equals_the_cpu<uint16_t>(width);
   }
+}
+
+TEST(slots_are_counted_and_placed_as_on_the_cpu) {
+  for (const int64_t n : {0, 1, 31, 32, 33, 255, 256, 257, 1000})
+    for (const int64_t n_bins : {1, 2, 7, 40}) count_equals_the_cpu(n, n_bins);
 }

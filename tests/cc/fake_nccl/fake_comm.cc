@@ -15,7 +15,7 @@ namespace fake {
 thread_local std::string last_error;
 thread_local std::string own_host;
 thread_local bool hangs_across = false;
-std::atomic<int> hanging_rank{-1}, slow_polls{0};
+std::atomic<int> hanging_rank{-1}, slow_polls{0}, last_max_ctas{0};
 
 namespace {
 
@@ -139,6 +139,7 @@ void fake_nccl_no_network(const char* host, bool hangs) {
 }
 void fake_nccl_slow_init(int polls) { slow_polls = polls; }
 int fake_nccl_n_communicators() { return n_communicators; }
+int fake_nccl_max_ctas() { return last_max_ctas; }
 void fake_nccl_async_error(int rank, int result, const char* text) {
   const std::lock_guard lock(switches_mutex);
   for (ncclComm* comm : all)

@@ -50,13 +50,13 @@ struct Id {
 struct Config {
   size_t size;
   unsigned magic, version;
-  int blocking;
+  int blocking, cga_cluster_size, min_ctas, max_ctas;
 };
 
 // ---- communicators (fake_comm.cc) ----
 
 extern thread_local std::string last_error;
-extern std::atomic<int> hanging_rank, slow_polls;
+extern std::atomic<int> hanging_rank, slow_polls, last_max_ctas;
 
 int failing(const char* function);  // what fake_nccl_fail_next() has said of this call
 ncclComm* make(const std::string& name, int rank, int size, bool blocking);

@@ -87,13 +87,15 @@ int ncclCommInitRankConfig(ncclComm** result, int size, Id id, int rank, void* c
   if (size > kMaxRanks || rank < 0 || rank >= size || (given && given->magic != 0xcafebeef))
     return kInvalidArgument;
   ncclComm* comm = make(id.name, rank, size, given == nullptr || given->blocking != 0);
+  if (given != nullptr) last_max_ctas = given->max_ctas;
   join(comm);
   *result = comm;
   return answer(comm);
 }
 #ifndef FAKE_WITHOUT_SPLIT
-int ncclCommSplit(ncclComm* parent, int color, int key, ncclComm** result, void*) {
+int ncclCommSplit(ncclComm* parent, int color, int key, ncclComm** result, void* config) {
   if (const int failed = failing("ncclCommSplit"); failed != kSuccess) return failed;
+  last_max_ctas = static_cast<const Config*>(config)->max_ctas;
   const int turn = parent->n_splits++;
   SplitSlot& mine = parent->shared->splits[turn % kSplits][parent->rank];
   mine.color = color;

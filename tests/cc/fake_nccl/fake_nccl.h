@@ -36,6 +36,8 @@ void fake_device_synchronize(void* stream);
 void fake_device_free_stream(void* stream);
 // Communicators that exist in this process.
 int fake_nccl_n_communicators();
+// maxCTAs of the configuration that the last one was made with; INT_MIN: left to NCCL.
+int fake_nccl_max_ctas();
 }
 
 // A stream, as NCCL's functions get it.

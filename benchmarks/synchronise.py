@@ -106,7 +106,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     reference = of["synchronous"]
     rows = []
     for name in CHOICES:
-        found = {seed: run for seed, run in of.get(name, {}).items() if seed in reference}
+        found = {seed: run for seed, run in sorted(of.get(name, {}).items()) if seed in reference}
         if not found:
             continue
         losses = [run["held_out"] for run in found.values()]

@@ -124,7 +124,8 @@ class Mesh:
         if layout.workers > 1:
             self.outer = self._axis("outer", [at[1:] for at in places])  # the ranks of the same place in each worker
             self._all_holders = {axis: self._axis("outer", colors) for axis, colors in holders.items()}
-        for each in (self.tp, self.cp, self.pp):
+        # On GPUs tp's products go around by Group.exchange().
+        for each in (self.cp, self.pp) if device.is_gpu else (self.tp, self.cp, self.pp):
             self._own += each.open_messages()
         self._with_leader: dict[Axis, bool] = {
             None: here.dp == here.cp == here.tp == 0,

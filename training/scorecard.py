@@ -66,4 +66,5 @@ def scorecard(trainer: Trainer, n_rounds: int = 3) -> Scorecard:
         serial=serial,
         together=together,
         n_rounds=n_rounds,
+        device=trainer.device.where,
     )

@@ -46,7 +46,7 @@ void Watch::add(std::shared_ptr<Operation> operation) {
   }
   operation->since = Clock::now();
   under_way_.push_back(std::move(operation));
-  changed_.notify_all();
+  if (under_way_.size() == 1) changed_.notify_all();  // else the thread looks within kPoll
 }
 
 void Watch::abandon(const std::shared_ptr<Operation>& operation) {

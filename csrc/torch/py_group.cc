@@ -125,10 +125,12 @@ void require_no_tag(const char* what, int64_t tag) {
 
 // The device is current where torch knows such devices; else it is the caller's to make it so.
 struct Current {
-  explicit Current(const c10::Device& device) {
-    if (!device.is_cpu() && c10::impl::hasDeviceGuardImpl(device.type())) guard.emplace(device);
+  explicit Current(const c10::Device& device) : guard(known(device)) {}
+  static std::optional<c10::Device> known(const c10::Device& device) {
+    if (device.is_cpu() || !c10::impl::hasDeviceGuardImpl(device.type())) return std::nullopt;
+    return device;
   }
-  std::optional<c10::DeviceGuard> guard;
+  c10::OptionalDeviceGuard guard;
 };
 
 // On a device a call that is not asynchronous is put on the arrays' stream and returns at once.

@@ -164,7 +164,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<PyWork>(m, "Work", "A started operation; wait() for its result.")
       .def("wait", &PyWork::wait, py::arg("timeout_s") = py::none(),
            "Returns when the operation is done; raises its error, or PeerTimeout after timeout_s "
-           "seconds (it goes on then). Of arrays on a device, without timeout_s, the stream that they "
+           "seconds (it goes on then). Of arrays on a device, without timeout_s, the stream that "
+           "they "
            "name, or else the current one, waits, and the host does not.")
       .def("is_completed", &PyWork::is_completed)
       .def_property_readonly("duration_s", &PyWork::duration_s,

@@ -111,7 +111,7 @@ def entry(config: Config, took: dict[str, Seconds], steps: list[StepResult]) -> 
         axis: statistics.median(each.blocked_by_axis_s.get(axis, 0.0) / (each.step_s * n) for each in steps)
         for axis in axes
     }
-    blocked = statistics.median(each.exposed_share(n) for each in steps)
+    blocked = statistics.median(each.share(each.blocked_s, n) for each in steps)
     bubble = idle * makespan / step_s
     return {
         "schedule": config.layout.schedule,

@@ -202,13 +202,13 @@ def figures(found: dict[str, Record]) -> list[dict[str, Any]]:
     if "bubble" in found:
         for name in ("1f1b", "interleaved", "zb_h1", "zbv"):
             off = [
-                (abs(each["bubble"] / each["of_schedule"] - 1), f"p {each['ranks']}, m {each['micro_batches']}")
+                (abs(each["bubble"] / each["formula"] - 1), f"p {each['ranks']}, m {each['micro_batches']}")
                 for size in found["bubble"].values()
                 for each in size["results"]
                 if each["schedule"] == name
             ]
             worst, at = max(off)
-            goal(f"bubble off what the schedule leaves idle, {name}, most", worst, 0.10, at, True)
+            goal(f"bubble off the formula, {name}, most", worst, 0.10, at, True)
     if "exposed" in found:
         for preset, each in found["exposed"].items():
             best = min(each["results"], key=lambda one: one["exposed"])
@@ -295,7 +295,7 @@ def plot(found: dict[str, Record]) -> None:
         results = [each for size in found["bubble"].values() for each in size["results"]]
         labels = [f"{each['schedule']}\np{each['ranks']} m{each['micro_batches']}" for each in results]
         bubbles.bar(range(len(results)), [100 * each["bubble"] for each in results], 0.6, label="measured")
-        theory = [100 * each["of_schedule"] for each in results]
+        theory = [100 * each["formula"] for each in results]
         bubbles.scatter(range(len(results)), theory, color="black", marker="_", s=120, label="theory", zorder=3)
         bubbles.set_xticks(range(len(results)), labels, fontsize=6, rotation=60)
         bubbles.set_title("bubble, % of the step", fontsize=10)

@@ -37,8 +37,21 @@ def test_bubbles_are_those_of_theory(n_ranks: int) -> None:
     assert idle("gpipe") == idle("1f1b") == 3 * (n_ranks - 1)
     assert idle("interleaved", 2) == 3 * (n_ranks - 1) / 2
     assert idle("interleaved", 3) == pytest.approx(n_ranks - 1)
-    assert n_ranks - 1 <= idle("zb_h1") <= n_ranks + 1
-    assert idle("zbv") <= (n_ranks - 1) / 2 + 0.5
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 8, 11])
+def test_zero_bubble_schedules_idle_as_little_as_their_papers_say(p: int) -> None:
+    for m in (p, p + 1, 2 * p - 1, 2 * p, 4 * p + 1):
+        h1 = plan("zb_h1", p, m)
+        assert set(check(h1).idle) == {p - 1} and set(check(h1).peak) == {p}
+        for f, b, w in ((1.0, 1.0, 0.5), (1.0, 1.5, 1.0), (1.0, 1.25, 0.75)):
+            assert check(h1, f, b, w).idle == pytest.approx([(p - 1) * (f + b - w)] * p)
+        v = check(plan("zbv", p, m))  # a chunk's action is half a rank's
+        assert max(v.peak) <= 2 * p
+        if m == p or m >= 2 * p - 1:
+            assert set(v.idle) == {p - 1}
+        if m >= 2 * p - 1:
+            assert max(check(plan("zbv", p, m), 1.0, 1.0, 0.5).idle) == pytest.approx(p - 1)
 
 
 def test_messages_and_uneven_stages_delay_what_waits_for_them() -> None:

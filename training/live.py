@@ -50,6 +50,8 @@ class LiveTable:
             ("exposed comm", f"{record['exposed_share']:.0%}" + (f" ({by_axis})" if "," in by_axis else "")),
             ("peak memory", f"{record['peak_memory_bytes'] / 2**20:.0f} MiB"),
         ]
+        if record.get("bubble_share", 0.0) > 0:  # with a pipeline
+            figures.insert(-1, ("bubble", f"{record['bubble_share']:.0%}"))
         if record["slowest_excess_s"] > 0:
             figures.append(("slowest rank", f"{record['slowest_rank']} +{record['slowest_excess_s'] * 1e3:.0f} ms"))
         return figures

@@ -203,6 +203,10 @@ class Mesh:
         found[self.ep.name] += sum(exchange.waits.blocked_s for exchange in self.exchanges.values())
         return found
 
+    def blocked_s(self) -> float:
+        """Seconds blocked until now, in all groups."""
+        return sum(self.blocked_by_axis_s().values())
+
     def close(self) -> None:
         """Closes the exchanges and the axes; the world stays its owner's."""
         for exchange in self.exchanges.values():

@@ -8,9 +8,10 @@ are posted in the order of the sends, for devices, whose messages have no tags.
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +71,13 @@ class Pipeline:
         self._posted: dict[_Message, tuple[Any, Tensor]] = {}
         self._handed: dict[_Message, Tensor] = {}  # between two chunks of this rank
         self._sent: list[tuple[Any, Tensor]] = []
+        self._timed = self._placement.n_ranks > 1 and not mesh.device.late
+        self._action_s = dict.fromkeys(((chunk, kind) for chunk in chunks for kind in "FBW"), 0.0)
+
+    def action_s(self) -> list[float]:
+        """Seconds that the last step's F, B and W of all micro-batches took, waits left out: [F, B, W] of the first
+        chunk, then of the next. 0 without a pipeline, and on a device, where the host does not know."""
+        return list(self._action_s.values())
 
     def _in_senders_order(self, actions: Sequence[Sequence[Action]]) -> dict[int, deque[_Message]]:
         """By rank, the messages that it sends to this one as it goes through its actions. That is the order in which
@@ -92,28 +100,39 @@ class Pipeline:
         loss_sum = torch.zeros((), device=self._mesh.device.where)
         self._incoming = self._in_senders_order(self._schedule.actions)
         held: dict[tuple[int, int], _Held] = {}
+        self._action_s = dict.fromkeys(self._action_s, 0.0)
         for at, action in enumerate(self._actions):
             for coming in self._actions[at : at + _AHEAD + 1]:
                 self._post(coming, batches)
-            key = (action.chunk, action.micro_batch)
-            if action.kind == "F":
-                held[key], loss = self._forward(action, batches, scales)
-                if loss is not None:
-                    loss_sum += loss.detach()
-                continue
-            last = self._may_sync and self._is_last(action)
-            with gradients.syncing(last):
-                if action.kind == "B":
-                    self._backward(action, held[key])
-                else:
-                    later = held[key].later
-                    assert later is not None
-                    later.flush()
-            if action.kind == "W" or not self._schedule.split:
-                gradients.backward_done()
-                del held[key]
+            with self._timing(action):
+                key = (action.chunk, action.micro_batch)
+                if action.kind == "F":
+                    held[key], loss = self._forward(action, batches, scales)
+                    if loss is not None:
+                        loss_sum += loss.detach()
+                    continue
+                last = self._may_sync and self._is_last(action)
+                with gradients.syncing(last):
+                    if action.kind == "B":
+                        self._backward(action, held[key])
+                    else:
+                        later = held[key].later
+                        assert later is not None
+                        later.flush()
+                if action.kind == "W" or not self._schedule.split:
+                    gradients.backward_done()
+                    del held[key]
         self._finish_sends()
         return loss_sum
+
+    @contextmanager
+    def _timing(self, action: Action) -> Iterator[None]:
+        if not self._timed:
+            yield
+            return
+        began_s = time.perf_counter() - self._mesh.blocked_s()
+        yield
+        self._action_s[action.chunk, action.kind] += time.perf_counter() - self._mesh.blocked_s() - began_s
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor | None:

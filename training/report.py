@@ -20,6 +20,8 @@ class Totals:
     n_tokens: int = 0
     step_s: float = 0.0
     blocked_s: float = 0.0
+    bubble_s: float = 0.0
+    exposed_s: float = 0.0
     busy_s: float = 0.0
     bytes_inside_hosts: int = 0
     bytes_between_hosts: int = 0
@@ -29,6 +31,8 @@ class Totals:
         self.n_tokens += result.n_tokens
         self.step_s += result.step_s
         self.blocked_s += result.blocked_s
+        self.bubble_s += result.bubble_s
+        self.exposed_s += result.exposed_s
         self.busy_s += result.busy_s
         self.bytes_inside_hosts += result.bytes_inside_hosts
         self.bytes_between_hosts += result.bytes_between_hosts
@@ -63,6 +67,8 @@ def communication_paragraph(trainer: Trainer, totals: Totals) -> str:
     ranks = trainer.mesh.worker
     if trainer.mesh.world.size == 1:
         return "Communication: none; there was one rank."
+    rank_s = totals.step_s * ranks.size
+    bubble = f" and {totals.bubble_s / rank_s:.0%} in the pipeline's bubble" if totals.bubble_s > 0 else ""
     n_hosts = len(set(ranks.group.host_ids))
     workers = trainer.mesh.layout.workers
     counted = f"all {ranks.size} ranks" if workers == 1 else f"the {ranks.size} ranks of the first of {workers} workers"
@@ -71,7 +77,7 @@ def communication_paragraph(trainer: Trainer, totals: Totals) -> str:
         f"{_mib(totals.bytes_between_hosts / totals.n_steps)} between them, {counted} on {n_hosts} "
         f"{'host' if n_hosts == 1 else 'hosts'} together. Engines were busy {totals.busy_s / ranks.size:.1f} s a rank, "
         f"{totals.hidden_share:.0%} of it hidden behind compute; a rank waited "
-        f"{totals.blocked_s / (totals.step_s * ranks.size):.0%} of its time."
+        f"{totals.exposed_s / rank_s:.0%} of its time for communication{bubble}."
     )
     return "\n\n".join([text, *_schedules(trainer)])
 

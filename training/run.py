@@ -122,14 +122,16 @@ def _peak_flops(trainer: Trainer) -> float:
 def _record(result: StepResult, n_ranks: int, peak_s_per_token: float) -> dict[str, Any]:
     record = dataclasses.asdict(result)
     del record["stopping"]
-    by_axis = record.pop("blocked_by_axis_s")
+    del record["blocked_by_axis_s"]
+    by_axis = record.pop("exposed_by_axis_s")
     tokens_per_s = result.n_tokens / result.step_s
     return {
         **record,
         "tokens_per_s": tokens_per_s,
         "mfu": tokens_per_s * peak_s_per_token,
-        "exposed_share": result.exposed_share(n_ranks),
-        "exposed_by_axis": {axis: blocked_s / (result.step_s * n_ranks) for axis, blocked_s in by_axis.items()},
+        "bubble_share": result.share(result.bubble_s, n_ranks),
+        "exposed_share": result.share(result.exposed_s, n_ranks),
+        "exposed_by_axis": {axis: result.share(s, n_ranks) for axis, s in by_axis.items()},
     }
 
 

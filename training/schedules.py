@@ -10,8 +10,10 @@ stage after it. check() runs the lists as the ranks would, with sends that never
     schedule       idle units of a rank, with F = B = W = 1 and m micro-batches on p ranks      split
     gpipe, 1f1b    3 (p - 1)                                                                    no (B takes 2)
     interleaved    3 (p - 1) / chunks                                                           no
-    zb_h1          p - 1 to p + 1 (tests/test_training_schedules.py)                            yes
-    zbv            (p - 1) / 2                                                                  yes
+    zb_h1          p - 1: (p - 1)(F + B - W), where m >= p                                      yes
+    zbv            (p - 1) / 2, until the V is filled, where m >= 2 p - 1                       yes
+
+A rank of zb_h1 or zbv holds activations of as many micro-batches as 1F1B's first one, p, at most.
 
 Sources: GPipe arXiv:1811.06965; 1F1B arXiv:1806.03377; interleaved arXiv:2104.04473; ZB-H1 arXiv:2401.10241; ZBV
 arXiv:2405.15362. Pure Python."""
@@ -19,19 +21,21 @@ arXiv:2405.15362. Pure Python."""
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from training.errors import ConfigError
 from training.stages import Placement
 
 Name = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"]
+Kind = Literal["F", "B", "W"]
 SPLIT: tuple[Name, ...] = ("zb_h1", "zbv")
 
 
 class Action(NamedTuple):
-    kind: Literal["F", "B", "W"]
+    kind: Kind
     chunk: int
     micro_batch: int
 
@@ -79,14 +83,18 @@ def plan(name: Name, n_ranks: int, n_micro_batches: int, n_chunks: int = 1) -> S
         lists = [_all(n_micro_batches, "F") + _all(n_micro_batches, "B") for _ in range(n_ranks)]
     elif name in ("1f1b", "interleaved"):
         lists = [_one_forward_one_backward(rank, placement, n_micro_batches) for rank in range(n_ranks)]
+    elif name == "zb_h1" or n_ranks == 1:
+        lists = [_zero_bubble_h1(rank, n_ranks, n_micro_batches) for rank in range(n_ranks)]
+    elif n_micro_batches >= 2 * n_ranks - 1:
+        lists = [_zero_bubble_v(rank, n_ranks, n_micro_batches) for rank in range(n_ranks)]
     else:
-        lists = _zero_bubble(placement, n_micro_batches)
+        lists = _greedy(placement, n_micro_batches)
     schedule = Schedule(placement, n_micro_batches, name in SPLIT, tuple(tuple(each) for each in lists))
     check(schedule)
     return schedule
 
 
-def _all(n_micro_batches: int, kind: Literal["F", "B"]) -> list[Action]:
+def _all(n_micro_batches: int, kind: Kind) -> list[Action]:
     return [Action(kind, 0, micro_batch) for micro_batch in range(n_micro_batches)]
 
 
@@ -113,16 +121,45 @@ def _one_forward_one_backward(rank: int, placement: Placement, n_micro_batches: 
     return actions + backwards[total - warm_up :]
 
 
-def _zero_bubble(placement: Placement, n_micro_batches: int) -> list[list[Action]]:
-    """Ranks run unit by unit, each taking the first of B, F, W that is ready; F only while fewer micro-batches' chunks
-    are held than 1F1B's first rank holds: n_ranks * n_chunks. Later chunks go first, so that backward begins early."""
+def _zero_bubble_h1(rank: int, n_ranks: int, n_micro_batches: int) -> list[Action]:
+    """1F1B whose W come as many micro-batches after their B as the rank's number: what a later rank warms up less, it
+    holds longer, so all hold n_ranks micro-batches at most, and W fills the end."""
+    forwards, backwards, weights = (_all(n_micro_batches, kind) for kind in ("F", "B", "W"))
+    warm_up = n_ranks - 1 - rank
+    actions = forwards[:warm_up]
+    for at, backward in enumerate(backwards):
+        actions += [*forwards[warm_up + at : warm_up + at + 1], backward]
+        if at >= rank:
+            actions.append(weights[at - rank])
+    return actions + weights[max(0, n_micro_batches - rank) :]
+
+
+def _zero_bubble_v(rank: int, n_ranks: int, n_micro_batches: int) -> list[Action]:
+    """Chunk 0 fills the V, chunk 1 comes up through it and makes room for one more; then F, B, W of each in turn. W
+    waits only where backward drains, behind the B that other ranks need. Needs 2 n_ranks - 1 micro-batches."""
+    after, more = n_ranks - rank, n_micro_batches - 2 * n_ranks + rank + 1
+    order = "F0 " * (2 * after - 1) + "F1 F0 " * rank + "F1 B1 W1 " * after
+    order += "F0 B0 W0 F1 B1 W1 " * more + "B0 W0 F1 B1 W1 " * (after - 1)
+    order += "B0 B1 " * rank + "B0 W0 " * after + "W1 W0 " * rank
+    actions: list[Action] = []
+    done: Counter[str] = Counter()
+    for name in order.split():
+        actions.append(Action(cast(Kind, name[0]), int(name[1]), done[name]))
+        done[name] += 1
+    return actions
+
+
+def _greedy(placement: Placement, n_micro_batches: int) -> list[list[Action]]:
+    """The V with fewer micro-batches than fill it: ranks run unit by unit, each taking the first of B, F, W that is
+    ready; F only while fewer micro-batches' chunks are held than 1F1B's first rank holds: n_ranks * n_chunks. Later
+    chunks go first, so that backward begins early."""
     p, v, last = placement.n_ranks, placement.n_chunks, placement.n_stages - 1
     done: dict[tuple[str, int, int], int] = {}  # (kind, stage, micro-batch) -> the unit after which it is done
     lists: list[list[Action]] = [[] for _ in range(p)]
     following = [{(kind, chunk): 0 for kind in "FBW" for chunk in range(v)} for _ in range(p)]
     most = p * v
 
-    def ready(rank: int, kind: Literal["F", "B", "W"], chunk: int, unit: int) -> bool:
+    def ready(rank: int, kind: Kind, chunk: int, unit: int) -> bool:
         micro_batch, stage = following[rank][kind, chunk], placement.stage(rank, chunk)
         if micro_batch == n_micro_batches:
             return False
@@ -143,9 +180,9 @@ def _zero_bubble(placement: Placement, n_micro_batches: int) -> list[list[Action
     unit = 0
     n_actions = 3 * v * n_micro_batches
     while any(len(actions) < n_actions for actions in lists):
-        chosen: list[tuple[int, Literal["F", "B", "W"], int]] = []
+        chosen: list[tuple[int, Kind, int]] = []
         for rank in range(p):
-            order: list[tuple[Literal["F", "B", "W"], int]] = [("B", c) for c in range(v)]
+            order: list[tuple[Kind, int]] = [("B", c) for c in range(v)]
             order += [("F", c) for c in reversed(range(v))] + [("W", c) for c in reversed(range(v))]
             found = next((each for each in order if ready(rank, each[0], each[1], unit)), None)
             if found is not None:

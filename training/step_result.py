@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from training.bubble import Bubble
 from training.data import Batch
 from training.device import Fetched, Span
 from training.machine import peak_memory_bytes
@@ -23,8 +24,10 @@ class StepResult:
     lr: float
     step_s: float  # of this rank
     n_tokens: int  # of all workers
-    blocked_s: float  # in which a rank did nothing but wait for communication
+    blocked_s: float  # in which a rank did nothing but wait for other ranks
     blocked_by_axis_s: dict[str, float]  # the same, of each of the mesh's groups
+    bubble_s: float  # which the pipeline's schedule leaves idle (training/bubble.py)
+    exposed_by_axis_s: dict[str, float]  # what is left of blocked_by_axis_s without the bubble
     busy_s: float  # in which an engine had communication to do
     bytes_inside_hosts: int
     bytes_between_hosts: int
@@ -33,15 +36,20 @@ class StepResult:
     slowest_excess_s: float  # by how much longer than the median rank's
     stopping: bool  # whether some rank was asked to stop, and all know of it
 
-    def exposed_share(self, n_ranks: int) -> float:
-        """The part of the worker's n_ranks' time that they spent waiting for communication, 0 to 1."""
-        return self.blocked_s / (self.step_s * n_ranks)
+    def share(self, seconds: float, n_ranks: int) -> float:
+        """Of the time of the worker's n_ranks, 0 to 1; seconds: summed over them."""
+        return seconds / (self.step_s * n_ranks)
+
+    @property
+    def exposed_s(self) -> float:
+        """In which a rank waited for communication: blocked_s less the bubble."""
+        return sum(self.exposed_by_axis_s.values())
 
 
 @dataclass(frozen=True)
 class Submitted:
     """A step that a rank has handed to its device. shares: fp64 [ranks, 3 + n], of each rank its part of the loss, of
-    the norm's square, whether it was asked to stop, and Measuring.own()."""
+    the norm's square, whether it was asked to stop, Measuring.own(), and Pipeline.action_s()."""
 
     step: int
     lr: float
@@ -50,6 +58,7 @@ class Submitted:
     batches: list[Batch]
     span: Span
     shares: Fetched
+    bubble: Bubble
 
     @property
     def loss(self) -> float:
@@ -62,7 +71,10 @@ class Submitted:
     def result(self, stopping: bool) -> StepResult:
         """What came of it, once it is over."""
         ranks = self.shares.value()
-        loss, _, _, _, _, busy_s, inside, between, *blocked_s = ranks.sum(0).tolist()
+        action_s = ranks[:, 8 + len(AXES) :]
+        loss, _, _, own_s, _, busy_s, inside, between, *more = ranks.sum(0).tolist()
+        blocked_by_axis_s = {name: s for name, s in zip(AXES, more, strict=False) if s > 0}
+        bubble_s = self.bubble.seconds(action_s, own_s)
         return StepResult(
             step=self.step,
             loss=loss,
@@ -70,8 +82,10 @@ class Submitted:
             lr=self.lr,
             step_s=self.span.seconds(),
             n_tokens=self.n_tokens * self.n_workers,
-            blocked_s=sum(blocked_s),
-            blocked_by_axis_s={name: s for name, s in zip(AXES, blocked_s, strict=True) if s > 0},
+            blocked_s=sum(blocked_by_axis_s.values()),
+            blocked_by_axis_s=blocked_by_axis_s,
+            bubble_s=bubble_s,
+            exposed_by_axis_s=self.bubble.exposed_s(blocked_by_axis_s, bubble_s),
             busy_s=busy_s,
             bytes_inside_hosts=round(inside),
             bytes_between_hosts=round(between),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from training import checkpoint, schedules
+from training.bubble import Bubble
 from training.cache import KeyValueCache
 from training.checkpoint_files import Progress
 from training.config import Config
@@ -78,6 +79,7 @@ class Trainer:
             saving = ActivationFile(config.offload_dir, self.model.parameters()).saving
         schedule = schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
         self.pipeline = Pipeline(self.model, self.mesh, schedule, self.dtype, saving)
+        self._bubble = Bubble.of(schedule, self.mesh)
         self.progress = Progress()
         self._batches = Prefetcher(self.corpus, self._micro_batches, train.global_batch, self.device)
         self._measuring = Measuring(self.mesh)
@@ -169,7 +171,7 @@ class Trainer:
 
     def _own(self) -> Tensor:
         """This rank's row of Submitted.shares, on the device, but for its part of loss and norm."""
-        own = [[0.0, 0.0, float(self.stop_requested), *self._measuring.own()]]
+        own = [[0.0, 0.0, float(self.stop_requested), *self._measuring.own(), *self.pipeline.action_s()]]
         return self.device.put(self.device.staged(torch.tensor(own, dtype=torch.float64)))
 
     def _of_all_ranks(self, loss: Tensor, own: Tensor) -> Tensor:
@@ -181,7 +183,7 @@ class Trainer:
 
     def _submission(self, batches: list[Batch], span: Span, lr: float, shares: Tensor) -> Submitted:
         fetched, n_workers = self.device.fetch(shares), self.mesh.layout.workers
-        return Submitted(self.progress.step + 1, lr, self._n_tokens, n_workers, batches, span, fetched)
+        return Submitted(self.progress.step + 1, lr, self._n_tokens, n_workers, batches, span, fetched, self._bubble)
 
     def _update(self, shares: Tensor, lr: float | Tensor, updates: bool = True) -> None:
         """The update, if it is due. On a device nothing is updated from the first step on that is not finite."""

@@ -218,6 +218,54 @@ def test_what_does_not_divide_is_refused(changes: Any, world_size: int, message:
         resolve_layout(tiny(**changes), world_size)
 
 
+@pytest.mark.parametrize(
+    ("table", "key", "value", "fix"),
+    [
+        ("optimizer", "lr", -1.0, "give a rate above 0"),
+        ("optimizer", "lr", float("nan"), "give a rate above 0"),
+        ("optimizer", "min_lr_ratio", 1.5, "give 0 to 1"),
+        ("optimizer", "warmup_steps", -1, "or 0 for none"),
+        ("optimizer", "beta1", 1.0, "below 1"),
+        ("optimizer", "beta2", -0.1, "below 1"),
+        ("optimizer", "eps", 0.0, "give a number above 0"),
+        ("optimizer", "weight_decay", -0.1, "give 0 for none"),
+        ("optimizer", "clip_norm", -1.0, "0 for no clipping"),
+        ("optimizer", "clip_norm", float("inf"), "0 for no clipping"),
+        ("sample", "n_tokens", -1, "give how many tokens"),
+        ("sample", "temperature", -0.5, "give 0 for the likeliest"),
+        ("sample", "top_k", -1, "or 0 for all"),
+        ("train", "memory_gib", -1.0, "or 0 for no limit"),
+        ("monitor", "peak_tflops", -1.0, "or 0 to measure"),
+        ("monitor", "max_loss_jump", -1.0, "or 0 for never"),
+        ("monitor", "profile_first", -1, "or 0 for none"),
+        ("monitor", "profile_steps", 0, "give at least 1"),
+        ("plan", "gpus", -8, "or 0 for those of the topology"),
+        ("plan", "tflops", -1.0, "or 0 to measure"),
+        ("plan", "max_cp", 0, "give at least 1"),
+        ("plan", "max_pp", 0, "give at least 1"),
+        ("plan", "show", 0, "give at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_with_the_fix(table: str, key: str, value: float, fix: str) -> None:
+    config = tiny()
+    config = dataclasses.replace(config, **{table: dataclasses.replace(getattr(config, table), **{key: value})})
+    with pytest.raises(ConfigError, match=rf"^{table}\.{key} is {value}; .*{fix}"):
+        resolve_layout(config, 1)
+
+
+def test_a_prompt_of_tokens_that_the_model_does_not_have_is_refused() -> None:
+    config = tiny(model={"vocab_size": 300})
+    for prompt, accepted in (("0 299", True), ("7 300", False), ("def ", True)):
+        asked = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompt=prompt))
+        if accepted:
+            resolve_layout(asked, 1)
+            continue
+        with pytest.raises(ConfigError, match=r"sample\.prompt has the token 300, .* is 300; give tokens of 0 to 299"):
+            resolve_layout(asked, 1)
+    text = dataclasses.replace(tiny(), sample=dataclasses.replace(config.sample, prompt="in 2025"))
+    resolve_layout(text, 1)  # of bytes: text, whose digits are no tokens
+
+
 def test_a_name_that_leaves_the_folder_of_runs_is_refused() -> None:
     with pytest.raises(ConfigError, match="it must not hold a path"):
         resolve_layout(dataclasses.replace(tiny(), name="../other"), 1)

@@ -12,7 +12,9 @@ from training_runs import tiny
 from training.config import Config, SyncConfig, WireConfig
 from training.errors import ConfigError
 from training.layout import Layout, resolve_layout
+from training.memory import require_fit
 from training.model_config import ModelConfig
+from training.plan_layout import whole_specs
 from training.presets import PRESETS, load_preset
 
 ALL = {path.stem for path in PRESETS.glob("*.toml")}
@@ -39,15 +41,42 @@ def test_every_small_preset_loads_and_runs_on_1_2_and_4_ranks(preset: str) -> No
 
 
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
-def test_a_published_shape_has_its_published_parameters_and_a_layout(preset: str) -> None:
+def test_a_published_shape_has_its_published_parameters(preset: str) -> None:
     config = load_preset(preset)
     exact, said, source = PUBLISHED[preset]
     assert config.model.n_parameters == exact
     assert exact == pytest.approx(said, rel=0.01), source
-    cut = config.layout.tp * config.layout.pp
-    n_ranks = cut * max(8, config.layout.ep) if config.model.n_experts else max(8, cut)
+
+
+# The ranks that a preset's comment states, and the GB of each one's GPU.
+MEANT_FOR = {
+    "gpt2": (8, 24),
+    "h200_1b": (1, 80),
+    "llama_1b": (8, 80),
+    "llama_8b": (64, 80),
+    "llama_70b": (512, 80),
+    "mixtral_8x7b": (64, 80),
+    "deepseek_moe_16b": (64, 80),
+    "deepseek_v2_lite": (64, 80),
+    "deepseek_v3": (2048, 80),
+}
+
+
+@pytest.mark.parametrize("preset", sorted(MEANT_FOR))
+def test_a_large_preset_fits_the_gpus_that_its_comment_states(preset: str) -> None:
+    config = load_preset(preset)
+    n_ranks, size_gb = MEANT_FOR[preset]
+    comment = " ".join((PRESETS / f"{preset}.toml").read_text().partition("[model]")[0].replace("#", " ").split())
+    stated = "one GPU of about 80 GB" if n_ranks == 1 else f"{n_ranks:,} ranks of {size_gb} GB"
+    assert stated in comment
     layout = resolve_layout(config, n_ranks)
-    assert layout.dp * cut == n_ranks
+    assert layout.n_ranks == n_ranks
+    of_cuda = 4 * 10**9  # the context, NCCL, and what the allocator cannot reuse
+    require_fit(config, layout, whole_specs(config), 0, size_gb * 10**9 - of_cuda)
+
+
+def test_every_preset_is_small_or_states_its_ranks() -> None:
+    assert ALL - MEANT_FOR.keys() == {"tiny", "default", "laptop", "moe"}
 
 
 def test_flops_are_those_of_the_formula_and_of_the_active_experts() -> None:

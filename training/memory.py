@@ -2,8 +2,8 @@
 
 Parameters, gradients and optimizer state are counted by tensor, as the trainer makes them; activations, and what a
 backward makes on its way, by activations.py. Shared memory is what pycomm's groups use of it. What Python and the
-libraries take was measured (machine.process_nbytes()). What malloc() cannot reuse is not counted. Where a figure depends
-on the data (rows of an expert) the mean is taken."""
+libraries take was measured (machine.process_nbytes()). What malloc() cannot reuse is not counted. Where a figure
+depends on the data (rows of an expert) the mean is taken."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from training.config import Config
 from training.data import open_corpus
 from training.errors import ConfigError
 from training.live import LiveTable
-from training.metrics import read_metrics
+from training.metrics import Sinks, check_sinks, read_metrics
 from training.presets import load_preset, to_toml
 
 ROOT = Path(__file__).parents[1]
@@ -129,8 +130,6 @@ def test_prepared_shards_hold_the_text_and_its_documents(tmp_path: Path) -> None
 
 
 def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.metrics import check_sinks
-
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = Config()
     check_sinks(config)
@@ -139,6 +138,53 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         object.__setattr__(config.monitor, key, True)
         with pytest.raises(ConfigError, match=f"monitor.{key} needs the package {key}: pip install {key}"):
             check_sinks(config)
+
+
+WANDB = """
+calls = []
+
+
+class Run:
+    def log(self, values, step):
+        calls.append(("log", step, values))
+
+    def finish(self):
+        calls.append(("finish",))
+
+
+def init(**given):
+    calls.append(("init", given))
+    return Run()
+"""
+
+
+def test_weights_and_biases_gets_each_record_and_a_resumed_run_keeps_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    preset = load_preset("tiny")
+    monitor = dataclasses.replace(preset.monitor, wandb=True, wandb_project="of a test")
+    config = dataclasses.replace(preset, out_dir=str(tmp_path / "runs"), monitor=monitor)
+    check_sinks(config)
+    for first_step in (1, 3):
+        sinks = Sinks(config, first_step)
+        for step in (first_step, first_step + 1):
+            sinks.write({"step": step, "loss": 2.5, "exposed_by_axis": {"tp": 0.25}})
+        sinks.close()
+    calls = sys.modules.pop("wandb").calls
+    assert [each[0] for each in calls] == 2 * ["init", "log", "log", "finish"]
+    first, again = (each[1] for each in calls if each[0] == "init")
+    assert first == again and len(first["id"]) == 32 and first["resume"] == "allow"
+    assert (first["project"], first["name"], first["dir"]) == ("of a test", "tiny", str(config.run_dir))
+    assert first["config"] == dataclasses.asdict(config)
+    logged = [each[1:] for each in calls if each[0] == "log"]
+    assert logged == [(step, {"loss": 2.5, "exposed_by_axis/tp": 0.25}) for step in (1, 2, 3, 4)]
+    assert [each["step"] for each in read_metrics(config.run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
+    other = dataclasses.replace(config, name="other")
+    Sinks(other, 1).close()
+    assert sys.modules.pop("wandb").calls[0][1]["id"] != first["id"]
 
 
 def record(step: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from training_runs import tiny
 from training.config import Config, SyncConfig, WireConfig
 from training.errors import ConfigError
 from training.layout import Layout, resolve_layout
+from training.memory import require_fit
 from training.model_config import ModelConfig
+from training.plan_layout import whole_specs
 from training.presets import PRESETS, load_preset
 
 ALL = {path.stem for path in PRESETS.glob("*.toml")}
@@ -39,15 +41,42 @@ def test_every_small_preset_loads_and_runs_on_1_2_and_4_ranks(preset: str) -> No
 
 
 @pytest.mark.parametrize("preset", sorted(PUBLISHED))
-def test_a_published_shape_has_its_published_parameters_and_a_layout(preset: str) -> None:
+def test_a_published_shape_has_its_published_parameters(preset: str) -> None:
     config = load_preset(preset)
     exact, said, source = PUBLISHED[preset]
     assert config.model.n_parameters == exact
     assert exact == pytest.approx(said, rel=0.01), source
-    cut = config.layout.tp * config.layout.pp
-    n_ranks = cut * max(8, config.layout.ep) if config.model.n_experts else max(8, cut)
+
+
+# The ranks that a preset's comment states, and the GB of each one's GPU.
+MEANT_FOR = {
+    "gpt2": (8, 24),
+    "h200_1b": (1, 80),
+    "llama_1b": (8, 80),
+    "llama_8b": (64, 80),
+    "llama_70b": (512, 80),
+    "mixtral_8x7b": (64, 80),
+    "deepseek_moe_16b": (64, 80),
+    "deepseek_v2_lite": (64, 80),
+    "deepseek_v3": (2048, 80),
+}
+
+
+@pytest.mark.parametrize("preset", sorted(MEANT_FOR))
+def test_a_large_preset_fits_the_gpus_that_its_comment_states(preset: str) -> None:
+    config = load_preset(preset)
+    n_ranks, size_gb = MEANT_FOR[preset]
+    comment = " ".join((PRESETS / f"{preset}.toml").read_text().partition("[model]")[0].replace("#", " ").split())
+    stated = "one GPU of about 80 GB" if n_ranks == 1 else f"{n_ranks:,} ranks of {size_gb} GB"
+    assert stated in comment
     layout = resolve_layout(config, n_ranks)
-    assert layout.dp * cut == n_ranks
+    assert layout.n_ranks == n_ranks
+    of_cuda = 4 * 10**9  # the context, NCCL, and what the allocator cannot reuse
+    require_fit(config, layout, whole_specs(config), 0, size_gb * 10**9 - of_cuda)
+
+
+def test_every_preset_is_small_or_states_its_ranks() -> None:
+    assert ALL - MEANT_FOR.keys() == {"tiny", "default", "laptop", "moe"}
 
 
 def test_flops_are_those_of_the_formula_and_of_the_active_experts() -> None:
@@ -216,6 +245,54 @@ def test_layouts() -> None:
 def test_what_does_not_divide_is_refused(changes: Any, world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_layout(tiny(**changes), world_size)
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "fix"),
+    [
+        ("optimizer", "lr", -1.0, "give a rate above 0"),
+        ("optimizer", "lr", float("nan"), "give a rate above 0"),
+        ("optimizer", "min_lr_ratio", 1.5, "give 0 to 1"),
+        ("optimizer", "warmup_steps", -1, "or 0 for none"),
+        ("optimizer", "beta1", 1.0, "below 1"),
+        ("optimizer", "beta2", -0.1, "below 1"),
+        ("optimizer", "eps", 0.0, "give a number above 0"),
+        ("optimizer", "weight_decay", -0.1, "give 0 for none"),
+        ("optimizer", "clip_norm", -1.0, "0 for no clipping"),
+        ("optimizer", "clip_norm", float("inf"), "0 for no clipping"),
+        ("sample", "n_tokens", -1, "give how many tokens"),
+        ("sample", "temperature", -0.5, "give 0 for the likeliest"),
+        ("sample", "top_k", -1, "or 0 for all"),
+        ("train", "memory_gib", -1.0, "or 0 for no limit"),
+        ("monitor", "peak_tflops", -1.0, "or 0 to measure"),
+        ("monitor", "max_loss_jump", -1.0, "or 0 for never"),
+        ("monitor", "profile_first", -1, "or 0 for none"),
+        ("monitor", "profile_steps", 0, "give at least 1"),
+        ("plan", "gpus", -8, "or 0 for those of the topology"),
+        ("plan", "tflops", -1.0, "or 0 to measure"),
+        ("plan", "max_cp", 0, "give at least 1"),
+        ("plan", "max_pp", 0, "give at least 1"),
+        ("plan", "show", 0, "give at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_with_the_fix(table: str, key: str, value: float, fix: str) -> None:
+    config = tiny()
+    config = dataclasses.replace(config, **{table: dataclasses.replace(getattr(config, table), **{key: value})})
+    with pytest.raises(ConfigError, match=rf"^{table}\.{key} is {value}; .*{fix}"):
+        resolve_layout(config, 1)
+
+
+def test_a_prompt_of_tokens_that_the_model_does_not_have_is_refused() -> None:
+    config = tiny(model={"vocab_size": 300})
+    for prompt, accepted in (("0 299", True), ("7 300", False), ("def ", True)):
+        asked = dataclasses.replace(config, sample=dataclasses.replace(config.sample, prompt=prompt))
+        if accepted:
+            resolve_layout(asked, 1)
+            continue
+        with pytest.raises(ConfigError, match=r"sample\.prompt has the token 300, .* is 300; give tokens of 0 to 299"):
+            resolve_layout(asked, 1)
+    text = dataclasses.replace(tiny(), sample=dataclasses.replace(config.sample, prompt="in 2025"))
+    resolve_layout(text, 1)  # of bytes: text, whose digits are no tokens
 
 
 def test_a_name_that_leaves_the_folder_of_runs_is_refused() -> None:

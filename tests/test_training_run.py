@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from spawn import run_ranks
 from training_runs import tiny
 
 from training import checkpoint_files
 from training.config import Config
 from training.metrics import MetricsFile, read_metrics
+from training.presets import load_preset
 from training.run import run
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +133,29 @@ def test_the_report_says_what_was_communicated(tmp_path: Path) -> None:
         assert moved >= 2 * 3 * n_parameter_bytes  # no all_reduce over 4 ranks sends less: 2 (n-1)/n of it a rank
         assert record["bytes_between_hosts"] >= 2 * n_parameter_bytes  # each host must send and receive the sum
         assert 0.0 <= record["exposed_share"] <= 1.0
+
+
+def first_losses(group: Any) -> dict[str, list[float]]:
+    """Of the small presets as they are written, but for a smaller batch of text that is always there."""
+    torch.set_num_threads(1)
+    losses = {}
+    for preset in ("default", "laptop", "moe"):
+        config = load_preset(preset)
+        train = dataclasses.replace(config.train, device="cpu", global_batch=2 * config.train.accumulation)
+        data = dataclasses.replace(config.data, path=argparse.__file__)
+        train = dataclasses.replace(train, eval_sequences=2)
+        trainer = Trainer(dataclasses.replace(config, train=train, data=data), group)
+        losses[preset] = [trainer.train_step().loss for _ in range(2)]
+        trainer.close()
+    return losses
+
+
+def test_small_presets_train() -> None:
+    first, second = run_ranks(first_losses, 2)
+    assert first == second and first.keys() == {"default", "laptop", "moe"}
+    for losses in first.values():
+        assert losses[0] == pytest.approx(math.log(256), abs=0.3)  # what is new knows nothing
+        assert losses[1] != losses[0]
 
 
 def fails_on_rank_1(group: Any, config: Config) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import SampleConfig
+from training.errors import ConfigError
 from training.trainer import Trainer
 
 
@@ -15,7 +16,11 @@ def generate(trainer: Trainer, prompt: Sequence[int], config: SampleConfig) -> I
     """config.n_tokens tokens that follow prompt (at least one token), the same on every rank.
 
     Each token costs one forward of it alone while all fit seq_len, and without context parallel ranks; else one over
-    the context."""
+    the context. Raises ConfigError for a token of the prompt that the model does not have."""
+    vocab_size = trainer.config.model.vocab_size
+    foreign = [token for token in prompt if not 0 <= token < vocab_size]
+    if foreign:
+        raise ConfigError(f"the prompt has the token {foreign[0]}, the model those of 0 to {vocab_size - 1}")
     generator = torch.Generator().manual_seed(config.seed)
     tokens, cache = list(prompt), trainer.new_cache()
     for _ in range(config.n_tokens):
@@ -45,5 +50,5 @@ def sample_text(trainer: Trainer, config: SampleConfig) -> str:
         (encoded,) = tokenizer.encode([("sample.prompt", (config.prompt or "\n").encode())])
         prompt = [int(token) for token in encoded]
         return tokenizer.decode([*prompt, *generate(trainer, prompt, config)])
-    prompt = [int(word) for word in config.prompt.split() if word.isdigit()] or [0]
+    prompt = [int(word) for word in config.prompt.split() if word.isdecimal()] or [0]
     return " ".join(map(str, [*prompt, *generate(trainer, prompt, config)]))

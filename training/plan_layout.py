@@ -106,6 +106,7 @@ def search(
     process_nbytes, gpu_nbytes: as memory.require_fit() takes them.
 
     Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
+    checks.ranges(config)
     checks.plans(config)
     links, refused, specs = Links(topology), Counter[str](), whole_specs(config)
     costs = Costs(config.model, specs)
@@ -125,7 +126,7 @@ def search(
             fitting[each.mesh] = (each, require_fit(each.config, each.layout, specs, process_nbytes, gpu_nbytes))
         except ConfigError as error:
             unfit.setdefault(each.mesh, (each, str(error)))
-        if len(fitting) == max(1, config.plan.show):
+        if len(fitting) == config.plan.show:
             break
     if not fitting:
         raise ConfigError(
@@ -258,6 +259,7 @@ def settings(config: Config) -> list[str]:
 def plan(config: Config) -> None:
     """The command: plans for config.plan's topology and prints."""
     asked = config.plan
+    checks.ranges(config)
     if not asked.topology:
         raise ConfigError(
             "plan needs the ranks' hosts and links: --topology FILE, as `pycomm topo --save FILE` writes it in a job, "
@@ -267,7 +269,7 @@ def plan(config: Config) -> None:
         topology = pycomm.Topology.load(asked.topology)
     except TopologyError as error:
         raise ConfigError(str(error)) from error
-    if asked.gpus > topology.n_ranks or asked.gpus < 0:
+    if asked.gpus > topology.n_ranks:
         raise ConfigError(f"--gpus is {asked.gpus}, {asked.topology} has {topology.n_ranks} ranks; add hosts to it")
     if 0 < asked.gpus < topology.n_ranks:
         topology = topology.select(range(asked.gpus))

@@ -154,7 +154,7 @@ def test_small_presets_train() -> None:
     first, second = run_ranks(first_losses, 2)
     assert first == second and first.keys() == {"default", "laptop", "moe"}
     for losses in first.values():
-        assert losses[0] == pytest.approx(math.log(256), abs=0.3)  # what is new knows nothing
+        assert losses[0] == pytest.approx(math.log(256), abs=0.5)  # what is new knows next to nothing
         assert losses[1] != losses[0]
 
 

@@ -56,6 +56,7 @@ test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 # fetched then). Each fails where there is no GPU. Its compiler may be any, so what that warns of is no error.
 test-gpu bench-gpu: export PYCOMM_CUDA := 1
 test-gpu bench-gpu: export PYCOMM_WERROR := 0
+test-gpu: BEGAN := $(shell date +%s)
 test-gpu: $(BUILT)
 	cmake -S csrc -B build/cc-gpu -G Ninja -DPYCOMM_WERROR=OFF -DPYCOMM_CUDA_ARCH=native \
 	  -DPYCOMM_CUDA_HOME="$$($(PY) setup.py cuda_home)"
@@ -63,7 +64,9 @@ test-gpu: $(BUILT)
 	PYCOMM_NCCL_LIB="$$($(PY) -c 'from pycomm.gpus import nccl_wheel; print(nccl_wheel())')" \
 	  tests/gpu/kernels.sh build/cc-gpu/tests "$$($(PY) setup.py cuda_home)"
 	PYTHONPATH=tests:$(CURDIR) PYCOMM_TEST_START=spawn $(PY) -m pytest -q tests/gpu \
-	  $$($(PY) -c 'import xdist; print("-n 3")' 2>/dev/null)
+	  $$($(PY) -c 'import xdist; print("-n 3")' 2>/dev/null); ended=$$?; cat build/cc-gpu/tests/not_run; \
+	  $(PY) -c 'import cupy' 2>/dev/null || echo "NOT RUN: arrays of CuPy's; it cannot be imported"; \
+	  echo "test-gpu: $$(($$(date +%s) - $(BEGAN))) s, build included"; exit $$ended
 
 bench-gpu: $(BUILT)
 	cmake -S csrc -B build/cc-gpu -G Ninja -DPYCOMM_WERROR=OFF -DPYCOMM_CUDA_ARCH=native \

@@ -1,6 +1,7 @@
 // What the programs that time kernels share (gpu_kernels.cc, gpu_moe.cc): they print a line per
 // measurement: what, values, bytes read and written, then seconds of each round. Inputs are fresh
-// and rotated past the L2, outputs poisoned before. gpu.py runs them and writes the results.
+// and rotated past the L2, outputs poisoned before where they are not read. gpu.py runs them and
+// writes the results.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -24,6 +25,7 @@ struct Task {
   std::string name;
   size_t numel, nbytes;  // nbytes: what must be read and written at least
   std::function<Status(int turn)> run;
+  bool reads_output = false;  // so what poisons it would put its input into the L2
   std::vector<double> seconds = {};
 };
 
@@ -37,15 +39,17 @@ inline int turns_past_l2(size_t nbytes) {
   return static_cast<int>(std::max<size_t>(3, 3 * static_cast<size_t>(l2_nbytes) / nbytes + 1));
 }
 
-// Times the tasks in turns and prints them. poison: called before each, off the clock.
+// Times the tasks in turns, each on another set of buffers than the last, and prints them. poison:
+// called before each, off the clock.
 inline void measure(std::vector<Task>& tasks, int n_turns,
                     const std::function<void(const Task&, int turn)>& poison) {
   cudaEvent_t begin, end;
   require(cudaEventCreate(&begin));
   require(cudaEventCreate(&end));
+  int n_run = 0;
   for (int round = 0; round < kWarmUps + kRounds; ++round)
     for (Task& task : tasks) {
-      const int turn = round % n_turns;
+      const int turn = n_run++ % n_turns;
       poison(task, turn);
       require(cudaEventRecord(begin));
       if (const Status status = task.run(turn); !status.ok()) throw Error(status);

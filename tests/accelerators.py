@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,12 @@ class Accelerator(Protocol):
     def foreign(self, x: torch.Tensor) -> Any:
         """An array as other libraries' (CuPy's), with x's memory, on the current stream."""
 
+    def dlpack(self, x: torch.Tensor) -> Any:
+        """What has nothing but DLPack's protocol, with x's memory."""
+
+    def cupy(self, x: torch.Tensor) -> AbstractContextManager[Any] | None:
+        """Gives an array of CuPy's with x's memory; within, CuPy's current stream is torch's. None without CuPy."""
+
     def peer_launches(self) -> int | None:
         """How often this rank has launched the peer kernel; None where nobody counts."""
 
@@ -61,6 +67,25 @@ class Foreign:
     def __init__(self, x: torch.Tensor, interface: dict[str, Any], stream: int | None) -> None:
         self.memory = x
         self.__cuda_array_interface__ = {**interface, "version": 3, "stream": stream}
+
+
+class DLPack:
+    """An array that has nothing but DLPack's protocol, with x's memory."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.memory = x
+
+    def __dlpack__(self, **how: Any) -> Any:
+        return self.memory.__dlpack__(**how)
+
+    def __dlpack_device__(self) -> Any:
+        return self.memory.__dlpack_device__()
+
+
+@contextmanager
+def _in_cupy(cupy: Any, x: torch.Tensor) -> Iterator[Any]:
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        yield cupy.from_dlpack(x)
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,16 @@ class Cuda:
     def foreign(self, x: torch.Tensor) -> Any:
         return Foreign(x, x.__cuda_array_interface__, torch.cuda.current_stream().cuda_stream or 1)
 
+    def dlpack(self, x: torch.Tensor) -> Any:
+        return DLPack(x)
+
+    def cupy(self, x: torch.Tensor) -> AbstractContextManager[Any] | None:
+        try:
+            import cupy
+        except ImportError:  # `make test-gpu` then says that this was not run
+            return None
+        return _in_cupy(cupy, x)
+
     def peer_launches(self) -> int | None:
         return None
 
@@ -158,6 +193,12 @@ class Fake:
         flat = x.numpy()
         shape, address = flat.shape, (flat.ctypes.data, False)
         return Foreign(x, {"shape": shape, "typestr": flat.dtype.str, "data": address, "strides": None}, None)
+
+    def dlpack(self, x: torch.Tensor) -> Any:
+        return DLPack(x)
+
+    def cupy(self, x: torch.Tensor) -> AbstractContextManager[Any] | None:
+        return nullcontext(self.foreign(x))
 
     def peer_launches(self) -> int | None:
         return int(ctypes.CDLL(self.library).fake_device_n_peer_launches())

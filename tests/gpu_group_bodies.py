@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ def wire(group: Any, a: Accelerator) -> None:
 
 
 def foreign_arrays(group: Any, a: Accelerator) -> None:
-    """Arrays of other libraries, in place and in the order of their stream; host arrays by their own engine."""
+    """Arrays of other libraries, in place and in the order of their stream; host arrays by their own engine. DLPack on
+    the CPU is host arrays too."""
     n, total = group.size, group.size * (group.size + 1) // 2
     with a.on_stream():
         x = torch.zeros(1 << 20, device=a.device)
@@ -80,6 +82,14 @@ def foreign_arrays(group: Any, a: Accelerator) -> None:
         work.wait()
         whole, mine = torch.zeros(3 * n, device=a.device), torch.full((3,), float(group.rank), device=a.device)
         group.all_gather(a.foreign(whole), a.foreign(mine))
+        for giving in (lambda x: nullcontext(a.dlpack(x)), a.cupy):
+            by = torch.zeros(1 << 20, device=a.device)
+            a.delay()
+            by += group.rank + 1
+            if (given := giving(by)) is not None:
+                with given as array:
+                    group.all_reduce(array)
+                assert bool((by == total).all())
     a.synchronize()
     assert (y == 1 + total).all() and (z == n).all()
     assert whole.tolist() == [float(rank) for rank in range(n) for _ in range(3)]

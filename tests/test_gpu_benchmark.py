@@ -196,7 +196,9 @@ def test_what_a_gpus_programs_say_is_what_is_reported(
     script = Path(__file__).parent / "gpu/kernels.sh"
     done = subprocess.run([script, tmp_path, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == status and done.stdout.splitlines()[-1].startswith(last), done.stdout
-    assert done.stdout.count("compute-sanitizer --error-exitcode 1") == 3
+    assert done.stdout.count("compute-sanitizer --error-exitcode 1") == 4
+    not_run = (tmp_path / "not_run").read_text().splitlines()
+    assert set(not_run) == ({said} if said.startswith("NOT RUN") else set())
 
 
 def test_what_a_call_costs_the_host_is_counted() -> None:

@@ -372,3 +372,22 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
         part = planned.split_group(mine, timedelta(seconds=30), None, f"{name}{mine[0]}", name)  # type: ignore[union-attr]
         dist.all_to_all_single(got := torch.empty(2, dtype=torch.int64), torch.tensor([rank, rank + 10]), group=part)
         assert got.tolist() == [one + 10 * mine.index(rank) for one in mine]
+
+
+def test_tensors_of_another_device_than_the_groups_or_the_calls_are_refused() -> None:
+    """What a torch for the CPU can show of it; between CPU and GPU, `make test-gpu` does (gpu_bodies.refusals)."""
+    run_device_ranks(_other_devices, 2, timeout_s=60)
+
+
+def _other_devices(rank: int, n: int, switches: Any) -> None:
+    on_cuda = dist.new_group(backend="cuda:pycomm")
+    ones, meta = torch.ones(4), torch.ones(4, device="meta")
+    wrong: dict[str, Any] = {
+        r"device type cpu": lambda: dist.all_reduce(ones, group=on_cuda),
+        r"all_gather in group .* the tensor is on meta": lambda: dist.all_gather([ones, meta], ones),
+    }
+    for text, call in wrong.items():
+        with pytest.raises((InvalidArgument, RuntimeError), match=text):
+            call()
+    dist.all_reduce(ones)
+    assert ones.tolist() == [n] * 4

@@ -27,6 +27,14 @@ bool is_one_exchange(const Launch& launch, const NcclApi& api) {
 
 }  // namespace
 
+void CudaEngine::require_no_capture(const std::string& what, Device::Stream stream) const {
+  if (through_host_ && device_.capturing(stream))
+    throw Error(Code::invalid_argument,
+                me_ + ": " + what +
+                    ": it goes through the host between hosts, which no graph can capture; see "
+                    "PYCOMM_CUDA_BETWEEN_HOSTS in docs/cuda.md");
+}
+
 // The operation of a launch that NCCL can do, with its number. Throws before anything is sent.
 std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
   require_sound();
@@ -35,10 +43,7 @@ std::shared_ptr<Operation> CudaEngine::describe(const Launch& launch) {
     throw Error(Code::invalid_argument,
                 me_ + ": " + std::string(name_of(print.collective)) + ": " + text);
   };
-  if (through_host_ && device_.capturing(launch.stream))
-    refuse(
-        "it goes through the host between hosts, which no graph can capture; see "
-        "PYCOMM_CUDA_BETWEEN_HOSTS in docs/cuda.md");
+  require_no_capture(name_of(print.collective), launch.stream);
   if (launch.wire != Wire::none && (print.collective != Collective::all_reduce ||
                                     (launch.wire != Wire::fp8 && launch.wire != Wire::int8) ||
                                     (print.op != ReduceOp::sum && print.op != ReduceOp::avg)))

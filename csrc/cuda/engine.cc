@@ -160,6 +160,7 @@ std::shared_ptr<Work> CudaEngine::start_together(std::vector<Launch> launches,
   }
   // Messages count as none: not every rank need have any.
   operation->what = "together: " + operation->what;
+  require_no_capture(operation->what, callers);
   operation->memory = std::move(keep_alive);
   meet(operation->deadline);
   const auto calls = [&](NcclComm* comm) {
@@ -193,6 +194,8 @@ std::shared_ptr<Work> CudaEngine::start_together(std::vector<Launch> launches,
 void CudaEngine::submit(const std::shared_ptr<Operation>& operation, bool of_group,
                         Device::Stream stream, Device::Stream callers,
                         const std::function<void()>& enqueue, std::span<const Launch> launches) {
+  // Again: the ranks may have met just now, and found that they go through the host.
+  if (of_group) require_no_capture(operation->what, callers);
   bool captured = false;
   try {
     captured = device_.capturing(callers);

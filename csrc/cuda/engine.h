@@ -171,6 +171,8 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
 
   // collectives.cc, engine.cc
   std::shared_ptr<Operation> describe(const Launch& launch);
+  // Throws where the group goes through the host and a graph is being captured on the stream.
+  void require_no_capture(const std::string& what, Device::Stream stream) const;
   void submit(const std::shared_ptr<Operation>& operation, bool of_group, Device::Stream stream,
               Device::Stream callers, const std::function<void()>& enqueue,
               std::span<const Launch> launches);

@@ -106,7 +106,6 @@ Status peer_all_reduce(PeerArguments args, DType dtype, bool two_shot, int n_ran
     if (args.numel == 0) return {};
     const int64_t wanted = ceil_div(ceil_div(nbytes, kVectorBytes), kThreads * kVectorsAThread);
     args.n_blocks = static_cast<int>(std::clamp<int64_t>(wanted, 1, kMaxPeerBlocks));
-    // Ranks on one device wait for each other's blocks, so all must be on it at once.
     int device = 0, multiprocessors = 0, blocks_each = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
@@ -120,7 +119,7 @@ Status peer_all_reduce(PeerArguments args, DType dtype, bool two_shot, int n_ran
                                   cudaGetErrorName(error) + ": " + cudaGetErrorString(error)};
     }
     const int places = multiprocessors * blocks_each;
-    if (places < n_ranks_on_device * args.n_blocks)
+    if (!peers_fit(n_ranks_on_device, args.n_blocks, places))
       return refuse(std::to_string(n_ranks_on_device) + " ranks with " +
                     std::to_string(args.n_blocks) +
                     " blocks each do not fit on the device at "

@@ -59,6 +59,13 @@ struct PeerArguments {
   }
 };
 
+// Ranks on one device wait for each other's blocks, so all must be on it at once: whether they fit
+// into its `places`. Of other kernels that hold places nothing is known here: the deadline ends a
+// wait for those.
+constexpr bool peers_fit(int n_ranks_on_device, int n_blocks, int places) {
+  return n_ranks_on_device * n_blocks <= places;
+}
+
 PYCOMM_HD constexpr uint64_t peer_flag(uint32_t tag, uint32_t epoch) {
   return uint64_t{tag} << 32 | epoch;
 }

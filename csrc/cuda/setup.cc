@@ -303,6 +303,12 @@ std::shared_ptr<CudaEngine> CudaEngine::split(int color, int key, const std::vec
 
 std::shared_ptr<CudaEngine> CudaEngine::shrink(const std::vector<int>& excluded,
                                                EngineOptions options, Clock::time_point deadline) {
+  if (options_.api == nullptr || through_host_)
+    throw Error(Code::invalid_argument,
+                me_ + ": shrink: " +
+                    (options_.api == nullptr ? options_.no_nccl
+                                             : "no communicator of NCCL's has all ranks") +
+                    "; make a new group of the ranks that are left");
   if (options_.api->comm_shrink == nullptr)
     throw Error(Code::invalid_argument,
                 me_ + ": NCCL " + nccl_version_name(options_.api->version()) +
@@ -317,11 +323,14 @@ std::shared_ptr<CudaEngine> CudaEngine::shrink(const std::vector<int>& excluded,
     if (rank == rank_) options.rank = static_cast<int>(options.hosts.size());
     options.hosts.push_back(options_.hosts[static_cast<size_t>(rank)]);
   }
+  {
+    const std::lock_guard lock(communicators_mutex_);
+    if (communicator_ == nullptr)
+      throw Error(Code::invalid_argument, me_ + ": shrink: the group has not communicated yet");
+  }
   const bool hangs = !broken().ok();
   watch_->fail({Code::closed, me_ + ": the group was shrunk; use the new one"});
   const std::lock_guard lock(mutex_);
-  if (communicator_ == nullptr)
-    throw Error(Code::invalid_argument, me_ + ": shrink: the group has not communicated yet");
   auto made = create(std::move(options));
   made->set_communicator(
       communicator_->shrink(excluded, hangs, made->options_.max_ctas, made->me_, deadline));

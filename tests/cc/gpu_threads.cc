@@ -44,8 +44,11 @@ TEST(a_thread_that_does_not_come_is_a_timeout_and_the_gpu_is_free_then) {
 }
 
 // One thread that launches for all, small tensors in two shots too.
+// PYCOMM_TEST_SMALL: one rank, which waits for none; under compute-sanitizer kernels may run one
+// after the other.
 TEST(all_reduce_of_peers_on_one_device) {
-  for (const int n : {2, 4})
+  const bool small = std::getenv("PYCOMM_TEST_SMALL") != nullptr;
+  for (const int n : small ? std::vector{1} : std::vector{2, 4})
     for (const bool two_shot : {false, true})
       for (const int64_t numel : {1, 1001, 16384}) {
         const int64_t capacity = (numel * 4 + 15) / 16 * 16;

@@ -299,6 +299,42 @@ TEST(memory_is_kept_until_the_operation_is_done_or_a_stream_waits_for_it) {
   });
 }
 
+TEST(operations_on_a_captured_stream_are_recorded_and_not_watched) {
+  run_ranks(2, [](Rank& rank) {
+    const int other = 1 - rank.group.rank();
+    const auto mine = rank.device->new_stream();
+    std::vector<float> x(10, 1.0f);
+    std::vector<int32_t> out(3, rank.group.rank()), in(3, -1);
+    Call call = all_reduce(x.data(), x.size());
+    call.stream = mine;
+    const std::vector<Message> messages{{true, out.data(), 12, other, mine, {}},
+                                        {false, in.data(), 12, other, mine, {}}};
+    // Twice in a graph, each time between calls that are none of its.
+    for (int turn = 0; turn < 2; ++turn) {
+      std::fill(x.begin(), x.end(), 1.0f);
+      std::fill(in.begin(), in.end(), -1);
+      rank.group.start(call, nullptr)->wait(kTimeout);
+      const uint64_t n_watched = rank.engine->stats().ops;
+      ::fake_device_capture(true);
+      rank.group.run(call);
+      const auto started = rank.group.start(call, nullptr);
+      started->order_before(mine);
+      const auto together = rank.group.start_together({}, messages, std::nullopt, nullptr);
+      together->order_before(mine);
+      EXPECT_TRUE(started->done() && together->done());
+      ::fake_device_capture(false);
+      ::fake_device_synchronize(mine);
+      EXPECT_EQ(rank.engine->stats().ops, n_watched);
+      EXPECT_EQ(x[9], 8.0f);
+      EXPECT_EQ(in, std::vector<int32_t>(3, other));
+    }
+    rank.group.start(call, nullptr)->wait(kTimeout);
+    EXPECT_EQ(x[9], 16.0f);
+    EXPECT_TRUE(rank.engine->broken().ok());
+    rank.device->free_stream(mine);
+  });
+}
+
 TEST(messages_alone_and_together) {
   run_ranks(3, [](Rank& rank) {
     const int me = rank.group.rank(), next = (me + 1) % 3, before = (me + 2) % 3;

@@ -158,6 +158,39 @@ TEST(what_goes_through_the_host_keeps_the_order_of_streams_and_blocks_no_caller)
       Between::tcp);
 }
 
+TEST(what_goes_through_the_host_cannot_be_captured_and_breaks_nothing) {
+  for (const auto between : {Between::tcp, Between::automatic})
+    run_ranks(
+        {"a", "b"},
+        [between](Rank& rank) {
+          const auto refused = [&rank] {
+            const int other = 1 - rank.rank;
+            std::vector<int32_t> out(3), in(3);
+            const std::vector<Message> messages{{true, out.data(), 12, other, nullptr, {}},
+                                                {false, in.data(), 12, other, nullptr, {}}};
+            ::fake_device_capture(true);
+            EXPECT_THROWS("no graph can capture", rank.sum(1.0f));
+            EXPECT_THROWS("no graph can capture",
+                          rank.group->start_together({}, messages, std::nullopt, nullptr));
+            EXPECT_THROWS("no graph can capture",
+                          rank.group->run_send(out.data(), 12, other, 0, std::nullopt));
+            ::fake_device_capture(false);
+          };
+          ::fake_nccl_no_network(rank.host.c_str(), false);
+          rank.make(kTimeout);
+          if (between == Between::automatic) {  // where only the first call shows it
+            ::fake_device_capture(true);
+            EXPECT_THROWS("no graph can capture", rank.sum(1.0f));
+            ::fake_device_capture(false);
+          }
+          refused();
+          EXPECT_EQ(rank.sum(1.0f), 2.0f);
+          refused();
+          EXPECT_EQ(rank.sum(2.0f), 4.0f);
+        },
+        between);
+}
+
 TEST(what_fails_inside_a_host_is_an_error_on_every_rank) {
   run_ranks({"a", "a", "b"}, [](Rank& rank) {
     ::fake_nccl_no_network(("host of rank " + std::to_string(rank.rank)).c_str(), false);
@@ -199,6 +232,23 @@ TEST(without_nccl_all_goes_through_the_host_between_hosts_and_is_an_error_on_one
     none(rank);
     rank.make(kTimeout);
     EXPECT_THROWS("rank 1 (host a): no libnccl.so.2", rank.sum(1.0f));
+  });
+}
+
+TEST(a_group_through_the_host_cannot_be_shrunk_and_goes_on) {
+  run_ranks({"a", "b"}, [](Rank& rank) {
+    if (rank.rank == 1) {
+      rank.options.api = nullptr;
+      rank.options.no_nccl = "no libnccl.so.2 here";
+    }
+    rank.make(kTimeout);
+    const auto shrink = [&rank] {
+      rank.engine->shrink({1 - rank.rank}, rank.options, Clock::now() + kTimeout);
+    };
+    EXPECT_THROWS(rank.rank == 1 ? "no libnccl.so.2 here" : "has not communicated yet", shrink());
+    EXPECT_EQ(rank.sum(1.0f), 2.0f);
+    EXPECT_THROWS(rank.rank == 1 ? "no libnccl.so.2 here" : "no communicator of NCCL's", shrink());
+    EXPECT_EQ(rank.sum(1.0f), 2.0f);
   });
 }
 
@@ -296,6 +346,24 @@ TEST(small_all_reduces_on_one_host_are_the_peer_kernels_and_all_else_nccls) {
   }
   ::fake_device_unshared(nullptr);
   ::fake_device_refuse(nullptr, 0);
+  // A graph's launches would all have one epoch.
+  const int before = ::fake_device_n_peer_launches();
+  run_ranks({"a", "a"}, [](Rank& rank) {
+    rank.options.peer_nbytes = 4096;
+    rank.make(kTimeout);
+    EXPECT_EQ(rank.sum(1.0f), 2.0f);
+    const auto mine = rank.options.device->new_stream();
+    std::vector<float> x(3, 1.0f);
+    Call call = Rank::native(all_reduce(x.data(), x.size()));
+    call.stream = mine;
+    ::fake_device_capture(true);
+    rank.group->run(call);
+    ::fake_device_capture(false);
+    ::fake_device_synchronize(mine);
+    EXPECT_EQ(x[2], 2.0f);
+    rank.options.device->free_stream(mine);
+  });
+  EXPECT_EQ(::fake_device_n_peer_launches() - before, 2);
 }
 
 TEST(a_peer_that_is_late_or_mistaken_is_an_error_on_all_ranks) {

@@ -128,6 +128,13 @@ TEST(one_and_two_shot_give_the_cpu_kernels_bits_in_rank_order) {
   check_all<Bf16>();
 }
 
+TEST(ranks_fit_on_a_device_only_where_all_their_blocks_do_at_once) {
+  EXPECT_TRUE(peers_fit(1, 64, 64));
+  EXPECT_TRUE(!peers_fit(1, 64, 63));
+  EXPECT_TRUE(peers_fit(kMaxPeers, kMaxPeerBlocks, kMaxPeers * kMaxPeerBlocks));
+  EXPECT_TRUE(!peers_fit(kMaxPeers, kMaxPeerBlocks, kMaxPeers * kMaxPeerBlocks - 1));
+}
+
 TEST(a_rank_that_is_not_there_ends_the_launch_of_all_others) {
   const Buffers buffers(3, 4096);
   const auto began = std::chrono::steady_clock::now();

@@ -29,6 +29,7 @@ std::string refusing_id;
 size_t refused_above = SIZE_MAX;
 std::string unshared_id;  // set before ranks begin
 std::atomic<int> fake_peer_launches{0};
+thread_local bool captures = false;
 
 class ThreadStream final : public FakeStream {
  public:
@@ -77,6 +78,7 @@ struct Mark {
   std::mutex mutex;
   std::condition_variable changed;
   bool passed = false;
+  const bool captured = captures;
   std::chrono::steady_clock::time_point at;
   void pass() {
     const std::lock_guard lock(mutex);
@@ -113,7 +115,10 @@ class HostDevice final : public pycomm::cuda::Device {
     in_order(stream, [mark] { mark->pass(); });
   }
   void wait(Stream stream, Event event) override {
-    in_order(stream, [mark = last(event)] { mark->wait(); });
+    const auto mark = last(event);
+    if (mark->captured != captures)
+      throw pycomm::Error(pycomm::Code::internal, "wait: an event across a capture's border");
+    in_order(stream, [mark] { mark->wait(); });
   }
   void wait_value(Stream stream, const uint32_t* word, uint32_t value) override {
     in_order(stream, [=] {
@@ -127,13 +132,15 @@ class HostDevice final : public pycomm::cuda::Device {
   }
   bool passed(Event event) override {
     const auto mark = last(event);
+    if (mark->captured)
+      throw pycomm::Error(pycomm::Code::internal, "passed: the event belongs to a graph");
     const std::lock_guard lock(mark->mutex);
     return mark->passed;
   }
   double elapsed_s(Event from, Event to) override {
     return std::chrono::duration<double>(last(to)->at - last(from)->at).count();
   }
-  bool capturing(Stream) override { return false; }
+  bool capturing(Stream) override { return captures; }
   void* allocate(size_t nbytes) override { return take(nbytes, "allocate"); }
   void release(void* memory) override { ::free(memory); }
   // A memfd, whose handle says of which process it is which file.
@@ -312,6 +319,7 @@ void fake_device_refuse(const char* id, size_t above) {
 }
 void fake_device_unshared(const char* id) { unshared_id = id == nullptr ? "" : id; }
 int fake_device_n_peer_launches() { return fake_peer_launches; }
+void fake_device_capture(bool begin) { captures = begin; }
 void fake_device_delay(int microseconds) { delay_us = microseconds; }
 void* fake_device_new_stream() { return HostDevice("").new_stream(); }
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes) {

@@ -29,6 +29,10 @@ void fake_device_unshared(const char* id);
 int fake_device_n_peer_launches();
 // What is on a stream runs this much later.
 void fake_device_delay(int microseconds);
+// While it is true, a graph captures what this thread puts on streams. The fake runs it at once,
+// but as on CUDA nobody may ask for an event that was captured, nor wait for it from outside, nor
+// in the capture for one from outside.
+void fake_device_capture(bool captures);
 // A stream for a test in Python: made, given a memset to do in its turn, waited for, and freed.
 void* fake_device_new_stream();
 void fake_device_fill(void* stream, void* memory, int byte, size_t nbytes);

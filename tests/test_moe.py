@@ -331,6 +331,50 @@ def static_sizes_give_the_same_bits(group: Any) -> None:
 
 
 @check
+def static_sizes_refuse_one_ranks_bad_input_on_all(group: Any) -> None:
+    one = batch(Case((2, 2, 2, 2), 4, 2, 5), group.rank)
+    ep = StaticExpertParallel(group, 4, 8, 5, 2)
+    bad = group.rank == 1
+
+    def dispatch(x: Tensor = one.x, idx: Tensor = one.idx, weights: Tensor = one.weights, plan: Any = None) -> Any:
+        return ep.dispatch(x, idx, weights, plan)
+
+    far = torch.tensor([[0, 1], [2, 4]]) if bad else one.idx
+    refuses(group, "rank 1: topk_idx names experts 0 to 4; there are 0 to 3", lambda: dispatch(idx=far))
+    padded = torch.tensor([[0, 1], [-1, -1]]) if bad else one.idx
+    dropping = StaticExpertParallel(group, 4, 8, 5, 2, drop=True)
+    assert int(dropping.plan(padded).dropped) == 2
+    twice = torch.tensor([[0, 1], [3, 3]]) if bad else one.idx
+    for each in (ep, dropping):
+        refuses(group, r"rank 1: .* twice for token 1: \[3, 3\]", functools.partial(each.plan, twice))
+    few = one.weights[:, :1] if bad else one.weights
+    refuses(group, r"rank 1: x is \[2, 5\], .* topk_weights \[2, 1\]", lambda: dispatch(weights=few))
+    fewer = one.idx[:1] if bad else one.idx
+    refuses(group, "T, the tokens of a rank: rank 0 has 2, rank 1 has 1", lambda: ep.plan(fewer))
+    refuses(group, "require a gradient", lambda: dispatch(x=one.x.clone().requires_grad_(bad)))
+    differing = StaticExpertParallel(group, 4, 9 if bad else 8)
+    refuses(group, "settings or placement", lambda: differing.plan(one.idx))
+    plan = ep.plan(one.idx)
+    other = one.idx.flip(1) if bad else one.idx
+    refuses(group, "rank 1: the plan is of another batch", lambda: dispatch(idx=other, plan=plan))
+    dispatched = dispatch(plan=plan)
+    short = dispatched.rows[:, :7] if bad else dispatched.rows
+    refuses(group, r"rank 1: expert_out is \[7, 5\]", lambda: ep.combine(short, dispatched))
+    assert same_bits(ep.combine(dispatched.rows, dispatched).numpy(), _plain_sum(one).numpy())  # it still works
+
+
+@check
+def static_ranks_without_experts_meet_in_backward(group: Any) -> None:
+    """Only experts' parameters require gradients, and one rank has no expert."""
+    ep = StaticExpertParallel(group, 4, 12, placement=Placement(((0, 1), (), (2,), (3,))))
+    one = batch(Case((3, 3, 3, 3), 4, 2, 5), group.rank)
+    dispatched = ep.dispatch(one.x, one.idx, one.weights)
+    scale = torch.ones(5, requires_grad=True)
+    ep.combine(dispatched.rows * scale if ep.n_local else dispatched.rows, dispatched).backward(one.grad)
+    assert scale.grad is not None or not ep.n_local
+
+
+@check
 def a_masked_rank_gets_nothing_and_its_replicas_take_over(group: Any) -> None:
     case = Case((4, 4, 4, 4), 4, 2, 5)
     one = batch(case, group.rank)

@@ -465,9 +465,17 @@ def megatrons_stages(group: Any) -> None:
     for ours, dense_one in zip((y.detach(), hidden.grad), expected, strict=False):
         assert same_bits(ours.flatten(0, 1).double().numpy(), dense_one)
     assert same_bits(probs.grad.gather(1, one.idx).double().numpy(), expected[2])
-    routing_map[0, one.idx[0, 0]] = False
-    with pytest.raises(InvalidArgument, match="token 0 has 2 experts, token 1 has 3"):
-        dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    # One rank's mistake is told to all; a rank without tokens takes the others' number of experts.
+    wrong = routing_map.clone()
+    wrong[0, one.idx[0, 0]] = group.rank != 1
+    text = "rank 1: token 0 has 2 experts, token 1 has 3"
+    refuses(group, text, lambda: dispatcher.dispatch_preprocess(hidden, wrong, probs))
+    few = probs[:, :7] if group.rank == 2 else probs
+    refuses(group, "rank 2: routing_map is", lambda: dispatcher.dispatch_preprocess(hidden, routing_map, few))
+    n = 0 if group.rank == 3 else 2
+    free = MegatronDispatcher(ExpertParallel(group, 8))
+    states, weights = free.dispatch_preprocess(hidden.flatten(0, 1)[:n], routing_map[:n], probs[:n])
+    assert weights.shape == (n, 3) and len(free.token_dispatch(states, weights)[0]) >= 0
 
 
 @check
@@ -480,7 +488,17 @@ def existing_code_with_all_to_all_single(group: Any) -> None:
     (out * (group.rank + 1)).sum().backward()
     assert rows.grad is not None
     assert rows.grad[:, 0].tolist() == [peer + 1.0 for peer in range(4) for _ in range(sends[peer])]
-    refuses(group, "give a part for each rank", lambda: all_to_all_single(rows, [1, 2], None, group))
+    bad = group.rank == 1
+    parts = [1, 2] if bad else receives
+    refuses(group, "rank 1: .* give a part for each rank", lambda: all_to_all_single(rows, parts, sends, group))
+    more = [receives[0], receives[1], receives[2] + 1, receives[3]] if bad else receives
+    text = "rank 1 is to receive 1 rows from rank 2, which sends it 0"
+    refuses(group, text, lambda: all_to_all_single(rows, more, sends, group))
+    wide = torch.ones(sum(sends), 3 if bad else 2)
+    refuses(group, "the rows' type and shape", lambda: all_to_all_single(wide, receives, sends, group))
+    alone = torch.ones(sum(sends), 2, requires_grad=bad)  # all meet in backward
+    all_to_all_single(alone, receives, sends, group).sum().backward()
+    assert (alone.grad is not None) == bad
 
 
 # Bad input.

@@ -216,6 +216,31 @@ def a_wire_gives_the_same_bits_in_every_way_within_its_bound(group: Any) -> None
 
 
 @check
+def many_experts_and_float64_in_every_way(group: Any) -> None:
+    """Ids told as int16; K at its most. float64 is summed in fp32, which whole numbers survive."""
+    for num_experts, top_k, dtype in ((300, 32, "float32"), (9, 3, "float64")):
+        case = Case((3, 0, 2, 4), num_experts, top_k, 5, dtype=dtype, seed=31)
+        expected = dense(case, group.rank)
+        for way in EVERY_MODE:
+            for mine, exact in zip(through(group, case, **way), expected, strict=False):
+                assert same_bits(mine.astype(np.float64), exact), (num_experts, dtype, way)
+
+
+@check
+def ids_of_four_bytes_reach_their_experts(group: Any) -> None:
+    n = 33_000  # two of a token's experts are above what int16 holds
+    one = batch(Case((2, 2, 2, 2), 4, 3, 5), group.rank)
+    idx = torch.tensor([[0, 32_767, 32_768], [n - 1 - group.rank, n - 100, 8250 * group.rank]])
+    for mode in MODES:
+        ep = ExpertParallel(group, n, dedup=mode)
+        dispatched = ep.dispatch(one.x, idx, one.weights)
+        held = dispatched.expert_counts.nonzero().flatten() + 8250 * group.rank
+        expected = [[0], [8250], [16_500], [24_750, 32_767, 32_768, n - 100, n - 4, n - 3, n - 2, n - 1]][group.rank]
+        assert held.tolist() == expected
+        assert same_bits(ep.combine(dispatched.rows, dispatched).numpy(), _plain_sum(one).numpy())
+
+
+@check
 def rows_reach_an_expert_by_source_rank_and_token(group: Any) -> None:
     tokens = torch.arange(4)
     x = (group.rank * 10 + tokens).float().unsqueeze(-1)

@@ -164,7 +164,7 @@ def all_to_all_single(
     facts = [int(needs), code_of((rows.dtype, rows.shape[1:])), *([0] * 2 * size if problem else receives + sends)]
     everyone = Waits(group).agree("all_to_all_single", problem, facts)
     require_equal(everyone[:, 1:2], ["all_to_all_single: the rows' type and shape but the first dimension (as a hash)"])
-    received, sent = everyone[:, 2:].split(size, 1)
+    received, sent = everyone[:, 2 : 2 + size], everyone[:, 2 + size :]
     different = (received != sent.T).nonzero().tolist()
     if different:
         to, source = different[0]

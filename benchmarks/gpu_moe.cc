@@ -1,7 +1,8 @@
 // How fast the kernels of an expert exchange are (gpu_timing.h): 4096 tokens of a prefill and 128
-// of a decode, 7168 wide in bfloat16, each to 8 of 256 experts, which are on 8 ranks. Rows go as
-// they do in an exchange: expanded into experts' order, combined back, and coded in fp8 into a
-// buffer for each rank. Bytes: each token's row is read, or written, once, each expert's row once.
+// of a decode, 7168 wide in bfloat16, each to 8 of 256 experts, which are on 8 ranks. Rows are
+// expanded into experts' order, combined back, and coded in fp8 into a buffer for each rank: the
+// last in one pass, where pycomm.moe codes first and packs the codes (docs/moe.md). Bytes: each
+// token's row is read, or written, once, each expert's row once.
 #include <numeric>
 #include <random>
 

@@ -22,6 +22,14 @@ SMALL_S = 8e-6
 HOST_S = 5e-6
 LARGE_BYTES = 64 << 20
 LARGE_SHARE = 0.02
+# Of gpu_moe.cc: 7168 values a token in bfloat16, 8 experts each.
+MOE_S = {
+    "moe expand T=4096": 154e-6,
+    "moe combine-reduce T=4096": 154e-6,
+    "moe quantise+pack fp8 T=4096": 64e-6,
+    "moe expand T=128": 9e-6,
+}
+MOE_SHARE = 0.8  # of the rate of torch's expand in the same run
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def share_of_copy(row: Record, kernels: Iterable[Record]) -> float:
 
 def figures(record: Record) -> list[Figure]:
     """Of the project's targets on an H200, in their order."""
-    return [*_shares(record), *_small(record), *_hierarchical(record), *_graph(record)]
+    return [*_shares(record), *_small(record), *_hierarchical(record), *_graph(record), *_moe(record)]
 
 
 def _shares(record: Record) -> list[Figure]:
@@ -134,6 +142,32 @@ def _graph(record: Record) -> list[Figure]:
     run = record.get("graph") or {}
     measured = "" if not run else f"{'yes' if run['same_bits'] else 'no'}, {run['replayed_s'] * 1e6:.0f} us a replay"
     return [Figure("graph of a training step's collectives: same bits", "yes", measured, run.get("same_bits"))]
+
+
+def _moe(record: Record) -> list[Figure]:
+    times = {(row["kernel"], row["by"]): row["median_s"] for row in record.get("kernels", [])}
+    found = []
+    for kernel, bound_s in MOE_S.items():
+        median_s = times.get((kernel, "pycomm"))
+        found.append(
+            Figure(
+                kernel,
+                f"<= {bound_s * 1e6:.0f} us",
+                "" if median_s is None else f"{median_s * 1e6:.1f} us",
+                None if median_s is None else median_s <= bound_s,
+            )
+        )
+    ours_s, torch_s = (times.get(("moe expand T=4096", by)) for by in ("pycomm", "torch"))
+    share = None if ours_s is None or torch_s is None else torch_s / ours_s
+    found.append(
+        Figure(
+            "moe expand T=4096, beside torch's index_select",
+            f">= {MOE_SHARE:.0%} of its rate",
+            "" if share is None else f"{share:.0%}",
+            None if share is None else share >= MOE_SHARE,
+        )
+    )
+    return found
 
 
 def tables(record: Record) -> str:

@@ -36,6 +36,9 @@ def record() -> dict[str, Any]:
     for name in gpu_report.SHARED_KERNELS:
         kernels += [kernel(name, 8 * MIB, 24 * MIB, 3600), kernel(name, MIB, 3 * MIB, 100)]  # small ones have no bound
     kernels.append(kernel("pack", 8 * MIB, 32 * MIB, 200, "torch"))
+    for name, bound_s in gpu_report.MOE_S.items():
+        kernels.append({"kernel": name, "by": "pycomm", "numel": MIB, "nbytes": 4 * MIB, "median_s": 0.99 * bound_s})
+    kernels.append({**kernels[-4], "by": "torch", "median_s": 125e-6})
     threads = [
         {"what": what, "ranks": ranks, "nbytes": nbytes, "median_s": seconds}
         for ranks in (2, 4)
@@ -78,7 +81,7 @@ def verdicts(made: dict[str, Any]) -> dict[str, bool | None]:
 
 def test_figures_of_a_record_that_reaches_them_all() -> None:
     assert set(verdicts(record()).values()) == {True}
-    assert len(verdicts(record())) == 14
+    assert len(verdicts(record())) == 19
     text = gpu_report.tables(record())
     assert "| pack" in text and "torch" in text and "90%" in text and "MISSED" not in text
 
@@ -102,6 +105,11 @@ def test_figures_of_a_record_that_reaches_them_all() -> None:
             "hierarchical all_reduce of 64 MiB, over the bare calls",
         ),
         (lambda r: r["graph"].update(same_bits=False), "graph of a training step's collectives: same bits"),
+        (lambda r: r["kernels"][-5].update(median_s=155e-6), "moe expand T=4096"),
+        (lambda r: r["kernels"][-4].update(median_s=155e-6), "moe combine-reduce T=4096"),
+        (lambda r: r["kernels"][-3].update(median_s=65e-6), "moe quantise+pack fp8 T=4096"),
+        (lambda r: r["kernels"][-2].update(median_s=9.1e-6), "moe expand T=128"),
+        (lambda r: r["kernels"][-1].update(median_s=121e-6), "moe expand T=4096, beside torch's index_select"),
     ],
 )
 def test_each_bound_is_missed_by_itself(change: Any, name: str) -> None:
@@ -118,7 +126,7 @@ def test_what_was_not_measured_is_no_success(tmp_path: Path, capsys: pytest.Capt
     path.write_text(json.dumps(empty))
     gpu_report.main([str(path)])
     printed = capsys.readouterr().out
-    assert printed.count("not measured") == 14 and "NOT MEASURED: all: no NCCL" in printed
+    assert printed.count("not measured") == 19 and "NOT MEASURED: all: no NCCL" in printed
 
 
 def test_programs_are_read_and_their_failure_is_told(tmp_path: Path) -> None:

@@ -216,6 +216,31 @@ def a_wire_gives_the_same_bits_in_every_way_within_its_bound(group: Any) -> None
 
 
 @check
+def many_experts_and_float64_in_every_way(group: Any) -> None:
+    """Ids told as int16; K at its most. float64 is summed in fp32, which whole numbers survive."""
+    for num_experts, top_k, dtype in ((300, 32, "float32"), (9, 3, "float64")):
+        case = Case((3, 0, 2, 4), num_experts, top_k, 5, dtype=dtype, seed=31)
+        expected = dense(case, group.rank)
+        for way in EVERY_MODE:
+            for mine, exact in zip(through(group, case, **way), expected, strict=False):
+                assert same_bits(mine.astype(np.float64), exact), (num_experts, dtype, way)
+
+
+@check
+def ids_of_four_bytes_reach_their_experts(group: Any) -> None:
+    n = 33_000  # two of a token's experts are above what int16 holds
+    one = batch(Case((2, 2, 2, 2), 4, 3, 5), group.rank)
+    idx = torch.tensor([[0, 32_767, 32_768], [n - 1 - group.rank, n - 100, 8250 * group.rank]])
+    for mode in MODES:
+        ep = ExpertParallel(group, n, dedup=mode)
+        dispatched = ep.dispatch(one.x, idx, one.weights)
+        held = dispatched.expert_counts.nonzero().flatten() + 8250 * group.rank
+        expected = [[0], [8250], [16_500], [24_750, 32_767, 32_768, n - 100, n - 4, n - 3, n - 2, n - 1]][group.rank]
+        assert held.tolist() == expected
+        assert same_bits(ep.combine(dispatched.rows, dispatched).numpy(), _plain_sum(one).numpy())
+
+
+@check
 def rows_reach_an_expert_by_source_rank_and_token(group: Any) -> None:
     tokens = torch.arange(4)
     x = (group.rank * 10 + tokens).float().unsqueeze(-1)
@@ -331,6 +356,50 @@ def static_sizes_give_the_same_bits(group: Any) -> None:
 
 
 @check
+def static_sizes_refuse_one_ranks_bad_input_on_all(group: Any) -> None:
+    one = batch(Case((2, 2, 2, 2), 4, 2, 5), group.rank)
+    ep = StaticExpertParallel(group, 4, 8, 5, 2)
+    bad = group.rank == 1
+
+    def dispatch(x: Tensor = one.x, idx: Tensor = one.idx, weights: Tensor = one.weights, plan: Any = None) -> Any:
+        return ep.dispatch(x, idx, weights, plan)
+
+    far = torch.tensor([[0, 1], [2, 4]]) if bad else one.idx
+    refuses(group, "rank 1: topk_idx names experts 0 to 4; there are 0 to 3", lambda: dispatch(idx=far))
+    padded = torch.tensor([[0, 1], [-1, -1]]) if bad else one.idx
+    dropping = StaticExpertParallel(group, 4, 8, 5, 2, drop=True)
+    assert int(dropping.plan(padded).dropped) == 2
+    twice = torch.tensor([[0, 1], [3, 3]]) if bad else one.idx
+    for each in (ep, dropping):
+        refuses(group, r"rank 1: .* twice for token 1: \[3, 3\]", functools.partial(each.plan, twice))
+    few = one.weights[:, :1] if bad else one.weights
+    refuses(group, r"rank 1: x is \[2, 5\], .* topk_weights \[2, 1\]", lambda: dispatch(weights=few))
+    fewer = one.idx[:1] if bad else one.idx
+    refuses(group, "T, the tokens of a rank: rank 0 has 2, rank 1 has 1", lambda: ep.plan(fewer))
+    refuses(group, "require a gradient", lambda: dispatch(x=one.x.clone().requires_grad_(bad)))
+    differing = StaticExpertParallel(group, 4, 9 if bad else 8)
+    refuses(group, "settings or placement", lambda: differing.plan(one.idx))
+    plan = ep.plan(one.idx)
+    other = one.idx.flip(1) if bad else one.idx
+    refuses(group, "rank 1: the plan is of another batch", lambda: dispatch(idx=other, plan=plan))
+    dispatched = dispatch(plan=plan)
+    short = dispatched.rows[:, :7] if bad else dispatched.rows
+    refuses(group, r"rank 1: expert_out is \[7, 5\]", lambda: ep.combine(short, dispatched))
+    assert same_bits(ep.combine(dispatched.rows, dispatched).numpy(), _plain_sum(one).numpy())  # it still works
+
+
+@check
+def static_ranks_without_experts_meet_in_backward(group: Any) -> None:
+    """Only experts' parameters require gradients, and one rank has no expert."""
+    ep = StaticExpertParallel(group, 4, 12, placement=Placement(((0, 1), (), (2,), (3,))))
+    one = batch(Case((3, 3, 3, 3), 4, 2, 5), group.rank)
+    dispatched = ep.dispatch(one.x, one.idx, one.weights)
+    scale = torch.ones(5, requires_grad=True)
+    ep.combine(dispatched.rows * scale if ep.n_local else dispatched.rows, dispatched).backward(one.grad)
+    assert scale.grad is not None or not ep.n_local
+
+
+@check
 def a_masked_rank_gets_nothing_and_its_replicas_take_over(group: Any) -> None:
     case = Case((4, 4, 4, 4), 4, 2, 5)
     one = batch(case, group.rank)
@@ -421,9 +490,17 @@ def megatrons_stages(group: Any) -> None:
     for ours, dense_one in zip((y.detach(), hidden.grad), expected, strict=False):
         assert same_bits(ours.flatten(0, 1).double().numpy(), dense_one)
     assert same_bits(probs.grad.gather(1, one.idx).double().numpy(), expected[2])
-    routing_map[0, one.idx[0, 0]] = False
-    with pytest.raises(InvalidArgument, match="token 0 has 2 experts, token 1 has 3"):
-        dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    # One rank's mistake is told to all; a rank without tokens takes the others' number of experts.
+    wrong = routing_map.clone()
+    wrong[0, one.idx[0, 0]] = group.rank != 1
+    text = "rank 1: token 0 has 2 experts, token 1 has 3"
+    refuses(group, text, lambda: dispatcher.dispatch_preprocess(hidden, wrong, probs))
+    few = probs[:, :7] if group.rank == 2 else probs
+    refuses(group, "rank 2: routing_map is", lambda: dispatcher.dispatch_preprocess(hidden, routing_map, few))
+    n = 0 if group.rank == 3 else 2
+    free = MegatronDispatcher(ExpertParallel(group, 8))
+    states, weights = free.dispatch_preprocess(hidden.flatten(0, 1)[:n], routing_map[:n], probs[:n])
+    assert weights.shape == (n, 3) and len(free.token_dispatch(states, weights)[0]) >= 0
 
 
 @check
@@ -436,7 +513,17 @@ def existing_code_with_all_to_all_single(group: Any) -> None:
     (out * (group.rank + 1)).sum().backward()
     assert rows.grad is not None
     assert rows.grad[:, 0].tolist() == [peer + 1.0 for peer in range(4) for _ in range(sends[peer])]
-    refuses(group, "give a part for each rank", lambda: all_to_all_single(rows, [1, 2], None, group))
+    bad = group.rank == 1
+    parts = [1, 2] if bad else receives
+    refuses(group, "rank 1: .* give a part for each rank", lambda: all_to_all_single(rows, parts, sends, group))
+    more = [receives[0], receives[1], receives[2] + 1, receives[3]] if bad else receives
+    text = "rank 1 is to receive 1 rows from rank 2, which sends it 0"
+    refuses(group, text, lambda: all_to_all_single(rows, more, sends, group))
+    wide = torch.ones(sum(sends), 3 if bad else 2)
+    refuses(group, "the rows' type and shape", lambda: all_to_all_single(wide, receives, sends, group))
+    alone = torch.ones(sum(sends), 2, requires_grad=bad)  # all meet in backward
+    all_to_all_single(alone, receives, sends, group).sum().backward()
+    assert (alone.grad is not None) == bad
 
 
 # Bad input.

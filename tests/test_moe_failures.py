@@ -4,7 +4,9 @@ others raise GroupClosed with its rank and stage. What nobody waits for breaks n
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from spawn import run_ranks
 from torch import Tensor
 
-from pycomm.errors import GroupClosed, InvalidArgument
+from pycomm.errors import GroupClosed, InvalidArgument, PycommError
 from pycomm.moe import ExpertParallel, StaticExpertParallel
 
 HOSTS = ["a", "b", "a", "a"]
@@ -166,6 +168,41 @@ def check_ranks_in_different_calls(group: Any) -> None:
             else:
                 ep.combine(dispatched.rows, dispatched)
         ep.combine(dispatched.rows, dispatched)
+
+
+def killed_and_rebuilt(group: Any) -> bool:
+    """Rank 1 is killed in an expert's forward; the others mask it and go on without its experts."""
+    ep = ExpertParallel(group, 8, dedup="host")  # two experts a rank
+    x, dispatched = start(), ep.dispatch(start(), TOPK, WEIGHTS)
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(PycommError, match=rf"moe: rank {group.rank} of 4, combine.*rank 1\b"):
+        ep.combine(dispatched.rows, dispatched)
+    with pytest.raises(InvalidArgument, match=r"mask\(1\): experts \[2, 3\] are on no other rank"):
+        ep.mask(1)
+    rest = group.new_group([0, 2, 3])
+    # A group that shrank, of which nobody has said which ranks it lost, or what becomes of their experts.
+    with pytest.raises(InvalidArgument, match=r"the new group has 3 ranks, said to have been \[0, 1, 2, 3\] of 4"):
+        ep.rebuild(rest)
+    with pytest.raises(InvalidArgument, match=r"rebuild: experts \[2, 3\] are on no rank of the new group"):
+        ep.rebuild(rest, (0, 2, 3))
+    ep.mask(1, allow_lost=True)
+    rebuilt = ep.rebuild(rest)
+    ep.close()
+    dispatched = rebuilt.dispatch(x, TOPK, WEIGHTS)
+    assert dispatched.plan.dropped == 6  # of each of three ranks experts 2 and 3
+    y = rebuilt.combine(dispatched.rows * 2, dispatched)
+    y.sum().backward()
+    left = (WEIGHTS * ((TOPK < 2) | (TOPK > 3))).sum(1, keepdim=True)
+    assert torch.equal(y.detach(), 2 * left * x.detach())
+    assert x.grad is not None and torch.equal(x.grad, 2 * left.expand(4, 6))
+    rebuilt.close()
+    return True
+
+
+def test_others_go_on_when_a_rank_is_killed() -> None:
+    found = run_ranks(killed_and_rebuilt, len(HOSTS), hosts=HOSTS, timeout_s=50, op_timeout_s=45, may_die=[1])
+    assert found == [True, None, True, True]
 
 
 def every_check(group: Any) -> None:

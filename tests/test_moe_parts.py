@@ -214,6 +214,27 @@ def test_balanced_placements_hold_every_expert_and_even_the_loads() -> None:
         balanced_placement([1.0] * 9, 2, 4)
 
 
+def test_devices_choose_by_their_own_links() -> None:
+    """Not by those of their hosts' memory: an all_to_all there, an all_to_all back, each way's rows."""
+
+    class Eight(OneRank):
+        size, device_seconds = 8, staticmethod(lambda collective, nbytes: (1e-5 + nbytes / 1e9, "of the test"))
+
+    for num_experts, top_k, itemsize, reached, mode in (
+        (8, 2, 2, 2.0, "none"),  # 2 rows of 2 + 2 bytes a value, or as many of 2 + 4
+        (64, 8, 4, 8 * (1 - np.prod([(56 - k) / (64 - k) for k in range(8)])), "rank"),
+        (8, 2, 4, 2.0, "none"),  # the same: the simpler one
+    ):
+        ep = ExpertParallel(Eight(), num_experts, 1024, top_k)
+        choice = ep.choice(1000, itemsize=itemsize, device="cuda")
+        assert [each.mode for each in choice.estimates] == ["none", "rank"] and choice.mode == mode
+        for estimate, rows, back in zip(choice.estimates, (top_k, reached), (itemsize, 4), strict=True):
+            expected = 2e-5 + 1000 * rows * 1024 * (itemsize + back) / 1e9
+            assert estimate.seconds == pytest.approx(expected, rel=1e-2)
+        assert "of the test" in choice.reason and "of the test" not in ep.choice(1000).reason
+    assert "in 1 chunk(s)" in ep.explain(1000, device="cuda:0")
+
+
 def test_static_sizes_read_nothing_from_the_device() -> None:
     """Under fake tensors any read raises, and all sizes are known from arguments alone."""
     ep = StaticExpertParallel(OneRank(), 6, 10, 16, 2)

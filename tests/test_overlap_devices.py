@@ -218,6 +218,8 @@ def _refused(group: Any, of_devices: DeviceGroup) -> None:
         x, topk = torch.ones(3, 4), torch.tensor([[0, 1]] * 3)
         with pytest.raises(InvalidArgument, match="dedup='host' moves rows in CPU memory"):
             ep.dispatch(x, topk, torch.ones(3, 2))
+        with pytest.raises(InvalidArgument, match=r"dedup='host' .* these are on cuda"):
+            ep.explain(device="cuda")
         ep = ExpertParallel(of_devices, 4, dedup="rank")
         for n_chunks in ("auto", 2):
             stream = ep.stream(x, topk, torch.ones(3, 2), n_chunks=n_chunks)

@@ -4,6 +4,9 @@
 // defines the order of sums; results are the bits of csrc/cpu/rows.h. float32, float16 and
 // bfloat16; any width and alignment, 16 bytes at a time where addresses allow.
 //
+// pycomm.moe codes whole rows and moves the codes: it gives encode_rows() and decode_rows() one
+// buffer and no tables, and expand_rows() no weights (docs/moe.md says why).
+//
 // backward of expand:       combine of the gradients, without weights
 // backward of combine:      expand of y's gradient with weights; row_dots for the weights' gradient
 // backward of encode, decode: the identity, so that of the rows' way: combine, expand

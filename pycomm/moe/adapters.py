@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument
+from pycomm.moe.checks import code_of, require_equal
 from pycomm.moe.dispatched import Dispatched
 from pycomm.moe.exchange import ExpertParallel
-from pycomm.moe.waits import RowsGroup
+from pycomm.moe.waits import RowsGroup, Waits
 
 
 def _without_weights(dispatched: Dispatched) -> Dispatched:
@@ -81,23 +82,25 @@ class MegatronDispatcher:
 
     def dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states [.., H], routing_map bool and probs [T, E] to ([T, H], the probs of a token's experts [T, K]).
-        Nothing is exchanged.
+        Ranks exchange their K and no rows.
 
-        Raises InvalidArgument where shapes do not fit or tokens differ in their number of experts."""
+        Raises InvalidArgument on all ranks where shapes do not fit or tokens differ in their number of experts."""
         self._shape = hidden_states.shape
         hidden = hidden_states.flatten(0, -2)
-        experts = (len(hidden), self.ep.num_experts)
+        experts, problem, top_k = (len(hidden), self.ep.num_experts), None, 0
         if routing_map.shape != experts or probs.shape != experts:
-            raise InvalidArgument(
+            problem = (
                 f"routing_map is {list(routing_map.shape)} and probs {list(probs.shape)}; both must be {list(experts)}"
             )
-        counts = routing_map.sum(-1)
-        top_k = int(counts[0]) if len(hidden) else self.ep.top_k or 1
-        if len(hidden) and not bool((counts == top_k).all()):
-            token = int((counts != top_k).nonzero()[0])
-            raise InvalidArgument(
-                f"token 0 has {top_k} experts, token {token} has {int(counts[token])}; give all the same"
-            )
+        elif len(hidden):
+            counts = routing_map.sum(-1)
+            top_k = int(counts[0])
+            if not bool((counts == top_k).all()):
+                token = int((counts != top_k).nonzero()[0])
+                problem = f"token 0 has {top_k} experts, token {token} has {int(counts[token])}; give all the same"
+        every_k = self.ep.waits.agree("dispatch_preprocess", problem, [top_k])
+        if not len(hidden):  # nobody here says how many experts a token has
+            top_k = int(every_k.max()) or self.ep.top_k or 1
         self._topk_idx = routing_map.nonzero()[:, 1].view(len(hidden), top_k)
         return hidden, probs.gather(1, self._topk_idx)
 
@@ -146,13 +149,30 @@ def all_to_all_single(
     """As torch's all_to_all_single_autograd: rows [sum of input_split_sizes, ..] to the ranks of group in order, which
     gives [sum of output_split_sizes, ..]; None: equal parts. Backward goes the other way.
 
-    Raises InvalidArgument where the parts are not rows' length, or there is not one for each rank."""
-    even = [len(rows) // group.size] * group.size
+    Raises InvalidArgument, on all ranks before rows move, where the parts are not rows' length, there is not one for
+    each rank, a rank is to receive another number than is sent to it, or rows differ in their type or their shape."""
+    size = group.size
+    even = [len(rows) // size] * size
     receives, sends = list(output_split_sizes or even), list(input_split_sizes or even)
-    if len(receives) != group.size or len(sends) != group.size or sum(sends) != len(rows):
-        raise InvalidArgument(
-            f"all_to_all_single: {len(rows)} rows, parts {sends} to and {receives} from {group.size} ranks; give a "
-            "part for each rank, all rows in all"
+    problem = None
+    if len(receives) != size or len(sends) != size or sum(sends) != len(rows) or min(*receives, *sends) < 0:
+        problem = (
+            f"all_to_all_single: {len(rows)} rows, parts {sends} to and {receives} from {size} ranks; give a part for "
+            "each rank, all rows in all"
         )
+    needs = torch.is_grad_enabled() and rows.requires_grad
+    facts = [int(needs), code_of((rows.dtype, rows.shape[1:])), *([0] * 2 * size if problem else receives + sends)]
+    everyone = Waits(group).agree("all_to_all_single", problem, facts)
+    require_equal(everyone[:, 1:2], ["all_to_all_single: the rows' type and shape but the first dimension (as a hash)"])
+    received, sent = everyone[:, 2 : 2 + size], everyone[:, 2 + size :]
+    different = (received != sent.T).nonzero().tolist()
+    if different:
+        to, source = different[0]
+        raise InvalidArgument(
+            f"all_to_all_single: rank {to} is to receive {int(received[to, source])} rows from rank {source}, which "
+            f"sends it {int(sent[source, to])}"
+        )
+    if everyone[:, 0].any() and torch.is_grad_enabled() and not needs:
+        rows = rows.detach().requires_grad_()  # so that this rank meets the others in backward
     result: Tensor = _AllToAll.apply(rows, receives, sends, group)  # type: ignore[no-untyped-call]
     return result

@@ -31,22 +31,30 @@ def code_of(value: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "little") >> 2
 
 
-def problem_of_routing(topk_idx: Tensor, num_experts: int, top_k: int | None) -> str | None:
+def problem_of_routing(topk_idx: Tensor, num_experts: int, top_k: int | None, *, strangers: bool = False) -> str | None:
+    """Reads topk_idx. strangers: ids that do not exist are allowed."""
+    problem = problem_of_routing_form(topk_idx, num_experts, top_k)
+    if problem or topk_idx.numel() == 0:
+        return problem
+    low, high = (int(bound) for bound in topk_idx.aminmax())
+    if (low < 0 or high >= num_experts) and not strangers:
+        return f"topk_idx names experts {low} to {high}; there are 0 to {num_experts - 1}"
+    ascending = topk_idx.sort(-1).values
+    known = (ascending >= 0) & (ascending < num_experts)
+    twice = ((ascending[:, 1:] == ascending[:, :-1]) & known[:, 1:]).any(-1).nonzero()
+    if len(twice):
+        token = int(twice[0])
+        return f"topk_idx names one expert twice for token {token}: {topk_idx[token].tolist()}"
+    return None
+
+
+def problem_of_routing_form(topk_idx: Tensor, num_experts: int, top_k: int | None) -> str | None:
+    """Of what is known without reading topk_idx."""
     most = min(MAX_TOP_K, num_experts)
     if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64 or not 1 <= topk_idx.shape[1] <= most:
         return f"topk_idx is {topk_idx.dtype} {list(topk_idx.shape)}; it must be int64 [T, K], K 1 to {most}"
     if top_k is not None and topk_idx.shape[1] != top_k:
         return f"topk_idx is {list(topk_idx.shape)}, top_k is {top_k}"
-    if topk_idx.numel() == 0:
-        return None
-    low, high = (int(bound) for bound in topk_idx.aminmax())
-    if low < 0 or high >= num_experts:
-        return f"topk_idx names experts {low} to {high}; there are 0 to {num_experts - 1}"
-    ascending = topk_idx.sort(-1).values
-    twice = (ascending[:, 1:] == ascending[:, :-1]).any(-1).nonzero()
-    if len(twice):
-        token = int(twice[0])
-        return f"topk_idx names one expert twice for token {token}: {topk_idx[token].tolist()}"
     return None
 
 

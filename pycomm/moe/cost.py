@@ -100,9 +100,20 @@ class Choice:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class DeviceAllToAll:
+    """Of devices: latency_s + nbytes / bytes_per_s for nbytes that a rank gives, its own part among them
+    (devices.collective_cost)."""
+
+    latency_s: float
+    bytes_per_s: float
+    source: str
+
+
 def _estimate(
     mode: Dedup,
     links: Links,
+    on_device: DeviceAllToAll | None,
     num_experts: int,
     hidden: int,
     top_k: int,
@@ -122,6 +133,10 @@ def _estimate(
         rows_inside = others * share_reached(num_experts, top_k, n_ranks) * (n_hosts if mode == "host" else 1)
         back, copies = hidden * 4, 1 if mode == "host" else 3
     bytes_inside = rows_inside * (row_nbytes + back)
+    if on_device is not None:
+        given = top_k if mode == "none" else n_ranks * share_reached(num_experts, top_k, n_ranks)
+        seconds = 2 * on_device.latency_s + n_tokens * given * (row_nbytes + back) / on_device.bytes_per_s
+        return Estimate(mode, rows, bytes_between, bytes_inside, seconds, possible)
     tokens = n_tokens * n_ranks / n_hosts
     seconds = tokens * bytes_inside * copies / links.inside.bytes_per_s
     seconds += _MESSAGES[mode] * (links.between if n_hosts > 1 else links.inside).latency_s
@@ -140,15 +155,22 @@ def estimates(
     value_nbytes: int,
     possible: tuple[Dedup, ...],
     wanted: Dedup | Literal["auto"],
+    on_device: DeviceAllToAll | None = None,
 ) -> Choice:
     """All ways for n_tokens a rank, and the wanted one; of "auto" the possible one of the least time, the simplest
-    where times are equal. row_nbytes: a dispatched row on the wire. value_nbytes: a value of an expert's output."""
+    where times are equal. row_nbytes: a dispatched row on the wire. value_nbytes: a value of an expert's output.
+    on_device: what rows of a device take instead of links; "host" is not among its ways."""
+    sizes = (num_experts, hidden, top_k, n_tokens, row_nbytes, value_nbytes)
     found = tuple(
-        _estimate(mode, links, num_experts, hidden, top_k, n_tokens, row_nbytes, value_nbytes, mode in possible)
+        _estimate(mode, links, on_device, *sizes, mode in possible)
         for mode in MODES
+        if on_device is None or mode != "host"
     )
+    of = "" if on_device is None else f"; an all_to_all, {on_device.source}"
     if wanted != "auto":
-        return Choice(wanted, "as given", found, links)
+        return Choice(wanted, "as given" + of, found, links)
     best = min((e for e in found if e.possible), key=lambda e: e.seconds)
     others = [f"{e.mode} {e.seconds / best.seconds:.2f}x" for e in found if e.possible and e is not best]
-    return Choice(best.mode, "auto, the least expected time" + f" ({', '.join(others)})" * bool(others), found, links)
+    return Choice(
+        best.mode, "auto, the least expected time" + f" ({', '.join(others)})" * bool(others) + of, found, links
+    )

@@ -47,7 +47,7 @@ class ExpertParallel:
     "fp8" (e4m3 with a scale per 128 values). A host's sums on the way back are then bf16 (docs/moe.md has the errors).
     dedup: "none" sends a copy for each expert, "rank" one for each rank, "host" one for each host; "auto" takes what
     explain() says. Results are equal bit for bit (transport.py). chunks: pieces of a batch, of which one is on its way
-    while another is worked on; "auto" by the link's rate.
+    while another is worked on; "auto" by the link's rate. Tensors on a device go in one piece (in a stream's chunks).
     max_tokens: most rows that one expert (each replica) takes; more raise InvalidArgument on all ranks, with the exact
     count, or with drop=True are left out, last in (source rank, token) order, and counted in plan.dropped.
 
@@ -288,13 +288,18 @@ class ExpertParallel:
 
     # Choice.
 
-    def choice(self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2) -> Choice:
-        """What `dedup` comes to for n_tokens a rank of itemsize bytes a value, and what each way would cost."""
-        return self._planning.choice(n_tokens, top_k, itemsize)
+    def choice(
+        self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2, device: str | torch.device = "cpu"
+    ) -> Choice:
+        """What `dedup` comes to for n_tokens a rank of itemsize bytes a value on such a device, and what each way would
+        cost. Raises InvalidArgument for "host" on another device than the CPU."""
+        return self._planning.choice(n_tokens, top_k, itemsize, torch.device(device).type)
 
-    def explain(self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2) -> str:
+    def explain(
+        self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2, device: str | torch.device = "cpu"
+    ) -> str:
         """choice() in words: the way taken, why, and every way's rows, bytes and expected time."""
-        return self._planning.explain(n_tokens, top_k, itemsize)
+        return self._planning.explain(n_tokens, top_k, itemsize, torch.device(device).type)
 
     # What all ranks agree on before rows move.
 

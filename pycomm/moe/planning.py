@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pycomm import devices
 from pycomm.group import Group
-from pycomm.moe.checks import code_of, problem_of_routing, require_equal
-from pycomm.moe.cost import Choice, Dedup, Links, estimates, share_reached
+from pycomm.moe.checks import code_of, problem_of_routing, require, require_equal
+from pycomm.moe.cost import Choice, Dedup, DeviceAllToAll, Links, estimates, share_reached
 from pycomm.moe.movement import Wire
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.plan import Request, make_plan
@@ -19,6 +19,10 @@ from pycomm.moe.rows import coded_width
 from pycomm.moe.tables import Cut, ExchangePlan, Layout
 from pycomm.moe.waits import Waits
 
+_HOST_ON_DEVICE: Final = (
+    "dedup='host' moves rows in CPU memory that the ranks of a host share, and these are on {}: use 'rank', 'none' or "
+    "'auto'"
+)
 _CHUNK_S: Final = 0.02  # of the link between hosts: what is done beside a shorter chunk takes longer than it hides
 _MAX_CHUNKS: Final = 8
 _STREAM_LOSS: Final = 0.05  # of the link, to latency, that a stream's crossings may lose
@@ -62,13 +66,18 @@ class Planning:
     # Choice.
 
     def choice(self, n_tokens: int, top_k: int | None, itemsize: int, device: str = "cpu") -> Choice:
-        """device: the type of the rows' device; memory that a host's ranks share is the CPU's."""
+        """device: the type of the rows' device."""
         of = self._settings
+        require(device == "cpu" or of.dedup != "host", _HOST_ON_DEVICE.format(device))
         top_k = top_k or of.top_k or min(2, of.num_experts)
         key = (n_tokens, top_k, itemsize, device)
         if key not in self._choices:
             hidden = of.hidden or 1024
             row_nbytes = coded_width(hidden) if of.wire == "fp8" else hidden * (2 if of.wire else itemsize)
+            on_device = None
+            if device != "cpu":
+                most = n_tokens * top_k * row_nbytes
+                on_device = DeviceAllToAll(*devices.collective_cost(self._waits.group, "all_to_all", most))
             self._choices[key] = estimates(
                 Links.of(self._waits.group, self._geometry),
                 of.num_experts,
@@ -79,16 +88,18 @@ class Planning:
                 min(itemsize, 2) if of.wire else itemsize,
                 tuple(mode for mode in self._possible if device == "cpu" or mode != "host"),
                 of.dedup,
+                on_device,
             )
         return self._choices[key]
 
-    def explain(self, n_tokens: int, top_k: int | None, itemsize: int) -> str:
+    def explain(self, n_tokens: int, top_k: int | None, itemsize: int, device: str = "cpu") -> str:
         of = self._settings
-        choice = self.choice(n_tokens, top_k, itemsize)
+        choice = self.choice(n_tokens, top_k, itemsize, device)
+        n_chunks = self._n_chunks(choice, n_tokens) if device == "cpu" else 1
         return (
             f"{of.num_experts} experts, top {top_k or of.top_k or min(2, of.num_experts)}, {self._waits.group.size} "
             f"ranks on {self._geometry.n_hosts} host(s), {n_tokens} tokens a rank, in "
-            f"{self._n_chunks(choice, n_tokens)} chunk(s)\n{choice}"
+            f"{n_chunks} chunk(s)\n{choice}"
         )
 
     def _n_chunks(self, choice: Choice, n_tokens: int) -> int:
@@ -144,10 +155,7 @@ class Planning:
         problem = problem or problem_of_routing(topk_idx, of.num_experts, of.top_k)
         n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
         if of.dedup == "host" and on_device:
-            problem = problem or (
-                f"dedup='host' moves rows in CPU memory that the ranks of a host share; topk_idx is on {device}: use "
-                "'rank', 'none' or 'auto'"
-            )
+            problem = problem or _HOST_ON_DEVICE.format(device)
         needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
         kind = (owner, cut, n_chunks)
         if kind not in self._codes:

@@ -9,8 +9,9 @@ begins with +0 (rows.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,17 +20,44 @@ from pycomm.errors import InvalidArgument
 from pycomm.group import Group
 from pycomm.moe.autograd import picked, weighted
 from pycomm.moe.backward import Backwards
-from pycomm.moe.checks import problem_of_output, problem_of_rows, require, require_sizes
+from pycomm.moe.checks import (
+    code_of,
+    problem_of_output,
+    problem_of_routing,
+    problem_of_routing_form,
+    problem_of_rows,
+    require,
+    require_equal,
+    require_sizes,
+)
 from pycomm.moe.placement import Geometry, Placement, Places
+from pycomm.moe.planning import form
 from pycomm.moe.rows import Terms, copy_rows, count_slots, row_dots
 from pycomm.moe.transport import sums
 from pycomm.moe.waits import RowsGroup, Waits
+
+_FACTS: Final = (
+    "whether x or topk_weights require a gradient",
+    "the rows' width and bytes a value (width × 16 + bytes)",
+)
+
+
+def _readable(topk_idx: Tensor) -> bool:
+    """Whether its values are the host's, and no tracing or faking hides them."""
+    return type(topk_idx) is Tensor and topk_idx.device.type == "cpu"
+
+
+def _facts(inputs: Sequence[Tensor]) -> list[int]:
+    """In the order of _FACTS, of rows and what belongs to them, where they are known."""
+    needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    return [int(needs), form(inputs[0]) if inputs else 0]
 
 
 @dataclass(frozen=True)
 class StaticPlan:
     """Of N = ranks × T tokens and n_out = local experts × max_tokens rows, all on the batch's device."""
 
+    topk_idx: Tensor  # [T, K] of this rank, a copy
     row_of_out: Tensor  # [n_out]: the token of each output row, -1 for none
     slot_of_out: Tensor  # [n_out]: its place in topk_idx of all ranks, flattened, -1 for none
     out_of_slot: Tensor  # [N * K], a token's in place order: the output row of each slot, -1 for none
@@ -60,11 +88,14 @@ class StaticDispatched:
 
 
 class StaticExpertParallel:
-    """ExpertParallel with capacity max_tokens an expert and T equal on all ranks and in all calls that a graph holds.
+    """ExpertParallel with capacity max_tokens an expert, and T equal on all ranks and in all calls that a graph holds.
+    Layout "expert" alone; no wire, align or mask.
 
-    With drop=False slots without room raise InvalidArgument on all ranks, with the exact count: at once on the CPU,
-    elsewhere in plan.check(), which the caller asks when it likes. Expert ids that do not exist go nowhere and count as
-    dropped; a token must not name one twice. Arguments are checked on each rank alone."""
+    CPU tensors: as ExpertParallel's, what is wrong on one rank raises InvalidArgument on all before rows move, slots
+    without room too, with the exact count. Tensors on a device, which nothing reads: each rank checks shapes and types
+    of its own arguments, slots without room raise in plan.check(), which the caller asks when it likes, and the caller
+    sees to it that a token names no expert twice. drop: slots without room, and ids that do not exist (padding, say),
+    go nowhere; plan.dropped counts them."""
 
     def __init__(
         self,
@@ -97,34 +128,81 @@ class StaticExpertParallel:
         self.geometry = Geometry.of(group.rank, hosts)
         self._places = Places(self.placement, self.geometry)
         self.n_local = len(self.placement.experts[group.rank])
+        self._room = 0  # bytes that a rank may tell in one go
 
     def plan(self, topk_idx: Tensor) -> StaticPlan:
         """From topk_idx [T, K] int64; one all_gather."""
-        idx = self.waits.all_gather("static plan", topk_idx.contiguous()).flatten(0, 1)
-        plan = _static_plan(idx, self._places.to(idx.device), self.geometry, self.n_local, self.max_tokens)
-        if not self.drop and type(topk_idx) is Tensor and topk_idx.device.type == "cpu":
-            plan.check()
-        return plan
+        return self._plan(topk_idx, None)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, plan: StaticPlan | None = None
     ) -> StaticDispatched:
         """As ExpertParallel.dispatch()."""
-        if problem := problem_of_rows(x, topk_idx, topk_weights, self.hidden):
-            raise InvalidArgument(problem)
-        plan = plan or self.plan(topk_idx)
+        problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
+        if plan is None:
+            plan = self._plan(topk_idx, problem, x, topk_weights)
+        else:
+            self._agree_on_plan(plan, topk_idx, problem, x, topk_weights)
         rows, weights = _Dispatch.apply(x.contiguous(), topk_weights.float().contiguous(), self, plan)  # type: ignore[no-untyped-call]
         return StaticDispatched(
-            rows.view(self.n_local, self.max_tokens, -1), weights.view(self.n_local, self.max_tokens), plan
+            rows.view(self.n_local, self.max_tokens, x.shape[1]), weights.view(self.n_local, self.max_tokens), plan
         )
 
     def combine(self, expert_out: Tensor, dispatched: StaticDispatched) -> Tensor:
         """As ExpertParallel.combine(); expert_out [local experts, max_tokens, H]."""
         flat = expert_out.flatten(0, 1)
-        if problem := problem_of_output(flat, self.n_local * self.max_tokens, self.hidden):
-            raise InvalidArgument(problem)
+        problem = problem_of_output(flat, self.n_local * self.max_tokens, self.hidden)
+        inputs = (flat, dispatched.weights)
+        if _readable(dispatched.plan.topk_idx):
+            facts = self.waits.agree("combine", problem, _facts(inputs))
+            require_equal(facts[:, 1:], [_FACTS[1]])
+            if facts[:, 0].any() and torch.is_grad_enabled() and not any(each.requires_grad for each in inputs):
+                flat = flat.detach().requires_grad_()  # so that this rank meets the others in backward
+        else:
+            require(problem is None, problem or "")
         result: Tensor = _Combine.apply(flat.contiguous(), dispatched.weights.flatten(), self, dispatched.plan)  # type: ignore[no-untyped-call]
         return result
+
+    # What ranks agree on before rows move, where that can be read.
+
+    def _plan(self, topk_idx: Tensor, problem: str | None, *inputs: Tensor) -> StaticPlan:
+        if not _readable(topk_idx):
+            problem = problem or problem_of_routing_form(topk_idx, self.num_experts, self.top_k)
+            require(problem is None, problem or "")
+            idx = self.waits.all_gather("static plan", topk_idx.contiguous())
+        else:
+            problem = problem or problem_of_routing(topk_idx, self.num_experts, self.top_k, strangers=self.drop)
+            settings = code_of((self.num_experts, self.max_tokens, self.hidden, self.top_k, self.drop, self.placement))
+            size = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
+            told = torch.empty(0, dtype=torch.uint8) if problem else topk_idx.contiguous().view(torch.uint8).flatten()
+            facts = [*size, settings, *_facts(inputs)]
+            everyone, gathered = self.waits.agree_and_gather("plan", problem, facts, told, self._room)
+            self._room = gathered.shape[1]
+            require_equal(
+                everyone,
+                [
+                    "T, the tokens of a rank",
+                    "K, the experts of a token",
+                    "the StaticExpertParallel's settings or placement (as a hash)",
+                    *_FACTS,
+                ],
+            )
+            idx = gathered.contiguous().view(torch.int64).view(self.group.size, *size)
+        places = self._places.to(idx.device)
+        plan = _static_plan(idx, places, self.geometry, self.n_local, self.max_tokens)
+        if not self.drop and _readable(topk_idx):
+            plan.check()
+        return plan
+
+    def _agree_on_plan(self, plan: StaticPlan, topk_idx: Tensor, problem: str | None, *inputs: Tensor) -> None:
+        if plan.topk_idx.shape != topk_idx.shape or len(plan.row_of_out) != self.n_local * self.max_tokens:
+            problem = problem or "the plan is of another batch or StaticExpertParallel; make a plan of this batch"
+        if not _readable(topk_idx):
+            require(problem is None, problem or "")
+            return
+        if not problem and not torch.equal(plan.topk_idx, topk_idx):
+            problem = "the plan is of another batch, whose tokens have other experts; make a plan of this batch"
+        require_equal(self.waits.agree("dispatch", problem, _facts(inputs)), list(_FACTS))
 
     # What the gradients are made of.
 
@@ -146,9 +224,9 @@ class StaticExpertParallel:
 
 
 def _static_plan(idx: Tensor, places: Places, geometry: Geometry, n_local: int, max_tokens: int) -> StaticPlan:
-    """idx [N, K]: topk_idx of all ranks, as many tokens of each."""
+    """idx [ranks, T, K]: topk_idx of all ranks."""
+    mine_idx, idx, n_tokens = idx[geometry.rank], idx.flatten(0, 1), idx.shape[1]
     (n, top_k), device = idx.shape, idx.device
-    n_tokens = n // geometry.size
 
     def every(n: int) -> Tensor:
         return torch.arange(n, device=device)
@@ -169,6 +247,7 @@ def _static_plan(idx: Tensor, places: Places, geometry: Geometry, n_local: int, 
     lengths = torch.cat([torch.full_like(each[:, 0], each.shape[1]) for each in ranks])
     hosts = every(geometry.n_hosts * n_tokens).view(geometry.n_hosts, n_tokens).T
     return StaticPlan(
+        topk_idx=mine_idx,
         row_of_out=slot_of_out.div(top_k, rounding_mode="floor"),
         slot_of_out=slot_of_out,
         out_of_slot=torch.where(mine, out, -1),

@@ -15,8 +15,8 @@ from pycomm import devices
 from pycomm.errors import InvalidArgument, PycommError
 from pycomm.group import Group
 
-Call = Literal["plan", "dispatch", "combine"]
-_CALLS: Final[tuple[Call, ...]] = ("plan", "dispatch", "combine")
+Call = Literal["plan", "dispatch", "combine", "dispatch_preprocess", "all_to_all_single"]
+_CALLS: Final[tuple[Call, ...]] = ("plan", "dispatch", "combine", "dispatch_preprocess", "all_to_all_single")
 
 
 class RowsGroup(Protocol):

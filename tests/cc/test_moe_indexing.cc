@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 #include <random>
+#include <type_traits>
 
 #include "cpu/rows.h"
 #include "cuda/moe_indexing.h"
@@ -22,8 +23,40 @@ constexpr int64_t kWidths[] = {1, 3, 8, 127, 128, 129, 511, 512, 513, 1024, 1500
 float widen(float x) { return x; }
 float widen(uint16_t bf16) { return __builtin_bit_cast(float, static_cast<uint32_t>(bf16) << 16); }
 
+struct Half {
+  uint16_t bits = 0;
+  Half() = default;
+  explicit Half(int value) : bits(value == 7 ? 0x4700 : 0) {}  // the numbers that tests fill with
+  bool operator==(const Half&) const = default;
+};
+
+float widen(Half x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  const float size = exponent ? std::ldexp(float(1024 + mantissa), exponent - 25)
+                              : std::ldexp(float(mantissa), -24);
+  return x.bits >> 15 ? -size : size;
+}
+
 template <class T>
-constexpr DType kDType = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+constexpr DType kDType = DType::bfloat16;
+template <>
+constexpr DType kDType<float> = DType::float32;
+template <>
+constexpr DType kDType<Half> = DType::float16;
+
+template <class T>
+T drawn(std::mt19937& random) {
+  if constexpr (std::is_same_v<T, Half>) {  // any finite one, subnormal ones among them
+    Half x;
+    do x.bits = static_cast<uint16_t>(random());
+    while ((x.bits >> 10 & 31) == 31);
+    return x;
+  } else {
+    const float value = std::normal_distribution<float>(0, 10)(random);
+    if constexpr (sizeof(T) == 4) return value;
+    return static_cast<T>(__builtin_bit_cast(uint32_t, value) >> 16);
+  }
+}
 
 struct Routing {  // tables over sources of 5, 1 and 9 rows
   std::vector<int64_t> source, rows;
@@ -43,11 +76,7 @@ struct Sources {
   Sources(int64_t width, std::mt19937& random) {
     for (int64_t n : {5, 1, 9}) {
       auto& each = values.emplace_back(n * width);
-      for (T& x : each) {
-        const float value = std::normal_distribution<float>(0, 10)(random);
-        x = sizeof(T) == 4 ? static_cast<T>(value)
-                           : static_cast<T>(__builtin_bit_cast(uint32_t, value) >> 16);
-      }
+      for (T& x : each) x = drawn<T>(random);
       rows.push_back({reinterpret_cast<const std::byte*>(each.data()), n});
     }
   }
@@ -275,6 +304,7 @@ TEST(expand_moves_the_bytes_that_the_cpu_does) {
   for (int64_t width : kWidths) {
     expand_equals_the_cpu<float>(width);
     expand_equals_the_cpu<uint16_t>(width);
+    expand_equals_the_cpu<Half>(width);
   }
 }
 
@@ -283,6 +313,7 @@ TEST(combine_sums_as_the_cpu_does) {
     for (bool weighted : {false, true}) {
       combine_equals_the_cpu<float>(width, weighted);
       combine_equals_the_cpu<uint16_t>(width, weighted);
+      combine_equals_the_cpu<Half>(width, weighted);
     }
 }
 
@@ -290,6 +321,7 @@ TEST(dots_sum_as_the_cpu_does) {
   for (int64_t width : kWidths) {
     dots_equal_the_cpu<float>(width);
     dots_equal_the_cpu<uint16_t>(width);
+    dots_equal_the_cpu<Half>(width);
   }
 }
 
@@ -297,6 +329,7 @@ TEST(rows_are_coded_and_decoded_as_on_the_cpu) {
   for (int64_t width : kWidths) {
     coding_equals_the_cpu<float>(width);
     coding_equals_the_cpu<uint16_t>(width);
+    coding_equals_the_cpu<Half>(width);
   }
 }
 

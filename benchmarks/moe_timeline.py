@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from common import as_measured, environment, read_json, run_ranks, write_json
-from overlap import EXPERTS, FFN, HIDDEN, RATE, TOKENS, TOP_K
+from overlap import EXPERTS, HIDDEN, RATE, TOP_K, stream_inputs
 from torch import Tensor
 
 import pycomm
@@ -94,18 +94,8 @@ def step(ep: ExpertParallel, x: Tensor, topk: Tensor, weights: Tensor, matrices:
 def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
-        random = torch.Generator().manual_seed(rank)
         ep = ExpertParallel(group, EXPERTS, HIDDEN, TOP_K)
-        x = torch.randn(TOKENS, HIDDEN, generator=random, requires_grad=True)
-        topk = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)[:, :TOP_K]
-        weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, requires_grad=True)
-        matrices = [
-            tuple(
-                torch.randn(*shape, generator=random).mul_(0.02).requires_grad_()
-                for shape in ((FFN, HIDDEN), (HIDDEN, FFN))
-            )
-            for _ in range(EXPERTS // n_ranks)
-        ]
+        x, topk, weights, matrices = stream_inputs(rank, n_ranks)
         for _ in range(WARM_UP):
             step(ep, x, topk, weights, matrices)
             group.barrier()

@@ -264,21 +264,28 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def stream_inputs(rank: int, n_ranks: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """A rank's rows [TOKENS, HIDDEN], their experts and weights [TOKENS, TOP_K], and its experts' two matrices; the
+    same in every run."""
+    random = torch.Generator().manual_seed(rank)
+    x = torch.randn(TOKENS, HIDDEN, generator=random, requires_grad=True)
+    topk = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)[:, :TOP_K]
+    weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, requires_grad=True)
+    matrices = [
+        tuple(
+            torch.randn(*shape, generator=random).mul_(0.02).requires_grad_()
+            for shape in ((FFN, HIDDEN), (HIDDEN, FFN))
+        )
+        for _ in range(EXPERTS // n_ranks)
+    ]
+    return x, topk, weights, matrices
+
+
 def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as group:
-        random = torch.Generator().manual_seed(rank)
         ep = ExpertParallel(group, EXPERTS, HIDDEN, TOP_K)
-        x = torch.randn(TOKENS, HIDDEN, generator=random, requires_grad=True)
-        topk = torch.rand(TOKENS, EXPERTS, generator=random).argsort(1)[:, :TOP_K]
-        weights = torch.full((TOKENS, TOP_K), 1 / TOP_K, requires_grad=True)
-        matrices = [
-            tuple(
-                torch.randn(*shape, generator=random).mul_(0.02).requires_grad_()
-                for shape in ((FFN, HIDDEN), (HIDDEN, FFN))
-            )
-            for _ in range(EXPERTS // n_ranks)
-        ]
+        x, topk, weights, matrices = stream_inputs(rank, n_ranks)
         later = WeightGradients(together=True)
 
         def experts(rows: Tensor, sizes: Any, chosen: range, linear: Any = F.linear) -> Tensor:

@@ -135,7 +135,7 @@ def report(table: TuningTable) -> str:
         lines.append(f"host {host.name}, {names}: {_link(link.bytes_per_s, link.latency_s)}")
     inside = table.topology.inside
     lines.append(f"inside hosts: {_link(inside.bytes_per_s, inside.latency_s)}")
-    if not table.times:
+    if len(table.topology.hosts) == 1:
         return "\n".join(
             [*lines, "one host: every collective takes the engine's native path, there is nothing to choose"]
         )

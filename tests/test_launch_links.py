@@ -171,8 +171,8 @@ def test_hosts_with_nics_of_their_own_number_and_rate(namespaces, tmp_path):
     for found in ranks.values():
         assert found["rates"] == [[125e6, 250e6], [62.5e6]]
         assert found["gloo"] == [3.0] * 3
-        for name, ways in found["took"].items():
-            assert min(ways) > 1 << 20, f"{name} of {found['PYCOMM_HOST_ID']} stood idle"
+        for name, ways in found["took"].items():  # its part by pace of several MiB, beside none or some KiB of words
+            assert min(ways) > 1 << 17, f"{name} of {found['PYCOMM_HOST_ID']} stood idle"
 
 
 def test_rates_beyond_32_bits_and_one_nics_only(namespaces):

@@ -1,8 +1,9 @@
 """The planner's predictions beside measured steps: python benchmarks/planner.py [SECTION ..]
 
 On each set-up of emulated hosts (network namespaces; needs root) the ranks measure their links, plan as
-`pycomm-train plan` does, and train in the first layouts of the plan, which take turns. Reported for each layout:
-predicted and measured step, and for each set-up what its first choice takes over the measured best of them.
+`pycomm-train plan` does, and train in the first FIRST meshes of the plan and in LOWER of those ranked lower, from the
+next one to the last, which all take turns. Reported for each layout: its rank in the plan, predicted and measured step,
+and for each set-up what its first choice takes over the measured best of all.
 
     2x4@1gbit      2 hosts of 4 ranks, layers that sleep as long as their FLOPs take at FLOPS_PER_S (sleeping.py): each
                    of more ranks than cores has a core of its own, and the rate is known. What is held against the
@@ -41,12 +42,19 @@ FLOPS_PER_S = 10e9
 SLEEPING = ("1x4", "1x8", "2x2@1gbit", "2x2@200mbit", "2x4@1gbit", "2x4@200mbit", "4x2@1gbit", "4x1@200mbit")
 REAL = ("1x2-real", "2x1@1gbit-real", "2x1@200mbit-real")
 SECTIONS = SLEEPING + REAL
-SHOW = 3  # layouts of the plan that are trained
+FIRST, LOWER = 3, 3  # layouts of the plan that are trained
 N_ROUNDS, N_WARM_UP = 4, 2
 
 
+def trained(n_planned: int) -> list[int]:
+    """Places in the plan: the first ones, and some of the others with equal steps between them."""
+    lower = range(FIRST, n_planned)
+    n = min(LOWER, len(lower))
+    return [*range(min(FIRST, n_planned)), *(lower[round(i * (len(lower) - 1) / max(1, n - 1))] for i in range(n))]
+
+
 def planned(config: Config, world: Any, flops_per_s: float) -> list[dict[str, Any]]:
-    """The plan's first layouts: settings, and what is predicted; the same on every rank."""
+    """Layouts of the plan: settings, and what is predicted; the same on every rank."""
 
     def plan() -> list[dict[str, Any]]:
         begin = time.perf_counter()
@@ -55,21 +63,24 @@ def planned(config: Config, world: Any, flops_per_s: float) -> list[dict[str, An
         return [
             {
                 "name": str(each),
+                "place": place + 1,
+                "of": len(found.fitting),
                 "layout": dataclasses.asdict(each.config.layout),
                 "accumulation": each.config.train.accumulation,
                 "predicted_s": each.time.total_s,
                 "parts_s": each.time.parts,
                 "planned_in_s": took_s,
             }
-            for each, _ in found.fitting
+            for place in trained(len(found.fitting))
+            for each in [found.fitting[place][0]]
         ]
 
     result: list[dict[str, Any]] = on_rank_0(MeteredGroup(world, "world"), plan)
     return result
 
 
-def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tuple[float, list[dict[str, Any]]]:
-    """The rate, and the layouts of the plan with the steps that were measured."""
+def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tuple[float, list[dict[str, Any]], str]:
+    """The rate, the layouts of the plan with the steps that were measured, and the topology that was planned for."""
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as world:
         rate = torch.tensor([planning_flops(config) if real else FLOPS_PER_S], dtype=torch.float64)
@@ -102,7 +113,8 @@ def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tupl
             }
         for trainer in trainers:
             trainer.close()
-    return float(rate), layouts
+        topology = world.topology.to_toml()
+    return float(rate), layouts, topology
 
 
 def section(name: str) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def section(name: str) -> dict[str, Any]:
         config,
         data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
         train=dataclasses.replace(config.train, eval_sequences=8),
-        plan=dataclasses.replace(config.plan, show=SHOW, max_cp=1),
+        plan=dataclasses.replace(config.plan, show=99, max_cp=1),
         layout=LayoutConfig(tp_overlap="auto" if kind else "never"),  # a layer that sleeps is not split
     )
     hosts = [host for host in "abcd"[:n_hosts] for _ in range(per_host)]
@@ -123,7 +135,7 @@ def section(name: str) -> dict[str, Any]:
             network.shape(rate)
         args = (config, bool(kind))
         place = {"hosts": hosts, "network": network} if network is not None else {}
-        flops_per_s, layouts = run_ranks(run, len(hosts), *args, **place, timeout_s=220)[0]
+        flops_per_s, layouts, topology = run_ranks(run, len(hosts), *args, **place, timeout_s=220)[0]
     for each in layouts:
         each["measured_s"] = round(statistics.median(each["steps_s"]), 5)
         each["predicted_s"] = round(each["predicted_s"], 5)
@@ -132,6 +144,7 @@ def section(name: str) -> dict[str, Any]:
     best = min(each["measured_s"] for each in layouts)
     return {
         "flops_per_s": flops_per_s,
+        "topology": topology.splitlines(),
         "layouts": layouts,
         "first_over_best": round(layouts[0]["measured_s"] / best, 4),
         "off": [round(each["predicted_s"] / each["measured_s"] - 1, 4) for each in layouts],
@@ -154,7 +167,7 @@ def main() -> int:
         )
         for each, off in zip(found["layouts"], found["off"], strict=True):
             print(
-                f"  {each['name']:<55} predicted {1e3 * each['predicted_s']:7.1f}  measured "
+                f"  {each['place']:2}. {each['name']:<55} predicted {1e3 * each['predicted_s']:7.1f}  measured "
                 f"{1e3 * each['measured_s']:7.1f} ms  {off:+.1%}\n      parts {each['parts_s']}\n"
                 f"      blocked {each['blocked_s']}",
                 flush=True,

@@ -5,16 +5,14 @@ whose memory is another one. Copies are in the order of the device's work, so th
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from training.device import Device
+from training.saved_tensors import Saved, SavedTensors
 
 
 class HostMemory:
@@ -46,70 +44,48 @@ class HostMemory:
             x.data = self._homes[x]
 
 
-class HostActivations:
-    """Puts what autograd saves into host memory, whose places are used again. On a GPU copies run beside its work, and
-    what backward will most likely take next is on its way while it computes.
-
-    Tensors smaller than min_nbytes, and parameters (that live on anyway), stay where they are."""
+class HostActivations(SavedTensors):
+    """In the host's memory. On a GPU copies run beside its work, and what backward will most likely take next is on its
+    way while it computes."""
 
     def __init__(self, device: Device, parameters: Iterable[Tensor], min_nbytes: int = 1 << 16) -> None:
-        self._device, self._min_nbytes = device, min_nbytes
-        self._kept = {parameter.untyped_storage()._cdata for parameter in parameters}
-        self._free: dict[int, list[Tensor]] = {}
+        super().__init__(parameters, min_nbytes)
+        self._device = device
         self._streams = [torch.cuda.Stream(device.where) for _ in range(2)] if device.is_gpu else []
-        self._last: weakref.ref[_Saved] | None = None
-        self.nbytes = 0  # of all places
+        self._last: weakref.ref[_OnHost] | None = None
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Within it, what autograd saves goes to the host; backward may run anywhere."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            yield
+    def _place(self, nbytes: int) -> Tensor:
+        return self._device.pinned([nbytes], torch.uint8)
 
-    def _pack(self, x: Tensor) -> Any:
-        if x.nbytes < self._min_nbytes or x.untyped_storage()._cdata in self._kept:
-            return x
-        free = self._free.setdefault(x.nbytes, [])
-        if not free:
-            free.append(self._device.pinned([x.nbytes], torch.uint8))
-            self.nbytes += x.nbytes
-        saved = _Saved(x, free, self._device, self._streams, self._last)
+    def _save(self, x: Tensor, free: list[Tensor]) -> Saved:
+        saved = _OnHost(x, free, self._device, self._streams, self._last)
         self._last = weakref.ref(saved)
         return saved
 
-    def _unpack(self, packed: Any) -> Tensor:
-        return packed.take() if isinstance(packed, _Saved) else packed
 
-
-class _Saved:
-    """One tensor in a place, which is free again when autograd lets go of it."""
-
+class _OnHost(Saved):
     def __init__(
         self,
         x: Tensor,
         free: list[Tensor],
         device: Device,
         streams: list[torch.cuda.Stream],
-        before: weakref.ref[_Saved] | None,
+        before: weakref.ref[_OnHost] | None,
     ) -> None:
         """streams: away from the device, and back; [] for what has none. before: what was saved before it."""
-        self._place, self._free, self._device, self._streams = free.pop(), free, device, streams
-        self._dtype, self._shape = x.dtype, x.shape
-        self._before = before
+        super().__init__(x, free)
+        self._device, self._streams, self._before = device, streams, before
         self._back: Tensor | None = None
         if not streams:
-            device.bring(x, self._home())
+            device.bring(x, self.home())
             return
         away, back = streams
         away.wait_stream(torch.cuda.current_stream())
         away.wait_stream(back)  # the place may just be read for the last time
         with torch.cuda.stream(away):
-            device.bring(x, self._home())
+            device.bring(x, self.home())
         x.record_stream(away)
         self._there = away.record_event()
-
-    def _home(self) -> Tensor:
-        return self._place[: math.prod(self._shape) * self._dtype.itemsize].view(self._dtype).view(self._shape)
 
     def fetch(self) -> None:
         """It is on its way back."""
@@ -117,12 +93,12 @@ class _Saved:
             return
         back = self._streams[1] if self._streams else None
         if back is None:
-            self._back = torch.empty(self._shape, dtype=self._dtype, device=self._device.where).copy_(self._home())
+            self._back = torch.empty(self._shape, dtype=self._dtype, device=self._device.where).copy_(self.home())
             return
         back.wait_event(self._there)
         with torch.cuda.stream(back):
             self._back = torch.empty(self._shape, dtype=self._dtype, device=self._device.where)
-            self._back.copy_(self._home(), non_blocking=True)
+            self._back.copy_(self.home(), non_blocking=True)
         self._arrived = back.record_event()
 
     def take(self) -> Tensor:
@@ -135,6 +111,3 @@ class _Saved:
         if self._before is not None and (before := self._before()) is not None:
             before.fetch()
         return x
-
-    def __del__(self) -> None:
-        self._free.append(self._place)

@@ -11,15 +11,14 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.errors import ConfigError
+from training.saved_tensors import Saved, SavedTensors
 
 _LIBC = ctypes.CDLL(None)
 
@@ -77,47 +76,26 @@ def _mapped(folder: Path, nbytes: int) -> Tensor:
         raise ConfigError(f"no room for {nbytes} bytes in {folder}: {error.strerror}; set train.offload_dir") from error
 
 
-class ActivationFile:
-    """Puts what autograd saves into files, reusing the place of what backward has taken back.
-
-    Tensors smaller than min_nbytes, and parameters (that live on anyway), stay where they are."""
+class ActivationFile(SavedTensors):
+    """In files of a folder."""
 
     def __init__(self, folder: Path, parameters: Iterable[Tensor], min_nbytes: int = 1024) -> None:
+        """Raises ConfigError where the folder cannot be written."""
+        super().__init__(parameters, min_nbytes)
         _writable(folder)
-        self._folder, self._min_nbytes = folder, min_nbytes
-        self._kept = {parameter.untyped_storage()._cdata for parameter in parameters}
-        self._free: dict[int, list[Tensor]] = {}
-        self.nbytes = 0  # of all places
+        self._folder = folder
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Within it, what autograd saves goes into the file; backward may run anywhere."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            yield
+    def _place(self, nbytes: int) -> Tensor:
+        return _mapped(self._folder, nbytes)
 
-    def _pack(self, x: Tensor) -> Any:
-        if x.nbytes < self._min_nbytes or x.untyped_storage()._cdata in self._kept:
-            return x
-        free = self._free.setdefault(x.nbytes, [])
-        if not free:
-            free.append(_mapped(self._folder, x.nbytes))
-            self.nbytes += x.nbytes
-        place = _Place(free.pop(), free)
-        place.pages[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-        return place, x.dtype, x.shape
-
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        place, dtype, shape = packed
-        return place.pages[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape).clone()
+    def _save(self, x: Tensor, free: list[Tensor]) -> Saved:
+        return _InFile(x, free)
 
 
-class _Place:
-    """Pages that become free again when autograd lets go of them."""
+class _InFile(Saved):
+    def __init__(self, x: Tensor, free: list[Tensor]) -> None:
+        super().__init__(x, free)
+        self.home().copy_(x)
 
-    def __init__(self, pages: Tensor, free: list[Tensor]) -> None:
-        self.pages, self._free = pages, free
-
-    def __del__(self) -> None:
-        self._free.append(self.pages)
+    def take(self) -> Tensor:
+        return self.home().clone()

@@ -238,6 +238,7 @@ def test_layouts() -> None:
         ({"layout": {"zero_ranks": 2}}, 2, "layout.zero_ranks is 2 but layout.zero is 0"),
         ({"layout": {"zero": 1, "zero_ranks": 3}}, 2, r"zero_ranks \(3\) does not divide data × context .* \(2\)"),
         ({"layout": {"zero": 2}, "offload_parameters": True}, 2, "offload_parameters needs layout.zero 3, it is 2"),
+        ({"layout": {"zero": 1}, "offload_gradients": True}, 2, "offload_gradients needs layout.zero 2 or 3, it is 1"),
         ({"steps": 0}, 1, "train.steps is 0; it must be at least 1"),
         ({"data": {"val_fraction": 1.0}}, 1, "val_fraction is 1.0; it must lie between 0 and 1"),
     ],

@@ -81,6 +81,25 @@ def test_products_are_those_of_what_the_codes_stand_for() -> None:
     assert 1e-3 < difference(y - bias, F.linear(x, weight)) < 0.06  # it is fp8
 
 
+@pytest.mark.parametrize("n_rows", [0, 1, 15, 17])
+def test_rows_may_be_any_number(n_rows: int) -> None:
+    x = random(n_rows, 32, seed=6).bfloat16().requires_grad_()
+    weight = torch.nn.Parameter(random(16, 32, seed=7, scale=0.02).bfloat16())
+    grad = random(n_rows, 16, seed=8).bfloat16()
+    y = fp8.linear(x, weight, None)
+    y.backward(grad)
+    assert x.grad is not None and weight.grad is not None
+    assert y.shape == (n_rows, 16) and x.grad.shape == x.shape and weight.grad.shape == weight.shape
+    if n_rows == 0:
+        assert bool((weight.grad == 0).all())
+        return
+    rows, given = as_coded(x.detach(), torch.float8_e4m3fn), as_coded(grad, torch.float8_e5m2)
+    matrix = as_coded(weight.detach(), torch.float8_e4m3fn)
+    assert difference(y.detach(), rows @ matrix.T) < 5e-3
+    assert difference(x.grad, given @ matrix) < 5e-3
+    assert difference(weight.grad, given.T @ rows) < 5e-3
+
+
 def test_a_weights_gradient_that_is_put_off_is_the_same() -> None:
     for now, later in zip(gradients(put_off=False), gradients(put_off=True), strict=True):
         assert torch.equal(now, later)
@@ -90,19 +109,42 @@ def config_of(device: str = "cuda", **train: Any) -> Config:
     return tiny(**{"precision": "bf16", "device": device, "matmul": "fp8", **train})
 
 
-def losses(group: Any, config: Config) -> list[float]:
+def losses(group: Any, config: Config) -> tuple[list[float], set[tuple[int, ...]]]:
+    """Of 15 steps, and the shapes of the weights whose products were fp8."""
     torch.set_num_threads(1)
+    product, shapes = fp8.linear, set()
+
+    def seen(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        shapes.add(tuple(weight.shape))
+        return product(x, weight, *others)
+
+    fp8.linear = seen
     trainer = Trainer(config, group)
     found = [trainer.train_step().loss for _ in range(15)]
     trainer.close()
-    return found
+    return found, shapes
 
 
-def test_a_run_in_fp8_follows_bf16() -> None:
+EXPERTS = {"n_experts": 4, "top_k": 2, "n_shared_experts": 1, "n_dense_layers": 1, "d_ff_expert": 96}
+LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "among"),
+    [
+        ({}, {"tp": 2}, {(32, 32)}),
+        (EXPERTS, {"ep": 2, "moe_exchange": "overlapped"}, {(96, 32), (32, 96)}),
+        (EXPERTS | LATENT, {"tp": 2, "experts_over_tp": "split"}, {(48, 32), (32, 48)}),
+    ],
+    ids=["dense", "experts", "split experts and latents"],
+)
+def test_a_run_in_fp8_follows_bf16(model: dict[str, Any], layout: dict[str, Any], among: set[tuple[int, ...]]) -> None:
     library = str(build())
     variables = {"PYCOMM_NCCL_LIB": library, "PYCOMM_TEST_DEVICE": library}
-    coded = run_ranks(losses, 2, dataclasses.replace(config_of(), layout=tiny(tp=2).layout), environment=variables)[0]
-    plain = run_ranks(losses, 2, config_of(matmul="plain"), environment=variables)[0]
+    in_fp8, in_bf16 = (config_of(model=model, layout=layout, matmul=each) for each in ("fp8", "plain"))
+    coded, shapes = run_ranks(losses, 2, in_fp8, environment=variables)[0]
+    plain, none = run_ranks(losses, 2, in_bf16, environment=variables)[0]
+    assert among <= shapes and not none
     assert coded != plain and coded[-1] < coded[0] - 0.5
     np.testing.assert_allclose(coded, plain, rtol=0.02)
 
@@ -121,6 +163,8 @@ def test_where_there_are_no_fp8_products_it_is_said() -> None:
             dataclasses.replace(config_of(), model=dataclasses.replace(tiny().model, d_ff=72)),
             "model.d_ff / layout.tp is 72",
         ),
+        (config_of(model=EXPERTS | {"d_ff_expert": 40}), "the width of an expert on a rank is 40"),
+        (config_of(model=LATENT | {"kv_lora_rank": 24}), "model.kv_lora_rank is 24"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             resolve_layout(config, 1)

@@ -178,6 +178,7 @@ def check_offload(group: Any, folder: str) -> None:
         ("fp32", {"offload_parameters": True, "offload_optimizer": True}, 12),
         ("bf16", {"offload_parameters": True}, 2),
         ("bf16", {"offload_parameters": True, "offload_optimizer": True}, 14),
+        ("bf16", {"offload_parameters": True, "offload_optimizer": True, "offload_gradients": True}, 18),
     ):
         config = tiny(layout={"zero": 3}, model=MODEL, precision=precision, offload_dir=folder, **settings)
         trainer = Trainer(config, group)
@@ -197,11 +198,16 @@ def check_offload(group: Any, folder: str) -> None:
             memory.estimate(dataclasses.replace(config, train=train), trainer.mesh.layout, specs, 0)
             for train in (
                 config.train,
-                dataclasses.replace(config.train, offload_parameters=False, offload_optimizer=False),
+                dataclasses.replace(
+                    config.train, offload_parameters=False, offload_optimizer=False, offload_gradients=False
+                ),
             )
         )
-        update = 24 * max(numbers_of_a_block(trainer, block) for block in range(MODEL["n_layers"]))
-        assert whole.optimizer - offloaded.optimizer == pytest.approx(kept * numbers - update, rel=0.05)
+        update = (32 if config.train.offload_gradients else 24) * max(
+            numbers_of_a_block(trainer, block) for block in range(MODEL["n_layers"])
+        )
+        saved = whole.optimizer + whole.gradients - offloaded.optimizer - offloaded.gradients
+        assert saved == pytest.approx(kept * numbers - update, rel=0.05)
         trainer.close()
         del trainer, block
         gc.collect()

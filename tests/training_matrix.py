@@ -25,6 +25,8 @@ MLA = {**DENSE, "n_kv_heads": 12, "kv_lora_rank": 14, "q_lora_rank": 18, "qk_rop
 MLA_MOE = {**MOE, **MLA, "q_lora_rank": 0}
 MODELS = {"dense": DENSE, "moe": MOE, "untied": UNTIED, "gpt2": GPT2, "mla": MLA, "mla moe": MLA_MOE}
 
+ALL_IN_FILES = {"offload_parameters": True, "offload_optimizer": True, "offload_gradients": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -111,8 +113,14 @@ CASES = [
     Case(1, {"zero": 3}, {"offload_parameters": True}, exact="dense"),
     Case(2, {"zero": 3}, {"offload_parameters": True, "accumulation": 2}, exact="dense on 2: zero=3 accumulation=2"),
     Case(2, {"zero": 3}, {"accumulation": 2}),
+    Case(2, {"zero": 3}, {"offload_gradients": True, "accumulation": 2}, exact="dense on 2: zero=3 accumulation=2"),
+    Case(2, {"zero": 3, "zero_ranks": 1}, {"offload_gradients": True}, exact="dense on 2: dp"),
     Case(2, {"zero": 3, "zero_ranks": 1}, {"offload_parameters": True}, exact="dense on 2: dp"),
-    Case(4, {"zero": 3, "zero_ranks": 2}, {"offload_parameters": True, "offload_optimizer": True, "recompute": "full"}),
+    Case(
+        4,
+        {"zero": 3, "zero_ranks": 2},
+        {"offload_parameters": True, "offload_optimizer": True, "offload_gradients": True, "recompute": "full"},
+    ),
     # tensor parallel products in pieces
     Case(4, {"tp": 4, "tp_overlap": "always"}),
     Case(4, {"tp": 2, "tp_overlap": "always"}, {"recompute": "full", "offload_activations": True}),
@@ -127,6 +135,8 @@ CASES = [
     # latent attention
     Case(4, {"tp": 2, "cp": 2}, {"recompute": "selective"}, "mla"),
     Case(4, {"cp": 2, "context": "ulysses", "zero": 3}, {"recompute": "full"}, "mla"),
+    Case(2, {"cp": 2, "context_latents": False}, model="mla"),
+    Case(4, pipe(2, "zb_h1", cp=2), ACC, "mla moe"),
     Case(8, pipe(2, "zb_h1", tp=2, zero=1), ACC, "mla"),
     Case(4, {"tp": 2, "ep": 2, "tp_overlap": "always"}, model="mla moe"),
     # triples, and every axis

@@ -161,7 +161,9 @@ def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: in
     yield 2 * tokens / layout.tp * latents * (2 if config.train.precision == "bf16" else 1)  # their norms' own, in fp32
     yield tokens * (latents + model.qk_rope_head_dim)  # gathered
     both = model.head_width + model.v_width
-    if recompute == "none":
+    if layout.cp > 1 and config.layout.context_latents:
+        yield from _latents_between_ranks(config, layout, recompute, tokens, heads)
+    elif recompute == "none":
         wide = max(model.qk_width, model.v_width)  # of a value too, as the flash kernel takes it
         if _rings(config, layout):
             wide = model.v_width  # each step widens it for itself
@@ -171,6 +173,25 @@ def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: in
     else:
         yield tokens * heads * (model.qk_width + both)
     yield tokens * heads * model.v_width  # attention's output
+
+
+def _latents_between_ranks(
+    config: Config, layout: Layout, recompute: str, tokens: int, heads: float
+) -> Iterator[float]:
+    """Numbers saved between latents and attention's output where context parallel ranks exchange latents."""
+    model = config.model
+    yield tokens * heads * model.qk_width  # query
+    if recompute != "none":
+        return
+    yield tokens * model.qk_rope_head_dim  # the shared key, turned
+    if _rings(config, layout):
+        yield tokens * heads * model.v_width  # attention's output; keys and values are made again
+        return
+    wide = max(model.qk_width, model.v_width)
+    yield tokens * layout.cp * model.kv_lora_rank  # gathered, and of it keys and values, and the output, of own heads
+    yield tokens * heads * (model.qk_width + 2 * wide)
+    if config.data.document_mask:
+        yield sum(_of_cuts(config, layout, 0.0))
 
 
 def _inner(config: Config, layout: Layout, index: int) -> float:

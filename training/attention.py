@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.cache import KeyValueCache
-from training.context import attend, positions
+from training.context import attend, attend_latents, positions
 from training.mesh import Mesh
 from training.model_config import ModelConfig
 from training.norms import RMSNorm
@@ -82,7 +82,7 @@ class LatentAttention(nn.Module):
         self.parallel = parallel
         self.mesh = mesh
         self.cache: KeyValueCache | None = None
-        self.attend = attend
+        self.attend, self.attend_latents = attend, attend_latents
         self.widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         self.of_query = (config.head_width, config.qk_rope_head_dim)
         self.of_head = (config.head_width, config.v_width)
@@ -111,11 +111,13 @@ class LatentAttention(nn.Module):
             latent, shared, of_query = gathered.split([each.shape[-1] for each in latents], -1)
             query = self.query_up(of_query)
         query, shared = query.unflatten(-1, (-1, sum(self.of_query))), shared.unsqueeze(-2)
+        selective = self.parallel.recompute == "selective"
         if self.cache is not None:
             y = self._of_latents(self.cache, query, latent, shared)
+        elif self.parallel.context_latents and self.mesh.cp.size > 1:
+            y = again(self._latent_core, query, latent, shared, documents, enabled=selective)
         else:
             both = self.key_value_up(latent).unflatten(-1, (-1, sum(self.of_head)))
-            selective = self.parallel.recompute == "selective"
             y = again(self._core, query, both, shared, documents, enabled=selective)
         return row_linear(y.flatten(-2), self.out, self.mesh)
 
@@ -134,6 +136,14 @@ class LatentAttention(nn.Module):
         query = torch.cat([still, turned], -1)
         key = torch.cat([key, shared.expand(-1, -1, key.shape[-2], -1)], -1)
         return self.attend(query, key, value, self.mesh, self.parallel.context, documents)
+
+    def _latent_core(self, query: Tensor, latent: Tensor, shared: Tensor, documents: Tensor | None) -> Tensor:
+        """_core() of context parallel ranks, which exchange latents and make keys and values after that."""
+        still, turned, shared = self._turned(query, shared)
+        query, weight = torch.cat([still, turned], -1), self.key_value_up.weight
+        return self.attend_latents(
+            query, (latent, shared), weight, self.of_head, self.mesh, self.parallel.context, documents
+        )
 
     def _of_latents(self, cache: KeyValueCache, query: Tensor, latent: Tensor, shared: Tensor) -> Tensor:
         """_core() without keys and values of heads: q · (U c) = (Uᵀ q) · c, so that latents are the one key and value

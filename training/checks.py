@@ -24,6 +24,11 @@ def zero(config: Config, resolved: Layout) -> None:
             "blocks in memory no longer than they compute; set layout.zero to 3 (with layout.zero_ranks 1 each rank's "
             "file has all that it would have without ZeRO, and no parameters are exchanged)"
         )
+    if config.train.offload_gradients and layout.zero < 2:
+        raise ConfigError(
+            f"train.offload_gradients needs layout.zero 2 or 3, it is {layout.zero}: below that every backward adds to "
+            "whole gradients; set layout.zero to 2 or more"
+        )
     if layout.zero == 0:
         if layout.zero_ranks:
             raise ConfigError(f"layout.zero_ranks is {layout.zero_ranks} but layout.zero is 0; set layout.zero to 1..3")
@@ -236,7 +241,7 @@ def wires(config: Config) -> None:
 
 def products(config: Config, resolved: Layout) -> None:
     """Of train.matmul, train.compile and train.cuda_graph."""
-    model, train = config.model, config.train
+    train = config.train
     if train.cuda_graph:
         _captures(config)
     if train.compile and config.layout.schedule in ("zb_h1", "zbv") and config.layout.pp > 1:
@@ -255,16 +260,37 @@ def products(config: Config, resolved: Layout) -> None:
             "train.matmul 'fp8' with layout.tp_overlap 'always', whose pieces are no fp8 products; set tp_overlap to "
             "'never'"
         )
-    tokens = config.data.seq_len // resolved.cp * (train.global_batch // (resolved.n_data * train.accumulation))
-    for name, size in (
-        ("tokens of a micro-batch on a rank / layout.tp", tokens // resolved.tp),
-        ("model.d_model", model.d_model),
-        ("model.n_heads × head width / layout.tp", model.n_heads * model.head_width // resolved.tp),
-        ("model.n_kv_heads × head width / layout.tp", model.n_kv_heads * model.head_width // resolved.tp),
-        ("model.d_ff / layout.tp", model.d_ff // resolved.tp),
-    ):
+    for name, size in _widths(config, resolved).items():
         if size % 16:
             raise ConfigError(f"train.matmul is 'fp8', whose products need multiples of 16; {name} is {size}")
+
+
+def _widths(config: Config, resolved: Layout) -> dict[str, int]:
+    """Of what linear layers multiply on a rank, by name. Rows of tokens may be any number."""
+    model, tp = config.model, resolved.tp
+    widths = {"model.d_model": model.d_model}
+    if model.latent:
+        widths |= {
+            "model.q_lora_rank": model.q_lora_rank,
+            "model.kv_lora_rank": model.kv_lora_rank,
+            "model.kv_lora_rank + model.qk_rope_head_dim": model.kv_lora_rank + model.qk_rope_head_dim,
+            "model.n_heads × width of a query / layout.tp": model.n_heads * model.qk_width // tp,
+            "model.n_heads × width of a value / layout.tp": model.n_heads * model.v_width // tp,
+            "model.n_heads × width of a key and a value / layout.tp": (
+                model.n_heads * (model.head_width + model.v_width) // tp
+            ),
+        }
+    else:
+        widths["model.n_heads × head width / layout.tp"] = model.n_heads * model.head_width // tp
+        widths["model.n_kv_heads × head width / layout.tp"] = model.n_kv_heads * model.head_width // tp
+    with_experts = [model.has_experts(index) for index in range(model.n_layers)]
+    if not all(with_experts):
+        widths["model.d_ff / layout.tp"] = model.d_ff // tp
+    if any(with_experts):
+        slices = tp if resolved.experts_over_tp == "split" else 1
+        widths["the width of an expert on a rank"] = model.expert_width // slices
+        widths["the width of shared experts / layout.tp"] = model.n_shared_experts * model.expert_width // tp
+    return widths
 
 
 def _captures(config: Config) -> None:
@@ -275,7 +301,10 @@ def _captures(config: Config) -> None:
         (layout.tp_overlap == "always", "layout.tp_overlap 'always', whose ranks exchange messages"),
         (layout.zero > 0, f"layout.zero {layout.zero}, whose memory comes and goes from step to step"),
         (config.model.n_experts > 0, "experts, whose rows the host counts"),
-        (train.offload_activations or train.offload_optimizer or train.offload_parameters, "offloading"),
+        (
+            train.offload_activations or train.offload_optimizer or train.offload_parameters or train.offload_gradients,
+            "offloading",
+        ),
         (config.sync.method != "synchronous", f"sync.method {config.sync.method!r}, whose steps are not all alike"),
     ):
         if asked:

@@ -31,6 +31,7 @@ class LayoutConfig:
     tp_overlap: Literal["auto", "always", "never"] = "auto"  # products beside tp's exchanges; auto: where that gains
     cp: int = 1  # context parallel: each rank has 1 / cp of every sequence
     context: Literal["ring", "ulysses"] = "ring"  # keys and values go around, or heads and sequence change places
+    context_latents: bool = True  # of latent attention, latents go instead of heads' keys and values
     pp: int = 1  # pipeline parallel
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv"] = "1f1b"  # training/schedules.py
     chunks: int = 1  # interleaved: stages a rank has; zbv has 2
@@ -73,6 +74,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # activations: attention's own, or all within a block
     offload_optimizer: bool = False  # masters and moments in a mapped file
     offload_parameters: bool = False  # with layout.zero 3, each rank's part of blocks in a mapped file
+    offload_gradients: bool = False  # with layout.zero 2 or 3, each rank's part of summed gradients in a mapped file
     offload_activations: bool = False  # what backward needs in a mapped file
     offload_dir: str = ""  # "": offload in the run's folder
     matmul: Literal["plain", "fp8"] = "plain"  # products of linear layers: as train.precision says, or fp8 on GPUs

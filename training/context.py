@@ -9,6 +9,9 @@ ring      keys and values go around the ranks; each step attends to one rank's, 
           their log-sum-exp (ring_attention.py). Moves 2 · S/cp · kv_width numbers a step, beside the step's products.
 ulysses   an all_to_all gives each rank the whole sequence of 1 / cp of its heads, another one takes the result back.
           Source: Jacobs et al., DeepSpeed-Ulysses, arXiv:2309.14509.
+
+Of latent attention latents go around, or are gathered by all, and each rank makes keys and values of them
+(attend_latents()), unless layout.context_latents is false.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.key_values import OfHeads, OfLatents
 from training.mesh import Mesh
 from training.positions import positions
 from training.ring_attention import RingAttention
@@ -37,9 +41,32 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mesh: Mesh, kind: str, doc
     if kind == "ulysses":
         gathered = [_SequenceForHeads.apply(each, mesh) for each in (query, key, value)]
         return _HeadsForSequence.apply(_whole_attention(*gathered, documents), mesh)
-    repeats = query.shape[2] // key.shape[2]
-    out: Tensor = RingAttention.apply(query, key, value, mesh.cp, repeats, documents)
+    of_heads = OfHeads(query.shape[2] // key.shape[2])
+    out: Tensor = RingAttention.apply(query, key, value, None, of_heads, mesh.cp, documents)
     return out
+
+
+def attend_latents(
+    query: Tensor,
+    latents: tuple[Tensor, Tensor],
+    weight: Tensor,
+    widths: tuple[int, int],
+    mesh: Mesh,
+    kind: str,
+    documents: Tensor | None,
+) -> Tensor:
+    """attend() of several ranks where keys and values come from latents [S/cp, B, r] and turned shared keys
+    [S/cp, B, 1, rope], which they exchange instead. weight, widths: as key_values.OfLatents takes them."""
+    key_values = OfLatents(widths, mesh.fp8)
+    if kind == "ring":
+        out: Tensor = RingAttention.apply(query, *latents, weight, key_values, mesh.cp, documents)
+        return out
+    n_heads = query.shape[2] // mesh.cp.size
+    own = weight.unflatten(0, (query.shape[2], -1))[mesh.cp.rank * n_heads :][:n_heads].flatten(0, 1)
+    whole = _GatherContext.apply(torch.cat([latents[0], latents[1].flatten(2)], -1), mesh)
+    latent, shared = whole.split([each.shape[-1] for each in latents], -1)
+    gathered = [_SequenceForHeads.apply(query, mesh), *key_values.of_rows([latent, shared.unsqueeze(2)], own)]
+    return _HeadsForSequence.apply(_whole_attention(*gathered, documents), mesh)
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -86,6 +113,24 @@ def _to_sequence(x: Tensor, mesh: Mesh) -> Tensor:
     received = torch.empty_like(sent)
     mesh.cp.all_to_all(received, sent, wire=mesh.wire["cp"])
     return received.unflatten(0, (n, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
+
+
+class _GatherContext(torch.autograd.Function):
+    """[S/cp, B, width] of each rank to [S, B, width] in the order of positions; backward adds the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
+        ctx.mesh = mesh
+        rows = x.new_empty((x.shape[0] * mesh.cp.size, *x.shape[1:]))
+        mesh.cp.all_gather(rows, x.contiguous(), wire=mesh.wire["cp"])
+        return torch.empty_like(rows).index_copy_(0, _order(len(rows), mesh.cp.size, x.device), rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        cp = ctx.mesh.cp
+        own = grad.new_empty((grad.shape[0] // cp.size, *grad.shape[1:]))
+        cp.reduce_scatter(own, grad[_order(len(grad), cp.size, grad.device)], wire=ctx.mesh.wire["cp"])
+        return own, None
 
 
 class _SequenceForHeads(torch.autograd.Function):

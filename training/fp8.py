@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pycomm.overlap import WeightGradients
@@ -40,6 +41,13 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
 
 
+def _padded(rows: Tensor) -> Tensor:
+    """rows [M, K] and zeros up to a multiple of MULTIPLE: a weight's gradient is a product over rows. Zeros change
+    neither a scale nor a sum."""
+    missing = -len(rows) % MULTIPLE
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
 def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
     """bf16 [M, N] of a [M, K] and b [N, K], both fp8 and contiguous. fast: sums in fewer bits, enough for a forward."""
     return torch._scaled_mm(a, b.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
@@ -48,19 +56,20 @@ def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool)
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, later: WeightGradients | None, leaf: Tensor) -> Tensor:
-        rows, of_rows = quantise(x.flatten(0, -2), torch.float8_e4m3fn)
+        rows, of_rows = quantise(_padded(x.flatten(0, -2)), torch.float8_e4m3fn)
         matrix, of_matrix = quantise(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(rows, of_rows, matrix, of_matrix)
         ctx.later, ctx.leaf = later, leaf
-        return _product(rows, matrix, of_rows, of_matrix, True).unflatten(0, x.shape[:-1])
+        return _product(rows, matrix, of_rows, of_matrix, True)[: x.shape[:-1].numel()].unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, of_rows, matrix, of_matrix = ctx.saved_tensors
-        given, of_given = quantise(grad.flatten(0, -2), torch.float8_e5m2)
+        given, of_given = quantise(_padded(grad.flatten(0, -2)), torch.float8_e5m2)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _product(given, matrix.t().contiguous(), of_given, of_matrix, False).unflatten(0, grad.shape[:-1])
+            of_x = _product(given, matrix.t().contiguous(), of_given, of_matrix, False)
+            of_x = of_x[: grad.shape[:-1].numel()].unflatten(0, grad.shape[:-1])
 
         def of_weight() -> Tensor:
             return _product(given.t().contiguous(), rows.t().contiguous(), of_given, of_rows, False)
@@ -74,7 +83,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, later: WeightGradients | None = None) -> Tensor:
     """F.linear of bf16 x [.., K] and weight [N, K], whose products are fp8; bias [N] is added in bf16. later: puts the
-    weight's gradient off; the weight must be a leaf then. Sizes, and the product of all but x's last, are multiples of
-    16."""
+    weight's gradient off; the weight must be a leaf then. K and N are multiples of 16."""
+    if x.numel() == 0:  # an expert without a token: no scale to find
+        return F.linear(x, weight, bias)
     y: Tensor = _Linear.apply(x, weight if later is None else weight.detach(), later, weight)
     return y if bias is None else y + bias

@@ -82,7 +82,7 @@ def estimate(
         largest[block] = largest.get(block, 0.0) + numel
         whole_parameters = zero < 3 or not block
         parameters += numel * itemsize if whole_parameters else 0
-        gradients += 4 * numel / copies
+        gradients += 0 if train.offload_gradients else 4 * numel / copies
         gradients += 4 * numel if zero and not as_they_come else 0
         separate = itemsize == 2 or zero > 0
         master_in_file = train.offload_optimizer or (train.offload_parameters and itemsize == 4)
@@ -97,8 +97,9 @@ def estimate(
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
     if as_they_come:  # one is filled, the one before is on its way (pycomm.overlap.prefetch.IN_FLIGHT)
         gradients += 4 * (block_numel + max(largest.values(), default=0.0))
-    if train.offload_optimizer or train.offload_parameters:
-        optimizer += 2 * 12 * max(parts.values(), default=0.0)  # one is updated, the next one arrives
+    if train.offload_optimizer or train.offload_parameters or train.offload_gradients:
+        # One is updated, the next one arrives.
+        optimizer += 2 * (16 if train.offload_gradients else 12) * max(parts.values(), default=0.0)
     return Estimate(
         int(parameters),
         int(gradients),

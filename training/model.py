@@ -61,6 +61,7 @@ class Parallel:
 
     stages: Stages | None = None
     context: Literal["ring", "ulysses"] = "ring"
+    context_latents: bool = True
     recompute: Literal["none", "selective", "full"] = "none"
     loss_chunk: int = 1024
 
@@ -109,6 +110,8 @@ class Block(nn.Module):
         exchange; hooks of the block itself stay outside."""
         if self.mesh.cp.size > 1:
             self.attention.attend = torch.compiler.disable(self.attention.attend)
+            if isinstance(self.attention, LatentAttention):
+                self.attention.attend_latents = torch.compiler.disable(self.attention.attend_latents)
         if self.experts is not None:
             self.experts.exchanged = torch.compiler.disable(self.experts.exchanged)
         self._compiled = torch.compile(self._layers, dynamic=False)

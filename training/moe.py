@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycomm.moe import ExpertParallel
+from training import fp8
 from training.mesh import Mesh
 from training.model_config import ModelConfig
 from training.parallel import gather_sequence, reduce_scatter_sequence
@@ -27,10 +28,13 @@ from training.router import rebalance, route
 from training.sharding import ParamSpec, ShardedModule
 
 
-def _outputs(rows: Tensor, sizes: Sequence[int], experts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _outputs(
+    rows: Tensor, sizes: Sequence[int], experts: Sequence[tuple[Tensor, Tensor, Tensor]], use_fp8: bool
+) -> Tensor:
     """SwiGLU of each expert's (gate, up, down) over its rows, which come one expert after the other."""
+    product = fp8.linear if use_fp8 else F.linear
     parts = [
-        F.linear(F.silu(F.linear(part, gate)) * F.linear(part, up), down)
+        product(F.silu(product(part, gate, None)) * product(part, up, None), down, None)
         for part, (gate, up, down) in zip(rows.split(list(sizes)), experts, strict=True)
     ]
     return torch.cat(parts) if parts else rows
@@ -94,11 +98,11 @@ class MixtureOfExperts(ShardedModule):
         layout, exchange = self.mesh.layout, self.exchange
         if layout.moe_exchange != "overlapped":
             dispatched = exchange.dispatch(x, experts, weights)
-            return exchange.combine(_outputs(dispatched.rows, dispatched.sizes, matrices), dispatched)
+            return exchange.combine(_outputs(dispatched.rows, dispatched.sizes, matrices, self.mesh.fp8), dispatched)
         stream = exchange.stream(x, experts, weights, n_chunks=layout.moe_chunks or "auto", cut="experts")
         for chunk in stream:
             of_chunk = matrices[chunk.experts.start : chunk.experts.stop]
-            chunk.output = _outputs(chunk.rows, chunk.sizes, of_chunk)
+            chunk.output = _outputs(chunk.rows, chunk.sizes, of_chunk, self.mesh.fp8)
         return stream.output
 
     def _balance_loss(self, probabilities: Tensor, slots: Tensor) -> Tensor:

@@ -35,11 +35,12 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
 
 def _require_replicated(config: Config) -> None:
     """Raises ConfigError where what is offloaded on GPUs is more than the optimizer's state of whole parameters."""
-    if config.layout.zero or config.train.offload_parameters or config.sync.method != "synchronous":
+    train = config.train
+    if config.layout.zero or train.offload_parameters or train.offload_gradients or config.sync.method != "synchronous":
         raise ConfigError(
             f"on GPUs train.offload_optimizer takes layout.zero 0 and sync.method 'synchronous', they are "
-            f"{config.layout.zero} and {config.sync.method!r}, and train.offload_parameters is for CPUs; raise "
-            "layout.zero instead, which leaves a rank 1/n of the state, or offload without it"
+            f"{config.layout.zero} and {config.sync.method!r}, and train.offload_parameters and offload_gradients are "
+            "for CPUs; raise layout.zero instead, which leaves a rank 1/n of the state, or offload without it"
         )
 
 
@@ -57,7 +58,7 @@ class Optimizer:
         self._config, self._device = config.optimizer, mesh.device
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
-        offloads = train.offload_optimizer or train.offload_parameters
+        offloads = train.offload_optimizer or train.offload_parameters or train.offload_gradients
         if offloads and mesh.device.late:
             _require_replicated(config)
         self._files: FileMemory | HostMemory | None = None
@@ -70,8 +71,10 @@ class Optimizer:
         self._state: Replicated | Sharded
         if layout.zero:
             parts = self._files if train.offload_parameters or dtype == torch.float32 else None
+            gradients = self._files if train.offload_gradients else None
+            memories = (parts, state_files, gradients)
             self._state = Sharded(
-                model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, parts, state_files, fill
+                model, trained, self.specs, mesh, dtype, layout.zero, layout.zero_ranks, *memories, fill
             )
         else:
             bucket_nbytes = train.bucket_kib * 1024 or None
@@ -161,11 +164,11 @@ class Optimizer:
         scalar on the device.
 
         Ranks that hold the same sums take an equal part of them each."""
-        shares = [
-            torch.linalg.vector_norm(piece, dtype=torch.float64).square() / copies
-            for flat, copies in self._state.sums()
-            for piece in flat.split(self._device.norm_numel)
-        ]
+        shares = []
+        for flat, copies in self._state.sums():
+            for piece in flat.split(self._device.norm_numel):
+                shares.append(torch.linalg.vector_norm(piece, dtype=torch.float64).square() / copies)
+            self._put_away(flat)
         return torch.stack([torch.zeros((), dtype=torch.float64, device=self._device.where), *shares]).sum()
 
     @torch.no_grad()
@@ -198,11 +201,17 @@ class Optimizer:
         elif flats and grad_norm > clip:
             for flat in flats:
                 flat.mul_(clip / float(grad_norm))
+                self._put_away(flat)
+
+    def _put_away(self, gradient: Tensor) -> None:
+        if self._files is not None:
+            self._files.release(gradient)
 
     def _in_files(self, x: Tensor, action: Callable[[FileMemory | HostMemory, Tensor], None]) -> None:
-        """Does it with a master and its moments, as far as they lie in files."""
+        """Does it with a master, its gradient and its moments, as far as they lie in files."""
         if self._files is not None:
-            for each in (x, *(self._moments[x][moment] for moment in MOMENTS)):
+            gradient = () if x.grad is None else (x.grad,)
+            for each in (x, *gradient, *(self._moments[x][moment] for moment in MOMENTS)):
                 action(self._files, each)
 
     def release(self) -> None:

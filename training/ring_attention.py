@@ -1,6 +1,7 @@
-"""Ring attention: keys and values go around the context parallel ranks; each step attends to one rank's, and the
-partial results are joined by their log-sum-exp. Backward computes the probabilities again from the joined one, as flash
-attention does; the gradients of keys and values go around with them and are whole when they come home.
+"""Ring attention: keys and values, or the latents that they come from (key_values.py), go around the context parallel
+ranks; each step attends to one rank's, and the partial results are joined by their log-sum-exp. Backward computes the
+probabilities again from the joined one, as flash attention does; the gradients of what goes around go with it and are
+whole when they come home.
 
 By context.py's placement a step sees all of what it is given, or is causal over a rank's own rows. So each is one call
 of torch's flash kernels (on a CPU, and in 16 bits on a GPU), which make no scores; with document masks, and where there
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.key_values import KeyValues, heads_first
 from training.metered import MeteredGroup
 from training.positions import positions
 
-_TAG = 1 << 40  # keys and values on their way; + 1: their gradients
+_TAG = 1 << 40  # what keys and values are made of, on its way; + 1: its gradients
 
 
 class _Step:
@@ -133,36 +135,33 @@ class _Ring:
         self.tensors = self._arriving
 
 
-def _heads_first(x: Tensor, repeats: int = 1) -> Tensor:
-    """[S, B, H, d] to [B, H * repeats, S, d]."""
-    x = x.permute(1, 2, 0, 3)
-    return x if repeats == 1 else x.repeat_interleave(repeats, 1)
-
-
 class RingAttention(torch.autograd.Function):
-    """Of query [S/cp, B, H, d], key [S/cp, B, H / repeats, d] and value; documents int64 [S, B] or None."""
+    """Of query [S/cp, B, H, d] and of the keys and values that key_values makes of two tensors, this rank's rows of
+    them, and a weight (or None): [S/cp, B, H, d_v]. documents int64 [S, B] or None."""
 
     @staticmethod
     def forward(
         ctx: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        first: Tensor,
+        second: Tensor,
+        weight: Tensor | None,
+        key_values: KeyValues,
         group: MeteredGroup,
-        repeats: int,
         documents: Tensor | None,
     ) -> Tensor:
-        q = _heads_first(query)
-        out = torch.zeros((*q.shape[:-1], value.shape[-1]), dtype=torch.float32, device=q.device)
+        q, out = heads_first(query), None
         lse = torch.full(q.shape[:-1], float("-inf"), device=q.device)
-        ring = _Ring(group, [key.contiguous(), value.contiguous()], _TAG)
+        ring = _Ring(group, [first.contiguous(), second.contiguous()], _TAG)
         for step in range(group.size):
             held = ring.tensors
             if step < group.size - 1:
                 ring.pass_on()
             part = _Step(group, (group.rank - step) % group.size, query, documents)
-            k, v = (_heads_first(each, repeats)[:, :, part.keys] for each in held)
-            of_part, lse_of_part = part.attend(q[:, :, part.rows], k, v)
+            key, value = key_values.make([each[part.keys] for each in held], weight)
+            of_part, lse_of_part = part.attend(q[:, :, part.rows], key, value)
+            if out is None:
+                out = torch.zeros((*q.shape[:-1], value.shape[-1]), dtype=torch.float32, device=q.device)
             before = lse[:, :, part.rows]
             joined = torch.logaddexp(before, lse_of_part)
             out[:, :, part.rows] *= (before - _finite(joined)).exp().unsqueeze(-1)
@@ -170,39 +169,43 @@ class RingAttention(torch.autograd.Function):
             lse[:, :, part.rows] = joined
             if step < group.size - 1:
                 ring.take()
+        assert out is not None
         result = out.to(query.dtype).permute(2, 0, 1, 3)
-        ctx.group, ctx.repeats, ctx.documents = group, repeats, documents
-        ctx.save_for_backward(query, key, value, result, lse)
+        ctx.group, ctx.key_values, ctx.documents = group, key_values, documents
+        ctx.save_for_backward(query, first, second, weight, result, lse)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        query, key, value, result, lse = ctx.saved_tensors
-        group, repeats = ctx.group, ctx.repeats
-        q, out, grad_out = _heads_first(query), _heads_first(result), _heads_first(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, first, second, weight, result, lse = ctx.saved_tensors
+        group = ctx.group
+        q, out, grad_out = heads_first(query), heads_first(result), heads_first(grad)
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-        ring = _Ring(group, [key.contiguous(), value.contiguous()], _TAG)
+        grad_weight: Tensor | None = None
+        ring = _Ring(group, [first.contiguous(), second.contiguous()], _TAG)
         gradients = _Ring(
-            group, [torch.zeros(each.shape, dtype=torch.float32, device=q.device) for each in (key, value)], _TAG + 1
+            group, [torch.zeros(each.shape, dtype=torch.float32, device=q.device) for each in (first, second)], _TAG + 1
         )
         for step in range(group.size):
             held = ring.tensors
             if step < group.size - 1:
                 ring.pass_on()
             part = _Step(group, (group.rank - step) % group.size, query, ctx.documents)
-            k, v = (_heads_first(each, repeats)[:, :, part.keys] for each in held)
-            of_rows = (each[:, :, part.rows] for each in (grad_out, q, out, lse))
-            rows, q_rows, out_rows, lse_rows = of_rows
-            of_query, *of_held = part.gradients(rows, q_rows, k, v, out_rows, lse_rows)
+            seen = [each[part.keys] for each in held]
+            rows, q_rows, out_rows, lse_rows = (each[:, :, part.rows] for each in (grad_out, q, out, lse))
+            of_query, *of_made = part.gradients(rows, q_rows, *ctx.key_values.make(seen, weight), out_rows, lse_rows)
             grad_q[:, :, part.rows] += of_query.float()
+            of_held, of_weight = ctx.key_values.gradients(seen, weight, of_made)
+            if of_weight is not None:
+                grad_weight = of_weight.float() if grad_weight is None else grad_weight.add_(of_weight)
             if step:
                 gradients.take()
             for total, each in zip(gradients.tensors, of_held, strict=True):
-                summed = each.float().unflatten(1, (-1, repeats)).sum(2)  # over the queries that share a key's head
-                total[part.keys] += summed.permute(2, 0, 1, 3)
+                total[part.keys] += each
             gradients.pass_on()
             if step < group.size - 1:
                 ring.take()
         gradients.take()
-        grad_key, grad_value = (each.to(query.dtype) for each in gradients.tensors)
-        return grad_q.to(query.dtype).permute(2, 0, 1, 3), grad_key, grad_value, None, None, None
+        of_first, of_second = (each.to(query.dtype) for each in gradients.tensors)
+        of_weight = None if grad_weight is None else grad_weight.to(query.dtype)
+        return grad_q.to(query.dtype).permute(2, 0, 1, 3), of_first, of_second, of_weight, None, None, None

@@ -63,7 +63,7 @@ class Trainer:
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(train.global_batch, train.eval_sequences)
         self._check_same_corpus()
-        parallel = Parallel(stages, layout.context, train.recompute, train.loss_chunk)
+        parallel = Parallel(stages, layout.context, layout.context_latents, train.recompute, train.loss_chunk)
         with self.device.making():
             self.model = GPT(config.model, self.mesh, parallel)
         self.model.to(self.device.where)  # the frequencies of rotations, which the CPU makes

@@ -50,10 +50,12 @@ class Sharded:
         n_ranks: int,
         memory: ShardMemory | None,
         master_memory: ShardMemory | None,
+        gradient_memory: ShardMemory | None,
         fill: Callable[[str], None],
     ) -> None:
         """n_ranks: that a flat is cut over, 0 for all of the gradient's group. memory: of parts in dtype;
-        master_memory: of fp32 ones, where dtype is another. fill: initialises the parameter of a name."""
+        master_memory: of fp32 ones, where dtype is another; gradient_memory: of reduced gradients. fill: initialises
+        the parameter of a name."""
         self.residuals: dict[str, Tensor] = {}  # a reduce_scatter does not say what coding lost
         modules = dict(model.named_modules()) if stage == 3 else {}
         cuts: list[Cut] = []
@@ -79,6 +81,7 @@ class Sharded:
             dtype=dtype,
             memory=memory,
             master_memory=master_memory,
+            gradient_memory=gradient_memory,
             before_cut=lambda parameter: fill(names_of[parameter]),
         )
         self._each = list(zip(self._held, self._sharded.units, strict=True))

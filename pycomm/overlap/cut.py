@@ -113,10 +113,16 @@ class Unit:
     the type that the parameters came in, and shard itself where that is flat's; its .grad gets the summed gradient."""
 
     def __init__(
-        self, cut: Cut, dtype: torch.dtype, memory: ShardMemory | None, master_memory: ShardMemory | None, pool: Pool
+        self,
+        cut: Cut,
+        dtype: torch.dtype,
+        memory: ShardMemory | None,
+        master_memory: ShardMemory | None,
+        gradient_memory: ShardMemory | None,
+        pool: Pool,
     ) -> None:
-        """dtype: what the parameters become. memory, master_memory: of shards and of masters that are not shards.
-        pool: of flats and whole gradients."""
+        """dtype: what the parameters become. memory, master_memory, gradient_memory: of shards, of masters that are not
+        shards, and of reduced gradients. pool: of flats and whole gradients."""
         self.cut, self.group, self._pool = cut, cut.group, pool
         self._options = {} if cut.wire is None else {"wire": cut.wire}  # of the reducing collectives
         first = cut.parameters[0]
@@ -134,6 +140,7 @@ class Unit:
         same = self.flat.dtype == whole.dtype
         master_memory = memory if same else master_memory
         self.memory, self.master_memory = memory or InMemory(), master_memory or InMemory()
+        self._gradient_memory = gradient_memory
         self.master = _placed(own, master_memory)
         self.shard = self.master if same else _placed(own.to(dtype), memory)
         if not same:
@@ -148,7 +155,7 @@ class Unit:
         self._reduced: Tensor | None = None  # the parts of the backwards since, until add_copies() takes their sum
         self.final = False  # the step's last gradients are among those that are being reduced
         self._adding: tuple[Any, Tensor] | None = None  # Work, the sum over copies
-        self._spare: Tensor | None = None  # memory of a gradient that clear() took, for the next one
+        self._spare: list[Tensor] = []  # memory of gradients that are done with, for the next ones
         if cut.module is not None:
             self.free()
 
@@ -231,13 +238,27 @@ class Unit:
         whole, self.gradient = self.gradient, None
         if whole is None:
             whole = self._zeros()
-        if self.group.size == 1:
+        if self.group.size == 1 and self._gradient_memory is None:
             self._reducing = (None, whole, whole)
             return
-        part, self._spare = self._spare, None
-        if part is None:
-            part = torch.empty(self.master.shape, dtype=self.master.dtype, device=whole.device)
+        part = self._part(whole.device)
+        if self.group.size == 1:
+            part.copy_(whole)
+            self._pool.empty(whole)
+            self._reducing = (None, part, part)
+            return
         self._reducing = (self.group.reduce_scatter(part, whole, op, async_op=True, **self._options), whole, part)
+
+    def _part(self, device: torch.device) -> Tensor:
+        if self._spare:
+            return self._spare.pop()
+        if self._gradient_memory is not None:
+            return self._gradient_memory.zeros(self.master.shape, self.master.dtype)
+        return torch.empty(self.master.shape, dtype=self.master.dtype, device=device)
+
+    def _put_away(self, part: Tensor) -> None:
+        if self._gradient_memory is not None:
+            self._gradient_memory.release(part)
 
     def drain(self) -> None:
         """What is being reduced is this rank's, and the whole gradient's memory free."""
@@ -247,7 +268,14 @@ class Unit:
         if work is not None:
             work.wait()
             self._pool.empty(whole)
-        self._reduced = part if self._reduced is None else self._reduced.add_(part)
+        if self._reduced is None:
+            self._reduced = part
+        else:
+            self._reduced.add_(part)
+            if self._gradient_memory is not None:
+                self._put_away(part)
+                self._spare.append(part)
+        self._put_away(self._reduced)
         self._reducing = None
 
     def add_copies(self, op: str) -> None:
@@ -268,10 +296,10 @@ class Unit:
         gradient, self.master.grad = self.master.grad, None
         if gradient is None:
             return
-        if self.group.size == 1:
+        if self.group.size == 1 and self._gradient_memory is None:
             self._pool.empty(gradient)  # a whole one
         else:
-            self._spare = gradient
+            self._spare.append(gradient)
 
     def deliver(self) -> None:
         """master.grad has the sum that was begun, added to what was there."""
@@ -281,4 +309,5 @@ class Unit:
         if work is not None:
             work.wait()
         self.master.grad = part if self.master.grad is None else self.master.grad.add_(part)
+        self._put_away(self.master.grad)
         self._adding = None

@@ -58,6 +58,7 @@ class ShardedModules:
         dtype: torch.dtype | None = None,
         memory: ShardMemory | None = None,
         master_memory: ShardMemory | None = None,
+        gradient_memory: ShardMemory | None = None,
         before_cut: Callable[[Tensor], object] | None = None,
     ) -> None:
         """modules: each is cut over group as Cut(its parameters, group, module) says, or a Cut of your own. Every rank
@@ -67,7 +68,8 @@ class ShardedModules:
         gradients. dtype: what the parameters become (bf16, say), while shards(), the optimizer's, keep the type that
         they had, in which gradients add up too; None: that type.
         memory: where shards lie (None: ordinary memory; of CPU tensors alone); master_memory: where shards() lie if
-        they are of another type.
+        they are of another type; gradient_memory: where their reduced gradients lie, which are released as soon as they
+        are there.
         before_cut: called with each parameter just before it is cut: one that fills it there has no more than one Cut
         whole at a time.
         Raises InvalidArgument where modules share parameters, have none, or differ between ranks."""
@@ -80,7 +82,7 @@ class ShardedModules:
             cut.check(index)
         everything = [p for cut in cuts for p in cut.parameters]
         require_leaves(everything)
-        if (memory or master_memory) is not None and everything and devices.on_device(everything[0]):
+        if (memory or master_memory or gradient_memory) is not None and everything and devices.on_device(everything[0]):
             raise InvalidArgument(
                 f"memory= is of the host, and the parameters are on {everything[0].device}, where their shards have to "
                 "lie; leave it out"
@@ -93,7 +95,8 @@ class ShardedModules:
         for cut in cuts:
             for parameter in cut.parameters if before_cut is not None else ():
                 before_cut(parameter)  # type: ignore[misc]
-            self._units.append(Unit(cut, dtype or cut.parameters[0].dtype, memory, master_memory, pool))
+            of_flat = dtype or cut.parameters[0].dtype
+            self._units.append(Unit(cut, of_flat, memory, master_memory, gradient_memory, pool))
         self._of = {p: unit for unit in self._units for p in unit.offsets}
         self._modules: dict[nn.Module, list[Unit]] = {}
         for unit in self._units:

@@ -4,7 +4,7 @@ Two emulated hosts of one rank each (network namespaces), 200 Mbit/s between the
 
     sleeping   gradients of 32 layers, 8 MiB, whose backward sleeps 12 ms each, beside DDP over Gloo
     computing  the same with matrix products of about 12 ms on one core in the place of the sleep
-    stream     MoE: dispatch -> experts -> combine in chunks, forward alone and with backward
+    stream     MoE: dispatch -> experts -> combine in chunks, forward alone, with backward, and of some micro-batches
     matmul     all_gather_matmul and matmul_reduce_scatter, forward, as planned and in 1 to 8 pieces
 
 T is the slowest rank's, the median over rounds in which all contenders take turns. T/max is T over the longer one of
@@ -262,6 +262,7 @@ WAYS: dict[str, dict[str, Any]] = {
     **{f"{n} chunks": {"n_chunks": n} for n in (2, 4, 8, 16)},
     "experts cut": {"n_chunks": 2, "cut": "experts"},
 }
+MICRO_BATCHES = {"auto": (2, 4), "experts cut": (4,)}  # whose gradients add up, weights' put off from one to the next
 
 
 def stream_inputs(rank: int, n_ranks: int) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
@@ -300,8 +301,8 @@ def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
 
         found: dict[str, Any] = {}
 
-        def streamed(way: str) -> Tensor:
-            run = ep.stream(x, topk, weights, later=later, **WAYS[way])
+        def streamed(way: str, flush: bool = True) -> Tensor:
+            run = ep.stream(x, topk, weights, later=later, flush=flush, **WAYS[way])
             for chunk in run:
                 chunk.output = experts(chunk.rows, chunk.sizes, chunk.experts, later.linear)
             if way == "auto":
@@ -315,34 +316,53 @@ def stream(store: Any, rank: int, n_ranks: int) -> dict[str, Any]:
             dispatched = ep.dispatch(x, topk, weights)
             return ep.combine(dispatched.rows, dispatched)
 
+        def stream_of(way: str, n_batches: int) -> Makes:
+            return [lambda i=i: streamed(way, flush=i == n_batches - 1) for i in range(n_batches)]
+
         leaves = [x, weights, *(each for pair in matrices for each in pair)]
-        for backward in (False, True):
-            cards = {}
-            for way in WAYS:
-                results = []
-                for make in (lambda w=way: streamed(w), unsplit):
-                    for leaf in leaves:
-                        leaf.grad = None
+
+        def verified(way: str, n_batches: int) -> None:
+            results = []
+            for makes in (stream_of(way, n_batches), [unsplit] * n_batches):
+                for leaf in leaves:
+                    leaf.grad = None
+                for make in makes:
                     y = make()
                     y.square().sum().backward()
-                    results.append([y, *(leaf.grad for leaf in leaves)])
-                for ours, plain in zip(*results, strict=True):
-                    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
-                kinds = {
-                    "compute": lambda: experts(rows, kept.sizes, everyone),
-                    "communicate": communicate,
-                    "serial": unsplit,
-                    "together": lambda w=way: streamed(w),
-                }
-                with torch.set_grad_enabled(backward):
-                    runs = {name: finished(make, backward) for name, make in kinds.items()}
-                    cards[way] = card_entry(measure(group, **runs))
-            found["with backward" if backward else "forward"] = cards
+                results.append([y, *(leaf.grad for leaf in leaves)])
+            for ours, plain in zip(*results, strict=True):
+                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+        def card(way: str, n_batches: int, backward: bool) -> dict[str, Any]:
+            verified(way, n_batches)
+            kinds: dict[str, Makes] = {
+                "compute": [lambda: experts(rows, kept.sizes, everyone)] * n_batches,
+                "communicate": [communicate] * n_batches,
+                "serial": [unsplit] * n_batches,
+                "together": stream_of(way, n_batches),
+            }
+            with torch.set_grad_enabled(backward):
+                return card_entry(measure(group, **{name: finished(makes, backward) for name, makes in kinds.items()}))
+
+        for backward in (False, True):
+            found["with backward" if backward else "forward"] = {way: card(way, 1, backward) for way in WAYS}
+        found["of micro-batches"] = {
+            f"{n} micro-batches, {way}": card(way, n, True) for way, numbers in MICRO_BATCHES.items() for n in numbers
+        }
         return found
 
 
-def finished(make: Callable[[], Tensor], backward: bool) -> Callable[[], object]:
-    return (lambda: make().sum().backward()) if backward else make
+Makes = list[Callable[[], Tensor]]
+
+
+def finished(makes: Makes, backward: bool) -> Callable[[], object]:
+    def run() -> None:
+        for make in makes:
+            y = make()
+            if backward:
+                y.sum().backward()
+
+    return run
 
 
 def card_entry(card: Scorecard) -> dict[str, Any]:
@@ -402,7 +422,7 @@ def section(name: str) -> dict[str, Any]:
     }
     with emulated_hosts() as network:
         network.shape(RATE)
-        results = run_ranks(*bodies[name], hosts=["a", "b"], network=network, timeout_s=220)
+        results = run_ranks(*bodies[name], hosts=["a", "b"], network=network, timeout_s=280)
     return gradient_entry(results) if name in ("sleeping", "computing") else results[0]
 
 
@@ -423,6 +443,7 @@ def tables(record: dict[str, Any]) -> list[str]:
         rows = [
             card_cells(f"{what}, {n}", card) for what in ("forward", "with backward") for n, card in found[what].items()
         ]
+        rows += [card_cells(f"with backward, {what}", card) for what, card in found["of micro-batches"].items()]
         parts.append(f"MoE stream; auto: {found['auto']}.\n")
         parts.append(markdown_table(CARD_HEAD, rows) + "\n")
         bounds = ", ".join(f"{way} {over_phases(found, way):.3f}" for way in found["forward"])

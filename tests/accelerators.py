@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from fake_groups import DeviceGroup, on_device
 
 MANY_RANKS_A_GPU = 23003  # the first NCCL with NCCL_MULTI_RANK_GPU_ENABLE
 
@@ -46,6 +47,10 @@ class Accelerator(Protocol):
 
     def array(self, x: torch.Tensor) -> Any:
         """What a Group takes as an array on the device: x's memory, on x's device."""
+
+    def device_group(self, group: Any) -> AbstractContextManager[Any]:
+        """A pycomm.Group of group's ranks; within, tensors of this device that it is given are the device's. All ranks
+        call."""
 
     def foreign(self, x: torch.Tensor) -> Any:
         """An array as other libraries' (CuPy's), with x's memory, on the current stream."""
@@ -135,6 +140,9 @@ class Cuda:
     def array(self, x: torch.Tensor) -> Any:
         return x
 
+    def device_group(self, group: Any) -> AbstractContextManager[Any]:
+        return nullcontext(group)
+
     def foreign(self, x: torch.Tensor) -> Any:
         return Foreign(x, x.__cuda_array_interface__, torch.cuda.current_stream().cuda_stream or 1)
 
@@ -188,6 +196,14 @@ class Fake:
 
     def array(self, x: torch.Tensor) -> Any:
         return self.foreign(x)
+
+    @contextmanager
+    def device_group(self, group: Any) -> Iterator[Any]:
+        made = DeviceGroup.of(group)
+        with on_device(made):
+            yield made
+        assert not made.in_use, "an operation that nobody waited for"
+        made.close()
 
     def foreign(self, x: torch.Tensor) -> Any:
         flat = x.numpy()

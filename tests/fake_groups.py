@@ -14,6 +14,7 @@ from spawn import run_ranks
 from torch import Tensor
 
 from pycomm import Group, devices
+from pycomm.moe import static
 from pycomm.overlap.pool import Pool
 
 
@@ -108,7 +109,7 @@ class DeviceGroup(Group):
 @contextmanager
 def on_device(group: DeviceGroup) -> Iterator[None]:
     """Within it, all tensors count as the device's, and no memory may be given up that an operation uses."""
-    before, empty = devices.on_device, Pool.empty
+    before, empty, readable = devices.on_device, Pool.empty, static._readable
 
     def checked(pool: Pool, x: Tensor) -> None:
         address = x.untyped_storage().data_ptr()
@@ -116,10 +117,12 @@ def on_device(group: DeviceGroup) -> Iterator[None]:
         empty(pool, x)
 
     devices.on_device, Pool.empty = (lambda x: True), checked  # type: ignore[method-assign]
+    static._readable = lambda x: False
     try:
         yield
     finally:
         devices.on_device, Pool.empty = before, empty  # type: ignore[method-assign]
+        static._readable = readable
 
 
 def run_device_groups(fn: Callable[..., Any], n_ranks: int, *args: Any, **options: Any) -> list[Any]:

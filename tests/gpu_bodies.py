@@ -359,34 +359,37 @@ def one_device_twice(rank: int, n: int, a: Accelerator) -> None:
         dist.all_reduce(torch.ones(3, device=a.device))
 
 
+def trained(wrap: Callable[[Any, Any, str], Any], group: Any, device: str) -> list[float]:
+    """The losses of a small model's first steps, wrapped by wrap(model, group, device)."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    wrapped = wrap(model.to(device), group, device)
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
+    losses = []
+    for step in range(4):
+        x = normal(10 * step + dist.get_rank(), 16 * 64).view(16, 64).to(device)
+        loss = wrapped(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def ddp(model: Any, group: Any, device: str) -> Any:
+    return DistributedDataParallel(model, process_group=group, bucket_cap_mb=0.01)
+
+
+def fsdp(model: Any, group: Any, device: str) -> Any:
+    mesh = dist.DeviceMesh.from_group(group or dist.group.WORLD, device)
+    return fully_shard(model, mesh=mesh)
+
+
 def models(rank: int, n: int, a: Accelerator) -> None:
     """DDP, FSDP2 and DTensor as on a backend of torch's own."""
     other = a.other_backend()
-
-    def train(wrap: Callable[[Any, Any], Any], group: Any) -> list[float]:
-        torch.manual_seed(1)
-        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-        wrapped = wrap(model.to(a.device), group)
-        optimizer = torch.optim.SGD(wrapped.parameters(), 0.1)
-        losses = []
-        for step in range(4):
-            x = normal(10 * step + rank, 16 * 64).view(16, 64).to(a.device)
-            loss = wrapped(x).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    def ddp(model: Any, group: Any) -> Any:
-        return DistributedDataParallel(model, process_group=group, bucket_cap_mb=0.01)
-
-    def fsdp(model: Any, group: Any) -> Any:
-        mesh = dist.DeviceMesh.from_group(group or dist.group.WORLD, a.device)
-        return fully_shard(model, mesh=mesh)
-
     for wrap in (ddp, fsdp):
-        assert train(wrap, None) == pytest.approx(train(wrap, other), rel=1e-5)
+        assert trained(wrap, None, a.device) == pytest.approx(trained(wrap, other, a.device), rel=1e-5)
     mesh = init_device_mesh(a.device, (n,))
     whole = torch.arange(24.0, device=a.device).view(6, 4)
     sharded = distribute_tensor(whole, mesh, [Shard(0)])

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import device_parts
 import gpu_bodies
 import gpu_group_bodies
 from accelerators import Accelerator
@@ -30,6 +32,10 @@ class Case:
         return self.name or self.body.__name__
 
 
+def _part(part: Callable[..., Any]) -> Case:
+    return Case(partial(gpu_group_bodies.same_bits, part=part), n_hosts=2, of_group=True, name=part.__name__)
+
+
 CASES = (
     Case(gpu_bodies.collectives),
     Case(gpu_bodies.streams),
@@ -42,13 +48,17 @@ CASES = (
     Case(gpu_bodies.failures),
     Case(gpu_bodies.failures, 2, environment={"PYCOMM_CUDA_PEER_BYTES": "65536"}, name="failures_in_the_peer_kernel"),
     Case(gpu_bodies.refusals),
-    Case(gpu_bodies.models, 2),
+    Case(gpu_bodies.models, 2, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"}),
     Case(gpu_bodies.pipeline),
     Case(gpu_bodies.through_host, 2, n_hosts=2, environment={"PYCOMM_CUDA_BETWEEN_HOSTS": "tcp"}),
     Case(gpu_group_bodies.hierarchical, n_hosts=2, of_group=True),
     Case(gpu_group_bodies.wire, n_hosts=2, of_group=True),
     Case(gpu_group_bodies.foreign_arrays, of_group=True),
     Case(gpu_group_bodies.experts, of_group=True),
+    Case(gpu_group_bodies.experts, n_hosts=2, of_group=True, name="experts_of_2_hosts"),
+    Case(gpu_group_bodies.static_experts, of_group=True),
+    Case(gpu_group_bodies.static_experts, n_hosts=2, of_group=True, name="static_experts_of_2_hosts"),
+    *map(_part, (device_parts.buckets, device_parts.products, device_parts.sharded, device_parts.stream)),
 )
 # On an accelerator of one device.
 UNTOLD = Case(gpu_bodies.one_device_twice, 2, environment={"NCCL_MULTI_RANK_GPU_ENABLE": "0"})

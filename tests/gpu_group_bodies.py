@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -103,36 +104,87 @@ def foreign_arrays(group: Any, a: Accelerator) -> None:
     assert (z == n).all()
 
 
+def same_bits(group: Any, a: Accelerator, part: Callable[[Any, str], list[torch.Tensor]]) -> None:
+    """A part of device_parts.py on the device as on the CPU."""
+    on_cpu = part(group, "cpu")
+    with a.device_group(group) as of_device:
+        found = part(of_device, a.device)
+    for index, (ours, expected) in enumerate(zip(found, on_cpu, strict=True)):
+        assert torch.equal(ours, expected), (index, ours, expected)
+
+
+WAYS = ((None, "none"), (None, "rank"), ("fp8", "rank"))  # (wire, dedup) that tensors on devices have
+BATCHES = ((torch.float32, 70, 33), (torch.bfloat16, 256, 64), (torch.bfloat16, 5, 0))  # (type, width, tokens)
+
+
 def experts(group: Any, a: Accelerator) -> None:
     """The expert exchange, forward and backward, has the CPU's bits."""
-    n_experts, top_k = 4 * group.size, 3
-    random = torch.Generator().manual_seed(group.rank)
-    for dtype, hidden, n_tokens in ((torch.float32, 70, 33), (torch.bfloat16, 256, 64), (torch.bfloat16, 5, 0)):
-        idx = torch.rand(n_tokens, n_experts, generator=random).argsort(1)[:, :top_k]
-        x, y_grad = (torch.randn(n_tokens, hidden, generator=random).to(dtype) for _ in range(2))
-        weights = torch.rand(n_tokens, top_k, generator=random)
-        for coding, dedup in ((None, "none"), (None, "rank"), ("fp8", "rank")):
+    for kind in BATCHES:
+        for coding, dedup in WAYS:
             found = []
-            for device in ("cpu", a.device):
-                ep = ExpertParallel(group, n_experts, wire=coding, dedup=dedup)
-                moved = [each.clone().to(device) for each in (x, idx, weights, y_grad)]
-                mine, of_weights = moved[0].requires_grad_(), moved[2].requires_grad_()
-                dispatched = ep.dispatch(mine, moved[1], of_weights)
-                y = ep.combine(dispatched.rows * 2, dispatched)
-                y.backward(moved[3])
-                assert y.device.type == device and dispatched.rows.device.type == device
-                found.append([each.cpu() for each in (dispatched.rows.detach(), y.detach(), mine.grad)])
-                found[-1].append(of_weights.grad.cpu())
+            for device, within in (("cpu", nullcontext(group)), (a.device, a.device_group(group))):
+                with within as used:
+                    exchange = ExpertParallel(used, 4 * used.size, wire=coding, dedup=dedup)
+                    given = _batch(used.rank, 4 * used.size, device, *kind)
+                    found.append([each.cpu() for each in _exchanged(exchange, given)])
             for ours, expected in zip(found[1], found[0], strict=True):
-                assert torch.equal(ours, expected), (dtype, coding, dedup)
-            if coding is None:
-                static = StaticExpertParallel(group, n_experts, max(1, n_tokens * group.size))
-                mine.grad = of_weights.grad = None
-                dispatched = static.dispatch(mine, moved[1], of_weights)
-                y = static.combine(dispatched.rows * 2, dispatched)
-                y.backward(moved[3])
-                for there, expected in zip((y.detach(), mine.grad, of_weights.grad), found[0][1:], strict=True):
-                    assert torch.equal(there.cpu(), expected), (dtype, "static")
-    if a.device != "cpu":
+                assert torch.equal(ours, expected), (kind, coding, dedup)
+    with a.device_group(group) as of_device:
+        idx = torch.zeros(1, 1, dtype=torch.int64, device=a.device)
         with pytest.raises(InvalidArgument, match="dedup='host' moves rows in CPU memory"):
-            ExpertParallel(group, n_experts, dedup="host").plan(idx.to(a.device))
+            ExpertParallel(of_device, 4 * group.size, dedup="host").plan(idx)
+
+
+def _batch(
+    rank: int, n_experts: int, device: str, dtype: torch.dtype, hidden: int, n_tokens: int
+) -> list[torch.Tensor]:
+    """x, topk_idx, weights and y's gradient of a rank: random, of 3 experts a token."""
+    random = torch.Generator().manual_seed(rank)
+    idx = torch.rand(n_tokens, n_experts, generator=random).argsort(1)[:, :3]
+    x, y_grad = (torch.randn(n_tokens, hidden, generator=random).to(dtype) for _ in range(2))
+    weights = torch.rand(n_tokens, 3, generator=random)
+    return [x.to(device).requires_grad_(), idx.to(device), weights.to(device).requires_grad_(), y_grad.to(device)]
+
+
+def _exchanged(ep: Any, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Dispatched rows, y, and the gradients of x and weights."""
+    x, idx, weights, y_grad = given
+    dispatched = ep.dispatch(x, idx, weights)
+    y = ep.combine(dispatched.rows * 2, dispatched)
+    assert y.device == x.device and dispatched.rows.device == x.device
+    return [dispatched.rows.detach(), y.detach(), *torch.autograd.grad(y, (x, weights), y_grad)]
+
+
+def static_experts(group: Any, a: Accelerator) -> None:
+    """The expert exchange of static sizes, forward and backward, captured as a graph: with each replay's input the bits
+    of the exact one on the CPU."""
+    n_experts, turns = 4 * group.size, range(3)
+
+    def batch(turn: int, device: str, *kind: Any) -> list[torch.Tensor]:
+        return _batch(group.rank + 100 * turn, n_experts, device, *kind)
+
+    for kind in BATCHES:
+        expected = [_exchanged(ExpertParallel(group, n_experts), batch(turn, "cpu", *kind))[1:] for turn in turns]
+        with a.device_group(group) as of_device:
+            static = StaticExpertParallel(of_device, n_experts, max(1, kind[2] * group.size))
+            given = batch(0, a.device, *kind)
+            results = [torch.empty_like(given[at]) for at in (3, 0, 2)]  # y, and gradients of x and weights
+
+            def step(static: Any = static, given: list[torch.Tensor] = given, into: Any = results) -> None:
+                with torch.enable_grad():
+                    found = _exchanged(static, given)[1:]
+                for result, each in zip(into, found, strict=True):
+                    result.copy_(each)
+
+            with torch.no_grad():
+                step()  # the ranks meet before the capture
+                replay = a.graph(step)
+                for turn in turns:
+                    for mine, other in zip(given, batch(turn, "cpu", *kind), strict=True):
+                        mine.copy_(other)
+                    for result in results:
+                        result.fill_(float("nan"))
+                    replay()
+                    a.synchronize()
+                    for ours, due in zip(results, expected[turn], strict=True):
+                        assert torch.equal(ours.cpu(), due), (kind, turn)

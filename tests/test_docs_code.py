@@ -93,7 +93,7 @@ def alone(group: Any, batches: list[list[Tensor]]) -> list[Tensor]:
 
 
 def run_overlap(group: Any) -> None:
-    gradients, hook, parameters, stream = BLOCKS["overlap.md"]
+    gradients, hook, parameters, stream, micro = BLOCKS["overlap.md"]
     generator = torch.Generator().manual_seed(0)
     pairs = [[torch.randn(3, 4, generator=generator) for _ in range(2)] for _ in range(2 * group.size)]
     mine = pairs[2 * group.rank : 2 * group.rank + 2]
@@ -127,6 +127,21 @@ def run_overlap(group: Any) -> None:
     assert torch.equal(given["y"], doubled(given))
     given["y"].sum().backward()
     assert any(each.grad is not None for each in given["my_experts"].weights)
+    ep, batches, weights = given["ep"], [[given[name] for name in ("x", "topk_idx", "topk_weights")]] * 2, []
+    for streamed in (True, False):
+        mine = given["my_experts"] = Doubling(3)
+        given["optimizer"] = torch.optim.SGD(mine.weights, 0.5)
+        given |= {"micro_batches": batches, "loss": lambda y: y.square().sum()}
+        if streamed:
+            exec(micro, given)
+        else:
+            for x, topk_idx, topk_weights in batches:
+                sent = ep.dispatch(x, topk_idx, topk_weights)
+                y = ep.combine(mine(sent.rows.split(sent.sizes), range(3), F.linear), sent)
+                given["loss"](y).backward()
+            given["optimizer"].step()
+        weights.append([each.detach() for each in mine.weights])
+    assert all(torch.equal(ours, plain) for ours, plain in zip(*weights, strict=True))
 
 
 def test_of_the_moe_page() -> None:

@@ -1,4 +1,4 @@
-"""Gradient buckets: which sums they make, in which order, and what they refuse."""
+"""Gradient buckets: which sums they make, in which order, and what they refuse. What put-off gradients wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pycomm import _C
 from pycomm.errors import InvalidArgument
-from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost
+from pycomm.overlap import Bucket, GradientBuckets, Landed, LinkCost, WeightGradients
 from pycomm.overlap.layout import pack
 from pycomm.overlap.pool import Pool
 from pycomm.overlap.ring_time import ring_s
@@ -308,3 +308,43 @@ def test_close_takes_the_hooks_off() -> None:
     GradientBuckets(model.parameters(), RecordingGroup()).close()
     model(inputs(1)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+class Lasts:
+    """A work that is completed after having been asked n times."""
+
+    def __init__(self, n: int) -> None:
+        self.left, self.waited = n, False
+
+    def is_completed(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def test_waits_compute_gradients_of_batches_that_have_ended() -> None:
+    later = WeightGradients(together=True)
+    weights = [torch.ones(1, 2, requires_grad=True) for _ in range(2)]
+
+    def put_off(value: float) -> None:
+        for weight in weights:
+            later.linear(torch.full((3, 2), value), weight).sum().backward()
+
+    put_off(1.0)
+    later.fill(work := Lasts(9))  # more of this batch may come
+    assert work.waited and [weight.grad for weight in weights] == [None, None]
+    put_off(2.0)
+    later.end_batch()
+    later.run_beside(work := Lasts(1))
+    assert not work.waited and len(later) == 1 and weights[1].grad is None
+    assert torch.equal(weights[0].grad, torch.full((1, 2), 9.0))
+    put_off(10.0)  # nobody waited for the first batch's second weight: it is not kept any longer
+    assert len(later) == 2 and torch.equal(weights[1].grad, torch.full((1, 2), 9.0))
+    later.end_batch()
+    put_off(100.0)
+    later.run_beside(Lasts(9))
+    assert len(later) == 2 and all(torch.equal(weight.grad, torch.full((1, 2), 39.0)) for weight in weights)
+    later.flush()
+    assert len(later) == 0 and all(torch.equal(weight.grad, torch.full((1, 2), 339.0)) for weight in weights)

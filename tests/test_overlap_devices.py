@@ -1,5 +1,5 @@
-"""pycomm.overlap and the expert stream on tensors of a device (a fake one): the bits of CPU tensors, in the order of
-streams alone, and with nothing that reads the device in a steady step."""
+"""pycomm.overlap and the expert stream on tensors of a device (a fake one), with nothing that reads the device in a
+steady step, and what only the host has; that they give the bits of CPU tensors is a case of test_gpu_bodies.py."""
 
 from __future__ import annotations
 
@@ -21,168 +21,15 @@ from pycomm.moe import ExpertParallel, StaticExpertParallel
 from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.planning import Planned
 from pycomm.overlap import (
-    Cut,
     GradientBuckets,
     InMemory,
-    LinkCost,
     MatmulPlan,
     ShardedModules,
     WeightGradients,
     all_gather_matmuls,
     matmul_reduce_scatter,
     measure,
-    plan_all_gather_matmul,
-    plan_matmul_reduce_scatter,
 )
-
-HOSTS = ["a", "a", "b"]
-
-
-def whole_numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Small ones: sums are exact, in whichever order they are made."""
-    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def network() -> nn.Sequential:
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in ((6, 5), (5, 7), (7, 3))))
-    with torch.no_grad():
-        for index, p in enumerate(model.parameters()):
-            p.copy_(whole_numbers(index, *p.shape))
-    return model
-
-
-def buckets(group: Any) -> list[Tensor]:
-    found = []
-    for collective, nbytes, link in (
-        ("all_reduce", None, "predicted"),
-        ("all_reduce", 100, "predicted"),
-        ("all_reduce", None, "measured"),
-        ("reduce_scatter", 60, LinkCost(1e-3, 1e5, "of the test")),
-    ):
-        model = network()
-        gradients = GradientBuckets(
-            model.parameters(),
-            group,
-            collective=collective,
-            bucket_nbytes=nbytes,
-            link=link,
-            set_grad=collective == "all_reduce" and nbytes is None,
-        )
-        for step in range(3):
-            with gradients.no_sync():
-                model(whole_numbers(10 * step + group.rank, 4, 6)).sum().backward()
-            model(whole_numbers(20 * step + group.rank, 4, 6)).sum().backward()
-            gradients.wait()
-            found += [values.clone() for _, _, values in sorted(gradients.owned(), key=lambda each: each[2].numel())]
-            found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
-            model.zero_grad()
-        gradients.close()
-    return found
-
-
-def products(group: Any) -> list[Tensor]:
-    n, rank = group.size, group.rank
-    found = []
-    for n_pieces, keep, n_rows, puts_off in (
-        (0, False, 5, False),
-        (1, True, 1, True),
-        (3, False, 5, True),
-        (2, True, 0, False),
-    ):
-        plan, later = MatmulPlan(n_pieces, "of the test"), WeightGradients() if puts_off else None
-        x = whole_numbers(rank, n_rows, 2, 6).requires_grad_()
-        weights = [whole_numbers(5, 4, 6).requires_grad_(), whole_numbers(6, 2, 6).requires_grad_()]
-        ys = all_gather_matmuls(x, weights, group, plan, keep=keep, later=later)
-        last = whole_numbers(7, 3, 6).requires_grad_()
-        z = matmul_reduce_scatter(torch.cat(ys, -1), last, group, plan, later=later)
-        (z * whole_numbers(8 + rank, *z.shape)).sum().backward()
-        if later is not None:
-            later.flush()
-        found += [*ys, z, *(each.grad for each in (x, *weights, last))]
-    x, weight = torch.ones(3 * n, 6), torch.ones(4, 6)
-    for make in (plan_all_gather_matmul, plan_matmul_reduce_scatter):
-        assert make(x, weight, group, "measured").why
-    return [each.detach() for each in found]
-
-
-def sharded(group: Any) -> list[Tensor]:
-    alone = group.split(group.rank)
-    found = []
-    for depth, copies, dtype in ((0, False, None), (2, False, None), (1, True, torch.bfloat16)):
-        model = network()
-        blocks: list[Any] = list(model)
-        if copies:
-            blocks = [Cut(list(block.parameters()), alone, block, group, "last") for block in model]
-        modules = ShardedModules(blocks, group, depth=depth, dtype=dtype)
-        for step in range(3):
-            for micro in range(2):
-                x = whole_numbers(10 * step + micro + group.rank, 4, 6)
-                model(x.to(dtype or x.dtype)).sum().backward()
-                modules.end_backward()
-            modules.wait()
-            with torch.no_grad():
-                for shard in modules.shards():
-                    assert shard.grad is not None
-                    found.append(shard.grad.clone())
-                    shard += shard.grad.sign()
-                    shard.grad = None
-            modules.publish()
-        with modules.whole():
-            found += [p.detach().clone() for p in model.parameters()]
-        modules.close()
-    alone.close()
-    return found
-
-
-def stream(group: Any) -> list[Tensor]:
-    n_experts, hidden, top_k = 6, 4, 2
-    found = []
-    for dedup, cut, n_chunks, wire, dtype in (
-        ("none", "tokens", 1, None, torch.float32),
-        ("rank", "tokens", 3, None, torch.bfloat16),
-        ("none", "experts", 2, None, torch.float32),
-        ("rank", "experts", 2, "fp8", torch.float32),
-    ):
-        ep = ExpertParallel(group, n_experts, dedup=dedup, wire=wire)
-        for n_tokens in (7, 0 if group.rank == 2 else 3):
-            random = torch.Generator().manual_seed(group.rank)
-            topk = torch.rand(n_tokens, n_experts, generator=random).argsort(1)[:, :top_k]
-            x = whole_numbers(group.rank, n_tokens, hidden, dtype=dtype).requires_grad_()
-            weights = whole_numbers(9 + group.rank, n_tokens, top_k).requires_grad_()
-            experts = [
-                whole_numbers(e + 100 * group.rank, hidden, hidden, dtype=dtype).requires_grad_() for e in range(2)
-            ]
-            later = WeightGradients(together=True)
-            parts = ep.stream(x, topk, weights, n_chunks=n_chunks, cut=cut, later=later)
-            for chunk in parts:
-                of_chunk = experts[chunk.experts.start : chunk.experts.stop]
-                rows = [
-                    later.linear(each, expert)
-                    for each, expert in zip(chunk.rows.split(chunk.sizes), of_chunk, strict=True)
-                ]
-                chunk.output = torch.cat([chunk.rows[:0], *rows])
-            (parts.output * whole_numbers(77 + group.rank, n_tokens, hidden)).sum().backward()
-            found += [parts.output, x.grad, weights.grad, *(e.grad for e in experts if e.grad is not None)]
-            dispatched = ep.dispatch(x, topk, weights)
-            again = ep.dispatch(x, topk, weights, plan=dispatched.plan)
-            found += [dispatched.rows, again.rows, ep.combine(again.rows, again)]
-        ep.close()
-    return [each.detach() for each in found]
-
-
-@pytest.mark.parametrize("part", [buckets, products, sharded, stream])
-def test_on_devices_the_bits_are_those_of_cpu_tensors(part: Callable[[Any], list[Tensor]]) -> None:
-    run_device_groups(_same_bits, 3, part, hosts=HOSTS)
-
-
-def _same_bits(group: Any, of_devices: DeviceGroup, part: Callable[[Any], list[Tensor]]) -> None:
-    expected = part(group)
-    with on_device(of_devices):
-        found = part(of_devices)
-    assert not of_devices.in_use, "an operation that nobody waited for"
-    assert len(found) == len(expected)
-    for index, (mine, other) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(mine, other), (part.__name__, index, mine, other)
 
 
 def test_groups_bound_what_their_collectives_take_of_a_gpu() -> None:

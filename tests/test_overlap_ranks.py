@@ -411,6 +411,86 @@ def check_stream_corners(group: Any, ep: Any) -> None:
         ExpertParallel(group, 6, layout="token", dedup="rank").stream(x, topk, torch.ones(6, 2))
 
 
+class PutsOff(WeightGradients):
+    """Has time only in forward's waits, or only in backward's, or never, whatever the links do."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__(together=True)
+        self.when, self.n_beside = when, 0
+
+    def run_beside(self, work: Any) -> None:
+        now = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        if now == self.when:
+            before = len(self)
+            super().run_beside(NotYet())
+            self.n_beside += before - len(self)
+
+
+class NotYet:
+    def is_completed(self) -> bool:
+        return False
+
+    def wait(self) -> None: ...
+
+
+def check_streams_of_micro_batches(group: Any) -> None:
+    """Weights' gradients that wait for the next micro-batch: the bits of those that do not, whatever waits had time
+    for, and with experts cut those of plain products."""
+    topk = torch.tensor([[0, 2], [1, 5], [3, 4], [5, 0], [2, 4], [3, 1]])
+    for dedup, cut in (("rank", "tokens"), ("host", "experts")):
+        ep = ExpertParallel(group, 6, dedup=dedup)
+        found: dict[str, list[Tensor]] = {}
+        for when in ("at once", "never", "forward", "backward", "plain"):
+            later = None if when == "plain" else PutsOff(when)
+            experts = [seeded(e + 2 * group.rank, 4, 4, dtype=torch.float32).requires_grad_() for e in range(2)]
+            found[when] = []
+            for micro in range(3):
+                x = seeded(100 * micro + group.rank, 6, 4, dtype=torch.float32).requires_grad_()
+                flush = micro == 2 or when == "at once"
+                stream = ep.stream(x, topk, torch.ones(6, 2), n_chunks=2, cut=cut, later=later, flush=flush)
+                linear = F.linear if later is None else later.linear
+                for chunk in stream:
+                    parts = zip(chunk.rows.split(chunk.sizes), experts[chunk.experts.start :], strict=False)
+                    chunk.output = torch.cat([linear(rows, expert) for rows, expert in parts])
+                stream.output.square().sum().backward()
+                found[when].append(x.grad)
+                if later is not None:
+                    assert len(later) == (0 if flush or when == "backward" else 2), (dedup, when, micro)
+            if later is not None:
+                assert later.n_beside == (4 if when in ("forward", "backward") else 0), (dedup, when)
+            found[when] += [expert.grad for expert in experts]
+        for when in ("never", "forward", "backward", *(["plain"] if cut == "experts" else [])):
+            for ours, due in zip(found[when], found["at once"], strict=True):
+                assert torch.equal(ours, due), (dedup, cut, when)
+
+
+def check_streams_into_buckets(group: Any) -> None:
+    """What the last micro-batch's forward still computes of the others belongs before the end of no_sync()."""
+    topk = torch.tensor([[0, 2], [1, 5], [3, 4], [5, 0], [2, 4], [3, 1]])
+    ep, weight, plain = ExpertParallel(group, 6), torch.ones(4, 4), torch.zeros(4, 4)
+    weight.requires_grad_()
+    buckets, later = GradientBuckets([weight], group), PutsOff("never")
+
+    def forward(micro: int, flush: bool) -> Tensor:
+        x = torch.full((6, 4), 1.0 + micro)
+        stream = ep.stream(x, topk, torch.ones(6, 2), n_chunks=2, later=later, flush=flush)
+        for chunk in stream:
+            chunk.output = later.linear(chunk.rows, weight)
+        return stream.output.sum()
+
+    for step in range(2):
+        with buckets.no_sync():
+            forward(3 * step, False).backward()
+            forward(3 * step + 1, False).backward()
+            loss = forward(3 * step + 2, True)
+            assert len(later) == 1
+            later.flush()
+        loss.backward()
+        buckets.wait()
+        plain.fill_(group.size * 12 * sum(1.0 + 3 * step + micro for micro in range(3)))
+        assert torch.equal(buckets.gradient(weight), plain), step
+
+
 def check_streams_that_end_early(group: Any) -> None:
     """A rank that leaves, in whichever way: the others, also those that wait for others of their host, name it."""
     x, topk = torch.ones(6, 4), torch.tensor([[0, 5]]).repeat(6, 1)
@@ -522,6 +602,8 @@ CHECKS = (
     check_cuts,
     check_matmuls,
     check_stream,
+    check_streams_of_micro_batches,
+    check_streams_into_buckets,
     check_streams_that_end_early,
     check_delayed_gradients,
     check_scorecard,

@@ -13,9 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_nccl import run_device_ranks
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
+from gpu_bodies import ddp, trained
 
 from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, PeerTimeout, PycommWarning
 
@@ -159,43 +157,6 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
     assert last.item() == n
 
 
-def test_models_train_as_on_gloo() -> None:
-    run_device_ranks(_models, 2, timeout_s=80, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
-
-
-def _models(rank: int, n: int, switches: Any) -> None:
-    gloo = dist.new_group(backend="gloo")
-
-    def losses(group: Any, wrap: Any) -> list[float]:
-        torch.manual_seed(1)
-        model = wrap(torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)), group)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        found = []
-        for step in range(4):
-            x = torch.randn(8, 16, generator=torch.Generator().manual_seed(10 * step + rank))
-            loss = model(x).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return found
-
-    def ddp(model: Any, group: Any) -> Any:
-        return DistributedDataParallel(model, process_group=group, bucket_cap_mb=0.001)
-
-    def fsdp(model: Any, group: Any) -> Any:
-        mesh = dist.DeviceMesh.from_group(group or dist.group.WORLD, "cpu")  # type: ignore[arg-type]
-        return fully_shard(model, mesh=mesh)
-
-    for wrap in (ddp, fsdp):
-        assert losses(None, wrap) == pytest.approx(losses(gloo, wrap), rel=1e-6)
-    mesh = init_device_mesh("cpu", (n,))
-    whole = torch.arange(24.0).view(6, 4)
-    sharded = distribute_tensor(whole, mesh, [Shard(0)])
-    assert torch.equal((sharded @ sharded.t()).full_tensor(), whole @ whole.t())
-    assert switches.fake_nccl_n_communicators() > 0
-
-
 def test_ddp_trains_through_the_host_where_nccl_cannot_connect_hosts() -> None:
     variables = {"FAKE_NCCL_NO_NETWORK": "1"}
     run_device_ranks(_through_host, 3, hosts=["a", "a", "b"], timeout_s=60, environment=variables)
@@ -211,18 +172,7 @@ def _through_host(rank: int, n: int, switches: Any) -> None:
     told = [str(one.message) for one in warned if one.category is PycommWarning]
     assert len(told) == (rank == 0), told
     assert all("no route to host" in text and "PYCOMM_CUDA_BETWEEN_HOSTS=tcp" in text for text in told)
-    trained = []
-    for group in (None, gloo):
-        torch.manual_seed(1)
-        model = DistributedDataParallel(torch.nn.Linear(20, 20), process_group=group)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for step in range(3):
-            torch.manual_seed(10 * step + rank)
-            optimizer.zero_grad()
-            model(torch.randn(8, 20)).square().mean().backward()
-            optimizer.step()
-        trained.append(model.module.weight.detach())
-    assert torch.allclose(*trained, rtol=1e-5, atol=1e-6)
+    assert trained(ddp, None, "cpu") == pytest.approx(trained(ddp, gloo, "cpu"), rel=1e-5)
     peers = [(rank + 1) % n, (rank - 1) % n]
     given, got = torch.arange(5) + 10 * rank, torch.zeros(5, dtype=torch.int64)
     messages = [dist.P2POp(dist.isend, given, peers[0]), dist.P2POp(dist.irecv, got, peers[1])]

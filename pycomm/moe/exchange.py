@@ -180,6 +180,7 @@ class ExpertParallel:
         n_chunks: int | Literal["auto"] = "auto",
         cut: Cut = "tokens",
         later: Later | None = None,
+        flush: bool = True,
     ) -> ExpertStream:
         """dispatch() and combine() of one batch around the experts, in parts, of which one is computed while others
         cross between hosts (stream.py):
@@ -195,6 +196,8 @@ class ExpertParallel:
         those of dispatch() and combine() bit for bit, and no product is split, but crossings are less even.
         later: a pycomm.overlap.WeightGradients that the experts' products use; backward flushes it when the last rows
         have left, so that weight gradients are computed while these are on their way.
+        flush: False where another stream with the same `later` follows before the optimizer's step: its waits compute
+        what this one's had no time for. `later` keeps the inputs of those products; later.flush() ends them.
 
         Raises InvalidArgument as dispatch() does, on all ranks before rows move, and where the layout is not "expert"
         with align 1."""
@@ -206,7 +209,7 @@ class ExpertParallel:
         require(n_chunks == "auto" or n_chunks >= 1, f"n_chunks is {n_chunks!r}; give 1 or more, or 'auto'")
         problem = problem_of_rows(x, topk_idx, topk_weights, self.hidden)
         planned = self._planning.plan(topk_idx, problem, (x, topk_weights), self._owner(), self._places, cut, n_chunks)
-        return ExpertStream(self._moves, planned, x.contiguous(), topk_weights.float().contiguous(), later)
+        return ExpertStream(self._moves, planned, x.contiguous(), topk_weights.float().contiguous(), later, flush)
 
     # Failure.
 

@@ -125,6 +125,7 @@ class Arriving:
     def __init__(self, under_way: Expanding, memory: _C.RowMemory, decoded: Callable[[Tensor], Tensor]) -> None:
         self._under_way, self._memory, self._decoded = under_way, memory, decoded
         self.finish = under_way.finish
+        self.meanwhile = under_way.meanwhile
 
     def stage(self, number: int) -> Tensor:
         """That stage's rows, in the order of their places in the output."""

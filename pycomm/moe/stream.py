@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pycomm import devices
 from pycomm.errors import InvalidArgument
 from pycomm.moe.autograd import weighted
 from pycomm.moe.movement import Arriving, Movement
@@ -31,6 +32,8 @@ from pycomm.moe.transport import Reducing
 class Later(Protocol):
     """What puts off gradients until flush(): pycomm.overlap.WeightGradients."""
 
+    def end_batch(self) -> None: ...
+    def run_beside(self, work: Any) -> None: ...
     def flush(self) -> None: ...
 
 
@@ -52,10 +55,12 @@ class ExpertStream:
     """One batch of tokens. Iterated once, to the end; then output is there. All ranks together: one that leaves the
     loop, by an exception or early, breaks the group, and the others raise GroupClosed with its rank and chunk."""
 
-    def __init__(self, moves: Movement, planned: Planned, x: Tensor, weights: Tensor, later: Later | None) -> None:
+    def __init__(
+        self, moves: Movement, planned: Planned, x: Tensor, weights: Tensor, later: Later | None, flush: bool
+    ) -> None:
         self._moves, self._x, self._weights = moves, x, weights
         self.plan, self.why, self._slot_weights = planned.plan, planned.why, planned.slot_weights
-        self._later = later
+        self._later, self._flush = later, flush
         self._output: Tensor | None = None
         self._begun = False
         self._at = 0  # the chunk that the loop is in; their number where it has ended
@@ -90,7 +95,7 @@ class ExpertStream:
 
     def _chunks(self) -> Iterator[Chunk]:
         plan, moves, builds = self.plan, self._moves, torch.is_grad_enabled()
-        record = _Record(moves, plan, self._x, self._weights, self._later)
+        record = _Record(moves, plan, self._x, self._weights, self._later, self._flush)
         tickets: tuple[Any, ...] = ()
         if builds:  # on every rank, so that all meet in backward
             anchor = torch.empty(0, requires_grad=True)
@@ -100,6 +105,7 @@ class ExpertStream:
         slot_weights = self._slot_weights
         arriving_weights = None if slot_weights is not None else moves.start_weights("stream, dispatch", plan, weights)
         record.arriving = moves.begin_expand("stream, dispatch", plan, plan.out, x, range(plan.n_chunks))
+        record.fill(record.arriving, first=True)
         expert_out = empty_rows(moves.memory, x, plan.n_out)
         of_out: Tensor | None = None
         reducing: Reducing | None = None
@@ -110,7 +116,9 @@ class ExpertStream:
             assert of_slots is not None
             of_out = of_slots[plan.slot_of_out]
             home = weights.flatten()[plan.home_weights]
-            return moves.begin_reduce("stream, combine", plan, plan.back, expert_out, of_out, home)
+            begun = moves.begin_reduce("stream, combine", plan, plan.back, expert_out, of_out, home)
+            record.fill(begun)
+            return begun
 
         for index, crossing in enumerate(plan.crossing_of_stage):
             with torch.no_grad():
@@ -159,12 +167,20 @@ def _checked(chunk: Chunk) -> Tensor:
 class _Record:
     """One batch between its forward and the end of its backward. next: the chunk whose turn it is in backward."""
 
-    def __init__(self, moves: Movement, plan: ExchangePlan, x: Tensor, weights: Tensor, later: Later | None) -> None:
+    def __init__(
+        self, moves: Movement, plan: ExchangePlan, x: Tensor, weights: Tensor, later: Later | None, flush: bool
+    ) -> None:
         self.moves, self.plan, self.dtype, self.weights_shape = moves, plan, x.dtype, weights.shape
-        self._later = later
+        self._later, self._flush, self._on_device = later, flush, devices.on_device(x)
         self.arriving: Arriving | None = None
         self.next = -1
         self._expanded: Tensor | None = None  # gradients of the sums that the rows of chunk `next` went to
+
+    def fill(self, crossings: Arriving | Reducing, *, first: bool = False) -> None:
+        """Waits for the crossings compute what earlier batches put off. first: others are waited for after them; of a
+        device, whose host learns late what is done, only the last waits do."""
+        if self._later is not None and not (first and self._on_device):
+            crossings.meanwhile(self._later.run_beside)
 
     def begin(self, grad: Tensor, expert_out: Tensor, weights: Tensor) -> None:
         plan, stage = self.plan, "backward of stream"
@@ -174,7 +190,9 @@ class _Record:
         self.next = len(plan.crossing_of_stage) - 1
         order = [each for each in reversed(plan.crossing_of_stage) if each is not None]
         self.arriving = self.moves.begin_expand(f"{stage}, combine", plan, plan.back, grad.contiguous(), order)
+        self.fill(self.arriving, first=True)
         self._reducing = self.moves.begin_reduce(f"{stage}, dispatch", plan, plan.out, self._of_rows, None, None)
+        self.fill(self._reducing)
 
     def gradient_of_output(self, index: int) -> Tensor:
         self._come_to(index)
@@ -200,7 +218,9 @@ class _Record:
         slots = torch.empty_like(self._of_weights).index_copy_(0, self.plan.slot_of_out, self._of_weights)
         arriving = self.moves.start_back("backward of stream, dispatch", self.plan, slots)
         if self._later is not None:  # while those and the last sums cross
-            self._later.flush()
+            self._later.end_batch()
+            if self._flush:
+                self._later.flush()
         x = self._reducing.finish()
         weights = arriving().view(self.weights_shape)
         del self.arriving, self._reducing, self._expert_out, self._weights, self._of_rows, self._of_weights

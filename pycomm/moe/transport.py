@@ -26,13 +26,21 @@ from pycomm.moe.rows import Terms, combine_rows, copy_rows, empty_rows
 from pycomm.moe.tables import ExchangePlan, Leg, Route
 from pycomm.moe.waits import Waits
 
+Meanwhile = Callable[[Any], None]  # what it is given is a Work: it returns once that is completed, or before
+
 
 class Expanding(ABC):
     """Rows on their way to their experts."""
 
+    _crossings: Crossings
+
     def __init__(self, plan: ExchangePlan, route: Route) -> None:
         self.plan, self.route = plan, route
         self.sources: list[Tensor] = []
+
+    def meanwhile(self, do: Meanwhile) -> None:
+        """Waits for crossings do something else first."""
+        self._crossings.meanwhile = do
 
     @abstractmethod
     def arrived(self, crossing: int) -> None:
@@ -54,10 +62,16 @@ class Expanding(ABC):
 class Reducing(ABC):
     """Sums on their way home. rows [n_out, H]: output rows, of which a step needs those that its sums are made of."""
 
+    _crossings: Crossings
+
     def __init__(
         self, plan: ExchangePlan, route: Route, rows: Tensor, weights: Tensor | None, home_weights: Tensor | None
     ) -> None:
         self.plan, self.route, self.rows, self.weights, self.home_weights = plan, route, rows, weights, home_weights
+
+    def meanwhile(self, do: Meanwhile) -> None:
+        """As Expanding's."""
+        self._crossings.meanwhile = do
 
     @abstractmethod
     def leave(self, crossing: int) -> None:
@@ -150,6 +164,7 @@ class Crossings:
         self._sends, self._receives = (leg.receives, leg.sends) if back else (leg.sends, leg.receives)
         self._bounds = leg.send_bounds if back else leg.receive_bounds
         self._works: dict[int, Any] = {}
+        self.meanwhile: Meanwhile | None = None
 
     def start(self, crossing: int, output: Tensor, rows: Tensor) -> None:
         """output: of all crossings."""
@@ -164,6 +179,8 @@ class Crossings:
     def wait(self, crossing: int) -> None:
         work = self._works.pop(crossing, None)
         if work is not None:
+            if self.meanwhile is not None:
+                self.meanwhile(work)
             with self._waits.stage(self._name(crossing)):
                 work.wait()
 

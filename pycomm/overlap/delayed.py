@@ -35,11 +35,15 @@ class WeightGradients:
 
     together: products of one weight that wait at the same time become one gradient, added up in place in the order in
     which they came; for a weight that is used piece by piece (a stream's chunks), which would cost a pass over it for
-    each piece."""
+    each piece. end_batch() says that a batch's products are all there: only then fill() computes their gradient, and
+    those of the next batch become another, so that what fill() had time for changes no bit."""
 
     def __init__(self, *, together: bool = False) -> None:
+        self._together = together
         self._queue: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
-        self._products: dict[Tensor, list[tuple[Tensor, Tensor]]] | None = {} if together else None
+        self._products: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}  # of the batch that has not ended
+        self._ended: set[Tensor] = set()  # leaves whose products of an earlier batch wait
+        self._n_whole = 0  # how many of the queue, the oldest, will not change any more
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -64,43 +68,65 @@ class WeightGradients:
         self._queue.append((leaf, compute))
 
     def put_product(self, leaf: Tensor, rows: Tensor, x: Tensor) -> None:
-        """Puts off rowsᵀ x, the gradient of a weight [d_out, d_in], of rows [n, d_out] and x [n, d_in]."""
-        if self._products is None:
+        """Puts off rowsᵀ x, the gradient of a weight [d_out, d_in], of rows [n, d_out] and x [n, d_in]. Where that of
+        an earlier batch still waits it is computed first, so that a weight's inputs of two batches are kept at most."""
+        if not self._together:
             self.put(leaf, lambda: rows.T @ x)
-        elif leaf in self._products:
+            return
+        while leaf in self._ended and self.run_one():
+            pass
+        if leaf in self._products:
             self._products[leaf].append((rows, x))
         else:
-            self._products[leaf] = [(rows, x)]
-            self.put(leaf, lambda: self._sum_of_products(leaf))
+            products = self._products[leaf] = [(rows, x)]
+            self.put(leaf, lambda: self._sum_of_products(leaf, products))
 
-    def _sum_of_products(self, leaf: Tensor) -> Tensor:
-        assert self._products is not None
-        (rows, x), *others = self._products.pop(leaf)
+    def _sum_of_products(self, leaf: Tensor, products: list[tuple[Tensor, Tensor]]) -> Tensor:
+        if self._products.get(leaf) is products:
+            del self._products[leaf]
+        (rows, x), *others = products
         total = rows.T @ x
         for rows, x in others:
             total.addmm_(rows.T, x)
         return total
+
+    def end_batch(self) -> None:
+        """All products of this batch are there (together)."""
+        self._ended.update(self._products)
+        self._products = {}
+        self._n_whole = len(self._queue)
 
     def run_one(self) -> bool:
         """Computes the oldest and adds it to its leaf's .grad, with the leaf's hooks (GradientBuckets', say) as in
         backward; False where there is none."""
         if not self._queue:
             return False
-        leaf, compute = self._queue.popleft()
+        leaf, compute = self._pop()
         torch.autograd.backward((leaf,), (compute(),))
         return True
 
-    def fill(self, work: Pending) -> None:
-        """Waits for work, computing what was put off meanwhile: one gradient after another until it is completed."""
-        while self._queue and not work.is_completed():
+    def run_beside(self, work: Pending) -> None:
+        """Computes what was put off, one gradient after another, until work is completed; does not wait for it."""
+        while (self._n_whole if self._together else self._queue) and not work.is_completed():
             self.run_one()
+
+    def fill(self, work: Pending) -> None:
+        """Waits for work, computing what was put off meanwhile."""
+        self.run_beside(work)
         work.wait()
+
+    def _pop(self) -> tuple[Tensor, Callable[[], Tensor]]:
+        leaf, compute = self._queue.popleft()
+        if self._n_whole:
+            self._n_whole -= 1
+            self._ended.discard(leaf)
+        return leaf, compute
 
     def flush(self) -> None:
         """Computes all that is left. Small gradients go to their leaves together, one of each leaf, in their order."""
         found: dict[Tensor, Tensor] = {}
         while self._queue:
-            leaf, compute = self._queue.popleft()
+            leaf, compute = self._pop()
             if leaf in found:
                 _give(found)
             found[leaf] = compute()

@@ -269,7 +269,7 @@ def _exchange(group: Group, flows: Sequence[Pair], nbytes: int) -> tuple[int, fl
     """(bytes sent, seconds) of this rank's flows, each nbytes both ways, all at once."""
     peers = [there if group.rank == here else here for here, there in flows if group.rank in (here, there)]
     out = np.ones(nbytes, np.uint8)
-    into = np.empty((len(peers), nbytes), np.uint8)
+    into = np.ones((len(peers), nbytes), np.uint8)  # written, as a program's own memory is
     begin = time.perf_counter()
     works = [group.recv(into[index], peer, async_op=True) for index, peer in enumerate(peers)]
     works += [group.send(out, peer, async_op=True) for peer in peers]

@@ -254,10 +254,14 @@ def _host_rates(group: Group, topology: Topology, rate: Matrix, target_s: float)
         alone = float(np.nanmax([rate[np.ix_(here, there)], rate[np.ix_(there, here)].T]))
         for seconds in (target_s, _TOGETHER * target_s):  # the first opens connections and lets windows grow
             nbytes = int(np.clip(seconds * alone / n_flows, 64 << 10, _MOST_BYTES // n_flows))
+            peers = [other if group.rank == one else one for one, other in flows if group.rank in (one, other)]
+            # Written before anybody begins: new pages take time, and a send is done before its bytes have crossed, so
+            # that who began late, while the others' bytes came in, would seem to have a faster link.
+            out, into = np.ones(nbytes, np.uint8), np.ones((len(peers), nbytes), np.uint8)
             group.barrier()
-            if group.rank in (*here, *there):
+            if peers:
                 src, dst = (a, b) if group.rank in here else (b, a)
-                mine[:, src, dst] = _exchange(group, flows, nbytes)
+                mine[:, src, dst] = _exchange(group, peers, out, into)
     everyone = np.empty((group.size, *mine.shape))
     group.all_gather(everyone, mine)
     sent, seconds = everyone[:, 0].sum(axis=0), everyone[:, 1].max(axis=0)
@@ -265,17 +269,14 @@ def _host_rates(group: Group, topology: Topology, rate: Matrix, target_s: float)
     return rates
 
 
-def _exchange(group: Group, flows: Sequence[Pair], nbytes: int) -> tuple[int, float]:
-    """(bytes sent, seconds) of this rank's flows, each nbytes both ways, all at once."""
-    peers = [there if group.rank == here else here for here, there in flows if group.rank in (here, there)]
-    out = np.ones(nbytes, np.uint8)
-    into = np.ones((len(peers), nbytes), np.uint8)  # written, as a program's own memory is
+def _exchange(group: Group, peers: Sequence[int], out: NDArray[np.uint8], into: NDArray[np.uint8]) -> tuple[int, float]:
+    """(bytes sent, seconds) of this rank's flows, out to each peer and a row of into from each, all at once."""
     begin = time.perf_counter()
     works = [group.recv(into[index], peer, async_op=True) for index, peer in enumerate(peers)]
     works += [group.send(out, peer, async_op=True) for peer in peers]
     for work in works:
         work.wait()
-    return len(peers) * nbytes, time.perf_counter() - begin
+    return len(peers) * len(out), time.perf_counter() - begin
 
 
 def _reduce_rate() -> float:

@@ -48,7 +48,7 @@ CASES = (
     Case(gpu_group_bodies.hierarchical, n_hosts=2, of_group=True),
     Case(gpu_group_bodies.wire, n_hosts=2, of_group=True),
     Case(gpu_group_bodies.foreign_arrays, of_group=True),
-    Case(gpu_group_bodies.experts, of_group=True),
+    Case(gpu_group_bodies.experts, n_hosts=2, of_group=True),
 )
 # On an accelerator of one device.
 UNTOLD = Case(gpu_bodies.one_device_twice, 2, environment={"NCCL_MULTI_RANK_GPU_ENABLE": "0"})

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from pycomm.errors import InvalidArgument
-from pycomm.moe.autograd import weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
-from pycomm.moe.rows import empty_rows, row_dots, spread_rows
+from pycomm.moe.rows import empty_rows, spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -164,7 +163,7 @@ class _Record:
         self._later = later
         self.arriving: Arriving | None = None
         self.next = -1
-        self._expanded: Tensor | None = None  # gradients of the sums that the rows of chunk `next` went to
+        self._expanded: Tensor | None = None  # gradients of chunk `next`'s outputs
 
     def begin(self, grad: Tensor, expert_out: Tensor, weights: Tensor) -> None:
         plan, stage = self.plan, "backward of stream"
@@ -178,8 +177,7 @@ class _Record:
 
     def gradient_of_output(self, index: int) -> Tensor:
         self._come_to(index)
-        to = self.plan.back.expansions[index].to
-        return weighted(self._expand(), self._weights[to], self.dtype)
+        return self._expand()
 
     def take(self, index: int, grad: Tensor | None) -> None:
         """The gradient of a chunk's rows; None where no expert's output depended on them."""
@@ -209,9 +207,7 @@ class _Record:
     def _expand(self) -> Tensor:
         if self._expanded is None:
             assert self.arriving is not None
-            self._expanded = self.arriving.stage(self.next)
-            to = self.plan.back.expansions[self.next].to
-            self._of_weights[to] = row_dots(self._expanded, self._expert_out, to)
+            self._expanded = self.arriving.stage_weighted(self.next, self._weights, self._expert_out, self._of_weights)
         return self._expanded
 
     def _come_to(self, index: int) -> None:

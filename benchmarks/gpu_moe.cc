@@ -1,8 +1,7 @@
 // How fast the kernels of an expert exchange are (gpu_timing.h): 4096 tokens of a prefill and 128
 // of a decode, 7168 wide in bfloat16, each to 8 of 256 experts, which are on 8 ranks. Rows are
-// expanded into experts' order, combined back, and coded in fp8 into a buffer for each rank: the
-// last in one pass, where pycomm.moe codes first and packs the codes (docs/moe.md). Bytes: each
-// token's row is read, or written, once, each expert's row once.
+// expanded into experts' order, combined back, and coded in fp8 into a buffer for each rank. Bytes:
+// each token's row is read, or written, once, each expert's row once.
 #include <numeric>
 #include <random>
 
@@ -24,7 +23,8 @@ T* on_device(const std::vector<T>& from) {
   return static_cast<T*>(memory);
 }
 
-// Which token each expert's row is of, and where; by expert, those of one in the order of tokens.
+// Which token each expert's row is of; by expert, those of one in the order of tokens. And of each
+// token's slots, which row and where on its rank.
 struct Routing {
   std::vector<int64_t> token, buffer, to, row_of_slot, offsets;
   std::vector<float> weights;
@@ -38,15 +38,16 @@ struct Routing {
       for (int64_t k = 0; k < kChoices; ++k)
         slots[static_cast<size_t>(experts[static_cast<size_t>(k)])].push_back(t * kChoices + k);
     }
-    row_of_slot.resize(static_cast<size_t>(n_tokens * kChoices));
+    for (auto* of_slots : {&row_of_slot, &buffer, &to})
+      of_slots->resize(static_cast<size_t>(n_tokens * kChoices));
     std::vector<int64_t> filled(kRanks, 0);
     for (int64_t expert = 0; expert < kExperts; ++expert)
       for (const int64_t slot : slots[static_cast<size_t>(expert)]) {
         const int64_t rank = expert / (kExperts / kRanks);
         row_of_slot[static_cast<size_t>(slot)] = static_cast<int64_t>(token.size());
         token.push_back(slot / kChoices);
-        buffer.push_back(rank);
-        to.push_back(filled[static_cast<size_t>(rank)]++);
+        buffer[static_cast<size_t>(slot)] = rank;
+        to[static_cast<size_t>(slot)] = filled[static_cast<size_t>(rank)]++;
       }
     for (int64_t t = 0; t <= n_tokens; ++t) offsets.push_back(t * kChoices);
     weights.assign(row_of_slot.size(), 1.0f / kChoices);
@@ -74,8 +75,8 @@ void add_tasks(std::vector<Task>& tasks, int64_t n_tokens, const Buffers& in, co
   tasks.push_back({"moe expand" + suffix, numel, of_tokens + of_rows, [=, &in, &out](int turn) {
                      const void* const source = in.tokens[static_cast<size_t>(turn)];
                      return cuda::expand_rows(out.rows[static_cast<size_t>(turn)],
-                                              std::span(&source, 1), nullptr, token, nullptr,
-                                              nullptr, n, kWidth, DType::bfloat16, nullptr);
+                                              std::span(&source, 1), nullptr, token, nullptr, n,
+                                              kWidth, DType::bfloat16, nullptr);
                    }});
   tasks.push_back(
       {"moe combine-reduce" + suffix, numel, of_tokens + of_rows, [=, &in, &out](int turn) {
@@ -95,8 +96,8 @@ void add_tasks(std::vector<Task>& tasks, int64_t n_tokens, const Buffers& in, co
                        buffers.push_back(at);
                        at += (static_cast<size_t>(n_rows) * coded_nbytes + 15) / 16 * 16;
                      }
-                     return cuda::encode_rows(buffers, buffer, to,
-                                              in.tokens[static_cast<size_t>(turn)], token, n,
+                     return cuda::encode_rows(buffers, offsets, buffer, to,
+                                              in.tokens[static_cast<size_t>(turn)], n_tokens,
                                               kWidth, DType::bfloat16, nullptr);
                    }});
 }

@@ -27,6 +27,19 @@ def settle(x: Tensor) -> None:
         torch.get_device_module(x.device).synchronize(x.device)
 
 
+def reached(x: Tensor) -> Any:
+    """An event of x's device: that its current stream has come to here. None on the CPU."""
+    if x.device.type == "cpu":
+        return None
+    return torch.get_device_module(x.device).current_stream(x.device).record_event()
+
+
+def follow(x: Tensor, event: Any) -> None:
+    """What comes next on the current stream of x's device comes after the event, where there is one."""
+    if event is not None:
+        torch.get_device_module(x.device).current_stream(x.device).wait_event(event)
+
+
 def collective_cost(group: Any, collective: str, nbytes: int) -> tuple[float, float, str]:
     """(latency_s, bytes_per_s, source) of a collective on devices, up to nbytes of it: from the job's tuning table or
     PYCOMM_CUDA_TOPOLOGY, and without either default figures. Every rank gets the same, and nothing is sent.

@@ -130,6 +130,7 @@ def stream(group: Any, device: str) -> list[Tensor]:
         ("rank", "tokens", 3, None, torch.bfloat16),
         ("none", "experts", 2, None, torch.float32),
         ("rank", "experts", 2, "fp8", torch.float32),
+        ("host", "tokens", 2, "fp8", torch.bfloat16),
     ):
         ep = ExpertParallel(group, n_experts, dedup=dedup, wire=wire)
         unit = 112 if wire == "fp8" else 1  # e4m3's largest is 448: scales are powers of two

@@ -99,6 +99,10 @@ class DeviceGroup(Group):
     def all_to_all(self, *given: Any, **options: Any) -> Any:
         return self._call("all_to_all", given, options)
 
+    def symmetric_memory(self, like: Any, *given: Any) -> Any:
+        self.calls.append("symmetric_memory")
+        return super().symmetric_memory(_moved(like), *given)
+
     def exchange(self, sends: Any = (), receives: Any = (), **options: Any) -> Any:
         self.calls.append("exchange")
         pairs = [[(_moved(x), rank) for x, rank in each] for each in (sends, receives)]

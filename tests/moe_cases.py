@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pycomm.moe import ExpertParallel
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -80,6 +82,18 @@ def run_experts(case: Case, dispatched: Any, experts: tuple[int, ...], layout: s
         out = (rows * table[chosen.clamp(min=0)]).float() * dispatched.weights[:, k : k + 1]
         total = total + torch.where((chosen >= 0).unsqueeze(1), out, 0.0)
     return total.to(rows.dtype)
+
+
+def through(group: Any, case: Case, layout: str = "expert", **settings: Any) -> list[Array]:
+    """y, the gradients of x and the weights, and the rows that came, of one batch."""
+    one = batch(case, group.rank)
+    x, weights = one.x.clone().requires_grad_(), one.weights.clone().requires_grad_()
+    ep = ExpertParallel(group, case.num_experts, case.hidden, case.top_k, layout=layout, **settings)  # type: ignore[arg-type]
+    dispatched = ep.dispatch(x, one.idx, weights)
+    y = ep.combine(run_experts(case, dispatched, ep.placement.experts[group.rank], layout), dispatched)
+    y.backward(one.grad)
+    assert x.grad is not None and weights.grad is not None
+    return [each.float().numpy() for each in (y.detach(), x.grad, weights.grad, dispatched.rows.detach())]
 
 
 def dense(case: Case, rank: int) -> list[Array]:

@@ -262,6 +262,7 @@ def _rows_by_index() -> None:
     rows, index = Rows(np.zeros((2, 4), np.float32)), OnDevice(np.zeros(1, np.int64))
     on_host, host_index = np.zeros((2, 4), np.float32), np.zeros(1, np.int64)
     one, ends = Rows(np.zeros((1, 4), np.float32)), OnDevice(np.array([0, 1]))
+    weights = OnDevice(np.zeros(2, np.float32))
     values, coded = Rows(np.zeros((2, 128), np.float32)), Rows(np.zeros(265, np.uint8)[1:].reshape(2, 132))
     calls = (
         (
@@ -271,12 +272,33 @@ def _rows_by_index() -> None:
         (lambda: _C.combine_rows(one, [rows] * 129, index, index, ends), "'combine_rows' takes 1 to 128 buffers"),
         (lambda: _C.encode_rows(coded, values, "fp8"), "'encode_rows' needs buffers 4-byte aligned"),
         (lambda: _C.copy_rows(rows, [on_host], index, index), "one tensor is on cuda:0, another on cpu"),
+        (
+            lambda: _C.pack_coded_rows([coded], OnDevice(np.arange(3)), *[OnDevice(np.arange(2))] * 2, values),
+            "'encode_rows' needs buffers 4-byte aligned",
+        ),
+        (lambda: _C.expand_coded_rows(values, [coded] * 129, index, index), "'decode_rows' takes 1 to 128 buffers"),
+        (
+            lambda: _C.weigh_rows(rows, None, [rows] * 129, index, index, None, None, weights, None),
+            "'weigh_rows' takes 1 to 128 buffers",
+        ),
+        (
+            lambda: _C.weigh_rows(rows, None, [on_host], index, index, None, None, weights, None),
+            "one tensor is on cuda:0, another on cpu",
+        ),
     )
     for call, text in calls:
         with pytest.raises(InvalidArgument, match=text if hasattr(_C, "cuda_info") else "built without CUDA"):
             call()
     with pytest.raises(InvalidArgument, match="one tensor is on the CPU, another on cuda:0"):
         _C.copy_rows(on_host, [rows], host_index, host_index)
+    for refused, text in (
+        (lambda: _C.weigh_rows(on_host, None, [], host_index, host_index, None, None, on_host, None), "on the CPU"),
+        (lambda: _C.weigh_rows(rows, weights, [rows], index, index, None, None, weights, None), "both dots and b"),
+        (lambda: _C.expand_coded_rows(values, [values], index, index), "132 bytes as fp8, not 128 float32"),
+        (lambda: _C.pack_coded_rows([coded], index, index, index, values), "starts has 1 entries, not 3"),
+    ):
+        with pytest.raises(InvalidArgument, match=text):
+            refused()
 
 
 @pytest.mark.parametrize("with_nccl", [False, True])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import Array, Batch, Case, batch, dense, factors, replay, run_experts
+from moe_cases import Array, Batch, Case, batch, dense, factors, replay, run_experts, through
 from spawn import run_ranks
 from torch import Tensor
 
@@ -66,18 +66,6 @@ def results() -> list[dict[str, str | None]]:
 
 def same_bits(ours: Array, expected: Array) -> bool:
     return ours.shape == expected.shape and np.array_equal(ours, expected, equal_nan=True)
-
-
-def through(group: Any, case: Case, layout: str = "expert", **settings: Any) -> list[Array]:
-    """y, the gradients of x and the weights, and the rows that came, of one batch."""
-    one = batch(case, group.rank)
-    x, weights = one.x.clone().requires_grad_(), one.weights.clone().requires_grad_()
-    ep = ExpertParallel(group, case.num_experts, case.hidden, case.top_k, layout=layout, **settings)  # type: ignore[arg-type]
-    dispatched = ep.dispatch(x, one.idx, weights)
-    y = ep.combine(run_experts(case, dispatched, ep.placement.experts[group.rank], layout), dispatched)
-    y.backward(one.grad)
-    assert x.grad is not None and weights.grad is not None
-    return [each.float().numpy() for each in (y.detach(), x.grad, weights.grad, dispatched.rows.detach())]
 
 
 def refuses(group: Any, text: str, call: Callable[[], Any]) -> None:

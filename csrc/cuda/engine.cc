@@ -275,10 +275,10 @@ std::vector<std::shared_ptr<Courier>> CudaEngine::couriers() const {
 void CudaEngine::close() {
   if (closed_.exchange(true)) return;
   const bool sound = broken().ok();
-  watch_->close(sound ? kFinish : std::chrono::seconds(0));
+  const bool ended = watch_->close(sound ? kFinish : std::chrono::seconds(0));
   const auto until = Clock::now() + kFinish;
   const std::lock_guard lock(mutex_);
-  if (sound) leave_peers();
+  if (sound && ended) leave_shared();
   for (auto& [peer, pair] : pairs_)
     if (pair.communicator) pair.communicator->abort();
   for (auto& [partition, layer] : layers_)

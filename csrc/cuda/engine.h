@@ -35,6 +35,7 @@
 #include "cuda/courier.h"
 #include "cuda/device.h"
 #include "cuda/peers.h"
+#include "cuda/symmetric_memory.h"
 #include "cuda/watch.h"
 
 namespace pycomm::cuda {
@@ -105,6 +106,14 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   std::shared_ptr<CudaEngine> shrink(const std::vector<int>& excluded, EngineOptions options,
                                      Clock::time_point deadline);
   bool has_communicator() const;  // one of all ranks
+  // Memory of each rank of one host, nbytes on all, until the group closes; nullptr, on all ranks,
+  // where one cannot map another's, and `why` says which. All ranks call it. instead: given up for
+  // it. REQUIRES: the device does nothing more with `instead`, nor after close() with any; what
+  // reads another rank's memory comes before a later collective of the group. Errors:
+  // Error(invalid_argument) in a group of several hosts; others break the group.
+  std::shared_ptr<SymmetricMemory> share(int64_t nbytes,
+                                         const std::shared_ptr<SymmetricMemory>& instead,
+                                         Clock::time_point deadline, std::string* why);
   // Says in a group's store why it is broken, for ranks that wait in it, unless that has been said.
   static void tell(Store& store, const Status& why);
 
@@ -137,8 +146,11 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
                                      const std::string& who, const Communicator::Check& check,
                                      Clock::time_point deadline);
   Comparison compare_ranks(Clock::time_point deadline);
+
+  // sharing.cc
+  SymmetricMemory::Exchange exchange_for(const std::string& purpose, Clock::time_point deadline);
   Peers* peers_for(const Launch& launch, Device::Stream stream);
-  void leave_peers();
+  void leave_shared();
 
   // between.cc
   std::string try_nccl(const std::string& key, const std::vector<int>& ranks,
@@ -230,6 +242,8 @@ class CudaEngine final : public Engine, public std::enable_shared_from_this<Cuda
   std::unique_ptr<Peers> peers_;
   std::atomic<Peers*> peers_in_use_{nullptr};  // those, for the watch
   bool peers_asked_ = false;
+  std::vector<std::shared_ptr<SymmetricMemory>> shared_;  // for callers
+  uint64_t n_shared_ = 0;
   uint64_t sequence_ = 0;
   uint64_t n_messages_ = 0;
   Device::Event last_ = nullptr;  // the end of the last operation on the group's communicator

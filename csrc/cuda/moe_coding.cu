@@ -22,7 +22,7 @@ struct alignas(kWord) Codes {
 struct Encode {
   Buffers buffers;
   const char* src;
-  const int64_t *buffer, *to, *rows;
+  const int64_t *starts, *buffer, *to;
   int64_t n, width;
   bool whole;  // every row of src is 16-byte aligned
 };
@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
   const unsigned block_mask = (kLanes<T> == 32 ? ~0u : 0xffffu) << (lane / kLanes<T> * kLanes<T>);
   for (int64_t item = this_warp(); item < n_items; item += n_warps()) {
     const RowTile tile = row_tile(item, padded, kPerLane);
-    const T* const from =
-        reinterpret_cast<const T*>(args.src) + at(args.rows, tile.row, tile.row) * args.width;
-    char* const to = args.buffers.of[at(args.buffer, tile.row, 0)] +
-                     at(args.to, tile.row, tile.row) * coded_row_nbytes(args.width);
+    const T* const from = reinterpret_cast<const T*>(args.src) + tile.row * args.width;
+    const int64_t begin = at(args.starts, tile.row, tile.row);
+    const int64_t end = at(args.starts, tile.row + 1, tile.row + 1);
+    if (begin == end) continue;
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int64_t column = lane_column(tile, turn, lane, kPerLane);
@@ -72,9 +72,13 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
       Codes<kPerLane> codes;
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) codes.x[k] = encode(kCode, widen(x.x[k]), scale.to_code);
-      *reinterpret_cast<Codes<kPerLane>*>(to + column) = codes;
-      if (lane % kLanes<T> == 0)
-        *reinterpret_cast<float*>(to + scale_offset(args.width, column)) = scale.to_value;
+      for (int64_t j = begin; j < end; ++j) {
+        char* const to = args.buffers.of[at(args.buffer, j, 0)] +
+                         at(args.to, j, j) * coded_row_nbytes(args.width);
+        *reinterpret_cast<Codes<kPerLane>*>(to + column) = codes;
+        if (lane % kLanes<T> == 0)
+          *reinterpret_cast<float*>(to + scale_offset(args.width, column)) = scale.to_value;
+      }
     }
   }
 }
@@ -127,12 +131,12 @@ unsigned grid(int64_t n, int64_t width) {
 
 }  // namespace
 
-Status encode_rows(std::span<void* const> buffers, const int64_t* buffer, const int64_t* to,
-                   const void* src, const int64_t* rows, int64_t n, int64_t width, DType dtype,
+Status encode_rows(std::span<void* const> buffers, const int64_t* starts, const int64_t* buffer,
+                   const int64_t* to, const void* src, int64_t n, int64_t width, DType dtype,
                    void* stream) {
   return for_float_type("encode_rows", dtype, [&]<class T>(T) -> Status {
     if (Status status = check_rows("encode_rows", n, width); !status.ok()) return status;
-    Encode args{{},    static_cast<const char*>(src), buffer, to, rows, n,
+    Encode args{{},    static_cast<const char*>(src), starts, buffer, to, n,
                 width, aligned<T>(src, width)};
     if (Status status = gather("encode_rows", buffers, kWord, &args.buffers); !status.ok())
       return status;

@@ -7,7 +7,6 @@ namespace pycomm::cuda {
 namespace {
 
 constexpr auto kLeave = std::chrono::seconds(2);
-constexpr int64_t kGranule = 2 << 20;  // of memory that other processes map: no one else's is in it
 // What two shots save, (n - 2) / n of the tensor from each other rank, is worth their second wait
 // from here on: 5 us at 300 GB/s. No GPU has confirmed it.
 constexpr int64_t kTwoShotBytes = 1500 << 10;
@@ -24,61 +23,26 @@ bool Peers::has(const Launch& launch) {
          print.wire == Wire::none && launch.input_nbytes > 0;
 }
 
-void Peers::make_buffer() {
-  const int64_t nbytes = (peer_buffer_nbytes(capacity_) + kGranule - 1) / kGranule * kGranule;
+void Peers::make() {
   failed_ = static_cast<uint32_t*>(device_->allocate_pinned(sizeof(uint32_t)));
   *failed_ = 0;
   stream_ = device_->new_stream();
   last_ = device_->new_event();
-  buffers_[static_cast<size_t>(rank_)] =
-      static_cast<char*>(device_->allocate_shared(static_cast<size_t>(nbytes)));
-  const auto zeroed = device_->new_event();
-  device_->zero(buffers_[static_cast<size_t>(rank_)], static_cast<size_t>(nbytes), stream_);
-  device_->record(zeroed, stream_);
-  while (!device_->passed(zeroed)) std::this_thread::sleep_for(std::chrono::microseconds(50));
-  device_->free_event(zeroed);
 }
 
 std::unique_ptr<Peers> Peers::create(std::shared_ptr<Device> device, int rank, int size,
-                                     int64_t capacity, const Exchange& exchange, std::string* why) {
-  std::unique_ptr<Peers> self(new Peers(std::move(device), rank, size, capacity));
-  self->buffers_.resize(static_cast<size_t>(size), nullptr);
-  // "!" and why not, or a device's id, a newline and the handle.
-  const auto failure_in = [&](const std::vector<std::string>& told) {
-    for (size_t of = 0; of < told.size(); ++of)
-      if (told[of].starts_with('!')) {
-        *why = "rank " + std::to_string(of) + ": " + told[of].substr(1);
-        return true;
-      }
-    return false;
-  };
-  std::string mine;
+                                     int64_t capacity, const SymmetricMemory::Exchange& exchange,
+                                     std::string* why) {
+  std::unique_ptr<Peers> self(new Peers(device, rank, size, capacity));
+  std::string lacks;
   try {
-    self->make_buffer();
-    mine = self->device_->id() + "\n" +
-           self->device_->handle_of(self->buffers_[static_cast<size_t>(rank)]);
+    self->make();
   } catch (const Error& error) {
-    mine = std::string("!") + error.what();
+    lacks = error.what();
   }
-  const auto told = exchange("buffer", mine);
-  if (failure_in(told)) {
-    self->releases_ = true;  // nobody has mapped it
-    return nullptr;
-  }
-  mine.clear();
-  self->n_on_device_ = 0;
-  try {
-    for (size_t of = 0; of < told.size(); ++of) {
-      const size_t end = told[of].find('\n');
-      self->n_on_device_ += told[of].substr(0, end) == self->device_->id();
-      self->handles_.push_back(told[of].substr(end + 1));
-      if (static_cast<int>(of) != rank)
-        self->buffers_[of] = static_cast<char*>(self->device_->map_shared(self->handles_[of]));
-    }
-  } catch (const Error& error) {
-    mine = std::string("!") + error.what();
-  }
-  return failure_in(exchange("mapped", mine)) ? nullptr : std::move(self);
+  self->memory_ = SymmetricMemory::create(std::move(device), rank, size,
+                                          peer_buffer_nbytes(capacity), exchange, lacks, why);
+  return self->memory_ == nullptr ? nullptr : std::move(self);
 }
 
 bool Peers::idle() {
@@ -90,14 +54,18 @@ bool Peers::idle() {
   return true;
 }
 
+bool Peers::leave() {
+  if (!idle()) return false;
+  memory_->leave();
+  return true;
+}
+
 Peers::~Peers() {
-  if (!idle()) return;  // a stream will come to it yet: all it uses stays
-  for (size_t of = 0; of < handles_.size(); ++of)
-    if (static_cast<int>(of) != rank_ && buffers_[of] != nullptr)
-      device_->unmap_shared(buffers_[of], handles_[of]);
-  // Else it stays to the end of the process: another rank may be reading it.
-  if (releases_ && buffers_[static_cast<size_t>(rank_)] != nullptr)
-    device_->release_shared(buffers_[static_cast<size_t>(rank_)]);
+  if (!idle()) {  // a stream will come to it yet: all it uses stays
+    (void)memory_.release();
+    return;
+  }
+  if (memory_ != nullptr) memory_->leave();
   if (last_ != nullptr) device_->free_event(last_);
   if (stream_ != nullptr) device_->free_stream(stream_);
   if (failed_ != nullptr) device_->release_pinned(failed_);
@@ -105,7 +73,7 @@ Peers::~Peers() {
 
 void Peers::run(const Launch& launch, uint32_t tag, Device::Stream stream) {
   PeerArguments args{};
-  std::copy(buffers_.begin(), buffers_.end(), args.buffers);
+  for (int of = 0; of < size_; ++of) args.buffers[of] = memory_->of(of);
   args.rank = rank_;
   args.n_ranks = size_;
   args.epoch = ++epoch_;
@@ -121,7 +89,8 @@ void Peers::run(const Launch& launch, uint32_t tag, Device::Stream stream) {
   args.timeout_ns = static_cast<uint64_t>(
       std::max<int64_t>(1, std::chrono::duration_cast<std::chrono::nanoseconds>(left).count()));
   const bool two_shot = (size_ - 2) * static_cast<int64_t>(launch.input_nbytes) >= kTwoShotBytes;
-  device_->peer_all_reduce(args, launch.fingerprint.dtype, two_shot, n_on_device_, stream);
+  device_->peer_all_reduce(args, launch.fingerprint.dtype, two_shot, memory_->n_on_device(),
+                           stream);
   device_->record(last_, stream);
   launched_ = true;
 }
@@ -140,7 +109,7 @@ Status Peers::status() const {
 }
 
 void Peers::end() {
-  auto* const control = reinterpret_cast<PeerControl*>(buffers_[static_cast<size_t>(rank_)]);
+  auto* const control = reinterpret_cast<PeerControl*>(memory_->of(rank_));
   device_->write_value(stream_, &control->error, kPeerEnded);
   (void)idle();  // until nothing on the device uses callers' memory
 }

@@ -1,31 +1,26 @@
 // Peers: small all_reduces of the ranks of one host by the kernel that reads and writes their
-// memory (peer_protocol.h). Each rank has a buffer that all have mapped: by CUDA IPC between
-// processes, as it is between the threads of one. Thread safety: run() is called by one thread at a
-// time, in the order in which all ranks call it, and what it launches stands in the order of one
-// stream; the others are free.
+// memory (peer_protocol.h). Each rank has a buffer that all have mapped (symmetric_memory.h).
+// Thread safety: run() is called by one thread at a time, in the order in which all ranks call it,
+// and what it launches stands in the order of one stream; the others are free.
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "core/engine.h"
 #include "cuda/device.h"
 #include "cuda/peer_protocol.h"
+#include "cuda/symmetric_memory.h"
 
 namespace pycomm::cuda {
 
 class Peers {
  public:
-  // What all ranks have given under this name, by rank; all call it.
-  using Exchange =
-      std::function<std::vector<std::string>(const std::string& name, const std::string& mine)>;
   // All ranks call it. nullptr, on all of them, where one cannot map another's memory; `why` says
   // which and why. capacity: bytes of the largest tensor.
   static std::unique_ptr<Peers> create(std::shared_ptr<Device> device, int rank, int size,
-                                       int64_t capacity, const Exchange& exchange,
+                                       int64_t capacity, const SymmetricMemory::Exchange& exchange,
                                        std::string* why);
   ~Peers();  // REQUIRES: nothing of this rank is under way, or end() was called
 
@@ -38,27 +33,26 @@ class Peers {
   void run(const Launch& launch, uint32_t tag, Device::Stream stream);
   // Of the launches that have ended: ok(), or Code::timeout, Code::mismatch.
   Status status() const;
-  void end();                                 // what is under way ends soon
-  void all_have_left() { releases_ = true; }  // nobody reads this rank's buffer any more
+  void end();  // what is under way ends soon
+  // Unmaps the others' buffers; false where something is still under way, and stays so.
+  bool leave();
+  void all_have_left() { memory_->all_have_left(); }
 
  private:
   Peers(std::shared_ptr<Device> device, int rank, int size, int64_t capacity)
       : device_(std::move(device)), rank_(rank), size_(size), capacity_(capacity) {}
-  void make_buffer();
+  void make();
   bool idle();  // what was launched has ended; waits a little for that
 
   const std::shared_ptr<Device> device_;
   const int rank_, size_;
   const int64_t capacity_;
-  int n_on_device_ = 1;
   uint32_t epoch_ = 0;
-  bool releases_ = false;
   Device::Stream stream_ = nullptr;  // of end()
   Device::Event last_ = nullptr;     // the end of the last launch
   std::atomic<bool> launched_{false};
-  uint32_t* failed_ = nullptr;        // pinned: the kernel's word
-  std::vector<char*> buffers_;        // by rank
-  std::vector<std::string> handles_;  // likewise
+  uint32_t* failed_ = nullptr;  // pinned: the kernel's word
+  std::unique_ptr<SymmetricMemory> memory_;
 };
 
 }  // namespace pycomm::cuda

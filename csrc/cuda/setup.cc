@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 
 #include "cuda/engine.h"
 
@@ -14,7 +13,6 @@ std::chrono::milliseconds left_until(Clock::time_point deadline) {
                   std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()));
 }
 
-constexpr auto kLeavePeers = std::chrono::milliseconds(500);
 constexpr auto kSlice = std::chrono::milliseconds(250);  // of waiting, between looks for bad word
 
 std::string encoded(const NcclUniqueId& id) { return {id.bytes, sizeof(id.bytes)}; }
@@ -194,46 +192,6 @@ void CudaEngine::meet(Clock::time_point deadline) {
     const Status why{error.code(), named(error.what())};
     watch_->fail(why);
     throw Error(why);
-  }
-}
-
-// What runs the launch instead of NCCL; nullptr where that has it. All ranks answer alike, and set
-// it up with the first launch that can use it. REQUIRES: mutex_ is held; the ranks have met.
-Peers* CudaEngine::peers_for(const Launch& launch, Device::Stream stream) {
-  if (spans_hosts_ || size_ == 1 || size_ > kMaxPeers ||
-      launch.input_nbytes > options_.peer_nbytes || !Peers::has(launch) ||
-      device_.capturing(stream))  // a graph's launches have one epoch
-    return nullptr;
-  if (!peers_asked_) {
-    peers_asked_ = true;
-    const auto exchange = [&](const std::string& name, const std::string& mine) {
-      std::vector<std::string> keys;
-      for (int rank = 0; rank < size_; ++rank)
-        keys.push_back("peers/" + name + "/" + std::to_string(rank));
-      options_.store->set(keys[static_cast<size_t>(rank_)], mine);
-      return await(keys, launch.deadline);
-    };
-    const auto capacity = static_cast<int64_t>((options_.peer_nbytes + 15) / 16 * 16);
-    std::string why;  // NCCL does what they would: no error
-    peers_ = Peers::create(options_.device, rank_, size_, capacity, exchange, &why);
-    peers_in_use_ = peers_.get();
-  }
-  return peers_ != nullptr && peers_->takes(launch) ? peers_.get() : nullptr;
-}
-
-// Waits a little for ranks that may still read this one's buffer.
-void CudaEngine::leave_peers() {
-  if (peers_ == nullptr) return;
-  const auto until = Clock::now() + kLeavePeers;
-  try {
-    options_.store->set("peers/left/" + std::to_string(rank_), "");
-    for (int rank = 0; rank < size_; ++rank)
-      while (!options_.store->peek("peers/left/" + std::to_string(rank))) {
-        if (Clock::now() > until) return;
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));
-      }
-    peers_->all_have_left();
-  } catch (const Error&) {  // the store is gone: the buffer stays
   }
 }
 

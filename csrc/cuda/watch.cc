@@ -120,19 +120,21 @@ void Watch::fail(const Status& why) {
   run_callbacks(lock);
 }
 
-void Watch::close(std::chrono::milliseconds patience) {
+bool Watch::close(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, patience, [&] { return under_way_.empty() || closing_; });
+  const bool ended = under_way_.empty();
   closing_ = true;
   changed_.notify_all();
   lock.unlock();
-  if (is_own_thread()) return;  // a callback closes; whoever destroys this waits for the end
+  if (is_own_thread()) return ended;  // a callback closes; whoever destroys this waits for the end
   if (thread_.joinable()) thread_.join();
   lock.lock();
   const Status why =
       broken_.ok() ? Status{Code::closed, "the group was closed before this was done"} : broken_;
   for (const auto& operation : std::exchange(under_way_, {})) finish(operation, why);
   run_callbacks(lock);
+  return ended;
 }
 
 void Watch::loop() {

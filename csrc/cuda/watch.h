@@ -67,8 +67,8 @@ class Watch {
   Status broken() const;
   Stats stats() const;
   bool is_own_thread() const { return std::this_thread::get_id() == thread_.get_id(); }
-  // Ends the thread, after what is under way or `patience`.
-  void close(std::chrono::milliseconds patience);
+  // Ends the thread, after what is under way or `patience`: false where that was not enough.
+  bool close(std::chrono::milliseconds patience);
 
  private:
   void loop();

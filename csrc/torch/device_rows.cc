@@ -1,60 +1,13 @@
 #include "torch/device_rows.h"
 
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-
-#include "torch/device_side.h"
 #ifdef PYCOMM_WITH_CUDA
 #include "cuda/moe.h"
+#include "torch/on_device.h"
 #endif
 
 namespace pycomm::torch_layer {
 
 #ifdef PYCOMM_WITH_CUDA
-
-namespace {
-
-// The device of all, current while it lives where torch knows such devices, and its current stream.
-class OnDevice {
- public:
-  OnDevice(const char* what, const View& first, const std::vector<const View*>& others) {
-    for (const View* each : others)
-      if (each->device != first.device)
-        refuse(what, "one tensor is on " + first.device.str() + ", another on " +
-                         each->device.str() + "; all must be on one device");
-    if (c10::impl::hasDeviceGuardImpl(first.device.type())) guard_.emplace(first.device);
-    stream = current_stream_of(first.device);
-  }
-  void* stream;
-
- private:
-  std::optional<c10::DeviceGuard> guard_;
-};
-
-void require(const char* what, const Status& status) {
-  if (!status.ok())
-    throw Error(status.code, std::string(what) + " on the device: " + status.message);
-}
-
-const int64_t* ints(const char* what, const View& view) {
-  if (view.dtype != DType::int64)
-    refuse(what, std::string("indices must be int64, not ") + name_of(view.dtype));
-  return static_cast<const int64_t*>(view.data);
-}
-
-std::vector<const View*> pointers(const std::vector<View>& sources) {
-  std::vector<const View*> found;
-  for (const View& each : sources) found.push_back(&each);
-  return found;
-}
-
-std::vector<const void*> data_of(const std::vector<View>& sources) {
-  std::vector<const void*> found;
-  for (const View& each : sources) found.push_back(each.data);
-  return found;
-}
-
-}  // namespace
 
 void device_copy_rows(const View& out, const std::vector<View>& sources, const View& source,
                       const View& rows, const std::optional<View>& to) {
@@ -70,10 +23,9 @@ void device_copy_rows(const View& out, const std::vector<View>& sources, const V
   if (row_nbytes % size != 0)
     refuse(what, "a row of " + std::to_string(row_nbytes) +
                      " bytes; on a device a row's bytes must be an even number");
-  require(what,
-          cuda::expand_rows(out.data, data_of(sources), ints(what, source), ints(what, rows),
-                            to ? ints(what, *to) : nullptr, nullptr,
-                            static_cast<int64_t>(rows.numel), row_nbytes / size, unit, on.stream));
+  require(what, cuda::expand_rows(out.data, data_of(sources), ints(what, source), ints(what, rows),
+                                  to ? ints(what, *to) : nullptr, static_cast<int64_t>(rows.numel),
+                                  row_nbytes / size, unit, on.stream));
 }
 
 void device_combine_rows(const View& out, const std::vector<View>& sources, const View& source,
@@ -122,7 +74,7 @@ void device_code_rows(const View& coded, const View& values, uint64_t width, Wir
   const auto n = static_cast<int64_t>(values.rows);
   if (encodes) {
     void* const buffer[] = {coded.data};
-    require(what, cuda::encode_rows(buffer, nullptr, nullptr, values.data, nullptr, n,
+    require(what, cuda::encode_rows(buffer, nullptr, nullptr, nullptr, values.data, n,
                                     static_cast<int64_t>(width), values.dtype, on.stream));
     return;
   }

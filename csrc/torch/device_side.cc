@@ -95,7 +95,8 @@ std::shared_ptr<DeviceSide> DeviceSide::prepare(const Options& options, const c1
                              " cannot use its device: " + error.what()});
     throw;
   }
-  std::shared_ptr<DeviceSide> self(new DeviceSide(device, stream));
+  std::shared_ptr<DeviceSide> self(
+      new DeviceSide(device, stream, engine->device->is_host_memory()));
   self->store_ = engine->store;
   engine->host_group = [part = options.part, store = options.store, name = engine->name](
                            const std::vector<int>& ranks, const std::string& suffix) {
@@ -159,6 +160,11 @@ void DeviceSide::on_own_stream(const std::function<void()>& task) const {
   if (!has_streams()) return task();
   const c10::StreamGuard guard(*stream_);
   task();
+}
+
+std::shared_ptr<cuda::SymmetricMemory> DeviceSide::share(
+    int64_t nbytes, const std::shared_ptr<cuda::SymmetricMemory>& instead, std::string* why) {
+  return engine_->share(nbytes, instead, Clock::now() + group_->timeout(), why);
 }
 
 void DeviceSide::revoke(const Status& why) {

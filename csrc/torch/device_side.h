@@ -69,18 +69,23 @@ class DeviceSide {
   // Runs task with the engine's stream as torch's current one.
   void on_own_stream(const std::function<void()>& task) const;
   void synchronise() const;  // waits for the caller's stream
+  // CudaEngine::share(), within the group's timeout; the tensors on it are memory_device()'s.
+  std::shared_ptr<cuda::SymmetricMemory> share(
+      int64_t nbytes, const std::shared_ptr<cuda::SymmetricMemory>& instead, std::string* why);
+  c10::Device memory_device() const { return on_host_ ? c10::Device(at::kCPU) : device_; }
   // Every operation of the device's group, on every rank, fails with `why`.
   void revoke(const Status& why);
 
  private:
-  DeviceSide(const c10::Device& device, std::optional<c10::Stream> stream)
-      : device_(device), stream_(stream) {}
+  DeviceSide(const c10::Device& device, std::optional<c10::Stream> stream, bool on_host)
+      : device_(device), stream_(stream), on_host_(on_host) {}
   static std::shared_ptr<DeviceSide> prepare(const Options& options, const c10::Device& device,
                                              cuda::EngineOptions* engine);
   void serve(std::shared_ptr<cuda::CudaEngine> engine, Group& like, const Planner& planner);
 
   const c10::Device device_;
   const std::optional<c10::Stream> stream_;
+  const bool on_host_;            // a test's device, whose memory is the host's
   std::shared_ptr<Store> store_;  // the engine's
   std::shared_ptr<cuda::CudaEngine> engine_;
   std::shared_ptr<Group> group_;

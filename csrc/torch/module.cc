@@ -14,9 +14,11 @@
 #include "torch/backend.h"
 #include "torch/blocking.h"
 #include "torch/expert_plan.h"
+#include "torch/fused_rows.h"
 #include "torch/py_group.h"
 #include "torch/python.h"
 #include "torch/rows.h"
+#include "torch/symmetric_memory.h"
 #include "torch/tensors.h"
 #ifdef PYCOMM_WITH_CUDA
 #include "cuda/cuda.h"
@@ -237,6 +239,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Exchanges the memory of two CPU tensors' storages: what views them views the other's.");
 
   def_rows(m);
+  def_fused_rows(m);
   def_expert_plan(m);
 
   py::class_<PyGroup> group(m, "Group");
@@ -297,6 +300,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           },
           "close() for whoever must not hold on to the group.");
   def_methods(group);
+  def_symmetric_memory(m, group);
 
   py::class_<PycommBackend, c10d::Backend, c10::intrusive_ptr<PycommBackend>>(m, "Backend")
       .def(py::init([](const PyGroup& group, const std::shared_ptr<cpu::Endpoint>& endpoint,

@@ -479,7 +479,7 @@ py::object exchange(PyGroup& self, const py::object& sends, const py::object& re
 
 }  // namespace
 
-Group& PyGroup::on(const char* what, const c10::Device& device) {
+DeviceSide& PyGroup::side(const char* what, const c10::Device& device) {
   const std::lock_guard lock(devices_->mutex);
   if (!devices_->options)
     refuse(what, "the array is on " + device.str() +
@@ -491,7 +491,7 @@ Group& PyGroup::on(const char* what, const c10::Device& device) {
                      side->device().str() +
                      ", where its first array was; a rank has one device, make it current before "
                      "arrays are made");
-  return side->group();
+  return *side;
 }
 
 void PyGroup::revoke(const Status& why) const {

@@ -24,8 +24,10 @@ class PyGroup {
       : group_(std::move(group)), devices_(std::make_shared<Devices>(std::move(devices))) {}
   const std::shared_ptr<Group>& group() const { return group_; }
   PyGroup& operator*() { return *this; }  // what def_method() gives its functions
-  // The group of memory on this device. Throws where the group works on another one.
-  Group& on(const char* what, const c10::Device& device);
+  // The group of memory on this device, and what it stands on. Throws where the group works on
+  // another one.
+  DeviceSide& side(const char* what, const c10::Device& device);
+  Group& on(const char* what, const c10::Device& device) { return side(what, device).group(); }
   void set_timeout(Milliseconds timeout) const;
   void revoke(const Status& why) const;
   Stats stats() const;  // with the bytes of arrays on a device that went through the host

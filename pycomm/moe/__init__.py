@@ -9,7 +9,8 @@ planning   what all ranks decide alike: way, pieces      cost        what each w
 plan       where each row of a batch goes: tables        placement   which rank holds which experts
                                                          movement    rows and weights by a plan
 transport  rows on their way, and the order of sums      rows        kernels, and rows in fp8
-through_hosts  likewise, once to each host               waits       collectives whose errors name the stage
+through_hosts  likewise, once to each host               form        how rows look while they travel
+host_memory  what a host's ranks read of each other      waits       collectives whose errors name the stage
 autograd   gradients                                     backward    one that fails elsewhere is noticed
 checks     what is refused
 static     the same with sizes known beforehand          dispatched  what a dispatch gives

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pycomm.moe.movement import Movement
-from pycomm.moe.rows import row_dots
 from pycomm.moe.tables import ExchangePlan
 
 
@@ -74,18 +73,13 @@ class Combine(torch.autograd.Function):
         expert_out, weights = ctx.saved_tensors
         shape, dtype, device = ctx.anchor
         anchor = torch.zeros(shape, dtype=dtype, device=device)
-        rows = ctx.moves.expand("backward of combine", ctx.plan, ctx.plan.back, grad.contiguous())
+        stage, plan, grad = "backward of combine", ctx.plan, grad.contiguous()
         if weights is None:
-            return rows, None, anchor, None, None, None
-        of_weights = row_dots(rows, expert_out) if ctx.needs_input_grad[1] else None
-        return weighted(rows, weights, expert_out.dtype), of_weights, anchor, None, None, None
-
-
-def weighted(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradients of expert_out [n, H] from those of the sums that its rows went to, which are overwritten."""
-    if rows.dtype == dtype == weights.dtype:
-        return rows.mul_(weights.unsqueeze(1))  # no pages to be had for as much again
-    return (rows * weights.unsqueeze(1)).to(dtype)
+            return ctx.moves.expand(stage, plan, plan.back, grad), None, anchor, None, None, None
+        rows, of_weights = ctx.moves.expand_weighted(
+            stage, plan, plan.back, grad, weights, expert_out, ctx.needs_input_grad[1]
+        )
+        return rows, of_weights, anchor, None, None, None
 
 
 def picked(values: Tensor, index: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ Dedup = Literal["none", "rank", "host"]
 MODES: Final[tuple[Dedup, ...]] = ("none", "rank", "host")
 _MESSAGES: Final = {"none": 2, "rank": 2, "host": 6}  # collectives that a dispatch and a combine wait for, about
 
+_MEETINGS: Final = 6  # of a host's ranks on devices, in a dispatch and a combine
+
 
 def share_reached(num_experts: int, top_k: int, parts: int) -> float:
     """The probability that at least one of a token's experts is in one of `parts` equal parts of all experts."""
@@ -109,11 +111,23 @@ class DeviceAllToAll:
     bytes_per_s: float
     source: str
 
+    def seconds(self, nbytes: float, n_calls: int) -> float:
+        return n_calls * self.latency_s + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class DeviceLinks:
+    """Of devices, what an all_to_all of all ranks takes, and one of a host's ranks; None where rows cannot go through
+    hosts."""
+
+    between: DeviceAllToAll
+    inside: DeviceAllToAll | None
+
 
 def _estimate(
     mode: Dedup,
     links: Links,
-    on_device: DeviceAllToAll | None,
+    on_device: DeviceLinks | None,
     num_experts: int,
     hidden: int,
     top_k: int,
@@ -135,7 +149,13 @@ def _estimate(
     bytes_inside = rows_inside * (row_nbytes + back)
     if on_device is not None:
         given = top_k if mode == "none" else n_ranks * share_reached(num_experts, top_k, n_ranks)
-        seconds = 2 * on_device.latency_s + n_tokens * given * (row_nbytes + back) / on_device.bytes_per_s
+        if mode != "host" or on_device.inside is None:
+            seconds = on_device.between.seconds(n_tokens * given * (row_nbytes + back), 2)
+        else:  # what crosses, as in an all_to_all of all hosts' rows; then each rank reads what its experts need
+            seconds = on_device.inside.seconds(n_tokens * given * (row_nbytes + back), _MEETINGS)
+            if n_hosts > 1:
+                crossing = n_hosts * share_reached(num_experts, top_k, n_hosts) * (row_nbytes + hidden * value_nbytes)
+                seconds += on_device.between.seconds(n_tokens * crossing, 2)
         return Estimate(mode, rows, bytes_between, bytes_inside, seconds, possible)
     tokens = n_tokens * n_ranks / n_hosts
     seconds = tokens * bytes_inside * copies / links.inside.bytes_per_s
@@ -155,18 +175,18 @@ def estimates(
     value_nbytes: int,
     possible: tuple[Dedup, ...],
     wanted: Dedup | Literal["auto"],
-    on_device: DeviceAllToAll | None = None,
+    on_device: DeviceLinks | None = None,
 ) -> Choice:
     """All ways for n_tokens a rank, and the wanted one; of "auto" the possible one of the least time, the simplest
     where times are equal. row_nbytes: a dispatched row on the wire. value_nbytes: a value of an expert's output.
-    on_device: what rows of a device take instead of links; "host" is not among its ways."""
+    on_device: what rows of a device take instead of links."""
     sizes = (num_experts, hidden, top_k, n_tokens, row_nbytes, value_nbytes)
     found = tuple(
         _estimate(mode, links, on_device, *sizes, mode in possible)
         for mode in MODES
-        if on_device is None or mode != "host"
+        if on_device is None or on_device.inside is not None or mode != "host"
     )
-    of = "" if on_device is None else f"; an all_to_all, {on_device.source}"
+    of = "" if on_device is None else f"; an all_to_all, {on_device.between.source}"
     if wanted != "auto":
         return Choice(wanted, "as given" + of, found, links)
     best = min((e for e in found if e.possible), key=lambda e: e.seconds)

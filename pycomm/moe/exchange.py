@@ -24,7 +24,8 @@ from pycomm.moe.checks import (
 )
 from pycomm.moe.cost import MODES, Choice, Dedup
 from pycomm.moe.dispatched import Dispatched
-from pycomm.moe.movement import Movement, Wire
+from pycomm.moe.form import Wire
+from pycomm.moe.movement import Movement
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.planning import Planning, Settings, form
 from pycomm.moe.stream import ExpertStream, Later
@@ -106,14 +107,16 @@ class ExpertParallel:
         self._host_group = host_group
         self.waits = Waits(group, host_group)
         memory = _C.RowMemory(KEPT_NBYTES)
-        direct = Direct(self.waits, memory, self._geometry.n_hosts == 1)
+        direct = Direct(self.waits, self._geometry.n_hosts == 1)
         transports: dict[Dedup, Transport] = {"rank": direct}
         if layout != "rank":
             transports["none"] = direct
+        through_hosts = None
         if host_group is not None and isinstance(group, Group):
-            transports["host"] = ThroughHosts(self.waits, memory, group, host_group, self._geometry)
+            through_hosts = ThroughHosts(self.waits, group, host_group, self._geometry)
+            transports["host"] = through_hosts
         self._moves = Movement(self.waits, memory, transports, wire, self._geometry.n_hosts)
-        self._planning = Planning(self._settings, self.waits, self._geometry, tuple(transports))
+        self._planning = Planning(self._settings, self.waits, self._geometry, tuple(transports), through_hosts)
 
     @property
     def n_local(self) -> int:
@@ -295,7 +298,7 @@ class ExpertParallel:
         self, n_tokens: int = 1024, top_k: int | None = None, itemsize: int = 2, device: str | torch.device = "cpu"
     ) -> Choice:
         """What `dedup` comes to for n_tokens a rank of itemsize bytes a value on such a device, and what each way would
-        cost. Raises InvalidArgument for "host" on another device than the CPU."""
+        cost."""
         return self._planning.choice(n_tokens, top_k, itemsize, torch.device(device).type)
 
     def explain(

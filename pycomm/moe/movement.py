@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +11,11 @@ from pycomm import _C
 from pycomm.group import Group
 from pycomm.moe.backward import Backwards
 from pycomm.moe.cost import Dedup
-from pycomm.moe.rows import decode_fp8, empty_rows, encode_fp8
-from pycomm.moe.tables import ExchangePlan, Route
+from pycomm.moe.form import Form, Wire
+from pycomm.moe.rows import fuses, row_dots, weigh_rows, weighted
+from pycomm.moe.tables import ExchangePlan, Expansion, Route
 from pycomm.moe.transport import Expanding, Reducing, Transport
 from pycomm.moe.waits import Waits
-
-Wire = Literal["bf16", "fp8"]
 
 
 class Movement:
@@ -40,16 +38,54 @@ class Movement:
     def expand(
         self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, then: Callable[[], None] | None = None
     ) -> Tensor:
-        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire. then: see Transport."""
-        found = self.transports[plan.mode].expand(stage, plan, route, self._coded(rows), then)
-        return self._decoded(found, rows.shape[1], rows.dtype)
+        """The plan's output rows [n_out, H] of rows [T, H], as they come out of the wire; zeros for padding. then: see
+        Transport."""
+        form = Form.of(rows, self.wire)
+        out = form.empty(self.memory, rows, plan.n_out)
+        self.transports[plan.mode].expand(
+            stage,
+            plan,
+            route,
+            rows,
+            form,
+            lambda sources, of: form.spread(out, sources, of.source, of.rows, of.to),
+            then,
+        )
+        return form.arrived(out)
+
+    def expand_weighted(
+        self,
+        stage: str,
+        plan: ExchangePlan,
+        route: Route,
+        rows: Tensor,
+        weights: Tensor,
+        expert_out: Tensor,
+        with_dots: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output rows × weights [n_out], in expert_out's type; and with_dots their dot products with expert_out
+        [n_out, H], float32."""
+        form = Form.of(rows, self.wire)
+        if not _weighs(form, expert_out):
+            found = self.expand(stage, plan, route, rows)
+            dots = row_dots(found, expert_out) if with_dots else None
+            return weighted(found, weights, expert_out.dtype), dots
+        out = torch.empty_like(expert_out)
+        dots = torch.empty_like(weights) if with_dots else None
+
+        def spread(sources: Sequence[Tensor], of: Expansion) -> Tensor:
+            return weigh_rows(out, dots, sources, of.source, of.rows, of.to, of.to, weights, expert_out)
+
+        self.transports[plan.mode].expand(stage, plan, route, rows, form, spread)
+        return out, dots
 
     def begin_expand(
         self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
     ) -> Arriving:
-        """The same in steps."""
-        under_way = self.transports[plan.mode].begin_expand(stage, plan, route, self._coded(rows), crossings)
-        return Arriving(under_way, self.memory, lambda found: self._decoded(found, rows.shape[1], rows.dtype))
+        """expand() or expand_weighted() in steps."""
+        form = Form.of(rows, self.wire)
+        under_way = self.transports[plan.mode].begin_expand(stage, plan, route, rows, form, crossings)
+        return Arriving(under_way, self.memory, form)
 
     def reduce(
         self,
@@ -79,12 +115,6 @@ class Movement:
 
     def _travels_as(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16 if self.wire and dtype.itemsize > 2 else dtype
-
-    def _coded(self, rows: Tensor) -> Tensor:
-        return encode_fp8(rows) if self.wire == "fp8" else rows.to(self._travels_as(rows.dtype))
-
-    def _decoded(self, found: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        return decode_fp8(found, width, dtype) if self.wire == "fp8" else found.to(dtype)
 
     # Weights, one a slot.
 
@@ -122,13 +152,34 @@ class Movement:
 class Arriving:
     """What begin_expand() began."""
 
-    def __init__(self, under_way: Expanding, memory: _C.RowMemory, decoded: Callable[[Tensor], Tensor]) -> None:
-        self._under_way, self._memory, self._decoded = under_way, memory, decoded
+    def __init__(self, under_way: Expanding, memory: _C.RowMemory, form: Form) -> None:
+        self._under_way, self._memory, self._form = under_way, memory, form
         self.finish = under_way.finish
         self.meanwhile = under_way.meanwhile
 
     def stage(self, number: int) -> Tensor:
         """That stage's rows, in the order of their places in the output."""
-        n = len(self._under_way.route.expansions[number].to)
-        rows = empty_rows(self._memory, self._under_way.sources[0], n)
-        return self._decoded(self._under_way.stage(number, rows, None))
+        form, expansions = self._form, self._under_way.route.expansions
+        out = form.empty(self._memory, self._under_way.sources[0], len(expansions[number].to))
+        return form.arrived(
+            self._under_way.stage(number, lambda sources, of: form.spread(out, sources, of.source, of.rows, None))
+        )
+
+    def stage_weighted(self, number: int, weights: Tensor, expert_out: Tensor, dots: Tensor) -> Tensor:
+        """Those rows × their places' weights, in expert_out's type. At their places, dots gets their dot products with
+        expert_out."""
+        to = self._under_way.route.expansions[number].to
+        if not _weighs(self._form, expert_out):
+            found = self.stage(number)
+            dots[to] = row_dots(found, expert_out, to)
+            return weighted(found, weights[to], expert_out.dtype)
+        out = expert_out.new_empty(len(to), expert_out.shape[1])
+        return self._under_way.stage(
+            number,
+            lambda sources, of: weigh_rows(out, dots, sources, of.source, of.rows, None, to, weights, expert_out),
+        )
+
+
+def _weighs(form: Form, expert_out: Tensor) -> bool:
+    """Whether rows are weighed in the pass that spreads them."""
+    return form.sent == form.dtype == expert_out.dtype and fuses(expert_out)

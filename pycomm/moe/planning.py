@@ -11,18 +11,15 @@ from torch import Tensor
 from pycomm import devices
 from pycomm.group import Group
 from pycomm.moe.checks import code_of, problem_of_routing, require, require_equal
-from pycomm.moe.cost import Choice, Dedup, DeviceAllToAll, Links, estimates, share_reached
-from pycomm.moe.movement import Wire
+from pycomm.moe.cost import Choice, Dedup, DeviceAllToAll, DeviceLinks, Links, estimates, share_reached
+from pycomm.moe.form import Wire
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.plan import Request, make_plan
 from pycomm.moe.rows import coded_width
 from pycomm.moe.tables import Cut, ExchangePlan, Layout
+from pycomm.moe.through_hosts import Reach, ThroughHosts
 from pycomm.moe.waits import Waits
 
-_HOST_ON_DEVICE: Final = (
-    "dedup='host' moves rows in CPU memory that the ranks of a host share, and these are on {}: use 'rank', 'none' or "
-    "'auto'"
-)
 _CHUNK_S: Final = 0.02  # of the link between hosts: what is done beside a shorter chunk takes longer than it hides
 _MAX_CHUNKS: Final = 8
 _STREAM_LOSS: Final = 0.05  # of the link, to latency, that a stream's crossings may lose
@@ -57,8 +54,20 @@ class Planned:
 
 
 class Planning:
-    def __init__(self, settings: Settings, waits: Waits, geometry: Geometry, possible: tuple[Dedup, ...]) -> None:
+    """through_hosts: the transport of "host", where that is possible."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        waits: Waits,
+        geometry: Geometry,
+        possible: tuple[Dedup, ...],
+        through_hosts: ThroughHosts | None,
+    ) -> None:
         self._settings, self._waits, self._geometry, self._possible = settings, waits, geometry, possible
+        self._through_hosts = through_hosts
+        self._reach: Reach | None = None  # of the ranks of every host on devices, once they were asked
+        self._why_not = ""
         self._room = 0  # bytes that a rank may tell in one go
         self._codes: dict[tuple[Any, ...], int] = {}
         self._choices: dict[tuple[int, int, int, str], Choice] = {}
@@ -68,16 +77,16 @@ class Planning:
     def choice(self, n_tokens: int, top_k: int | None, itemsize: int, device: str = "cpu") -> Choice:
         """device: the type of the rows' device."""
         of = self._settings
-        require(device == "cpu" or of.dedup != "host", _HOST_ON_DEVICE.format(device))
         top_k = top_k or of.top_k or min(2, of.num_experts)
         key = (n_tokens, top_k, itemsize, device)
         if key not in self._choices:
             hidden = of.hidden or 1024
             row_nbytes = coded_width(hidden) if of.wire == "fp8" else hidden * (2 if of.wire else itemsize)
-            on_device = None
+            on_device, possible = None, self._possible
             if device != "cpu":
-                most = n_tokens * top_k * row_nbytes
-                on_device = DeviceAllToAll(*devices.collective_cost(self._waits.group, "all_to_all", most))
+                on_device = self._device_links(n_tokens * top_k * row_nbytes)
+                if self._reach is not None and self._reach < Reach.in_place:
+                    possible = tuple(mode for mode in possible if mode != "host")
             self._choices[key] = estimates(
                 Links.of(self._waits.group, self._geometry),
                 of.num_experts,
@@ -86,11 +95,19 @@ class Planning:
                 n_tokens,
                 row_nbytes,
                 min(itemsize, 2) if of.wire else itemsize,
-                tuple(mode for mode in self._possible if device == "cpu" or mode != "host"),
+                possible,
                 of.dedup,
                 on_device,
             )
         return self._choices[key]
+
+    def _device_links(self, nbytes: int) -> DeviceLinks:
+        """For up to nbytes that a rank gives."""
+        between = DeviceAllToAll(*devices.collective_cost(self._waits.group, "all_to_all", nbytes))
+        inside = None
+        if self._through_hosts is not None:
+            inside = DeviceAllToAll(*devices.collective_cost(self._through_hosts.host, "all_to_all", nbytes))
+        return DeviceLinks(between, inside)
 
     def explain(self, n_tokens: int, top_k: int | None, itemsize: int, device: str = "cpu") -> str:
         of = self._settings
@@ -124,8 +141,11 @@ class Planning:
         if not self._can_overlap():
             return 1, "one chunk: nobody to exchange with, or a group that starts nothing without waiting for it"
         mode = self.choice(n_tokens, top_k, itemsize, "cuda").mode
+        if mode == "host" and self._geometry.n_hosts == 1:
+            return 1, "one chunk: inside one host rows are read where they lie"
         of = self._settings
-        rows = top_k if mode == "none" else n_ranks * share_reached(of.num_experts, top_k, n_ranks)
+        parts = self._geometry.n_hosts if mode == "host" else n_ranks
+        rows = top_k if mode == "none" else parts * share_reached(of.num_experts, top_k, parts)
         nbytes = int(n_tokens * rows * (of.hidden or 1024) * (1 if of.wire == "fp8" else itemsize))
         latency_s, bytes_per_s, source = devices.collective_cost(group, "all_to_all", nbytes)
         return _chunks_of(nbytes / bytes_per_s, latency_s, cut, f"an all_to_all, {source}")
@@ -154,8 +174,6 @@ class Planning:
         topk_idx = topk_idx.cpu()
         problem = problem or problem_of_routing(topk_idx, of.num_experts, of.top_k)
         n_tokens, top_k = topk_idx.shape if topk_idx.dim() == 2 else (0, 0)
-        if of.dedup == "host" and on_device:
-            problem = problem or _HOST_ON_DEVICE.format(device)
         needs = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
         kind = (owner, cut, n_chunks)
         if kind not in self._codes:
@@ -190,6 +208,10 @@ class Planning:
         itemsize = inputs[0].dtype.itemsize if inputs else 2
         average = max(1, sum(counts) // len(counts))
         choice = self.choice(average, top_k, itemsize, "cuda" if on_device else "cpu")
+        if on_device and choice.mode == "host" and self._reach is None:
+            self._ask_device(given)
+            choice = self.choice(average, top_k, itemsize, "cuda")
+        require(not on_device or choice.mode != "host" or self._reach != Reach.nothing, self._why_not)
         why = "as given"
         if n_chunks is None:
             n_chunks = 1 if on_device else self._n_chunks(choice, average)
@@ -202,6 +224,15 @@ class Planning:
         plan = make_plan(request, topk_idx, of_all, counts).to(device, given)
         slot_weights = None if weights is None else weights.flatten()[plan.slot_weights]
         return Planned(plan, why, slot_weights)
+
+    def _ask_device(self, like: Tensor) -> None:
+        """What the ranks of all hosts can do on like's device."""
+        assert self._through_hosts is not None
+        reach, why = self._through_hosts.ask_device(like)
+        everyone = self._waits.agree("plan", None, [reach])[:, 0]
+        self._reach = Reach(int(everyone.min()))
+        self._why_not = f"dedup='host' on devices needs collectives inside every host: {why or 'another has none'}"
+        self._choices.clear()
 
 
 def _chunks_of(crossing_s: float, latency_s: float, cut: Cut, link: str) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from pycomm import _C
 
 _SUMMED: Final = (torch.float32, torch.bfloat16, torch.float16)  # by the kernels
 _DEVICES: Final = ("cpu", "cuda") if hasattr(_C, "cuda_info") else ("cpu",)
+_FUSED: Final = ("cuda",)  # where a row is coded, decoded or weighed in the pass that moves it
 BLOCK: Final = 128  # values of one fp8 scale
 _SMALLEST: Final = 2.0**-100  # csrc/core/block_format.h: a block's maximum counts as at least this
 _LARGEST: Final = 448.0  # of e4m3
@@ -25,11 +26,19 @@ def _native(*tensors: Tensor) -> bool:
     return all(type(t) is Tensor and t.device.type in _DEVICES and t.is_contiguous() for t in tensors)
 
 
-def empty_rows(memory: _C.RowMemory, like: Tensor, n: int) -> Tensor:
-    """[n, like's width] of its type and on its device, not initialised; on the CPU in memory that is used again."""
+def fuses(x: Tensor) -> bool:
+    """Whether rows of x's type on its device are coded, decoded and weighed in the pass that moves them."""
+    return x.device.type in _FUSED and _native(x) and x.dtype in _SUMMED
+
+
+def empty_rows(
+    memory: _C.RowMemory, like: Tensor, n: int, width: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """[n, width] of dtype (like's) on like's device, not initialised; on the CPU in memory that is used again."""
+    width, dtype = like.shape[1] if width is None else width, dtype or like.dtype
     if _native(like) and like.device.type == "cpu":
-        return memory.empty(n, like.shape[1], like.dtype)
-    return like.new_empty((n, like.shape[1]))
+        return memory.empty(n, width, dtype)
+    return like.new_empty((n, width), dtype=dtype)
 
 
 def copy_rows(out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tensor, to: Tensor | None = None) -> Tensor:
@@ -164,3 +173,61 @@ def decode_fp8(coded: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     codes = coded[:, : n_blocks * BLOCK].contiguous().view(torch.float8_e4m3fn).float().view(n, n_blocks, BLOCK)
     scale = coded[:, n_blocks * BLOCK :].contiguous().view(torch.float32).view(n, n_blocks, 1)
     return (codes * scale).view(n, -1)[:, :width].to(dtype)
+
+
+# In one pass on a device, elsewhere in several.
+
+
+def pack_coded_rows(buffers: Sequence[Tensor], starts: Tensor, buffer: Tensor, to: Tensor, values: Tensor) -> None:
+    """Row i of values [n, H] in fp8 becomes row to[j] of buffers[buffer[j]], for j from starts[i] to starts[i + 1]."""
+    if values.device.type == "cuda":
+        _C.pack_coded_rows(buffers, starts, buffer, to, values)
+        return
+    of_place = torch.repeat_interleave(torch.arange(len(values)), starts.diff())
+    for number, each in enumerate(buffers):
+        here = buffer == number
+        each[to[here]] = encode_fp8(values)[of_place[here]]
+
+
+def expand_coded_rows(
+    out: Tensor, sources: Sequence[Tensor], source: Tensor, rows: Tensor, to: Tensor | None
+) -> Tensor:
+    """copy_rows() of sources in fp8, to values."""
+    if out.device.type == "cuda":
+        _C.expand_coded_rows(out, sources, source, rows, to)
+        return out
+    coded = copy_rows(sources[0].new_empty(len(rows), sources[0].shape[1]), sources, source, rows)
+    out[slice(None) if to is None else to] = decode_fp8(coded, out.shape[1], out.dtype)
+    return out
+
+
+def weigh_rows(
+    out: Tensor,
+    dots: Tensor | None,
+    sources: Sequence[Tensor],
+    source: Tensor,
+    rows: Tensor,
+    to: Tensor | None,
+    places: Tensor | None,
+    weights: Tensor,
+    b: Tensor,
+) -> Tensor:
+    """copy_rows() times weights[p], rounded once; and dots[p], where wanted, becomes the row's dot product with b[p]
+    (row_dots()). p is places[i], without places i. weights, dots: float32."""
+    if fuses(b) and b.device.type == "cuda":
+        _C.weigh_rows(out, dots, sources, source, rows, to, places, weights, None if dots is None else b)
+        return out
+    found = copy_rows(out.new_empty(len(rows), out.shape[1]), sources, source, rows)
+    if dots is not None:
+        dots_of_rows = torch.where(rows < 0, 0.0, row_dots(found, b, places))
+        dots[slice(None) if places is None else places] = dots_of_rows
+    factors = weights if places is None else weights[places]
+    out[slice(None) if to is None else to] = weighted(found, factors, out.dtype)
+    return out
+
+
+def weighted(rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows [n, H] × weights [n] as dtype, rounded once; rows are overwritten."""
+    if rows.dtype == dtype == weights.dtype:
+        return rows.mul_(weights.unsqueeze(1))  # no pages to be had for as much again
+    return (rows * weights.unsqueeze(1)).to(dtype)

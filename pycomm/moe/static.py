@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pycomm.errors import InvalidArgument
 from pycomm.group import Group
-from pycomm.moe.autograd import picked, weighted
+from pycomm.moe.autograd import picked
 from pycomm.moe.backward import Backwards
 from pycomm.moe.checks import (
     code_of,
@@ -32,7 +32,7 @@ from pycomm.moe.checks import (
 )
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.planning import form
-from pycomm.moe.rows import Terms, copy_rows, count_slots, row_dots
+from pycomm.moe.rows import Terms, copy_rows, count_slots, weigh_rows
 from pycomm.moe.transport import sums
 from pycomm.moe.waits import RowsGroup, Waits
 
@@ -303,6 +303,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         with ctx.ep.backwards.reached(ctx):
             expert_out, weights = ctx.saved_tensors
-            rows = ctx.ep.expand("backward of static combine", ctx.plan, grads[0].contiguous())
-            of_weights = torch.where(ctx.plan.row_of_out < 0, 0.0, row_dots(rows, expert_out))
-            return weighted(rows, weights, expert_out.dtype), of_weights, None, None
+            everyone = ctx.ep.waits.all_gather("backward of static combine", grads[0].contiguous()).flatten(0, 1)
+            out, of_weights, rows = torch.empty_like(expert_out), torch.empty_like(weights), ctx.plan.row_of_out
+            weigh_rows(out, of_weights, [everyone], torch.zeros_like(rows), rows, None, None, weights, expert_out)
+            return out, of_weights, None, None

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from pycomm import devices
 from pycomm.errors import InvalidArgument
-from pycomm.moe.autograd import weighted
 from pycomm.moe.movement import Arriving, Movement
 from pycomm.moe.planning import Planned
-from pycomm.moe.rows import empty_rows, row_dots, spread_rows
+from pycomm.moe.rows import empty_rows, spread_rows
 from pycomm.moe.tables import ExchangePlan
 from pycomm.moe.transport import Reducing
 
@@ -174,7 +173,7 @@ class _Record:
         self._later, self._flush, self._on_device = later, flush, devices.on_device(x)
         self.arriving: Arriving | None = None
         self.next = -1
-        self._expanded: Tensor | None = None  # gradients of the sums that the rows of chunk `next` went to
+        self._expanded: Tensor | None = None  # gradients of chunk `next`'s outputs
 
     def fill(self, crossings: Arriving | Reducing, *, first: bool = False) -> None:
         """Waits for the crossings compute what earlier batches put off. first: others are waited for after them; of a
@@ -196,8 +195,7 @@ class _Record:
 
     def gradient_of_output(self, index: int) -> Tensor:
         self._come_to(index)
-        to = self.plan.back.expansions[index].to
-        return weighted(self._expand(), self._weights[to], self.dtype)
+        return self._expand()
 
     def take(self, index: int, grad: Tensor | None) -> None:
         """The gradient of a chunk's rows; None where no expert's output depended on them."""
@@ -229,9 +227,7 @@ class _Record:
     def _expand(self) -> Tensor:
         if self._expanded is None:
             assert self.arriving is not None
-            self._expanded = self.arriving.stage(self.next)
-            to = self.plan.back.expansions[self.next].to
-            self._of_weights[to] = row_dots(self._expanded, self._expert_out, to)
+            self._expanded = self.arriving.stage_weighted(self.next, self._weights, self._expert_out, self._of_weights)
         return self._expanded
 
     def _come_to(self, index: int) -> None:

@@ -42,6 +42,21 @@ class Leg:
     def receive_bounds(self) -> tuple[int, ...]:
         return tuple(accumulate((sum(counts) for counts in self.receives), initial=0))
 
+    @cached_property
+    def _places(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def places(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the sender's n rows, where each goes: places starts[i] .. starts[i + 1] - 1, of which place j is row to[j]
+        of the rows themselves (buffer[j] 0) or of those that leave, in the order of index (1). (starts, buffer, to)"""
+        if n not in self._places:
+            every = torch.arange(n, device=self.index.device)
+            rows, order = torch.cat([every, self.index]).sort(stable=True)
+            starts = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+            leaves = order >= n
+            self._places[n] = starts, leaves.long(), torch.where(leaves, order - n, order)
+        return self._places[n]
+
 
 @dataclass(frozen=True)
 class Expansion:

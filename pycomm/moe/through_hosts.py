@@ -1,77 +1,67 @@
-"""Rows that cross once to each host, where its ranks read them in place over shared memory; the order of sums is
+"""Rows that cross once to each host, where its ranks read them in place (host_memory.py); the order of sums is
 transport.py's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from pycomm import _C
+from pycomm import devices
 from pycomm.errors import InvalidArgument
 from pycomm.group import Group
+from pycomm.moe.form import Form
+from pycomm.moe.host_memory import CopiedMemory, HostMemory, SharedMemory, memory_on_device
 from pycomm.moe.placement import Geometry
 from pycomm.moe.tables import ExchangePlan, OnHost, Route
-from pycomm.moe.transport import Crossings, Expanding, Reducing, Transport, packed, sums
+from pycomm.moe.transport import Crossings, Expanding, Reducing, Transport, sums
 from pycomm.moe.waits import Waits
 
 
-class SharedMemory:
-    """Memory of this rank that the ranks of its host read in place. An operation ends with a barrier: nobody reads any
-    more, so the memory may be written again, or given back with the exchange."""
+class Reach(IntEnum):
+    """What ranks of a host can do with rows on each other's device."""
 
-    def __init__(self, group: Group, host: Group, members: Sequence[int]) -> None:
-        self._group, self._host = group, host
-        self._endpoint_ranks = [group._ranks[rank] for rank in members]
-        self._tensors: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        if name not in self._tensors or self._tensors[name].numel() < nbytes:
-            self._tensors.pop(name, None)  # given back before more is taken
-            self._tensors[name] = self._group.empty(max(nbytes + nbytes // 8, 4096), dtype=torch.uint8)
-        return self._tensors[name][:nbytes].view(dtype).view(shape)
-
-    def addresses(self, *mine: Tensor) -> Tensor:
-        """Every rank's addresses, int64 [ranks of the host, tensors]; returns once all have entered."""
-        own = torch.tensor([each.data_ptr() for each in mine], dtype=torch.int64)
-        gathered = torch.empty(self._host.size, len(mine), dtype=torch.int64)
-        if self._host.size == 1:
-            return gathered.copy_(own.unsqueeze(0))
-        self._host.all_gather(gathered, own)
-        return gathered
-
-    def view(self, member: int, address: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        nbytes = shape[0] * shape[1] * dtype.itemsize
-        if nbytes == 0:  # nor has an empty tensor an address
-            return torch.empty(shape, dtype=dtype)
-        found = _C.peer_bytes(self._group._endpoint, self._endpoint_ranks[member], address, nbytes)
-        return found.view(dtype).view(shape)
-
-    def barrier(self) -> None:
-        if self._host.size > 1:
-            self._host.barrier()
+    nothing = 0
+    copies = 1
+    in_place = 2
 
 
 class ThroughHosts(Transport):
-    """One expand and one reduce are under way at a time, since each has one piece of shared memory. One that begins
+    """One expand and one reduce are under way at a time, since each has one piece of the host's memory. One that begins
     ends the one before it: a stream's backward that was cut off, say. All ranks do so at the same place."""
 
-    def __init__(self, waits: Waits, memory: _C.RowMemory, group: Group, host: Group, geometry: Geometry) -> None:
-        super().__init__(waits, memory)
-        self.group, self.host = group, host
-        self.shared = SharedMemory(group, host, geometry.members[geometry.host])
-        self.me = geometry.local_index[geometry.rank]
+    def __init__(self, waits: Waits, group: Group, host: Group, geometry: Geometry) -> None:
+        super().__init__(waits)
+        self.host = host
+        self._shared = SharedMemory(group, host, geometry.members[geometry.host])
+        self._on_device: HostMemory | None = None
         self._expanding: _HostExpanding | None = None
         self._reducing: _HostReducing | None = None
 
+    def ask_device(self, like: Tensor) -> tuple[Reach, str]:
+        """What this host's ranks can do for each other on like's device, and why not more. All ranks call it before the
+        first rows on a device."""
+        with self.waits.stage("plan, memory inside the host"):
+            self._on_device, why = memory_on_device(self.host, like)
+        if self._on_device is None:
+            return Reach.nothing, why
+        copies = isinstance(self._on_device, CopiedMemory) and self.host.size > 1
+        return Reach.copies if copies else Reach.in_place, why
+
+    def memory_of(self, rows: Tensor) -> HostMemory:
+        if not devices.on_device(rows):
+            return self._shared
+        assert self._on_device is not None, "plans on devices are made after ask_device()"
+        return self._on_device
+
     def begin_expand(
-        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, form: Form, crossings: Sequence[int]
     ) -> Expanding:
         if self._expanding is not None:
             self._expanding.finish()
-        self._expanding = _HostExpanding(self, stage, plan, route, rows, crossings)
+        self._expanding = _HostExpanding(self, stage, plan, route, rows, form, crossings)
         return self._expanding
 
     def begin_reduce(
@@ -103,24 +93,22 @@ class _HostExpanding(Expanding):
         plan: ExchangePlan,
         route: Route,
         rows: Tensor,
+        form: Form,
         order: Sequence[int],
     ) -> None:
         super().__init__(plan, route)
-        self._stage, self._shared, self._waits = stage, transport.shared, transport.waits
+        self._stage, self._memory, self._waits = stage, transport.memory_of(rows), transport.waits
         self._crossings = Crossings(transport.waits, f"{stage}, rows between hosts", plan, route.leg, back=False)
-        host, width, dtype, shared = _on_host(route), rows.shape[1], rows.dtype, transport.shared
-        own = shared.take("own", (len(rows), width), dtype)
-        held = shared.take("held", (host.arrived[transport.me], width), dtype)
-        for crossing in order:
-            self._crossings.start(crossing, held, packed(route.leg, crossing, rows))
-        own.copy_(rows)
         with transport.waits.stage(f"{stage}, rows inside the host"):
-            addresses = shared.addresses(own, held).tolist()
-        self.sources = [
-            shared.view(member, addresses[member][kind], (numbers[member], width), dtype)
-            for kind, numbers in enumerate((host.staged, host.arrived))
-            for member in range(transport.host.size)
-        ]
+            own = self._memory.take("own", _on_host(route).staged, form.sent_width, form.sent)
+            held = self._memory.take("held", _on_host(route).arrived, form.sent_width, form.sent)
+        coded, leaving = form.leave(rows, route.leg, own)
+        for crossing in order:
+            self._crossings.start(crossing, held, leaving(crossing))
+        if coded is not own:
+            own.copy_(coded)
+        with transport.waits.stage(f"{stage}, rows inside the host"):
+            self.sources = self._memory.share("own", "held")
         self._finished = False
 
     def arrived(self, crossing: int) -> None:
@@ -131,14 +119,14 @@ class _HostExpanding(Expanding):
             )
         self._crossings.wait(crossing)
         with self._waits.stage(f"{self._stage}, rows inside the host"):
-            self._shared.barrier()
+            self._memory.wrote("held")
 
     def finish(self) -> None:
         if not self._finished:
             self._finished = True
             self._crossings.wait_all()
             with self._waits.stage(f"{self._stage}, end inside the host"):
-                self._shared.barrier()
+                self._memory.end()
 
 
 class _HostReducing(Reducing):
@@ -154,16 +142,16 @@ class _HostReducing(Reducing):
         travels_as: torch.dtype,
     ) -> None:
         super().__init__(plan, route, rows, weights, home_weights)
-        self._stage, self._transport, self._travels_as = stage, transport, travels_as
-        self._shared, self._waits = transport.shared, transport.waits
+        self._stage, self._travels_as = stage, travels_as
+        self._memory, self._waits = transport.memory_of(rows), transport.waits
         self._crossings = Crossings(transport.waits, f"{stage}, sums between hosts", plan, route.leg, back=True)
-        host, width = _on_host(route), rows.shape[1]
-        self._partial = self._shared.take("partial", (host.partials[transport.me], width), torch.float32)
+        with self._waits.stage(f"{stage}, partial sums inside the host"):
+            self._partial = self._memory.take("partial", _on_host(route).partials, rows.shape[1], torch.float32)
         self._begins = [route.own.n]
         for terms in route.leaving:
             self._begins.append(self._begins[-1] + terms.n)
         self._sources: list[Tensor] = []
-        self._returned = rows.new_empty((route.leg.send_bounds[-1], width), dtype=travels_as)
+        self._returned = rows.new_empty((route.leg.send_bounds[-1], rows.shape[1]), dtype=travels_as)
         self._finished = False
 
     def leave(self, crossing: int) -> None:
@@ -191,15 +179,12 @@ class _HostReducing(Reducing):
     def _end(self) -> None:
         self._finished = True
         with self._waits.stage(f"{self._stage}, end inside the host"):
-            self._shared.barrier()
+            self._memory.end()
 
     def _stand(self) -> None:
         """Returns once the partial sums of all ranks of the host stand in the sources."""
         with self._waits.stage(f"{self._stage}, partial sums inside the host"):
             if self._sources:
-                self._shared.barrier()
-                return
-            addresses = self._shared.addresses(self._partial).tolist()
-        width = self.rows.shape[1]
-        for member, numbers in enumerate(_on_host(self.route).partials):
-            self._sources.append(self._shared.view(member, addresses[member][0], (numbers, width), torch.float32))
+                self._memory.wrote("partial")
+            else:
+                self._sources = self._memory.share("partial")

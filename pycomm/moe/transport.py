@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycomm import _C, devices
+from pycomm import devices
 from pycomm.group import Group
-from pycomm.moe.rows import Terms, combine_rows, copy_rows, empty_rows
-from pycomm.moe.tables import ExchangePlan, Leg, Route
+from pycomm.moe.form import Form
+from pycomm.moe.rows import Terms, combine_rows, copy_rows
+from pycomm.moe.tables import ExchangePlan, Expansion, Leg, Route
 from pycomm.moe.waits import Waits
 
 Meanwhile = Callable[[Any], None]  # what it is given is a Work: it returns once that is completed, or before
+# What becomes of a stage's rows, which lie in these sources as they travel.
+Spread = Callable[[Sequence[Tensor], Expansion], Tensor]
 
 
 class Expanding(ABC):
@@ -50,13 +53,11 @@ class Expanding(ABC):
     def finish(self) -> None:
         """After the last stage, or instead of it."""
 
-    def stage(self, number: int, out: Tensor, to: Tensor | None) -> Tensor:
-        """That stage's rows, to[i] of out, or i without `to`."""
+    def stage(self, number: int, spread: Spread) -> Tensor:
         crossing = self.plan.crossing_of_stage[number]
         if crossing is not None:
             self.arrived(crossing)
-        expansion = self.route.expansions[number]
-        return copy_rows(out, self.sources, expansion.source, expansion.rows, to)
+        return spread(self.sources, self.route.expansions[number])
 
 
 class Reducing(ABC):
@@ -87,16 +88,14 @@ class Reducing(ABC):
 
 
 class Transport(ABC):
-    """memory: of output rows."""
-
-    def __init__(self, waits: Waits, memory: _C.RowMemory) -> None:
-        self.waits, self.memory = waits, memory
+    def __init__(self, waits: Waits) -> None:
+        self.waits = waits
 
     @abstractmethod
     def begin_expand(
-        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, form: Form, crossings: Sequence[int]
     ) -> Expanding:
-        """From each token's row [T, width]; crossings: all, in the order in which they are sent."""
+        """From each token's row [T, H]; form: of these. crossings: all, in the order in which they are sent."""
 
     @abstractmethod
     def begin_reduce(
@@ -113,18 +112,23 @@ class Transport(ABC):
         for this rank's own slots, by (token, place)."""
 
     def expand(
-        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, then: Callable[[], None] | None = None
-    ) -> Tensor:
-        """The plan's output rows [n_out, width]; zeros for padding. then: called once all rows are on their way."""
-        under_way = self.begin_expand(stage, plan, route, rows, range(plan.n_chunks))
+        self,
+        stage: str,
+        plan: ExchangePlan,
+        route: Route,
+        rows: Tensor,
+        form: Form,
+        spread: Spread,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """All stages. then: called once all rows are on their way."""
+        under_way = self.begin_expand(stage, plan, route, rows, form, range(plan.n_chunks))
         if then is not None:
             then()
-        out = empty_rows(self.memory, rows, plan.n_out)
         stages = range(len(route.expansions))
         for number in sorted(stages, key=lambda each: plan.crossing_of_stage[each] is not None):  # what is here first
-            under_way.stage(number, out, route.expansions[number].to)
+            under_way.stage(number, spread)
         under_way.finish()
-        return out
 
     def reduce(
         self,
@@ -146,11 +150,6 @@ class Transport(ABC):
 def sums(terms: Terms, sources: Sequence[Tensor], dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
     out = sources[0].new_empty((terms.n, sources[0].shape[1]), dtype=dtype)
     return combine_rows(out, sources, terms, weights)
-
-
-def packed(leg: Leg, crossing: int, rows: Tensor) -> Tensor:
-    index = leg.index[leg.send_bounds[crossing] : leg.send_bounds[crossing + 1]]
-    return copy_rows(rows.new_empty((len(index), rows.shape[1])), [rows], torch.zeros_like(index), index)
 
 
 class Crossings:
@@ -194,14 +193,15 @@ class Crossings:
 
 
 class Direct(Transport):
-    def __init__(self, waits: Waits, memory: _C.RowMemory, one_host: bool) -> None:
-        super().__init__(waits, memory)
+    def __init__(self, waits: Waits, one_host: bool) -> None:
+        super().__init__(waits)
         self._one_host = one_host
 
     def begin_expand(
-        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, crossings: Sequence[int]
+        self, stage: str, plan: ExchangePlan, route: Route, rows: Tensor, form: Form, crossings: Sequence[int]
     ) -> Expanding:
-        return _DirectExpanding(self._crossings(stage, plan, route, rows, back=False), plan, route, rows, crossings)
+        under_way = self._crossings(stage, plan, route, rows, back=False)
+        return _DirectExpanding(under_way, plan, route, rows, form, crossings)
 
     def begin_reduce(
         self,
@@ -224,14 +224,15 @@ class Direct(Transport):
 
 class _DirectExpanding(Expanding):
     def __init__(
-        self, crossings: Crossings, plan: ExchangePlan, route: Route, rows: Tensor, order: Sequence[int]
+        self, crossings: Crossings, plan: ExchangePlan, route: Route, rows: Tensor, form: Form, order: Sequence[int]
     ) -> None:
         super().__init__(plan, route)
         self._crossings = crossings
-        arrived = rows.new_empty((route.leg.receive_bounds[-1], rows.shape[1]))
+        own, leaving = form.leave(rows, route.leg, None)
+        arrived = own.new_empty((route.leg.receive_bounds[-1], own.shape[1]))
         for crossing in order:
-            crossings.start(crossing, arrived, packed(route.leg, crossing, rows))
-        self.sources = [rows, arrived]
+            crossings.start(crossing, arrived, leaving(crossing))
+        self.sources = [own, arrived]
 
     def arrived(self, crossing: int) -> None:
         self._crossings.wait(crossing)

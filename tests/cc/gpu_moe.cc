@@ -105,15 +105,13 @@ TEST(expand_copies_as_the_cpu_does) {
                    routing.source.host.data(), routing.rows.host.data(), kRows, row_nbytes);
     const Memory out(expected.size());
     require(cuda::expand_rows(out.data(), sources.device, routing.source.data(),
-                              routing.rows.data(), to.data(), nullptr, kRows, width, dtype,
-                              nullptr));
+                              routing.rows.data(), to.data(), kRows, width, dtype, nullptr));
     require(cudaDeviceSynchronize());
     EXPECT_TRUE(out.read() == expected);
   });
 }
 
-// Each sum of one term: what an expand with weights gives.
-TEST(combine_and_weighted_expand_sum_as_the_cpu_does) {
+TEST(combine_sums_as_the_cpu_does) {
   for_shapes([](DType dtype, int64_t width, size_t offset) {
     const Sources sources(width, dtype, offset);
     const Routing routing(kRows, false);
@@ -133,26 +131,44 @@ TEST(combine_and_weighted_expand_sum_as_the_cpu_does) {
         require(cudaDeviceSynchronize());
         EXPECT_TRUE(out.read() == expected);
       }
-    const size_t numel = static_cast<size_t>(kRows * width);
-    std::vector<float> products(numel);
+  });
+}
+
+// Each row alone, with its product by b; rows of zeros among them.
+TEST(rows_are_weighed_as_the_cpu_expands_multiplies_and_sums) {
+  for_shapes([](DType dtype, int64_t width, size_t offset) {
+    const Sources sources(width, dtype, offset);
+    const Routing routing(kRows, true);
+    const Table<float> weights(some_weights(kRows));
+    const Table<int64_t> to(shuffled(kRows)), places(shuffled(kRows));
+    const size_t numel = static_cast<size_t>(kRows * width), row_nbytes = width * size_of(dtype);
+    auto b = values(numel, dtype, 2);
+    std::vector<char> rows(numel * size_of(dtype));
+    cpu::copy_rows(as_bytes(rows), kRows, nullptr, sources.rows, routing.source.host.data(),
+                   routing.rows.host.data(), kRows, row_nbytes);
+    std::vector<float> dots(kRows), of_rows(kRows), products(numel);
+    cpu::row_dots(of_rows.data(), {as_bytes(rows), kRows}, nullptr, {as_bytes(b), kRows},
+                  places.host.data(), dtype, kRows, static_cast<size_t>(width));
+    const auto wide = widened(rows, numel, dtype);
     for (int64_t i = 0; i < kRows; ++i) {
-      const auto source = static_cast<size_t>(routing.source.host[i]);
-      const auto wide = widened(sources.host[source],
-                                static_cast<size_t>(sources.rows[source].n_rows * width), dtype);
+      const int64_t place = places.host[i];
+      dots[place] = routing.rows.host[i] < 0 ? 0.0f : of_rows[i];
       for (int64_t k = 0; k < width; ++k)
-        products[i * width + k] = wide[routing.rows.host[i] * width + k] * weights.host[i];
+        products[to.host[i] * width + k] =
+            routing.rows.host[i] < 0 ? 0.0f : wide[i * width + k] * weights.host[place];
     }
     std::vector<char> expected = bytes(products);
     if (dtype != DType::float32) {
       expected.resize(numel * size_of(dtype));
       cpu::from_float32(expected.data(), products.data(), numel, dtype);
     }
-    const Memory out(expected.size());
-    require(cuda::expand_rows(out.data(), sources.device, routing.source.data(),
-                              routing.rows.data(), nullptr, weights.data(), kRows, width, dtype,
-                              nullptr));
+    const Memory out(expected.size()), on_b(b, offset), of_dots(kRows * sizeof(float));
+    require(cuda::weigh_rows(out.data(), reinterpret_cast<float*>(of_dots.data()), sources.device,
+                             routing.source.data(), routing.rows.data(), to.data(), places.data(),
+                             weights.data(), on_b.data(), kRows, width, dtype, nullptr));
     require(cudaDeviceSynchronize());
     EXPECT_TRUE(out.read() == expected);
+    EXPECT_TRUE(of_dots.read() == bytes(dots));
   });
 }
 
@@ -181,11 +197,19 @@ TEST(rows_are_packed_in_fp8_and_spread_as_on_the_cpu) {
     std::vector<char> coded(kRows * coded_nbytes);
     cpu::encode_rows(as_bytes(coded), x.data(), dtype, kRows, static_cast<size_t>(width),
                      Wire::fp8);
-    // Row i of x goes to row to[i] of buffer i % 3; decoding reads it there.
+    // Row i of x goes to row order[i] of buffers i % 3 and, but for every fifth, (i + 1) % 3, row 7
+    // nowhere; decoding reads it in the first.
     const auto order = shuffled(kRows);
-    std::vector<int64_t> buffer;
-    for (int64_t i = 0; i < kRows; ++i) buffer.push_back(i % 3);
-    const Table<int64_t> on_buffer(buffer), to(order);
+    std::vector<int64_t> buffer, starts{0}, of_place, place;
+    for (int64_t i = 0; i < kRows; ++i) {
+      buffer.push_back(i % 3);
+      for (int64_t copy = 0; copy < (i == 7 ? 0 : i % 5 == 0 ? 1 : 2); ++copy) {
+        of_place.push_back((i + copy) % 3);
+        place.push_back(order[i]);
+      }
+      starts.push_back(static_cast<int64_t>(place.size()));
+    }
+    const Table<int64_t> on_buffer(buffer), from(starts), which(of_place), to(place);
     std::vector<std::unique_ptr<Memory>> memory;
     std::vector<void*> buffers;
     for (int i = 0; i < 3; ++i) {
@@ -193,22 +217,25 @@ TEST(rows_are_packed_in_fp8_and_spread_as_on_the_cpu) {
       buffers.push_back(memory.back()->data());
     }
     const Memory on_x(x, offset);
-    require(cuda::encode_rows(buffers, on_buffer.data(), to.data(), on_x.data(), nullptr, kRows,
+    require(cuda::encode_rows(buffers, from.data(), which.data(), to.data(), on_x.data(), kRows,
                               width, dtype, nullptr));
     require(cudaDeviceSynchronize());
     std::vector<std::vector<char>> expected(3, std::vector<char>(coded.size(), char(0xa5)));
     for (int64_t i = 0; i < kRows; ++i)
-      std::copy_n(coded.begin() + i * coded_nbytes, coded_nbytes,
-                  expected[i % 3].begin() + order[i] * coded_nbytes);
+      for (int64_t j = starts[i]; j < starts[i + 1]; ++j)
+        std::copy_n(coded.begin() + i * coded_nbytes, coded_nbytes,
+                    expected[of_place[j]].begin() + place[j] * coded_nbytes);
     for (int i = 0; i < 3; ++i) EXPECT_TRUE(memory[i]->read() == expected[i]);
 
     std::vector<char> back(x.size());
     cpu::decode_rows(back.data(), reinterpret_cast<const std::byte*>(coded.data()), dtype, kRows,
                      static_cast<size_t>(width), Wire::fp8);
-    auto from = order;
-    from[2] = -1;
-    std::fill_n(back.begin() + 2 * width * size_of(dtype), width * size_of(dtype), 0);
-    const Table<int64_t> rows(from);
+    auto read = order;
+    for (const int64_t i : {2, 7}) {
+      read[i] = -1;
+      std::fill_n(back.begin() + i * width * size_of(dtype), width * size_of(dtype), 0);
+    }
+    const Table<int64_t> rows(read);
     const std::vector<const void*> sources(buffers.begin(), buffers.end());
     const Memory out(back.size(), offset);
     require(cuda::decode_rows(out.data(), sources, on_buffer.data(), rows.data(), nullptr, kRows,

@@ -39,6 +39,10 @@ TEST(an_engine_for_each_of_2_to_8_threads_on_one_gpu) {
   for (const int n : {2, 4, 8}) pycomm::testing::check_engine(gpu(true), n);
 }
 
+TEST(memory_that_2_to_8_threads_on_one_gpu_read_of_each_other) {
+  for (const int n : {2, 4, 8}) pycomm::testing::check_symmetric_memory(gpu(true), n);
+}
+
 TEST(a_thread_that_does_not_come_is_a_timeout_and_the_gpu_is_free_then) {
   pycomm::testing::check_a_late_rank(gpu(true), 3);
 }

@@ -15,8 +15,12 @@ const int64_t table[2] = {};
 bool has_gpu() { return !cuda::info("").devices.empty(); }
 
 Status expand(std::span<const void* const> sources, int64_t n, int64_t width, DType dtype) {
-  return cuda::expand_rows(memory, sources, nullptr, table, nullptr, nullptr, n, width, dtype,
-                           nullptr);
+  return cuda::expand_rows(memory, sources, nullptr, table, nullptr, n, width, dtype, nullptr);
+}
+Status weigh(std::span<const void* const> sources, int64_t n, int64_t width, DType dtype) {
+  auto* const floats = reinterpret_cast<float*>(memory);
+  return cuda::weigh_rows(memory, floats, sources, nullptr, table, nullptr, nullptr, floats, memory,
+                          n, width, dtype, nullptr);
 }
 Status combine(std::span<const void* const> sources, int64_t n, int64_t width, DType dtype,
                DType out_dtype) {
@@ -28,7 +32,7 @@ Status dots(int64_t n, int64_t width, DType dtype) {
                         width, dtype, nullptr);
 }
 Status encode(std::span<void* const> buffers, int64_t n, int64_t width, DType dtype) {
-  return cuda::encode_rows(buffers, nullptr, nullptr, memory, nullptr, n, width, dtype, nullptr);
+  return cuda::encode_rows(buffers, nullptr, nullptr, nullptr, memory, n, width, dtype, nullptr);
 }
 Status decode(std::span<const void* const> sources, int64_t n, int64_t width, DType dtype) {
   return cuda::decode_rows(memory, sources, nullptr, table, nullptr, n, width, dtype, nullptr);
@@ -49,6 +53,7 @@ void expect_refused(const Status& status, const char* text) {
 TEST(dtypes_without_a_kernel_are_refused_by_name) {
   constexpr auto f32 = DType::float32, i32 = DType::int32;
   expect_refused(expand(one, 1, 1, i32), "'expand_rows' takes float32, float16 and bfloat16");
+  expect_refused(weigh(one, 1, 1, i32), "'weigh_rows' takes float32");
   expect_refused(combine(one, 1, 1, i32, f32), "'combine_rows' takes float32");
   expect_refused(combine(one, 1, 1, f32, i32), "'combine_rows' takes float32");
   expect_refused(dots(1, 1, i32), "'row_dots' takes float32");
@@ -63,6 +68,7 @@ TEST(buffers_too_many_none_or_misaligned_are_refused) {
   void* const off_out[] = {memory + 1};
   constexpr auto f32 = DType::float32;
   expect_refused(expand(many, 1, 1, f32), "'expand_rows' takes 1 to 128 buffers of rows, not 129");
+  expect_refused(weigh({}, 1, 1, f32), "'weigh_rows' takes 1 to 128 buffers of rows, not 0");
   expect_refused(combine({}, 1, 1, f32, f32),
                  "'combine_rows' takes 1 to 128 buffers of rows, not 0");
   expect_refused(encode(many_out, 1, 1, f32), "'encode_rows' takes 1 to 128 buffers");
@@ -75,6 +81,7 @@ TEST(buffers_too_many_none_or_misaligned_are_refused) {
 TEST(sizes_that_make_no_sense_are_refused) {
   constexpr auto f32 = DType::float32;
   expect_refused(expand(one, -1, 4, f32), "takes no -1 rows of 4 values");
+  expect_refused(weigh(one, -1, 4, f32), "takes no -1 rows of 4 values");
   expect_refused(combine(one, 1, -4, f32, f32), "takes no 1 rows of -4 values");
   expect_refused(dots(-1, 4, f32), "takes no -1 rows of 4 values");
   expect_refused(encode(buffer, -1, 4, f32), "takes no -1 rows of 4 values");
@@ -91,7 +98,7 @@ TEST(nothing_to_do_needs_no_gpu) {
       EXPECT_TRUE(encode(buffer, n, width, dtype).ok());
       EXPECT_TRUE(decode(one, n, width, dtype).ok());
     }
-    EXPECT_TRUE(dots(0, 4, dtype).ok());
+    EXPECT_TRUE(dots(0, 4, dtype).ok() && weigh(one, 0, 4, dtype).ok());
   }
 }
 
@@ -99,8 +106,8 @@ TEST(a_launch_without_a_gpu_says_so) {
   if (has_gpu()) return;  // there it would run on host memory
   for (const Status& status :
        {expand(one, 1, 4, DType::float32), combine(one, 1, 4, DType::float16, DType::float32),
-        dots(1, 4, DType::bfloat16), encode(buffer, 1, 4, DType::float32),
-        decode(one, 1, 4, DType::float16), count(1, 1)}) {
+        dots(1, 4, DType::bfloat16), weigh(one, 1, 4, DType::bfloat16),
+        encode(buffer, 1, 4, DType::float32), decode(one, 1, 4, DType::float16), count(1, 1)}) {
     EXPECT_EQ(status.code, Code::internal);
     EXPECT_TRUE(status.message.find("did not start: cudaError") != std::string::npos);
   }

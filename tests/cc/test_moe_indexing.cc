@@ -155,11 +155,32 @@ void combine_equals_the_cpu(int64_t width, bool weighted) {
   EXPECT_EQ(std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), 0);
 }
 
+// Products of a row's columns, summed as a warp does it.
+template <class T, class Product>
+float lanes_sum(int64_t width, Product&& product) {
+  constexpr int kPerVector = kVectorBytes / sizeof(T);
+  std::vector<float> lanes(kWarp);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    float sums[kPerVector] = {};
+    for (int64_t column = int64_t{lane} * kPerVector; column < width; column += kWarp * kPerVector)
+      for (int k = 0; k < kPerVector; ++k) {
+        const float one = column + k < width ? product(column + k) : 0.0f;
+        sums[k] = sums[k] + one;
+      }
+    lanes[lane] = sums[0];
+    for (int k = 1; k < kPerVector; ++k) lanes[lane] = lanes[lane] + sums[k];
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {  // what __shfl_xor_sync gives
+    std::vector<float> others = lanes;
+    for (int lane = 0; lane < kWarp; ++lane) lanes[lane] += others[lane ^ offset];
+  }
+  return lanes[0];
+}
+
 // Within fp32's rounding of the products' sum in double as well: 2^-23 of the magnitudes for each
 // addition.
 template <class T>
 void dots_equal_the_cpu(int64_t width) {
-  constexpr int kPerVector = kVectorBytes / sizeof(T);
   std::mt19937 random(static_cast<unsigned>(width));
   const Sources<T> sources(width, random);
   const std::vector<T>&a = sources.values[2], &b = sources.values[0];
@@ -172,31 +193,57 @@ void dots_equal_the_cpu(int64_t width) {
       EXPECT_EQ(expected[i], 0.0f);
       continue;
     }
-    std::vector<float> lanes(kWarp);
     double exact = 0, magnitude = 0;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      float sums[kPerVector] = {};
-      for (int64_t column = int64_t{lane} * kPerVector; column < width;
-           column += kWarp * kPerVector)
-        for (int k = 0; k < kPerVector; ++k) {
-          const bool inside = column + k < width;
-          const float x = inside ? widen(a[a_rows[i] * width + column + k]) : 0.0f;
-          const float y = inside ? widen(b[b_rows[i] * width + column + k]) : 0.0f;
-          const float product = x * y;
-          sums[k] = sums[k] + product;
-          exact += double{x} * y;
-          magnitude += std::abs(double{x} * y);
-        }
-      lanes[lane] = sums[0];
-      for (int k = 1; k < kPerVector; ++k) lanes[lane] = lanes[lane] + sums[k];
-    }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {  // what __shfl_xor_sync gives
-      std::vector<float> others = lanes;
-      for (int lane = 0; lane < kWarp; ++lane) lanes[lane] += others[lane ^ offset];
-    }
-    EXPECT_EQ(std::memcmp(&lanes[0], &expected[i], sizeof(float)), 0);
+    const float found = lanes_sum<T>(width, [&](int64_t column) {
+      const float x = widen(a[a_rows[i] * width + column]),
+                  y = widen(b[b_rows[i] * width + column]);
+      exact += double{x} * y;
+      magnitude += std::abs(double{x} * y);
+      return x * y;
+    });
+    EXPECT_EQ(std::memcmp(&found, &expected[i], sizeof(float)), 0);
     EXPECT_TRUE(std::abs(expected[i] - exact) <= std::ldexp(magnitude, -23) * double(width));
   }
+}
+
+// weigh_kernel's pass beside a copy, products and dots of the CPU's.
+template <class T>
+void weighing_equals_the_cpu(int64_t width) {
+  constexpr int64_t kRows = 11;
+  std::mt19937 random(static_cast<unsigned>(width));
+  const Sources<T> sources(width, random);
+  const Routing routing(kRows, true, random);
+  std::vector<T> b(kRows * width), rows(b.size());
+  for (T& x : b) x = drawn<T>(random);
+  std::vector<int64_t> to(kRows), places(kRows);
+  std::iota(to.begin(), to.end(), 0);
+  std::shuffle(to.begin(), to.end(), random);
+  places.assign(to.rbegin(), to.rend());
+  std::vector<float> weights(kRows), dots(kRows, 7), of_rows(kRows);
+  for (float& weight : weights) weight = std::uniform_real_distribution<float>(-1, 1)(random);
+  std::vector<float> out(b.size(), 7), expected(b.size(), 7);
+  cpu::copy_rows(reinterpret_cast<std::byte*>(rows.data()), kRows, nullptr, sources.rows,
+                 routing.source.data(), routing.rows.data(), kRows, width * sizeof(T));
+  const auto as_rows = [](const std::vector<T>& from) {
+    return cpu::Rows{reinterpret_cast<const std::byte*>(from.data()), kRows};
+  };
+  cpu::row_dots(of_rows.data(), as_rows(rows), nullptr, as_rows(b), places.data(), kDType<T>, kRows,
+                width);
+  for (int64_t i = 0; i < kRows; ++i) {
+    const bool zeros = routing.rows[i] < 0;
+    const T* const from = zeros ? nullptr : sources.row(routing, i, width);
+    const T* const other = b.data() + places[i] * width;
+    dots[places[i]] = lanes_sum<T>(width, [&](int64_t column) {
+      const float x = zeros ? 0.0f : widen(from[column]), weight = weights[places[i]];
+      out[to[i] * width + column] = zeros ? 0.0f : x * weight;
+      return zeros ? 0.0f : x * widen(other[column]);
+    });
+    for (int64_t k = 0; k < width; ++k)
+      expected[to[i] * width + k] = zeros ? 0.0f : widen(rows[i * width + k]) * weights[places[i]];
+    const float dot = zeros ? 0.0f : of_rows[i];
+    EXPECT_EQ(std::memcmp(&dots[places[i]], &dot, sizeof(float)), 0);
+  }
+  EXPECT_EQ(std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), 0);
 }
 
 template <class T>
@@ -322,6 +369,14 @@ TEST(dots_sum_as_the_cpu_does) {
     dots_equal_the_cpu<float>(width);
     dots_equal_the_cpu<uint16_t>(width);
     dots_equal_the_cpu<Half>(width);
+  }
+}
+
+TEST(rows_are_weighed_as_the_cpu_does_in_three_passes) {
+  for (int64_t width : kWidths) {
+    weighing_equals_the_cpu<float>(width);
+    weighing_equals_the_cpu<uint16_t>(width);
+    weighing_equals_the_cpu<Half>(width);
   }
 }
 

@@ -38,9 +38,13 @@ class Arrays {
     settle(device_, stream);
   }
   std::vector<char> get(size_t i, size_t nbytes, cuda::Device::Stream stream) const {
+    return bytes_at(device_, at(i), nbytes, stream);
+  }
+  static std::vector<char> bytes_at(cuda::Device& device, const void* memory, size_t nbytes,
+                                    cuda::Device::Stream stream) {
     std::vector<char> to(nbytes);
-    device_.copy(to.data(), at(i), nbytes, stream);
-    settle(device_, stream);
+    device.copy(to.data(), memory, nbytes, stream);
+    settle(device, stream);
     return to;
   }
   // Until the device has done what is on the stream.
@@ -249,6 +253,48 @@ inline void check_engine(const Machine& machine, int n) {
     ranks.group.run(barrier);
     self.meeting.arrive_and_wait();
     self.device->free_stream(other);
+  });
+}
+
+// Memory that every rank reads of every other, in the order of its stream, and larger memory in its
+// place. n_shared: pieces of such memory that the process has, where somebody counts.
+inline void check_symmetric_memory(const Machine& machine, int n,
+                                   const std::function<int()>& n_shared = {}) {
+  const int before = n_shared ? n_shared() : 0;
+  run_threads(machine, n, [&, n](ThreadRank& self) {
+    ThreadGroup ranks(machine, self, "world", kThreadTimeout);
+    const Arrays number(*self.device, 1, 4);
+    // All have come to it.
+    const Call met = array_call(Collective::all_reduce, DType::float32, number.at(0), number.at(0),
+                                1, self.stream);
+    std::shared_ptr<cuda::SymmetricMemory> memory;
+    for (const int64_t nbytes : {int64_t{40}, int64_t{5} << 20}) {
+      std::string why;
+      memory = ranks.engine->share(nbytes, memory, Clock::now() + kThreadTimeout, &why);
+      if (memory == nullptr) throw Error(Code::internal, "no memory: " + why);
+      EXPECT_EQ(memory->nbytes(), nbytes);
+      EXPECT_EQ(memory->n_on_device(), n);
+      const auto size = static_cast<size_t>(nbytes);
+      const Arrays arrays(*self.device, 1, size);
+      self.meeting.arrive_and_wait();
+      EXPECT_TRUE(Arrays::bytes_at(*self.device, memory->of(self.rank), size, self.stream) ==
+                  std::vector<char>(size, 0));
+      for (int turn = 1; turn < 4; ++turn) {
+        arrays.put(0, std::vector<char>(size, static_cast<char>(10 * turn + self.rank)),
+                   self.stream);
+        self.device->copy(memory->of(self.rank), arrays.at(0), size, self.stream);
+        ranks.group.run(met);
+        for (int of = 0; of < n; ++of)
+          EXPECT_TRUE(Arrays::bytes_at(*self.device, memory->of(of), size, self.stream) ==
+                      std::vector<char>(size, static_cast<char>(10 * turn + of)));
+        ranks.group.run(met);  // read: it may be written again
+      }
+      Arrays::settle(*self.device, self.stream);
+      self.meeting.arrive_and_wait();
+      // Each rank's, and where there are more than one its buffer of the peer kernel.
+      if (n_shared) EXPECT_EQ(n_shared() - before, n == 1 ? 1 : 2 * n);
+      self.meeting.arrive_and_wait();
+    }
   });
 }
 

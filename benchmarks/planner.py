@@ -26,20 +26,19 @@ from typing import Any
 
 import torch
 from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
-from sleeping import Sleeper, by_flops, put_to_sleep
+from sleeping import by_flops, put_to_sleep
 
 import pycomm
 from pycomm.netns import emulated_hosts, why_unavailable
 from training.config import Config, LayoutConfig
-from training.layer_rate import planning_rates
+from training.layer_rate import planning_flops
 from training.metered import MeteredGroup, on_rank_0
 from training.plan_layout import Plan, search
 from training.presets import load_preset
-from training.rates import Rates, together, update_s
 from training.step_result import StepResult
 from training.trainer import Trainer
 
-FLOPS_PER_S, SLEEP_S = 10e9, 4e-3  # SLEEP_S: between meetings that are measured; about a layer's half with them
+FLOPS_PER_S = 10e9
 SLEEPING = ("1x4", "1x8", "2x2@1gbit", "2x2@200mbit", "2x4@1gbit", "2x4@200mbit", "4x2@1gbit", "4x1@200mbit")
 REAL = ("1x2-real", "2x1@1gbit-real", "2x1@200mbit-real")
 SECTIONS = SLEEPING + REAL
@@ -54,21 +53,12 @@ def trained(n_planned: int) -> list[int]:
     return [*range(min(FIRST, n_planned)), *(lower[round(i * (len(lower) - 1) / max(1, n - 1))] for i in range(n))]
 
 
-def measured_rates(config: Config, world: Any, real: bool) -> Rates:
-    """As a run with layout.auto measures them; where layers sleep, at their rate, and of ranks that sleep."""
-    world.barrier()
-    if real:
-        return together(world, planning_rates(config))
-    sleeper = Sleeper()
-    return together(world, Rates(FLOPS_PER_S, update_s=update_s()), compute=lambda: sleeper.make(SLEEP_S))
-
-
-def planned(config: Config, world: Any, rates: Rates) -> list[dict[str, Any]]:
+def planned(config: Config, world: Any, flops_per_s: float) -> list[dict[str, Any]]:
     """Layouts of the plan: settings, and what is predicted; the same on every rank."""
 
     def plan() -> list[dict[str, Any]]:
         begin = time.perf_counter()
-        found: Plan = search(config, world.topology, rates)
+        found: Plan = search(config, world.topology, flops_per_s)
         took_s = time.perf_counter() - begin
         return [
             {
@@ -89,12 +79,13 @@ def planned(config: Config, world: Any, rates: Rates) -> list[dict[str, Any]]:
     return result
 
 
-def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tuple[Rates, list[dict[str, Any]], str]:
-    """The rates, the layouts of the plan with the steps that were measured, and the topology that was planned for."""
+def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tuple[float, list[dict[str, Any]], str]:
+    """The rate, the layouts of the plan with the steps that were measured, and the topology that was planned for."""
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as first, first.replan(as_measured(first)) as world:
-        rates = measured_rates(config, world, real)
-        layouts = planned(config, world, rates)
+        rate = torch.tensor([planning_flops(config) if real else FLOPS_PER_S], dtype=torch.float64)
+        world.all_reduce(rate, "min")
+        layouts = planned(config, world, float(rate))
         trainers: list[Trainer] = []
         for each in layouts:
             train = dataclasses.replace(config.train, accumulation=each["accumulation"])
@@ -123,7 +114,7 @@ def run(store: Any, rank: int, n_ranks: int, config: Config, real: bool) -> tupl
         for trainer in trainers:
             trainer.close()
         topology = world.topology.to_toml()
-    return rates, layouts, topology
+    return float(rate), layouts, topology
 
 
 def section(name: str) -> dict[str, Any]:
@@ -144,7 +135,7 @@ def section(name: str) -> dict[str, Any]:
             network.shape(rate)
         args = (config, bool(kind))
         place = {"hosts": hosts, "network": network} if network is not None else {}
-        rates, layouts, topology = run_ranks(run, len(hosts), *args, **place, timeout_s=220)[0]
+        flops_per_s, layouts, topology = run_ranks(run, len(hosts), *args, **place, timeout_s=220)[0]
     for each in layouts:
         each["measured_s"] = round(statistics.median(each["steps_s"]), 5)
         each["predicted_s"] = round(each["predicted_s"], 5)
@@ -152,7 +143,7 @@ def section(name: str) -> dict[str, Any]:
         each["layout"] = {k: v for k, v in each["layout"].items() if v != getattr(LayoutConfig(), k)}
     best = min(each["measured_s"] for each in layouts)
     return {
-        "rates": dataclasses.asdict(rates),
+        "flops_per_s": flops_per_s,
         "topology": topology.splitlines(),
         "layouts": layouts,
         "first_over_best": round(layouts[0]["measured_s"] / best, 4),
@@ -170,7 +161,7 @@ def main() -> int:
         about, begin = environment(), time.perf_counter()
         found = section(name)
         print(
-            f"{name}: {time.perf_counter() - begin:.0f} s, {found['rates']}; first choice "
+            f"{name}: {time.perf_counter() - begin:.0f} s, {found['flops_per_s'] / 1e9:.1f} GFLOP/s; first choice "
             f"{found['first_over_best']:.3f} of the measured best",
             flush=True,
         )

@@ -40,7 +40,7 @@ class Seconds:
         return self.forward + self.input + self.weight
 
 
-class Sleeper:
+class _Sleeper:
     """Takes as long as asked on average: what one call takes too long the next ones make up for."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class _Sleeps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shape: Sequence[int], took: Seconds, sleeper: Sleeper, later: Any, *leaves: Tensor
+        ctx: Any, x: Tensor, shape: Sequence[int], took: Seconds, sleeper: _Sleeper, later: Any, *leaves: Tensor
     ) -> Tensor:
         ctx.x, ctx.took, ctx.sleeper, ctx.later = (x.shape, x.dtype), took, sleeper, later
         ctx.leaves = leaves
@@ -88,7 +88,7 @@ class _SleepingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, took: Seconds, sleeper: Sleeper, group: MeteredGroup, chunk: int, *leaves: Tensor
+        ctx: Any, x: Tensor, took: Seconds, sleeper: _Sleeper, group: MeteredGroup, chunk: int, *leaves: Tensor
     ) -> Tensor:
         ctx.shape, ctx.leaves = x.shape, leaves
         n_tokens = x.shape[0] * x.shape[1]
@@ -112,7 +112,7 @@ def put_to_sleep(trainer: Trainer, took: Mapping[str, Seconds]) -> None:
     config, mesh, model = trainer.config.model, trainer.mesh, trainer.model
     if config.block != "llama" or config.n_experts or mesh.layout.cp > 1:
         raise ValueError(f"{trainer.config.name}, {mesh.layout}: dense Llama blocks without cp alone can sleep")
-    sleeper = Sleeper()
+    sleeper = _Sleeper()
 
     def half(x: Tensor, part: str, leaves: Sequence[nn.Parameter]) -> Tensor:
         whole = gather_sequence(x, mesh)

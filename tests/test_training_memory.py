@@ -46,6 +46,9 @@ LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"cp": 2}, MASKED, {"n_kv_heads": 2}),
     ({"cp": 2, "context": "ulysses"}, MASKED, {"n_kv_heads": 2}),
     ({"cp": 2}, {"data": {"seq_len": 128}}, {}),
+    ({"cp": 2}, {}, LATENT),
+    ({"cp": 2, "context": "ulysses"}, {}, LATENT),
+    ({"cp": 2, "context_latents": False}, {}, LATENT),
 ]
 
 
@@ -98,7 +101,7 @@ class PeakBytes(TorchDispatchMode):
 def in_a_ring(trainer: Trainer) -> tuple[float, int] | None:
     """Bytes that ring attention's backward has at most, as the estimate counts them and as they are."""
     config, mesh = trainer.config, trainer.mesh
-    if mesh.cp.size == 1 or config.layout.context != "ring":
+    if mesh.cp.size == 1 or config.layout.context != "ring" or config.model.latent:
         return None
     model, batch = config.model, trainer._micro_batch_size
     rows, heads = config.data.seq_len // mesh.cp.size, [model.n_heads, model.n_kv_heads, model.n_kv_heads]

@@ -10,7 +10,8 @@ from spawn import run_ranks
 from torch import Tensor
 
 from training import ring_attention
-from training.context import attend, own_part
+from training.context import attend, attend_latents, own_part
+from training.key_values import OfLatents
 from training.layout import Layout
 from training.mesh import Mesh
 
@@ -63,3 +64,58 @@ def test_a_ring_attends_as_one_rank(
 ) -> None:
     for found in run_ranks(errors, n_ranks, flash, masked, value_width, dtype):
         assert max(found) < allowed, found
+
+
+RANK, ROPE, PARTS = 6, 4, (8, 10)  # of a latent, of the shared key, and what a head has of key and value
+
+
+def errors_of_latents(group: Any, kind: str, masked: bool, dtype: torch.dtype) -> tuple[list[float], list[int]]:
+    """As errors(), with the weight's gradient last, summed over the ranks; and the numbers of each tensor sent in
+    forward, or gathered."""
+    torch.set_num_threads(1)
+    mesh, alone = Mesh(group, Layout(1, 1, 1, cp=group.size)), Mesh(group.split(group.rank), Layout(1, 1, 1))
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((S, B, HEADS, PARTS[0] + ROPE), (S, B, RANK), (S, B, 1, ROPE), (HEADS * sum(PARTS), RANK))
+    *tokens, weight = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    grad = torch.randn(S, B, HEADS, PARTS[1], generator=generator).to(dtype)
+    documents = (torch.arange(S) // 13).unsqueeze(1).expand(S, B).contiguous() if masked else None
+    sent: list[int] = []
+    send, gather = mesh.cp.send, mesh.cp.all_gather
+    mesh.cp.send = lambda x, *others: sent.append(x.numel()) or send(x, *others)
+    mesh.cp.all_gather = lambda output, x, **others: sent.append(x.numel()) or gather(output, x, **others)
+    query, latent, shared = (own_part(x, mesh).clone().requires_grad_() for x in tokens)
+    own_weight = weight.clone().requires_grad_()
+    y = attend_latents(query, (latent, shared), own_weight, PARTS, mesh, kind, documents)
+    in_forward = list(sent)
+    y.backward(own_part(grad, mesh))
+    wide = [x.double().requires_grad_() for x in (*tokens, weight)]
+    key_value = OfLatents(PARTS, False).of_rows(wide[1:3], wide[3])
+    expected = attend(wide[0], *key_value, alone, kind, documents)
+    expected.backward(grad.double())
+    assert own_weight.grad is not None
+    mesh.cp.all_reduce(own_weight.grad)
+    found = [(y, own_part(expected, mesh)), (own_weight.grad, wide[3].grad)]
+    found += [(x.grad, own_part(want.grad, mesh)) for x, want in zip((query, latent, shared), wide, strict=False)]
+    alone.world.group.close()
+    mesh.close()
+    return [float((got.double() - want).abs().max()) for got, want in found], in_forward
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "kind", "masked", "dtype", "allowed"),
+    [
+        (4, "ring", False, torch.float32, 1e-4),
+        (2, "ring", True, torch.float32, 1e-4),
+        (4, "ulysses", False, torch.float32, 1e-4),
+        (2, "ulysses", True, torch.float32, 1e-4),
+        (2, "ring", False, torch.bfloat16, 1.0),
+    ],
+)
+def test_ranks_that_exchange_latents_attend_as_one_rank(
+    n_ranks: int, kind: str, masked: bool, dtype: torch.dtype, allowed: float
+) -> None:
+    rows = S // n_ranks * B
+    sent = [rows * RANK, rows * ROPE] * (n_ranks - 1) if kind == "ring" else [rows * (RANK + ROPE)]
+    for found, numbers in run_ranks(errors_of_latents, n_ranks, kind, masked, dtype):
+        assert max(found) < allowed, found
+        assert numbers == sent

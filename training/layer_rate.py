@@ -1,4 +1,4 @@
-"""The rates that planning a layout counts with, as this machine has them: of the model's own layers first of all.
+"""The rate that planning a layout counts with: FLOP/s that a rank reaches in the model's own layers.
 
 A product of large matrices is faster than a small model's layers, which also normalise, rotate and attend; the planner
 would promise too much with it."""
@@ -17,7 +17,6 @@ from training.layout import Layout
 from training.machine import matmul_flops
 from training.mesh import Mesh
 from training.model import Block, Parallel
-from training.rates import Rates, update_s
 
 _MOST_FLOPS = 5e10  # of what is timed; larger layers are products that run at the rate of a product
 _ENOUGH_FLOPS, _MOST_SEQUENCES = 5e9, 8  # sequences are added up to either: one alone keeps no core busy
@@ -45,41 +44,32 @@ class Alone:
     cp = sequence = tp
 
 
-def planning_rates(config: Config, device: Device = HOST) -> Rates:
-    """At plan.tflops, or monitor.peak_tflops, and no more is known of the machine; or what is measured on this one."""
+def planning_flops(config: Config, device: Device = HOST) -> float:
+    """plan.tflops, or monitor.peak_tflops, or what layer_flops() measures."""
     given = config.plan.tflops or config.monitor.peak_tflops
-    return Rates(given * 1e12) if given else Rates(*layer_rate(config, device), update_s(device))
+    return given * 1e12 if given else layer_flops(config, device)
 
 
-def layer_rate(config: Config, device: Device = HOST, n_tries: int = _N_TRIES) -> tuple[float, float]:
-    """FLOP/s, counted as MFU does, of forward and backward of one dense layer, and the seconds that it takes beside
-    them however few tokens it has: from one sequence and from several, the median of n_tries. A product's rate, and no
-    more, where that would be large, or the layers are experts. All ranks at once see what sharing a machine leaves."""
+def layer_flops(config: Config, device: Device = HOST, n_tries: int = _N_TRIES) -> float:
+    """FLOP/s, counted as MFU does, of forward and backward of one dense layer, the median of n_tries; a product's where
+    that would be large, or the layers are experts. All ranks at once see what sharing a machine leaves them."""
     model, seq_len = config.model, config.data.seq_len
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     matrices = model.n_attention_parameters + (2 if model.block == "gpt2" else 3) * model.d_model * model.d_ff
     flops = 6.0 * matrices * seq_len + 6.0 * model.n_heads * (model.qk_width + model.v_width) * seq_len**2
     if flops > _MOST_FLOPS or model.n_experts:
-        return matmul_flops(dtype, device), 0.0
+        return matmul_flops(dtype, device)
     n_sequences = int(min(max(_ENOUGH_FLOPS / flops, 1), _MOST_SEQUENCES, config.train.global_batch))
     with device.making():
         block = Block(model, cast(Mesh, Alone()), 0, Parallel()).to(device.where)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     block.to(dtype)
-
-    def seconds(n: int) -> float:
-        times = []
-        for _ in range(n_tries + 2):  # two that do not count
-            x = torch.randn(seq_len, n, model.d_model, dtype=dtype, device=device.where, requires_grad=True)
-            span = Span(device)
-            block(x)[0].sum().backward()
-            span.stop()
-            times.append(span.seconds())
-        return statistics.median(times[2:])
-
-    several_s, one_s = seconds(n_sequences), seconds(1)
-    fixed_s = 0.0
-    if n_sequences > 1:  # of a line through both; never more than half of one sequence's, so that noise stays small
-        fixed_s = min(max((one_s * n_sequences - several_s) / (n_sequences - 1), 0.0), one_s / 2)
-    return n_sequences * flops / (several_s - fixed_s), fixed_s
+    times = []
+    for _ in range(n_tries + 2):  # two that do not count
+        x = torch.randn(seq_len, n_sequences, model.d_model, dtype=dtype, device=device.where, requires_grad=True)
+        span = Span(device)
+        block(x)[0].sum().backward()
+        span.stop()
+        times.append(span.seconds())
+    return n_sequences * flops / statistics.median(times[2:])

@@ -6,7 +6,6 @@ part of its rate. What other axes do meanwhile is not counted."""
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 
 import pycomm
 from training.layout import Layout
-from training.rates import Rates
 
 Groups = NDArray[np.int64]  # [n_groups, n_ranks of each]
 _NBYTES = tuple(4**power for power in range(4, 21))  # predicted at; times between are linear, as those of one algorithm
@@ -28,7 +26,7 @@ _OVER_TP: dict[str, dict[str, tuple[int, ...]]] = {  # by layout.experts_over_tp
 
 
 def groups_of(layout: Layout) -> dict[str, Groups]:
-    """By the names of training.mesh.AXES. Of "tied" and "pp", which depend on stages, see tied(), between_stages()."""
+    """By the names of training.mesh.AXES; "tied" and "pp" depend on where stages are: see tied() and neighbours()."""
     ranks = _grid(layout)
     spans = _SPANS | _OVER_TP[layout.experts_over_tp]
     return {name: _spanning(ranks, dimensions) for name, dimensions in spans.items()}
@@ -39,16 +37,11 @@ def tied(layout: Layout, last: int) -> Groups:
     return _spanning(_grid(layout)[[0, last]], (0, 1, 2, 3))
 
 
-def around_cp(layout: Layout) -> Groups:
-    """Pairs of ranks next to each other in the context parallel ring, the last and the first too."""
-    ranks = np.moveaxis(_grid(layout), 3, 0)
-    return np.stack([ranks, np.roll(ranks, -1, 0)], -1).reshape(-1, 2)
-
-
-def between_stages(layout: Layout, here: int, there: int) -> Groups:
-    """Pairs of ranks of two pipeline ranks that send to each other."""
-    ranks = _grid(layout)
-    return np.stack([ranks[here], ranks[there]], -1).reshape(-1, 2)
+def neighbours(layout: Layout, axis: str, around: bool) -> Groups:
+    """Pairs of ranks next to each other along "pp" or "cp"; around: the last and the first too."""
+    ranks = np.moveaxis(_grid(layout), {"pp": 0, "cp": 3}[axis], 0).reshape(getattr(layout, axis), -1)
+    pairs = np.stack([ranks, np.roll(ranks, -1, 0)], -1)
+    return pairs[: None if around else -1].reshape(-1, 2)
 
 
 def _grid(layout: Layout) -> Groups:
@@ -64,9 +57,9 @@ def _spanning(ranks: Groups, dimensions: tuple[int, ...]) -> Groups:
 class Links:
     """Seconds of collectives on a topology, by pycomm's closed form (pycomm.costs: the fastest candidate's time)."""
 
-    def __init__(self, topology: Any, rates: Rates | None = None) -> None:
-        """topology: pycomm.Topology of all ranks. rates: whose meetings are counted; None: those take no time."""
-        self.topology, self._rates = topology, rates or Rates(math.inf)
+    def __init__(self, topology: Any) -> None:
+        """topology: pycomm.Topology of all ranks."""
+        self.topology = topology
         self._of_groups: dict[tuple[Any, ...], NDArray[np.float64]] = {}
         self._of_topology: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 
@@ -84,15 +77,6 @@ class Links:
     def send_s(self, pairs: Groups, nbytes: float) -> float:
         """Of a message from one rank of each pair to the other, all pairs at once."""
         return self.seconds(pairs, "broadcast", nbytes)
-
-    def meeting_s(self, groups: Groups) -> float:
-        """What an exchange takes longer whose ranks come to it from computing (rates.py)."""
-        return self._rates.meeting(groups.shape[1]) if groups.size else 0.0
-
-    def blocking_s(self, groups: Groups, collective: str, nbytes: float) -> float:
-        """seconds() of a collective that computing ranks come to and wait for."""
-        took_s = self.seconds(groups, collective, nbytes)
-        return took_s + self.meeting_s(groups) if took_s else 0.0
 
     def _times(self, topology: Any, collective: str) -> NDArray[np.float64]:
         key = (*_shape(topology), collective)

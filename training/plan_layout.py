@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from training import checks, schedules
 from training.config import Config
 from training.device import choose_device, device_here
 from training.errors import ConfigError
-from training.layer_rate import Alone, planning_rates
+from training.layer_rate import Alone, planning_flops
 from training.layout import Layout, resolve_layout
 from training.links import Links
 from training.machine import process_nbytes, share_cores
@@ -31,7 +32,6 @@ from training.memory import Estimate, require_fit
 from training.mesh import Mesh
 from training.metered import MeteredGroup, on_rank_0
 from training.model import specs_of_whole
-from training.rates import Rates, together
 from training.sharding import ParamSpec
 from training.step_time import AXES, Costs, StepTime, step_time
 
@@ -87,7 +87,7 @@ class Plan:
     unfit: tuple[tuple[Candidate, str], ...]
     refused: Counter[str]
     n_timed: int
-    rates: Rates
+    flops_per_s: float
 
     @property
     def first(self) -> Candidate:
@@ -99,17 +99,19 @@ def whole_specs(config: Config) -> dict[str, ParamSpec]:
     return specs_of_whole(config.model, cast(Mesh, Alone()))
 
 
-def search(config: Config, topology: Any, rates: Rates, process_nbytes: int = 0, gpu_nbytes: int | None = None) -> Plan:
-    """The best config.plan.show meshes of a topology's ranks (pycomm.Topology), of which each has these rates.
+def search(
+    config: Config, topology: Any, flops_per_s: float, process_nbytes: int = 0, gpu_nbytes: int | None = None
+) -> Plan:
+    """The best config.plan.show meshes of a topology's ranks (pycomm.Topology). flops_per_s: that a rank reaches.
     process_nbytes, gpu_nbytes: as memory.require_fit() takes them.
 
     Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
     checks.ranges(config)
     checks.plans(config)
-    links, refused, specs = Links(topology, rates), Counter[str](), whole_specs(config)
+    links, refused, specs = Links(topology), Counter[str](), whole_specs(config)
     costs = Costs(config.model, specs)
     candidates = [
-        Candidate(each, layout, step_time(each, layout, costs, links, rates))
+        Candidate(each, layout, step_time(each, layout, costs, links, flops_per_s))
         for each, layout in _possible(config, topology.n_ranks, refused)
     ]
     if not candidates:
@@ -131,7 +133,7 @@ def search(config: Config, topology: Any, rates: Rates, process_nbytes: int = 0,
             f"none of {len(candidates)} layouts of {topology.n_ranks} ranks fits; the fastest would be "
             f"{next(iter(unfit.values()))[0]}: {next(iter(unfit.values()))[1]}"
         )
-    return Plan(tuple(fitting.values()), tuple(unfit.values()), refused, len(candidates), rates)
+    return Plan(tuple(fitting.values()), tuple(unfit.values()), refused, len(candidates), flops_per_s)
 
 
 def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[tuple[Config, Layout]]:
@@ -194,7 +196,7 @@ def why_lost(each: Candidate, first: Candidate) -> str:
     behind = each.time.total_s - first.time.total_s
     if behind <= 1e-9 * first.time.total_s:
         return "as fast; the first does less"
-    what = name if name in ("compute", "bubble", "update") else f"{name} exposed"
+    what = name if name in ("compute", "bubble") else f"{name} exposed"
     return f"{what} +{_duration(more[name])} ({behind / first.time.total_s:+.1%} in all)"
 
 
@@ -206,11 +208,11 @@ def show(plan: Plan, config: Config, topology: Any, console: Console) -> None:
     """The plan as tables."""
     n_tokens = config.train.global_batch * config.data.seq_len
     needed = config.model.flops_per_token(config.data.seq_len) * n_tokens
-    peak = config.monitor.peak_tflops * 1e12 or plan.rates.flops_per_s
+    peak = config.monitor.peak_tflops * 1e12 or plan.flops_per_s
     hosts = f"{len(topology.hosts)} host{'s' if len(topology.hosts) > 1 else ''}"
     table = Table(
         title=f"{config.name}: {config.model.n_parameters:,} parameters, {n_tokens:,} tokens a step, "
-        f"{topology.n_ranks} ranks on {hosts}, {plan.rates.flops_per_s / 1e12:.4g} TFLOP/s each"
+        f"{topology.n_ranks} ranks on {hosts}, {plan.flops_per_s / 1e12:.4g} TFLOP/s each"
     )
     table.add_column("layout")
     for name in ("step", "MFU", "memory", "bubble"):
@@ -272,8 +274,7 @@ def plan(config: Config) -> None:
     if 0 < asked.gpus < topology.n_ranks:
         topology = topology.select(range(asked.gpus))
     console = Console(highlight=False)
-    rates = planning_rates(config, device_here(config.train.device))
-    show(search(config, topology, rates), config, topology, console)
+    show(search(config, topology, planning_flops(config, device_here(config.train.device))), config, topology, console)
 
 
 def automatic(config: Config, world: Group) -> Config:
@@ -282,11 +283,11 @@ def automatic(config: Config, world: Group) -> Config:
     device = choose_device(config.train.device, world)
     gpu_nbytes = device.free_nbytes()
     of_process = process_nbytes() if gpu_nbytes is None else 0
-    world.barrier()
-    rates = together(world, planning_rates(config, device), device)
+    rate = torch.tensor([planning_flops(config, device)], dtype=torch.float64)
+    world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
 
     def first() -> dict[str, Any]:
-        chosen = search(config, world.topology, rates, of_process, gpu_nbytes).first
+        chosen = search(config, world.topology, float(rate), of_process, gpu_nbytes).first
         print(f"layout.auto: {chosen}; {_duration(chosen.time.total_s)} a step expected", flush=True)
         return {
             "layout": dataclasses.asdict(chosen.config.layout),

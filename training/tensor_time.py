@@ -35,8 +35,8 @@ class TensorTime:
         self._overlaps = layout.tp > 1 and (layout.tp_overlap == "always" or (layout.tp_overlap == "auto" and across))
 
     def whole(self, collective: str, width: float) -> float:
-        """Seconds of a collective of so many numbers a token, that layers wait for."""
-        return self._links.blocking_s(self._group, collective, self._tokens * width * self._itemsize)
+        """Seconds of a collective of so many numbers a token."""
+        return self._links.seconds(self._group, collective, self._tokens * width * self._itemsize)
 
     def layers(self, layers: Iterable[int]) -> tuple[float, float]:
         """Seconds that blocks wait, forward and backward."""
@@ -82,10 +82,10 @@ class TensorTime:
     def _beside(self, collective: str, width: float) -> float:
         """What a collective of x takes beside its product, between d_model and width (whole) numbers a token."""
         d, tp, way = self._config.model.d_model, self._layout.tp, self._layout.tp_overlap
+        whole_s = self.whole(collective, d)
         if not self._overlaps:
-            return self.whole(collective, d)
+            return whole_s
         nbytes = self._tokens * d * self._itemsize
-        whole_s, meeting_s = self._links.seconds(self._group, collective, nbytes), self._links.meeting_s(self._group)
         small_s = self._links.seconds(self._group, collective, _SMALL_NBYTES)
         link = LinkCost(small_s, (nbytes - _SMALL_NBYTES) / max(whole_s - small_s, 1e-9), "planned")
         ring = RingTime(tp, self._config.data.seq_len // self._layout.cp, nbytes, link)
@@ -93,5 +93,5 @@ class TensorTime:
         product_s = 2.0 * d * width * self._tokens / tp / self._flops_per_s
         piece_s = product_s / (tp * n_pieces)
         if way == "auto" and not ring.gains(n_pieces, piece_s, product_s):
-            return whole_s + meeting_s
-        return ring.split_s(n_pieces, piece_s) - product_s + meeting_s
+            return whole_s
+        return ring.split_s(n_pieces, piece_s) - product_s

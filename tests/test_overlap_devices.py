@@ -199,12 +199,13 @@ def _stream_without_values(group: Nothing) -> Callable[[], None]:
     later = WeightGradients(together=True)
 
     def step() -> None:
-        stream = ep.stream(x, topk, weights, later=later)
-        for chunk in stream:
-            pairs = zip(chunk.rows.split(chunk.sizes), experts, strict=True)
-            chunk.output = torch.cat([later.linear(rows, expert) for rows, expert in pairs])
-        assert stream.n_chunks == 2 and plan.is_of(topk)
-        stream.output.sum().backward()
+        for flush in (False, True):
+            stream = ep.stream(x, topk, weights, later=later, flush=flush)
+            for chunk in stream:
+                pairs = zip(chunk.rows.split(chunk.sizes), experts, strict=True)
+                chunk.output = torch.cat([later.linear(rows, expert) for rows, expert in pairs])
+            assert stream.n_chunks == 2 and plan.is_of(topk)
+            stream.output.sum().backward()
 
     return step
 

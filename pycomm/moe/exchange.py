@@ -194,7 +194,8 @@ class ExpertParallel:
             y = stream.output  # [T, H]
 
         n_chunks: in how many crossings; "auto" by the links' latency, 1 where overlapping would lose (stream.why).
-        cut: "tokens", so that a chunk has some rows of each expert, those that stay on this host first and last; or
+        cut: "tokens", so that a chunk has some rows of each expert, those that stay on this host first and last, with
+        `later` in the last two chunks (backward then begins with them, and ends with the weights' gradients); or
         "experts", so that it has all rows of some experts: results, the experts' weights' gradients included, are then
         those of dispatch() and combine() bit for bit, and no product is split, but crossings are less even.
         later: a pycomm.overlap.WeightGradients that the experts' products use; backward flushes it when the last rows

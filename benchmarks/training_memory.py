@@ -181,7 +181,8 @@ class Count:
 def run(store: Any, rank: int, n_ranks: int, config: Config) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=100) as world:
-        base, of_base = process_nbytes(), resident()
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        base, of_base = process_nbytes(dtype), resident()
         forget_peak()
         trainer = Trainer(config, world)
         making = status_bytes("VmHWM")

@@ -26,13 +26,25 @@ def peak_memory_bytes(device: Device = HOST) -> int:
 
 
 @functools.cache
-def process_nbytes() -> int:
+def process_nbytes(dtype: torch.dtype = torch.float32) -> int:
     """What Python and the libraries have resident in this process once a step has made them load what they load late:
-    measured after a step of a layer of a few numbers, at the first call; it belongs before anything large is made."""
-    layer = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    x = torch.ones(1, 1, 256, 64)
-    layer(F.scaled_dot_product_attention(x, x, x, is_causal=True)).sum().backward()
+    measured after a step of a few numbers, at the first call; it belongs before anything large is made. dtype: of what
+    the step computes in."""
+    width = 64
+    table = torch.ones(16, width, requires_grad=True)
+    layer = torch.nn.Linear(width, width).to(dtype)
+    optimizer = torch.optim.AdamW([table, *layer.parameters()], fused=True)
+    tokens = torch.arange(16)
+    x = F.embedding(tokens, table).to(dtype)
+    x = x * x.float().square().mean(-1, keepdim=True).rsqrt().to(dtype)
+    heads = layer(x).view(1, 16, 4, width // 4).permute(0, 2, 1, 3)
+    heads = torch.cat([heads.cos(), heads.sin()], -1)
+    y = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).flatten()[: 16 * width].view(16, width)
+    logits = F.linear(F.silu(y) * x, table.to(dtype)).float()
+    target = (logits - logits.amax(-1, keepdim=True)).exp().gather(-1, tokens.unsqueeze(-1))
+    target.log().sum().backward()
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    torch.stack([torch.linalg.vector_norm(each, dtype=torch.float64) for each in gradients if each is not None])
     optimizer.step()
     return resident_nbytes()
 

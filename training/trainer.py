@@ -50,6 +50,7 @@ class Trainer:
         train, layout = config.train, config.layout
         stages, resolved = stages_of(config), resolve_layout(config, world.size)
         self.device = choose_device(train.device, world)
+        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.mesh = Mesh(world, resolved, stages.placement, config.wire, self.device)
         self._graphed = Graphed(self.device, self._whole_step) if train.cuda_graph else None
         if train.matmul == "fp8":
@@ -58,7 +59,7 @@ class Trainer:
         checkpoint.require_same_model(config, self.mesh)
         specs = specs_of_whole(config.model, self.mesh)
         gpu_nbytes = self.device.free_nbytes()
-        of_process = process_nbytes() if gpu_nbytes is None else 0
+        of_process = process_nbytes(self.dtype) if gpu_nbytes is None else 0
         self.memory = require_fit(config, self.mesh.layout, specs, of_process, gpu_nbytes)
         self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
         self.corpus.require(train.global_batch, train.eval_sequences)
@@ -69,7 +70,6 @@ class Trainer:
         self.model.to(self.device.where)  # the frequencies of rotations, which the CPU makes
         if train.compile:
             self.model.compile_blocks()
-        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
         self.sync = _synchronisation(self.optimizer, self.mesh, config)
         saving: Saving = nullcontext

@@ -22,7 +22,8 @@ def on_device(x: Tensor) -> bool:
 
 
 def settle(x: Tensor) -> None:
-    """Returns once x's device has done all that it was given: around what is timed, and nowhere else."""
+    """Returns once x's device has done all that it was given: around what is timed, and where mapped memory is
+    given up for a larger one."""
     if x.device.type != "cpu":
         torch.get_device_module(x.device).synchronize(x.device)
 

@@ -535,7 +535,9 @@ def one_ranks_bad_input_is_refused_on_all(group: Any) -> None:
     wide = torch.ones(2, 6) if bad else one.x
     refuses(group, r"rank 1: x is \[2, 6\], hidden is 5", lambda: dispatch(x=wide))
     narrow = one.x.bfloat16() if bad else one.x
-    refuses(group, "width and bytes a value", lambda: dispatch(x=narrow))
+    refuses(group, "width, type and kind of device", lambda: dispatch(x=narrow))
+    as_wide = one.x.half() if bad else one.x.bfloat16()
+    refuses(group, "width, type and kind of device", lambda: dispatch(x=as_wide))
     refuses(group, "require a gradient", lambda: dispatch(x=one.x.clone().requires_grad_(bad)))
     plan = ep.plan(one.idx)
     other = one.idx.flip(0) if bad else one.idx

@@ -3,6 +3,7 @@ way, by memory that the ranks of a host map, and where they cannot."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -140,6 +141,15 @@ def _auto(group: Any, of_devices: DeviceGroup) -> None:
         for chunk in stream:
             chunk.output = chunk.rows
         assert ep.plan(one.idx).mode == "host" and of_devices.calls.count("symmetric_memory") == 3
+        # Ranks that know other figures, as those of uneven hosts do, take rank 0's way.
+        quick = (1e-5, 1e12, "of the test")
+        patch.setattr(devices, "collective_cost", slow_between if group.rank == 0 else lambda *_: quick)
+        ep = ExpertParallel(of_devices, 8, 64)
+        assert (ep.choice(22, 4, device="cuda").mode == "host") == (group.rank == 0)
+        assert ep.plan(one.idx).mode == "host"
+    of_rank = on_device(of_devices) if group.rank == 1 else contextlib.nullcontext()
+    with of_rank, pytest.raises(InvalidArgument, match="on a device: rank 0 has 0, rank 1 has 1"):
+        ExpertParallel(group, 8).plan(one.idx)
 
 
 def test_where_devices_cannot_be_mapped_a_host_gathers() -> None:

@@ -74,7 +74,10 @@ def problem_of_rows(x: Tensor, topk_idx: Tensor, topk_weights: Tensor, hidden: i
     return None
 
 
-def problem_of_output(expert_out: Tensor, n_out: int, hidden: int | None) -> str | None:
+def problem_of_output(expert_out: Tensor, n_out: int, hidden: int | None, device: torch.device) -> str | None:
+    """device: of dispatched.rows."""
+    if expert_out.device != device:
+        return f"expert_out is on {expert_out.device}, dispatched.rows on {device}; put both on one device"
     if expert_out.dim() != 2 or len(expert_out) != n_out:
         return f"expert_out is {list(expert_out.shape)}, dispatched.rows had {n_out} rows; they must match"
     if hidden is not None and expert_out.shape[1] != hidden:
@@ -85,6 +88,8 @@ def problem_of_output(expert_out: Tensor, n_out: int, hidden: int | None) -> str
 def problem_of_plan(plan: Any, owner: tuple[Any, ...], topk_idx: Tensor) -> str | None:
     if plan.owner != owner:
         return "the plan is of another ExpertParallel, or of this one before mask(); make a plan of this batch"
+    if plan.home_weights.device != topk_idx.device:
+        return f"the plan is of {plan.home_weights.device}, topk_idx on {topk_idx.device}; make a plan of this batch"
     if plan.topk_idx.shape != topk_idx.shape:
         return (
             f"the plan is of topk_idx {list(plan.topk_idx.shape)}, this batch has {list(topk_idx.shape)}; "

@@ -22,7 +22,8 @@ Dedup = Literal["none", "rank", "host"]
 MODES: Final[tuple[Dedup, ...]] = ("none", "rank", "host")
 _MESSAGES: Final = {"none": 2, "rank": 2, "host": 6}  # collectives that a dispatch and a combine wait for, about
 
-_MEETINGS: Final = 6  # of a host's ranks on devices, in a dispatch and a combine
+_MEETINGS: Final = 4  # of a host's ranks on devices, in a dispatch and a combine; with several hosts as many again as
+# sides are crossed
 
 
 def share_reached(num_experts: int, top_k: int, parts: int) -> float:
@@ -152,7 +153,8 @@ def _estimate(
         if mode != "host" or on_device.inside is None:
             seconds = on_device.between.seconds(n_tokens * given * (row_nbytes + back), 2)
         else:  # what crosses, as in an all_to_all of all hosts' rows; then each rank reads what its experts need
-            seconds = on_device.inside.seconds(n_tokens * given * (row_nbytes + back), _MEETINGS)
+            meetings = _MEETINGS + 2 * (n_hosts > 1)
+            seconds = on_device.inside.seconds(n_tokens * given * (row_nbytes + back), meetings)
             if n_hosts > 1:
                 crossing = n_hosts * share_reached(num_experts, top_k, n_hosts) * (row_nbytes + hidden * value_nbytes)
                 seconds += on_device.between.seconds(n_tokens * crossing, 2)

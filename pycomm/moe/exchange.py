@@ -27,7 +27,7 @@ from pycomm.moe.dispatched import Dispatched
 from pycomm.moe.form import Wire
 from pycomm.moe.movement import Movement
 from pycomm.moe.placement import Geometry, Placement, Places
-from pycomm.moe.planning import Planning, Settings, form
+from pycomm.moe.planning import FORM, Planning, Settings, form
 from pycomm.moe.stream import ExpertStream, Later
 from pycomm.moe.tables import Cut, ExchangePlan, Layout
 from pycomm.moe.through_hosts import ThroughHosts
@@ -160,7 +160,7 @@ class ExpertParallel:
 
         expert_out [n_out, H]: a row for each of dispatched.rows; what stands in padding does not matter."""
         plan = dispatched.plan
-        problem = problem_of_output(expert_out, plan.n_out, self.hidden)
+        problem = problem_of_output(expert_out, plan.n_out, self.hidden, dispatched.rows.device)
         if plan.owner != self._owner():
             problem = "dispatched is of another ExpertParallel, or of this one before mask(); dispatch again"
         weights = None if self.layout == "rank" else dispatched.weights
@@ -317,5 +317,5 @@ class ExpertParallel:
         """Raises the problem of any rank on all. Returns whether an input of any rank requires a gradient."""
         needs = any(each.requires_grad for each in inputs)
         facts = self.waits.agree(name, problem, [int(needs), form(inputs[0])])
-        require_equal(facts[:, 1:], [f"{name}: the rows' width and bytes a value (width × 16 + bytes)"])
+        require_equal(facts[:, 1:], [f"{name}: {FORM}"])
         return bool(facts[:, 0].any())

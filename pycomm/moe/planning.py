@@ -11,7 +11,7 @@ from torch import Tensor
 from pycomm import devices
 from pycomm.group import Group
 from pycomm.moe.checks import code_of, problem_of_routing, require, require_equal
-from pycomm.moe.cost import Choice, Dedup, DeviceAllToAll, DeviceLinks, Links, estimates, share_reached
+from pycomm.moe.cost import MODES, Choice, Dedup, DeviceAllToAll, DeviceLinks, Links, estimates, share_reached
 from pycomm.moe.form import Wire
 from pycomm.moe.placement import Geometry, Placement, Places
 from pycomm.moe.plan import Request, make_plan
@@ -20,6 +20,8 @@ from pycomm.moe.tables import Cut, ExchangePlan, Layout
 from pycomm.moe.through_hosts import Reach, ThroughHosts
 from pycomm.moe.waits import Waits
 
+FORM: Final = "the rows' width, type and kind of device (width × 16 + a number of these)"
+_TYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CHUNK_S: Final = 0.02  # of the link between hosts: what is done beside a shorter chunk takes longer than it hides
 _MAX_CHUNKS: Final = 8
 _STREAM_LOSS: Final = 0.05  # of the link, to latency, that a stream's crossings may lose
@@ -71,6 +73,7 @@ class Planning:
         self._room = 0  # bytes that a rank may tell in one go
         self._codes: dict[tuple[Any, ...], int] = {}
         self._choices: dict[tuple[int, int, int, str], Choice] = {}
+        self._of_devices: dict[tuple[Any, ...], tuple[Dedup, int, str]] = {}  # what all ranks have agreed on
 
     # Choice.
 
@@ -135,12 +138,11 @@ class Planning:
         choice = self.choice(n_tokens, top_k, itemsize)
         return _chunks_of(choice.crossing_s(n_tokens), choice.links.between.latency_s, cut, "the link")
 
-    def device_stream_chunks(self, n_tokens: int, top_k: int, itemsize: int, cut: Cut) -> tuple[int, str]:
+    def _device_stream_chunks(self, n_tokens: int, top_k: int, itemsize: int, cut: Cut, mode: Dedup) -> tuple[int, str]:
         """The same of tensors on devices, which exchange beside computing inside hosts as well."""
         group, n_ranks = self._waits.group, self._waits.group.size
         if not self._can_overlap():
             return 1, "one chunk: nobody to exchange with, or a group that starts nothing without waiting for it"
-        mode = self.choice(n_tokens, top_k, itemsize, "cuda").mode
         if mode == "host" and self._geometry.n_hosts == 1:
             return 1, "one chunk: inside one host rows are read where they lie"
         of = self._settings
@@ -179,7 +181,7 @@ class Planning:
         if kind not in self._codes:
             self._codes[kind] = code_of((of, owner[1:], cut, n_chunks))
         code = self._codes[kind]
-        facts = [n_tokens, top_k, code, form(inputs[0]) if inputs else 0, int(needs)]
+        facts = [n_tokens, top_k, code, form(inputs[0]) if inputs else 0, int(on_device), int(needs)]
         narrow = torch.uint8 if of.num_experts <= 256 else torch.int16 if of.num_experts <= 1 << 15 else torch.int32
         # What ranks tell each other, as bytes, since not every library moves int16. Inside a host weights come along.
         told = [] if problem else [topk_idx.to(narrow).contiguous().view(torch.uint8).flatten()]
@@ -194,7 +196,8 @@ class Planning:
             [
                 "K, the experts of a token",
                 "the ExpertParallel's settings, placement or mask, or a stream's chunks (as a hash)",
-                "the rows' width and bytes a value (width × 16 + bytes)",
+                FORM,
+                "whether topk_idx is on a device",
                 "whether x or topk_weights require a gradient",
             ],
         )
@@ -207,23 +210,44 @@ class Planning:
         of_all = _rows(gathered, counts, at, narrow.itemsize * top_k, narrow)
         itemsize = inputs[0].dtype.itemsize if inputs else 2
         average = max(1, sum(counts) // len(counts))
-        choice = self.choice(average, top_k, itemsize, "cuda" if on_device else "cpu")
-        if on_device and choice.mode == "host" and self._reach is None:
-            self._ask_device(given)
-            choice = self.choice(average, top_k, itemsize, "cuda")
-        require(not on_device or choice.mode != "host" or self._reach != Reach.nothing, self._why_not)
         why = "as given"
-        if n_chunks is None:
-            n_chunks = 1 if on_device else self._n_chunks(choice, average)
-        elif n_chunks == "auto":
-            decide = self.device_stream_chunks if on_device else self.stream_chunks
-            n_chunks, why = decide(average, top_k, itemsize, cut)
+        if on_device:
+            mode, n_chunks, why = self._decided_on_device((average, top_k, itemsize, cut, n_chunks), given)
+        else:
+            choice = self.choice(average, top_k, itemsize)
+            mode = choice.mode
+            if n_chunks is None:
+                n_chunks = self._n_chunks(choice, average)
+            elif n_chunks == "auto":
+                n_chunks, why = self.stream_chunks(average, top_k, itemsize, cut)
         request = Request(
-            owner, self._geometry, places, choice.mode, of.layout, n_chunks, cut, of.align, of.max_tokens, of.drop
+            owner, self._geometry, places, mode, of.layout, n_chunks, cut, of.align, of.max_tokens, of.drop
         )
         plan = make_plan(request, topk_idx, of_all, counts).to(device, given)
         slot_weights = None if weights is None else weights.flatten()[plan.slot_weights]
         return Planned(plan, why, slot_weights)
+
+    def _decided_on_device(
+        self, batch: tuple[int, int, int, Cut, int | Literal["auto"] | None], like: Tensor
+    ) -> tuple[Dedup, int, str]:
+        """Way, chunks and why, of batches such as (tokens a rank, K, bytes a value, cut, chunks): rank 0's, since
+        figures of links inside a host are each host's own, and of a device's links those known so far."""
+        if batch not in self._of_devices:
+            mode = self._mode_of_rank_0(*batch[:3])
+            if mode == "host" and self._reach is None:
+                self._ask_device(like)
+                mode = self._mode_of_rank_0(*batch[:3])
+            require(mode != "host" or self._reach != Reach.nothing, self._why_not)
+            wanted, why = batch[4] or 1, "as given"
+            if wanted == "auto":
+                wanted, why = self._device_stream_chunks(*batch[:4], mode)
+                wanted = int(self._waits.agree("plan", None, [wanted])[0, 0])
+            self._of_devices[batch] = (mode, wanted, why)
+        return self._of_devices[batch]
+
+    def _mode_of_rank_0(self, n_tokens: int, top_k: int, itemsize: int) -> Dedup:
+        mine = MODES.index(self.choice(n_tokens, top_k, itemsize, "cuda").mode)
+        return MODES[int(self._waits.agree("plan", None, [mine])[0, 0])]
 
     def _ask_device(self, like: Tensor) -> None:
         """What the ranks of all hosts can do on like's device."""
@@ -251,5 +275,6 @@ def _rows(gathered: Tensor, counts: tuple[int, ...], before: int, nbytes: int, d
 
 
 def form(rows: Tensor) -> int:
-    """Of rows, in one number: their width and the bytes of a value."""
-    return (rows.shape[-1] if rows.dim() else 0) * 16 + rows.dtype.itemsize
+    """Of rows, in one number, which FORM names: their width, type and kind of device."""
+    width = rows.shape[-1] if rows.dim() else 0
+    return (width * 8 + (_TYPES.index(rows.dtype) if rows.dtype in _TYPES else 7)) * 2 + devices.on_device(rows)

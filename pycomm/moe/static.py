@@ -31,14 +31,14 @@ from pycomm.moe.checks import (
     require_sizes,
 )
 from pycomm.moe.placement import Geometry, Placement, Places
-from pycomm.moe.planning import form
+from pycomm.moe.planning import FORM, form
 from pycomm.moe.rows import Terms, copy_rows, count_slots, weigh_rows
 from pycomm.moe.transport import sums
 from pycomm.moe.waits import RowsGroup, Waits
 
 _FACTS: Final = (
     "whether x or topk_weights require a gradient",
-    "the rows' width and bytes a value (width × 16 + bytes)",
+    FORM,
 )
 
 
@@ -151,7 +151,7 @@ class StaticExpertParallel:
     def combine(self, expert_out: Tensor, dispatched: StaticDispatched) -> Tensor:
         """As ExpertParallel.combine(); expert_out [local experts, max_tokens, H]."""
         flat = expert_out.flatten(0, 1)
-        problem = problem_of_output(flat, self.n_local * self.max_tokens, self.hidden)
+        problem = problem_of_output(flat, self.n_local * self.max_tokens, self.hidden, dispatched.rows.device)
         inputs = (flat, dispatched.weights)
         if _readable(dispatched.plan.topk_idx):
             facts = self.waits.agree("combine", problem, _facts(inputs))

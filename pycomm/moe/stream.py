@@ -5,7 +5,7 @@
         chunk.output = my_experts(chunk.rows.split(chunk.sizes))
     y = stream.output                                        # [T, H]
 
-A chunk is a stage of the plan (routes.py). All dispatches start before the first chunk, each combine when the last
+A chunk is a stage of the plan (plan.py). All dispatches start before the first chunk, each combine when the last
 chunk that it needs is computed; the engine moves them while Python computes. In backward the chunks come the other way
 round: all of combine's backward starts at once, and each of dispatch's when its chunk's gradient is there. A token's
 outputs are added up in the order of an unsplit run, so y has its bits where the experts' products do."""
@@ -177,9 +177,9 @@ class _Record:
     def __init__(
         self, moves: Movement, plan: ExchangePlan, x: Tensor, weights: Tensor, later: Later | None, flush: bool
     ) -> None:
-        self.moves, self.plan, self.dtype, self.weights_shape = moves, plan, x.dtype, weights.shape
+        self.moves, self.plan, self.weights_shape = moves, plan, weights.shape
         self._later, self._flush, self._on_device = later, flush, devices.on_device(x)
-        self.stages = _in_turn(plan, later)
+        self.stages = _in_turn(plan, later if torch.is_grad_enabled() and plan.n_chunks else None)
         self.arriving: Arriving | None = None
         self.next = -1
         self._expanded: Tensor | None = None  # gradients of chunk `next`'s outputs

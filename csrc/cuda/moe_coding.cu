@@ -118,26 +118,16 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
   }
 }
 
-// launch
-template <class T>
-bool aligned(const void* base, int64_t width) {
-  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && width % Vector<T>::n == 0;
-}
-
-template <class T>
-unsigned grid(int64_t n, int64_t width) {
-  return grid_for(n * tiles_per_row(width, Vector<T>::n) * kWarp);
-}
-
 }  // namespace
 
+// launch
 Status encode_rows(std::span<void* const> buffers, const int64_t* starts, const int64_t* buffer,
                    const int64_t* to, const void* src, int64_t n, int64_t width, DType dtype,
                    void* stream) {
   return for_float_type("encode_rows", dtype, [&]<class T>(T) -> Status {
     if (Status status = check_rows("encode_rows", n, width); !status.ok()) return status;
-    Encode args{{},    static_cast<const char*>(src), starts, buffer, to, n,
-                width, aligned<T>(src, width)};
+    Encode args{{},    static_cast<const char*>(src),           starts, buffer, to, n,
+                width, aligned(src, width * int64_t{sizeof(T)})};
     if (Status status = gather("encode_rows", buffers, kWord, &args.buffers); !status.ok())
       return status;
     if (n == 0 || width == 0) return {};
@@ -152,7 +142,10 @@ Status decode_rows(void* out, std::span<const void* const> sources, const int64_
                    void* stream) {
   return for_float_type("decode_rows", dtype, [&]<class T>(T) -> Status {
     if (Status status = check_rows("decode_rows", n, width); !status.ok()) return status;
-    Decode args{{}, static_cast<char*>(out), source, rows, to, n, width, aligned<T>(out, width)};
+    Decode args{{},     static_cast<char*>(out),
+                source, rows,
+                to,     n,
+                width,  aligned(out, width * int64_t{sizeof(T)})};
     if (Status status = gather("decode_rows", sources, kWord, &args.sources); !status.ok())
       return status;
     if (n == 0 || width == 0) return {};

@@ -46,6 +46,17 @@ Status gather(const char* kernel, std::span<Pointer const> buffers, int alignmen
   return {};
 }
 
+// Whether every row of row_nbytes is, from base on.
+inline bool aligned(const void* base, int64_t row_nbytes) {
+  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && row_nbytes % kVectorBytes == 0;
+}
+
+// Of a kernel with a warp for each tile of each of n rows.
+template <class T>
+unsigned grid(int64_t n, int64_t width) {
+  return grid_for(n * tiles_per_row(width, Vector<T>::n) * kWarp);
+}
+
 inline Status check_rows(const char* kernel, int64_t n, int64_t width) {
   if (n >= 0 && width >= 0) return {};
   return {Code::invalid_argument, std::string("CUDA kernel '") + kernel + "' takes no " +

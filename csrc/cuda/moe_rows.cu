@@ -208,18 +208,9 @@ __global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__
   }
 }
 
-// launch
-bool aligned(const void* base, int64_t row_nbytes) {
-  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && row_nbytes % kVectorBytes == 0;
-}
-
-template <class T>
-unsigned grid(int64_t n, int64_t width) {
-  return grid_for(n * tiles_per_row(width, Vector<T>::n) * kWarp);
-}
-
 }  // namespace
 
+// launch
 Status expand_rows(void* out, std::span<const void* const> sources, const int64_t* source,
                    const int64_t* rows, const int64_t* to, int64_t n, int64_t width, DType dtype,
                    void* stream) {

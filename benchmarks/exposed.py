@@ -12,7 +12,9 @@ bubble. The rest of `blocked` is exposed communication. Beside it, without the t
 that of the schedule alone.
 
 "default" has micro-batches of one sequence, 256 tokens; "default-long" is the same model with four, a batch of 64: as
-many exchanges, each beside four times the work, and of four times the bytes.
+many exchanges, each beside four times the work, and of four times the bytes. Each schedule runs with its stages on
+different hosts, whose messages cross the link, and with a whole pipeline on each host (layout.outermost "dp"), when
+sums of gradients do.
 
 A run replaces its own set-ups in results/exposed.json; training_report.py writes docs/training_figures.md."""
 
@@ -24,7 +26,7 @@ import json
 import os
 import statistics
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import as_measured, environment, read_json, run_ranks, sections_and_dry, write_json
@@ -43,17 +45,18 @@ RATE_MBIT = 1000
 HOSTS = ["a"] * 4 + ["b"] * 4
 SETUPS = {"default": ("default", 16), "default-long": ("default", 64), "laptop": ("laptop", 16)}  # preset, batch
 SCHEDULES: tuple[schedules.Name, ...] = ("1f1b", "zb_h1", "zbv")
+OUTERMOST: tuple[Literal["pp", "dp"], ...] = ("pp", "dp")
 N_STEPS, N_WARM_UP = 9, 2
 N_MICRO_BATCHES = 8
 
 
-def config_of(setup: str, schedule: schedules.Name) -> Config:
+def config_of(setup: str, schedule: schedules.Name, outermost: Literal["pp", "dp"]) -> Config:
     preset, global_batch = SETUPS[setup]
     config = load_preset(preset)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, path=argparse.__file__),  # some text that is always there and soon read
-        layout=dataclasses.replace(config.layout, tp=2, pp=2, schedule=schedule),
+        layout=dataclasses.replace(config.layout, tp=2, pp=2, schedule=schedule, outermost=outermost),
         train=dataclasses.replace(
             config.train, global_batch=global_batch, accumulation=N_MICRO_BATCHES, eval_sequences=8
         ),
@@ -115,6 +118,7 @@ def entry(config: Config, took: dict[str, Seconds], steps: list[StepResult]) -> 
     bubble = idle * makespan / step_s
     return {
         "schedule": config.layout.schedule,
+        "outermost": config.layout.outermost,
         "step_s": [round(each.step_s, 5) for each in steps],
         "schedule_alone_s": round(makespan, 5),
         "blocked": round(blocked, 4),
@@ -135,13 +139,13 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the store's complaints that addresses have no names
     for setup in wanted:
         about = environment()
-        configs = [config_of(setup, schedule) for schedule in SCHEDULES]
+        configs = [config_of(setup, schedule, each) for schedule in SCHEDULES for each in OUTERMOST]
         slower = len(HOSTS) / len(os.sched_getaffinity(0))
         alone_s = run_ranks(measured_alone, 1, configs[0])[0]
         took = {part: Seconds(*(slower * s for s in dataclasses.astuple(each))) for part, each in alone_s.items()}
         with emulated_hosts() as network:
             network.shape(f"{RATE_MBIT / slower:g}mbit")
-            found = run_ranks(run, len(HOSTS), configs, took, hosts=HOSTS, network=network, timeout_s=200)[0]
+            found = run_ranks(run, len(HOSTS), configs, took, hosts=HOSTS, network=network, timeout_s=400)[0]
         entries = [entry(config, took, steps) for config, steps in zip(configs, found, strict=True)]
         for each in entries:
             print(f"{setup} {json.dumps({k: v for k, v in each.items() if k != 'step_s'})}", flush=True)

@@ -69,6 +69,8 @@ def timed(config: Config, topology: Any, rate: float = RATE) -> StepTime:
         Layout(8, 4, 8),
         Layout(4, 2, 2, 2, 2, experts_over_tp="spread"),
         Layout(4, 2, 2, 2, 2, experts_over_tp="split"),
+        Layout(4, 2, 2, 2, 3, outermost="dp"),
+        Layout(8, 1, 1, 2, 2, experts_over_tp="spread", outermost="dp"),
     ],
 )
 def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
@@ -91,6 +93,9 @@ def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
         for here, there in neighbours(layout, pairs, around).tolist():
             assert (getattr(places[here], pairs) + 1) % n == getattr(places[there], pairs)
             assert places[here]._replace(**{pairs: 0}) == places[there]._replace(**{pairs: 0})
+    assert len(set(places)) == layout.n_ranks
+    outermost = [at.pp if layout.outermost == "pp" else at.replica for at in places]
+    assert outermost == sorted(outermost)
     last = layout.pp - 1
     if last:
         for group in tied(layout, last).tolist():
@@ -257,6 +262,48 @@ def test_what_tensor_parallel_products_hide_is_not_waited_for() -> None:
             for each in ("auto", "never")
         ]
         assert waits[0] < waits[1], model
+
+
+def test_copies_outermost_keep_a_pipeline_off_the_slow_link() -> None:
+    """Two hosts of two stages: the stages' messages cross, or the sums of gradients do."""
+    topology = cluster(2, 2, Link(1e-5, 1e8, 1e-6))
+    stages, copies = (
+        timed(with_layout(dense(), 8, pp=2, schedule="1f1b", outermost=each), topology) for each in ("pp", "dp")
+    )
+    assert stages.exposed_s["pp"] > 20 * copies.exposed_s["pp"]
+    assert stages.exposed_s["dp"] < copies.exposed_s["dp"]
+    assert stages.compute_s == copies.compute_s
+    tried = [(each.pp > 1 and each.replicas > 1, each.outermost) for _, each in _possible(sparse(), 8, Counter())]
+    assert set(tried) == {(False, "pp"), (True, "pp"), (True, "dp")}
+    assert tried.count((True, "pp")) == tried.count((True, "dp"))
+    plan = chosen(dataclasses.replace(dense(), plan=dataclasses.replace(dense().plan, show=40)), topology)
+    pipelines = [each.layout for each, _ in plan.fitting if each.layout.pp == 2 and each.layout.dp == 2]
+    assert [each.outermost for each in pipelines] == ["dp"]
+
+
+@pytest.mark.parametrize("context", ["ring", "ulysses"])
+def test_context_parallel_ranks_pay_for_the_latents_they_exchange(context: str) -> None:
+    topology, tp, cp, rate = cluster(4, 1, Link(1e-5, 1e9, 1e-6)), 2, 2, 1e15
+    latent = dataclasses.replace(dense().model, n_kv_heads=8, kv_lora_rank=32, qk_rope_head_dim=16, v_head_dim=64)
+    config = with_layout(dataclasses.replace(dense(), model=latent), 1, tp=tp, cp=cp, context=context)
+    of_latents = timed(config, topology, rate).exposed_s["cp"]
+    of_heads = timed(with_layout(config, 1, context_latents=False), topology, rate).exposed_s["cp"]
+    of, tokens = Links(topology), 512 * 64 // cp
+    pairs = np.array([[0, 2], [1, 3]])
+    if context == "ring":  # the link is so slow beside the rate that all of it is waited for: rows, and fp32 gradients
+        per_layer = {
+            width: 2 * of.send_s(pairs, tokens * width * 4) + 2 * of.send_s(pairs, tokens * width * 4)
+            for width in (32 + 16, 8 // tp * (64 + 16 + 64))
+        }
+    else:
+        both = [of.seconds(pairs, "all_to_all", tokens * 8 // tp * width * 4) for width in (64 + 16, 64)]
+        ways = [of.seconds(pairs, way, cp * tokens * (32 + 16) * 4) for way in ("all_gather", "reduce_scatter")]
+        per_layer = {32 + 16: 2 * sum(both) + sum(ways), 8 // tp * (64 + 16 + 64): 4 * sum(both)}
+    found = of_latents, of_heads
+    assert found == pytest.approx([8 * each for each in per_layer.values()], rel=0.02)
+    made = 2 * tokens * 32 * 8 // tp * (64 + 64) / 1e9  # seconds of one rank's rows at a rate that compute takes long
+    slow = timed(with_layout(config, 1), cluster(4, 1), 1e9).exposed_s["cp"]
+    assert slow == pytest.approx(8 * 7 * made, rel=0.02) if context == "ring" else slow < made
 
 
 def test_zero_stages_pay_for_what_they_gather_and_reduce_again() -> None:

@@ -147,6 +147,10 @@ CASES = [
     Case(8, pipe(2, "zb_h1", tp=2, cp=2), {"accumulation": 4, "recompute": "full"}, "moe"),
     Case(8, pipe(2, "zbv", cp=2, ep=2, zero=3), {"accumulation": 4, "recompute": "full"}, "moe"),
     Case(8, pipe(2, "1f1b", tp=2, cp=2, zero=1), {"accumulation": 4, "offload_optimizer": True}, "untied"),
+    # copies of the pipeline outermost
+    Case(4, pipe(2, "1f1b", outermost="dp"), ACC, exact="dense on 4: pp=2 schedule=1f1b accumulation=4"),
+    Case(8, pipe(2, "zbv", tp=2, outermost="dp", zero=3), ACC),
+    Case(8, pipe(2, "zb_h1", ep=2, outermost="dp", zero=2, zero_ranks=2), ACC, "moe"),
 ]
 CASES += [Case(1, {}, {}, model) for model in MODELS]  # what the others are compared with
 
@@ -197,7 +201,7 @@ CHAIN = [
         {"offload_optimizer": True},
         "moe",
     ),
-    Case(8, pipe(2, "interleaved", chunks=2, zero=2, cp=2), ACC, "moe"),
+    Case(8, pipe(2, "interleaved", chunks=2, zero=2, cp=2, outermost="dp"), ACC, "moe"),
     Case(8, {"zero": 3}, {"recompute": "full"}, "moe"),
 ]
 

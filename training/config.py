@@ -45,6 +45,8 @@ class LayoutConfig:
     moe_exchange: Literal["flat", "dedup", "overlapped"] = "dedup"
     moe_dedup: Literal["auto", "rank", "host"] = "auto"  # where not flat: copies of a token, one a rank or one a host
     moe_chunks: int = 0  # pieces of a micro-batch's exchange; 0: by the link's rate (docs/moe.md)
+    # Whose ranks are farthest apart: stages, or copies of the pipeline (a host then has whole ones; training/mesh.py)
+    outermost: Literal["pp", "dp"] = "pp"
     auto: bool = False  # the planner's first choice instead of the axes, schedule, zero and accumulation given
 
 

@@ -29,6 +29,12 @@ class Layout:
     experts_over_tp: Literal["none", "spread", "split"] = "none"
     tp_overlap: Literal["auto", "always", "never"] = "auto"
     workers: int = 1
+    outermost: Literal["pp", "dp"] = "pp"
+
+    @property
+    def replicas(self) -> int:
+        """Copies of all that ranks of pp, ep, cp and tp hold between them."""
+        return self.dp // self.ep
 
     @property
     def expert_ranks(self) -> int:
@@ -43,6 +49,7 @@ class Layout:
             " × ".join(axes)
             + (f", ep {self.ep} inside dp" if self.ep > 1 else "")
             + ("" if self.experts_over_tp == "none" else f", experts {self.experts_over_tp} over tp")
+            + (", dp outermost" if self.outermost == "dp" and self.pp > 1 and self.replicas > 1 else "")
         )
 
     @property
@@ -122,6 +129,7 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         experts_over_tp=layout.experts_over_tp,
         tp_overlap=tp_overlap,
         workers=config.sync.workers,
+        outermost=layout.outermost,
     )
     checks.zero(config, found)
     checks.wires(config)

@@ -45,7 +45,10 @@ def neighbours(layout: Layout, axis: str, around: bool) -> Groups:
 
 
 def _grid(layout: Layout) -> Groups:
-    return np.arange(layout.n_ranks).reshape(layout.pp, layout.dp // layout.ep, layout.ep, layout.cp, layout.tp)
+    within = (layout.ep, layout.cp, layout.tp)
+    if layout.outermost == "pp":
+        return np.arange(layout.n_ranks).reshape(layout.pp, layout.replicas, *within)
+    return np.arange(layout.n_ranks).reshape(layout.replicas, layout.pp, *within).swapaxes(0, 1)
 
 
 def _spanning(ranks: Groups, dimensions: tuple[int, ...]) -> Groups:

@@ -1,10 +1,16 @@
 """The ranks of a run as a mesh of axes, each a pycomm group, and the time their callers spend waiting.
 
 Tensor parallel ranks are neighbours (they talk in every layer, so they should share a host), then context parallel
-ones, then data parallel ones, with the expert parallel ranks as neighbours among them; pipeline stages are farthest
-apart, for they talk least:
+ones, then the expert parallel ones among the data parallel ranks. What is left of these, copies, and pipeline stages
+are farthest apart, for they talk least; which of the two is layout.outermost:
 
-    rank = ((stage * dp + dp_index) * cp + cp_index) * tp + tp_index           dp_index = replica * ep + ep_index
+    "pp"    rank = (((stage * replicas + replica) * ep + ep_index) * cp + cp_index) * tp + tp_index
+    "dp"    rank = (((replica * pp + stage) * ep + ep_index) * cp + cp_index) * tp + tp_index
+
+    dp = replicas * ep, dp_index = replica * ep + ep_index
+
+Stages send activations, in every micro-batch; copies sum gradients, once a step, beside its last backward. "dp" is for
+pipelines that fit a host whose link to others is slow.
 
 Where ranks do not synchronise at every step ([sync]), that is the rank within a worker: the first world / workers ranks
 are worker 0, and so on. Every axis stays within a worker; "outer" is between them.
@@ -59,8 +65,12 @@ class _Place(NamedTuple):
         worker, within = divmod(rank, layout.worker_ranks)
         outer, tp = divmod(within, layout.tp)
         outer, cp = divmod(outer, layout.cp)
-        pp, dp = divmod(outer, layout.dp)
-        return _Place(worker, pp, dp, cp, tp, *divmod(dp, layout.ep))
+        outer, ep = divmod(outer, layout.ep)
+        if layout.outermost == "pp":
+            pp, replica = divmod(outer, layout.replicas)
+        else:
+            replica, pp = divmod(outer, layout.pp)
+        return _Place(worker, pp, replica * layout.ep + ep, cp, tp, replica, ep)
 
 
 class Mesh:
@@ -174,7 +184,8 @@ class Mesh:
 
     def leader(self, pp_index: int, worker: int = 0) -> int:
         """The first rank of a pipeline rank's ranks of a worker, in the world."""
-        return worker * self.layout.worker_ranks + pp_index * self.stage.size
+        each = self.stage.size if self.layout.outermost == "pp" else self.stage.size // self.layout.replicas
+        return worker * self.layout.worker_ranks + pp_index * each
 
     @property
     def on_last_stage(self) -> bool:

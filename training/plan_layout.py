@@ -1,13 +1,14 @@
 """Searches the layouts of some ranks on a topology, times each (step_time.py), and says why the others lost.
 
 Tried: every tp, cp and pp that divides the ranks, the ep that divide both, experts spread or split over tp, ZeRO 0 to 3
-over all copies, 1F1B, interleaved (2 and 4 chunks), ZB-H1 and ZBV, and accumulation: without a pipeline every divisor
-of a data parallel rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B idles as long and holds less. All
-else is the configuration's."""
+over all copies, stages or copies outermost, 1F1B, interleaved (2 and 4 chunks), ZB-H1 and ZBV, and accumulation:
+without a pipeline every divisor of a data parallel rank's sequences, with one those of pp to 8 pp. GPipe is not: 1F1B
+idles as long and holds less. All else is the configuration's."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ _SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
     ("zb_h1", 1),
     ("zbv", 1),
 )
+_OUTERMOST: tuple[Literal["pp", "dp"], ...] = ("pp", "dp")
 _NAMED = 3  # layouts that would be faster but do not fit
 
 
@@ -65,7 +67,8 @@ class Candidate:
     def order(self) -> tuple[Any, ...]:
         """Faster first; of equally fast ones that which does less."""
         chosen = self.config.layout
-        return (self.time.total_s, chosen.zero, chosen.pp, chosen.cp, chosen.tp, self.layout.ep, chosen.chunks)
+        does = (chosen.zero, chosen.pp, chosen.cp, chosen.tp, self.layout.ep, chosen.chunks)
+        return self.time.total_s, *does, chosen.outermost == "dp"
 
     def __str__(self) -> str:
         chosen, accumulation = self.config.layout, self.config.train.accumulation
@@ -147,7 +150,9 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                 for schedule, chunks in _SCHEDULES if pp > 1 else _SCHEDULES[:1]:
                     for accumulation in _accumulations(config.train.global_batch, dp, pp):
                         for ep, over_tp in _experts(config, experts, tp):
-                            for zero in range(4) if dp * cp * tp > 1 else range(1):
+                            both = pp > 1 and dp > ep
+                            zeros, outermosts = range(4 if dp * cp * tp > 1 else 1), _OUTERMOST[: 2 if both else 1]
+                            for zero, outermost in itertools.product(zeros, outermosts):
                                 layout = dataclasses.replace(
                                     config.layout,
                                     tp=tp,
@@ -160,6 +165,7 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                                     experts_over_tp=over_tp,
                                     zero=zero,
                                     zero_ranks=0,
+                                    outermost=outermost,
                                     auto=False,
                                 )
                                 train = dataclasses.replace(config.train, accumulation=accumulation)
@@ -253,6 +259,7 @@ def settings(config: Config) -> list[str]:
         options.append(f"--layout.experts_over_tp {layout.experts_over_tp}")
     if layout.pp > 1:
         options += [f"--layout.schedule {layout.schedule}", f"--layout.chunks {layout.chunks}"]
+        options.append(f"--layout.outermost {layout.outermost}")
     return [*options, f"--train.accumulation {config.train.accumulation}"]
 
 

@@ -6,7 +6,7 @@ compute  FLOPs of the busiest pipeline rank's part of all micro-batches / the ra
 bubble   what schedules.check() leaves that rank idle, with the time of each stage's actions, tp, cp and ep included
 tp       all_gather and reduce_scatter of the sequence, less what tp_overlap computes beside them (tensor_time.py)
 ep       whole: layers wait for it (an all_to_all of a row an expert)
-cp       ring: what a pass takes longer than the attention beside it; ulysses: whole
+cp       ring: what a pass takes longer than the attention beside it, and what is made anew of latents; ulysses: whole
 pp       by how much check() is later when messages between stages take their time, one after the other on each way
 dp       gradients: what does not fit beside the last backward, at least what is filled when that ends (the embedding's
          table, with ZeRO a block), and is not done before the last pipeline rank is; ZeRO 1 and 2 gather parameters
@@ -181,7 +181,7 @@ def _stage(
         chunk = min(tokens, config.train.loss_chunk)
         ends_tp += n_chunks * sum(links.seconds(groups["tp"], "all_reduce", 4 * k * chunk) for k in (1, 2))
     twice = recompute == "full"
-    attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop)
+    attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop, flops_per_s)
     attention_again = attention_f if recompute != "none" else 0.0
     n_moe, split = sum(model.has_experts(index) for index in layers), layout.experts_over_tp == "split"
     rows = tokens / (1 if split else layout.tp) * model.top_k * model.d_model * itemsize
@@ -199,23 +199,35 @@ def _stage(
 
 
 def _context_parallel(
-    config: Config, layout: Layout, links: Links, groups: Mapping[str, Groups], core_s: float
+    config: Config, layout: Layout, links: Links, groups: Mapping[str, Groups], core_s: float, flops_per_s: float
 ) -> tuple[float, float]:
-    """What one layer exposes forward and backward. core_s: of its attention's forward."""
+    """What one layer adds to forward and backward. core_s: of its attention's forward."""
     if layout.cp == 1:
         return 0.0, 0.0
     model, itemsize, n = config.model, _itemsize(config), layout.cp
     tokens, heads, kv_heads = _tokens(config, layout) / layout.tp, model.n_heads, model.n_kv_heads
     widths = (heads * model.qk_width, kv_heads * model.qk_width, kv_heads * model.v_width, heads * model.v_width)
+    numel, make_s = tokens * sum(widths[1:3]), 0.0  # of keys and values, or the latents a rank makes them of in make_s
+    latents = model.latent and config.layout.context_latents
+    if latents:
+        numel = _tokens(config, layout) * (model.kv_lora_rank + model.qk_rope_head_dim)
+        make_s = 2 * tokens * model.kv_lora_rank * heads * (model.head_width + model.v_width) / flops_per_s
     if config.layout.context == "ulysses":  # queries, keys and values, and attention's output back
-        each = sum(links.seconds(groups["cp"], "all_to_all", tokens * width * itemsize) for width in widths)
-        return each, each
+        moved = (widths[0], widths[3]) if latents else widths
+        each = sum(links.seconds(groups["cp"], "all_to_all", tokens * width * itemsize) for width in moved)
+        if not latents:
+            return each, each
+        whole = numel * n * itemsize
+        gather, scatter = (links.seconds(groups["cp"], way, whole) for way in ("all_gather", "reduce_scatter"))
+        return each + gather, each + scatter
     ring = neighbours(layout, "cp", around=True)
-    coming = links.send_s(ring, tokens * sum(widths[1:3]) * itemsize)
-    gradients = links.send_s(ring, tokens * sum(widths[1:3]) * 4)
+    coming, gradients = links.send_s(ring, numel * itemsize), links.send_s(ring, numel * 4)
     attention = core_s / n
-    forward = (n - 1) * max(0.0, coming - attention)
-    return forward, (n - 1) * max(0.0, coming + gradients - 2 * attention) + gradients
+    # Backward makes keys and values twice, and their gradients once; what a rank makes of its own latents in forward
+    # and its gradients are the model's FLOPs.
+    forward = (n - 1) * max(make_s, coming - attention)
+    backward = (n - 1) * max(4 * make_s, coming + gradients - 2 * attention) + 2 * make_s
+    return forward, backward + gradients
 
 
 def _hop(config: Config, layout: Layout, links: Links, stages: Stages) -> float:

@@ -13,7 +13,8 @@ gradient, in which it does not compute: 1 - m (F + B + W) / T. Theory, for F = B
 
 "schedule" is what training/schedules.py's check() counts for the very list of actions that runs. "an action" is how
 much longer than that the step takes, over the actions of a rank: starting one costs what it costs (autograd, messages,
-a rank that wakes), however long it computes, so actions here are as long as those of a model worth a pipeline.
+a rank that wakes), however long it computes. "p2m8" and the like have a rank sleep 160 ms for each third of a
+micro-batch, the "-long" ones 800 ms, beside which that is little: what is left is the lists' own.
 A run replaces its own sizes in results/bubble.json; training_report.py writes docs/training_figures.md."""
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +43,25 @@ SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
     ("zb_h1", 1),
     ("zbv", 1),
 )
-SIZES = {"p4m8": (4, 8), "p4m16": (4, 16), "p2m8": (2, 8)}  # ranks, micro-batches
-RANK_S = 0.160  # that a rank sleeps for a micro-batch's forward, and as long for each half of backward
 N_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """rank_s: that a rank sleeps for a micro-batch's forward, and as long for each half of backward."""
+
+    n_ranks: int
+    n_micro_batches: int
+    rank_s: float = 0.160
+
+
+SIZES = {
+    "p4m8": Size(4, 8),
+    "p4m16": Size(4, 16),
+    "p2m8": Size(2, 8),
+    "p4m8-long": Size(4, 8, 0.800),
+    "p2m8-long": Size(2, 8, 0.800),
+}
 
 
 def config_of(name: schedules.Name, chunks: int, n_ranks: int, n_micro_batches: int) -> Config:
@@ -56,15 +74,15 @@ def config_of(name: schedules.Name, chunks: int, n_ranks: int, n_micro_batches: 
     )
 
 
-def run(store: Any, rank: int, n_ranks: int, n_micro_batches: int) -> dict[str, list[float]]:
+def run(store: Any, rank: int, n_ranks: int, size: Size) -> dict[str, list[float]]:
     """Seconds of each schedule's steps."""
     torch.set_num_threads(1)
-    each = RANK_S / 2  # a rank has two layers
+    each = size.rank_s / 2  # a rank has two layers
     took = dict.fromkeys(PARTS, Seconds()) | {"feed_forward": Seconds(each, each, each)}
     with pycomm.init(store, rank, n_ranks, timeout_s=60) as world:
         trainers = {}
         for name, chunks in SCHEDULES:
-            trainers[name] = Trainer(config_of(name, chunks, n_ranks, n_micro_batches), world)
+            trainers[name] = Trainer(config_of(name, chunks, n_ranks, size.n_micro_batches), world)
             put_to_sleep(trainers[name], took)
         times: dict[str, list[float]] = {name: [] for name in trainers}
         for turn in range(N_ROUNDS + 1):  # the first does not count
@@ -93,20 +111,20 @@ def theory(name: schedules.Name, chunks: int, p: int, m: int) -> tuple[float, fl
     return idle / (3 * m + idle), 1 - 3 * m / makespan
 
 
-def section(n_ranks: int, n_micro_batches: int) -> list[dict[str, Any]]:
-    times = run_ranks(run, n_ranks, n_micro_batches, timeout_s=220)[0]
+def section(size: Size) -> list[dict[str, Any]]:
+    times = run_ranks(run, size.n_ranks, size, timeout_s=580)[0]
     entries = []
     for name, chunks in SCHEDULES:
-        formula, schedule = theory(name, chunks, n_ranks, n_micro_batches)
+        formula, schedule = theory(name, chunks, size.n_ranks, size.n_micro_batches)
         step_s = statistics.median(times[name])
         entries.append(
             {
                 "schedule": name,
                 "chunks": 2 if name == "zbv" else chunks,
-                "ranks": n_ranks,
-                "micro_batches": n_micro_batches,
+                "ranks": size.n_ranks,
+                "micro_batches": size.n_micro_batches,
                 "step_s": [round(s, 5) for s in times[name]],
-                "bubble": round(1 - 3 * n_micro_batches * RANK_S / step_s, 5),
+                "bubble": round(1 - 3 * size.n_micro_batches * size.rank_s / step_s, 5),
                 "formula": round(formula, 5),
                 "of_schedule": round(schedule, 5),
             }
@@ -116,9 +134,9 @@ def section(n_ranks: int, n_micro_batches: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     wanted, dry = sections_and_dry(__doc__ or "", SIZES)
-    for size in wanted:
-        about = environment()
-        new = {size: {"environment": about, "rank_s": RANK_S, "results": section(*SIZES[size])}}
+    for name in wanted:
+        about, size = environment(), SIZES[name]
+        new = {name: {"environment": about, "rank_s": size.rank_s, "results": section(size)}}
         print(table(new), flush=True)
         if not dry:
             record = read_json("bubble") | new
@@ -138,6 +156,7 @@ def table(record: dict[str, Any]) -> str:
                     f"{each['schedule']}" + (f" × {each['chunks']}" if each["chunks"] > 1 else ""),
                     str(each["ranks"]),
                     str(m),
+                    f"{1e3 * size['rank_s'] / each['chunks']:.0f}",
                     f"{1e3 * step_s:.0f}",
                     f"{each['bubble']:.1%}",
                     f"{each['formula']:.1%}",
@@ -146,7 +165,18 @@ def table(record: dict[str, Any]) -> str:
                     f"{1e3 * (step_s - schedule_s) / n_actions:.2f}",
                 ]
             )
-    head = ["schedule", "p", "m", "step, ms", "bubble", "formula", "schedule's", "off formula", "an action, ms"]
+    head = [
+        "schedule",
+        "p",
+        "m",
+        "F, ms",
+        "step, ms",
+        "bubble",
+        "formula",
+        "schedule's",
+        "off formula",
+        "an action, ms",
+    ]
     return markdown_table(head, rows)
 
 

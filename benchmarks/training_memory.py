@@ -30,6 +30,7 @@ from common import environment, read_json, run_ranks, sections_and_dry, write_js
 
 import pycomm
 from training.config import Config
+from training.device import dtype_of
 from training.machine import process_nbytes
 from training.memory import estimate
 from training.model import specs_of_whole
@@ -181,8 +182,7 @@ class Count:
 def run(store: Any, rank: int, n_ranks: int, config: Config) -> dict[str, Any]:
     torch.set_num_threads(1)
     with pycomm.init(store, rank, n_ranks, timeout_s=100) as world:
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        base, of_base = process_nbytes(dtype), resident()
+        base, of_base = process_nbytes(dtype_of(config.train.precision)), resident()
         forget_peak()
         trainer = Trainer(config, world)
         making = status_bytes("VmHWM")

@@ -33,10 +33,6 @@ def _layers(config: Config, pp_index: int) -> list[int]:
     return [i for c in range(placement.n_chunks) for i in stages.layers(placement.stage(pp_index, c))]
 
 
-def _itemsize(config: Config) -> int:
-    return 2 if config.train.precision == "bf16" else 4
-
-
 def _batch(config: Config, layout: Layout) -> int:
     """Sequences of a micro-batch."""
     return config.train.global_batch // (layout.n_data * config.train.accumulation)
@@ -63,7 +59,7 @@ def saved(config: Config, layout: Layout, pp_index: int, on_gpu: bool) -> float:
 def backward(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_index: int, on_gpu: bool) -> float:
     """Bytes of the loss, or of the gradients within a block and the largest one of a parameter before it joins the
     others."""
-    model, tokens, itemsize = config.model, _tokens(config, layout), _itemsize(config)
+    model, tokens, itemsize = config.model, _tokens(config, layout), config.train.itemsize
     narrow = tokens * model.d_model
     inside = max(_inner(config, layout, index) for index in _layers(config, pp_index))
     stages = stages_of(config)
@@ -81,7 +77,7 @@ def backward(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
 
 def of_block(config: Config, layout: Layout, index: int, on_gpu: bool, recompute: str | None = None) -> float:
     """Bytes that one micro-batch's forward of a block saves."""
-    model, itemsize = config.model, _itemsize(config)
+    model, itemsize = config.model, config.train.itemsize
     recompute = recompute or config.train.recompute
     tokens = _tokens(config, layout)
     narrow = tokens / layout.tp * model.d_model  # numbers of x between layers
@@ -136,7 +132,7 @@ def _of_cuts(config: Config, layout: Layout, output: float) -> Iterator[float]:
 
 def within_attention(config: Config, layout: Layout, on_gpu: bool) -> float:
     """Bytes that attention has at most while its backward runs, beside what was saved."""
-    model, itemsize, batch = config.model, _itemsize(config), _batch(config, layout)
+    model, itemsize, batch = config.model, config.train.itemsize, _batch(config, layout)
     tokens, heads = _tokens(config, layout), model.n_heads / layout.tp
     width = model.qk_width if model.latent else model.head_width
     query = tokens * heads * width

@@ -22,6 +22,7 @@ from training.config import Config, LayoutConfig, SyncConfig, WireConfig
 from training.data import open_tokenizer, train_bpe, write_token_shard
 from training.data.streams import read_documents
 from training.data.tokens import as_text
+from training.device import dtype_of
 from training.errors import CheckpointError, ConfigError, DataError
 from training.generate import sample_text
 from training.hugging_face import export_model, import_model
@@ -88,7 +89,7 @@ def export(config: Config, world: Group) -> None:
         raise CheckpointError(_no_checkpoint(config))
     model = checkpoint_files.stored_model(newest, checkpoint_files.read_state(newest))
     folder = Path(config.export.folder) if config.export.folder else config.run_dir / "hugging_face"
-    dtype = torch.bfloat16 if config.export.precision == "bf16" else torch.float32
+    dtype = dtype_of(config.export.precision)
     export_model(model, newest / f"{PARAMETERS}.safetensors", folder, dtype)
     if config.data.tokenizer != "bytes":
         shutil.copyfile(config.data.tokenizer, folder / "tokenizer.json")

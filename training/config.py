@@ -87,6 +87,11 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a parameter or an activation."""
+        return 2 if self.precision == "bf16" else 4
+
 
 @dataclass(frozen=True)
 class WireConfig:

@@ -29,6 +29,11 @@ _NORM_NUMEL = 1 << 18  # the norm copies what it reads in fp64: of 56 MiB at onc
 _NORM_NUMEL_GPU = 1 << 24  # a launch for each piece; 128 MiB of fp64
 
 
+def dtype_of(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    """Of parameters and activations: train.precision, export.precision."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 @dataclass(frozen=True)
 class Device:
     """Of one rank. late: the host hands a whole step over before it looks at the values of the one before, so that the

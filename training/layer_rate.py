@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from training.config import Config
-from training.device import HOST, Device, Span
+from training.device import HOST, Device, Span, dtype_of
 from training.layout import Layout
 from training.machine import matmul_flops
 from training.mesh import Mesh
@@ -54,7 +54,7 @@ def layer_flops(config: Config, device: Device = HOST, n_tries: int = _N_TRIES) 
     """FLOP/s, counted as MFU does, of forward and backward of one dense layer, the median of n_tries; a product's where
     that would be large, or the layers are experts. All ranks at once see what sharing a machine leaves them."""
     model, seq_len = config.model, config.data.seq_len
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = dtype_of(config.train.precision)
     matrices = model.n_attention_parameters + (2 if model.block == "gpt2" else 3) * model.d_model * model.d_ff
     flops = 6.0 * matrices * seq_len + 6.0 * model.n_heads * (model.qk_width + model.v_width) * seq_len**2
     if flops > _MOST_FLOPS or model.n_experts:

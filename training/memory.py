@@ -64,7 +64,7 @@ def estimate(
     ranks are processes like this one, 0 where nothing is known of them. on_gpu: whether tensors are on GPUs, whose
     attention kernels are others."""
     train, zero = config.train, config.layout.zero
-    itemsize = 2 if train.precision == "bf16" else 4
+    itemsize = train.itemsize
     stages = stages_of(config)
     as_they_come = zero >= 2 or (zero == 1 and train.accumulation == 1)  # whole gradients are reduced, and gone
     parameters = gradients = optimizer = 0.0

@@ -23,7 +23,7 @@ import pycomm
 from pycomm.errors import TopologyError
 from training import checks, schedules
 from training.config import Config
-from training.device import choose_device, device_here
+from training.device import choose_device, device_here, dtype_of
 from training.errors import ConfigError
 from training.layer_rate import Alone, planning_flops
 from training.layout import Layout, resolve_layout
@@ -289,7 +289,7 @@ def automatic(config: Config, world: Group) -> Config:
     share_cores(world)
     device = choose_device(config.train.device, world)
     gpu_nbytes = device.free_nbytes()
-    of_process = process_nbytes() if gpu_nbytes is None else 0
+    of_process = process_nbytes(dtype_of(config.train.precision)) if gpu_nbytes is None else 0
     rate = torch.tensor([planning_flops(config, device)], dtype=torch.float64)
     world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
 

@@ -142,10 +142,6 @@ def _check(
     return schedules.check(schedules.plan(name, p, m, chunks), f, b, w, hop)
 
 
-def _itemsize(config: Config) -> int:
-    return 2 if config.train.precision == "bf16" else 4
-
-
 def _tokens(config: Config, layout: Layout) -> int:
     """Of a micro-batch, as context parallelism cuts it."""
     train = config.train
@@ -163,7 +159,7 @@ def _stage(
     stage: int,
     flops_per_s: float,
 ) -> _Action:
-    model, recompute, itemsize = config.model, config.train.recompute, _itemsize(config)
+    model, recompute, itemsize = config.model, config.train.recompute, config.train.itemsize
     tokens, layers = _tokens(config, layout), stages.layers(stage)
     per_flop = tokens / layout.tp / flops_per_s
     core = costs.core(config.data.seq_len)
@@ -204,7 +200,7 @@ def _context_parallel(
     """What one layer adds to forward and backward. core_s: of its attention's forward."""
     if layout.cp == 1:
         return 0.0, 0.0
-    model, itemsize, n = config.model, _itemsize(config), layout.cp
+    model, itemsize, n = config.model, config.train.itemsize, layout.cp
     tokens, heads, kv_heads = _tokens(config, layout) / layout.tp, model.n_heads, model.n_kv_heads
     widths = (heads * model.qk_width, kv_heads * model.qk_width, kv_heads * model.v_width, heads * model.v_width)
     numel, make_s = tokens * sum(widths[1:3]), 0.0  # of keys and values, or the latents a rank makes them of in make_s
@@ -235,7 +231,7 @@ def _hop(config: Config, layout: Layout, links: Links, stages: Stages) -> float:
     if layout.pp == 1:
         return 0.0
     placement = stages.placement
-    nbytes = _tokens(config, layout) / layout.tp * config.model.d_model * _itemsize(config)
+    nbytes = _tokens(config, layout) / layout.tp * config.model.d_model * config.train.itemsize
     around = placement.n_chunks > 1 and not placement.v_shape
     return links.send_s(neighbours(layout, "pp", around), nbytes)
 
@@ -251,7 +247,12 @@ def _data_parallel(
     actions: list[_Action],
 ) -> float:
     """What reducing gradients and gathering parameters exposes on a pipeline rank. Sharded over all copies."""
-    zero, m, itemsize, placement = config.layout.zero, config.train.accumulation, _itemsize(config), stages.placement
+    zero, m, itemsize, placement = (
+        config.layout.zero,
+        config.train.accumulation,
+        config.train.itemsize,
+        stages.placement,
+    )
     held = [index for c in range(placement.n_chunks) for index in stages.layers(placement.stage(pp_index, c))]
     summed: dict[str | None, Groups] = {None: groups["stage"], "tp": groups["dp"], "ep": groups["expert_replicas"]}
     cut = {None: 1, "tp": layout.tp, "ep": layout.expert_ranks, "tied": layout.tp}

@@ -28,7 +28,7 @@ class TensorTime:
         """group: the tp groups. tokens: of the micro-batch, as context parallelism cuts it."""
         self._config, self._layout, self._links, self._group = config, layout, links, group
         self._tokens, self._flops_per_s = tokens, flops_per_s
-        self._itemsize = 2 if config.train.precision == "bf16" else 4
+        self._itemsize = config.train.itemsize
         self._blocks: dict[bool, tuple[float, float]] = {}  # layers() of one block, with experts or without
         hosts = links.topology.host_index[group]
         across = bool((hosts != hosts[:, :1]).any())

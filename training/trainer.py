@@ -16,7 +16,7 @@ from training.checkpoint_files import Progress
 from training.config import Config
 from training.context import own_part, positions
 from training.data import Batch, Corpus, Prefetcher, open_corpus
-from training.device import Span, choose_device
+from training.device import Span, choose_device, dtype_of
 from training.divergence import Divergence
 from training.errors import DataError
 from training.fp8 import require_fp8
@@ -50,7 +50,7 @@ class Trainer:
         train, layout = config.train, config.layout
         stages, resolved = stages_of(config), resolve_layout(config, world.size)
         self.device = choose_device(train.device, world)
-        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        self.dtype = dtype_of(train.precision)
         self.mesh = Mesh(world, resolved, stages.placement, config.wire, self.device)
         self._graphed = Graphed(self.device, self._whole_step) if train.cuda_graph else None
         if train.matmul == "fp8":

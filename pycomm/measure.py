@@ -157,17 +157,18 @@ def _circle(n_ranks: int) -> list[Pair]:
 
 
 def _links(topology: Topology) -> list[Pair]:
-    """One pair inside each host, and one for each pair of hosts."""
+    """One pair inside each host, and one for each pair of hosts. Those inside stand at both ends: two ranks that had one
+    core between them at first have moved by then, and a host has no other pair to outvote them."""
     inside = [host.ranks[:2] for host in topology.hosts if len(host.ranks) > 1]
     between = [(topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]) for a, b in _circle(len(topology.hosts))]
-    return [(min(pair), max(pair)) for pair in [*inside, *between]]
+    return [(min(pair), max(pair)) for pair in [*inside, *between, *inside]]
 
 
 # One pair: the lower rank leads and tells the other what to do, [what, bytes, times]
 
 
 def _lead(group: Group, pair: Pair, target_s: float, figures: NDArray[np.float64]) -> None:
-    """Fills [latency_s, overhead_s, bytes_per_s] of both directions."""
+    """Improves [latency_s, overhead_s, bytes_per_s] of both directions: the least times and the highest rates stay."""
     peer = pair[1]
     buffer = np.ones(_PIECE_BYTES, np.uint8)  # written, so that its pages are its own
     _order(group, peer, buffer, _ECHO, _PING_BYTES, 10)  # opens the connection
@@ -176,8 +177,8 @@ def _lead(group: Group, pair: Pair, target_s: float, figures: NDArray[np.float64
     # The least: what else runs on a core, and ranks that wake up, only ever add.
     rtt = min(_order(group, peer, buffer, _ECHO, _PING_BYTES, repeats) / repeats for _ in range(_PINGS))
     burst = min(_order(group, peer, buffer, _BURST, _PING_BYTES, 64) for _ in range(_PINGS))
-    figures[0, [pair[0], peer], [peer, pair[0]]] = rtt / 2
-    figures[1, [pair[0], peer], [peer, pair[0]]] = max(0.0, burst - rtt) / 63
+    both = (slice(2), [pair[0], peer], [peer, pair[0]])
+    figures[both] = np.fmin(figures[both], [[rtt / 2], [max(0.0, burst - rtt) / 63]])
     for what, src, dst in ((_TO_PEER, pair[0], peer), (_FROM_PEER, peer, pair[0])):
         nbytes = 64 << 10
         seconds = _order(group, peer, buffer, what, nbytes, 1)
@@ -186,7 +187,7 @@ def _lead(group: Group, pair: Pair, target_s: float, figures: NDArray[np.float64
             seconds = _transfer(group, peer, buffer, what, nbytes)
         nbytes = int(np.clip(nbytes * target_s / max(seconds - rtt, target_s / 64), 64 << 10, _MOST_BYTES))
         seconds = median(_transfer(group, peer, buffer, what, nbytes) for _ in range(_REPEATS))
-        figures[2, src, dst] = nbytes / max(seconds - rtt, 1e-9)
+        figures[2, src, dst] = np.fmax(figures[2, src, dst], nbytes / max(seconds - rtt, 1e-9))
     _order(group, peer, buffer, _END, 0, 0)
 
 

@@ -36,11 +36,13 @@ def test_no_machine_serves_two_pairs_of_a_round(machine_of):
         assert len(used) == len(set(used))
 
 
-def test_large_groups_measure_each_kind_of_link_once():
+def test_large_groups_measure_each_pair_of_hosts_once_and_inside_hosts_twice():
     topology = Topology.from_host_ids("aababccd")
     pairs = [tuple(sorted(topology.host_index[list(pair)])) for pair in _links(topology)]
     between = list(combinations(range(4), 2))
-    assert sorted(pairs) == sorted([(0, 0), (1, 1), (2, 2), *between])
+    inside = [(0, 0), (1, 1), (2, 2)]
+    assert sorted(pairs) == sorted([*inside, *inside, *between])
+    assert pairs[:3] == pairs[-3:] == inside
 
 
 def links_of(topology, latency_s, bytes_per_s, host_rates):

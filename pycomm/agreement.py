@@ -12,6 +12,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | PYCOMM_CUDA_MAX_CTAS | the most multiprocessors that a collective of NCCL's takes |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
+| PYCOMM_WIRE_LINKS | hosts, or racks: on which links a call's `wire` codes (docs/wire.md); racks needs a topology |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |
 
 Rank 0's variables count; a rank whose PYCOMM_TOPOLOGY is another one says so. What a wrong one raises on rank 0 the
@@ -42,7 +43,7 @@ from pycomm.gpus import find_gpus
 from pycomm.machine import this_machine
 from pycomm.planning import JobPlan
 from pycomm.table import from_json, layout_key, load, topology_from_document, topology_to_document
-from pycomm.topology import Topology
+from pycomm.topology import Topology, WireLinks
 
 _HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
@@ -109,6 +110,7 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
         led = given and fit(given, endpoint.host_ids)
         job |= {"topology": led and topology_to_document(led), "asks_hardware": bool(files)}
         job |= _device_settings(endpoint.host_ids)
+        job["wire_links"] = _wire_links(led)
     except (TopologyError, InvalidArgument) as error:
         job["error"] = str(error)
         raise
@@ -150,6 +152,19 @@ def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _wire_links(topology: Topology | None) -> WireLinks:
+    """What the environment says. Raises InvalidArgument."""
+    links = os.environ.get("PYCOMM_WIRE_LINKS") or "hosts"
+    if links not in ("hosts", "racks"):
+        raise InvalidArgument(f"PYCOMM_WIRE_LINKS={links!r} is none of hosts, racks")
+    if links == "racks" and (topology is None or not topology.switches):
+        raise InvalidArgument(
+            "PYCOMM_WIRE_LINKS=racks needs a topology with switches; give it by PYCOMM_TOPOLOGY or init(topology=) "
+            "(docs/topology.md)"
+        )
+    return links
+
+
 def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
     """What was set under the keys. Raises PeerTimeout where it does not come, PeerLost where the store goes.
 
@@ -189,6 +204,7 @@ def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[
         job["between_hosts"],
         job["peer_nbytes"],
         job["max_ctas"],
+        job["wire_links"],
     )
 
 

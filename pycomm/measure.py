@@ -157,8 +157,8 @@ def _circle(n_ranks: int) -> list[Pair]:
 
 
 def _links(topology: Topology) -> list[Pair]:
-    """One pair inside each host, and one for each pair of hosts. Those inside stand at both ends: two ranks that had one
-    core between them at first have moved by then, and a host has no other pair to outvote them."""
+    """One pair inside each host, and one for each pair of hosts. Those inside stand at both ends: two ranks that had
+    one core between them at first have moved by then, and a host has no other pair to outvote them."""
     inside = [host.ranks[:2] for host in topology.hosts if len(host.ranks) > 1]
     between = [(topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]) for a, b in _circle(len(topology.hosts))]
     return [(min(pair), max(pair)) for pair in [*inside, *between, *inside]]

@@ -99,6 +99,7 @@ def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
     last = layout.pp - 1
     if last:
         for group in tied(layout, last).tolist():
+            assert group == sorted(group)  # as the mesh has them
             assert len({places[rank].tp for rank in group}) == 1
             assert {places[rank].pp for rank in group} == {0, last}
 
@@ -113,6 +114,16 @@ def test_groups_that_cross_a_nic_share_it() -> None:
     assert both == pytest.approx(2 * alone, rel=0.02)
     assert inside < alone / 50
     assert Links(topology).seconds(np.array([[0], [1]]), "all_reduce", nbytes) == 0.0
+
+
+def test_messages_both_ways_do_not_share_a_nic() -> None:
+    topology = cluster(2, 2, Link(0.0, 1e9, 0.0))
+    nbytes = 1 << 30
+    one, around, two = (
+        Links(topology).send_s(np.array(pairs), nbytes) for pairs in ([[0, 2]], [[0, 2], [2, 0]], [[0, 2], [1, 3]])
+    )
+    assert one == around == pytest.approx(nbytes / 1e9, rel=0.02)
+    assert two == pytest.approx(2 * one, rel=0.02)
 
 
 def test_groups_that_cross_an_uplink_share_it(tmp_path: Path) -> None:
@@ -276,9 +287,11 @@ def test_copies_outermost_keep_a_pipeline_off_the_slow_link() -> None:
     tried = [(each.pp > 1 and each.replicas > 1, each.outermost) for _, each in _possible(sparse(), 8, Counter())]
     assert set(tried) == {(False, "pp"), (True, "pp"), (True, "dp")}
     assert tried.count((True, "pp")) == tried.count((True, "dp"))
-    plan = chosen(dataclasses.replace(dense(), plan=dataclasses.replace(dense().plan, show=40)), topology)
-    pipelines = [each.layout for each, _ in plan.fitting if each.layout.pp == 2 and each.layout.dp == 2]
-    assert [each.outermost for each in pipelines] == ["dp"]
+    for sequences, best in ((64, "pp"), (256, "dp")):  # gradients are as many however long a step is
+        config = dense(global_batch=sequences)
+        plan = chosen(dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=40)), topology)
+        pipelines = [each.layout for each, _ in plan.fitting if each.layout.pp == 2 and each.layout.dp == 2]
+        assert [each.outermost for each in pipelines] == [best]
 
 
 @pytest.mark.parametrize("context", ["ring", "ulysses"])

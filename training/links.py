@@ -34,7 +34,7 @@ def groups_of(layout: Layout) -> dict[str, Groups]:
 
 def tied(layout: Layout, last: int) -> Groups:
     """The ranks of the first and the last stage that sum the gradient of the embedding's table."""
-    return _spanning(_grid(layout)[[0, last]], (0, 1, 2, 3))
+    return np.sort(_spanning(_grid(layout)[[0, last]], (0, 1, 2, 3)), 1)
 
 
 def neighbours(layout: Layout, axis: str, around: bool) -> Groups:
@@ -73,13 +73,15 @@ class Links:
             return 0.0
         key = (groups.tobytes(), groups.shape, collective)
         if key not in self._of_groups:
-            times = [self._times(each, collective) for each in self._distinct(groups)]
+            sends = collective == "send"
+            times = [self._times(each, "broadcast" if sends else collective) for each in self._distinct(groups, sends)]
             self._of_groups[key] = np.max(times, axis=0)
         return float(np.interp(nbytes, _NBYTES, self._of_groups[key]))
 
     def send_s(self, pairs: Groups, nbytes: float) -> float:
-        """Of a message from one rank of each pair to the other, all pairs at once."""
-        return self.seconds(pairs, "broadcast", nbytes)
+        """Of a message from the first rank of each pair to the second, all pairs at once: a link carries what leaves a
+        host beside what comes there."""
+        return self.seconds(pairs, "send", nbytes)
 
     def _times(self, topology: Any, collective: str) -> NDArray[np.float64]:
         key = (*_shape(topology), collective)
@@ -87,23 +89,31 @@ class Links:
             self._of_topology[key] = pycomm.costs(topology, collective, _NBYTES).predicted_s.min(axis=0)
         return self._of_topology[key]
 
-    def _distinct(self, groups: Groups) -> list[Any]:
-        """The topology of each group, with its part of what it shares; one for those that are alike."""
+    def _distinct(self, groups: Groups, sends: bool) -> list[Any]:
+        """The topology of each group, with its part of what it shares; one for those that are alike. sends: groups are
+        pairs, of which the first rank sends."""
         topology = self.topology
-        hosts_of = [set(topology.host_index[group].tolist()) for group in groups]
-        crossing = [sum(1 for hosts in hosts_of if host in hosts and len(hosts) > 1) for host in self._hosts()]
-        below = {
-            switch.name: {host for host in self._hosts() if index in topology.above[host]}
+        hosts_of = topology.host_index[groups]
+
+        def crossing(hosts: list[int]) -> int:
+            """The groups that cross what is around some hosts; of messages those of the busier direction."""
+            inside = np.isin(hosts_of, hosts)
+            if sends:
+                return int(max((inside[:, 0] & ~inside[:, 1]).sum(), (~inside[:, 0] & inside[:, 1]).sum()))
+            return int((inside.any(1) & ~inside.all(1)).sum())
+
+        climbing = {
+            switch.name: crossing([host for host in self._hosts() if index in topology.above[host]])
             for index, switch in enumerate(topology.switches)
         }
-        climbing = {name: sum(1 for hosts in hosts_of if hosts & at and hosts - at) for name, at in below.items()}
         parts = dataclasses.replace(
             topology,
             hosts=tuple(
                 dataclasses.replace(
                     host, nics=tuple(dataclasses.replace(nic, link=_part(nic.link, n)) for nic in host.nics)
                 )
-                for host, n in zip(topology.hosts, crossing, strict=True)
+                for index, host in enumerate(topology.hosts)
+                for n in [crossing([index])]
             ),
             switches=tuple(
                 dataclasses.replace(switch, uplink=_part(switch.uplink, climbing[switch.name]))

@@ -23,7 +23,7 @@ from training.config import Config
 from training.errors import ConfigError
 from training.layer_rate import layer_flops, planning_flops
 from training.layout import Layout, resolve_layout
-from training.links import Links, groups_of, neighbours, tied
+from training.links import Links, around_cp, between_stages, groups_of, tied
 from training.memory import require_fit
 from training.plan_layout import Plan, _possible, search, settings, whole_specs
 from training.presets import load_preset
@@ -88,11 +88,14 @@ def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
         for rank, at in enumerate(places):
             members.setdefault(colors[name](at), []).append(rank)
         assert sorted(groups.tolist()) == sorted(members.values()), name
-    for pairs, around in itertools.product(("pp", "cp"), (False, True)):
-        n = getattr(layout, pairs)
-        for here, there in neighbours(layout, pairs, around).tolist():
-            assert (getattr(places[here], pairs) + 1) % n == getattr(places[there], pairs)
-            assert places[here]._replace(**{pairs: 0}) == places[there]._replace(**{pairs: 0})
+    ways = [("cp", around_cp(layout))]
+    ways += [("pp", between_stages(layout, stage, (stage + 1) % layout.pp)) for stage in range(layout.pp)]
+    for axis, pairs in ways:
+        n = getattr(layout, axis)
+        assert len(pairs) == layout.n_ranks // (layout.pp if axis == "pp" else 1)
+        for here, there in pairs.tolist():
+            assert (getattr(places[here], axis) + 1) % n == getattr(places[there], axis)
+            assert places[here]._replace(**{axis: 0}) == places[there]._replace(**{axis: 0})
     assert len(set(places)) == layout.n_ranks
     outermost = [at.pp if layout.outermost == "pp" else at.replica for at in places]
     assert outermost == sorted(outermost)
@@ -292,6 +295,14 @@ def test_copies_outermost_keep_a_pipeline_off_the_slow_link() -> None:
         plan = chosen(dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=40)), topology)
         pipelines = [each.layout for each, _ in plan.fitting if each.layout.pp == 2 and each.layout.dp == 2]
         assert [each.outermost for each in pipelines] == [best]
+
+
+def test_each_message_between_stages_takes_the_time_of_its_own_link() -> None:
+    """Four stages on two hosts: one boundary of three crosses. Messages are shorter than actions, and fill the pipe."""
+    slow = Link(1e-5, 1e9, 1e-6)
+    config = with_layout(dense(), 16, pp=4, schedule="1f1b")
+    two, four = (timed(config, cluster(*shape, slow)).exposed_s["pp"] for shape in ((2, 2), (4, 1)))
+    assert 0 < two < 0.5 * four
 
 
 @pytest.mark.parametrize("context", ["ring", "ulysses"])

@@ -26,7 +26,7 @@ _OVER_TP: dict[str, dict[str, tuple[int, ...]]] = {  # by layout.experts_over_tp
 
 
 def groups_of(layout: Layout) -> dict[str, Groups]:
-    """By the names of training.mesh.AXES; "tied" and "pp" depend on where stages are: see tied() and neighbours()."""
+    """By the names of training.mesh.AXES; "tied" and "pp" depend on where stages are: tied() and between_stages()."""
     ranks = _grid(layout)
     spans = _SPANS | _OVER_TP[layout.experts_over_tp]
     return {name: _spanning(ranks, dimensions) for name, dimensions in spans.items()}
@@ -37,11 +37,16 @@ def tied(layout: Layout, last: int) -> Groups:
     return np.sort(_spanning(_grid(layout)[[0, last]], (0, 1, 2, 3)), 1)
 
 
-def neighbours(layout: Layout, axis: str, around: bool) -> Groups:
-    """Pairs of ranks next to each other along "pp" or "cp"; around: the last and the first too."""
-    ranks = np.moveaxis(_grid(layout), {"pp": 0, "cp": 3}[axis], 0).reshape(getattr(layout, axis), -1)
-    pairs = np.stack([ranks, np.roll(ranks, -1, 0)], -1)
-    return pairs[: None if around else -1].reshape(-1, 2)
+def around_cp(layout: Layout) -> Groups:
+    """Pairs of ranks next to each other in the context parallel ring, the last and the first too."""
+    ranks = np.moveaxis(_grid(layout), 3, 0)
+    return np.stack([ranks, np.roll(ranks, -1, 0)], -1).reshape(-1, 2)
+
+
+def between_stages(layout: Layout, here: int, there: int) -> Groups:
+    """Pairs of ranks of two pipeline ranks, of which the first sends to the second."""
+    ranks = _grid(layout)
+    return np.stack([ranks[here], ranks[there]], -1).reshape(-1, 2)
 
 
 def _grid(layout: Layout) -> Groups:

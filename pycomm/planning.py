@@ -56,7 +56,7 @@ def _program(
         try:
             check_coded(schedule, topology.host_index)
         except ScheduleError as error:
-            usable = ", ".join(candidates(topology, collective, own, coded))
+            usable = ", ".join(candidates(topology, collective, own, coded, root))
             raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
     program = project.project(schedule, rank, topology.host_index if coded else None)
     # The fingerprint carries the program's name: ranks with different schedules of one name find out.

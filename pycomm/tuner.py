@@ -47,17 +47,20 @@ class Costs:
     measured: NDArray[np.bool_]
 
 
-def candidates(topology: Topology, collective: str, own: Own = (), coded: bool = False) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm, and those of `own` for this collective; coded: of these the ones
-    that a wire can run on (check_coded). Raises InvalidArgument for an unknown collective."""
+def candidates(
+    topology: Topology, collective: str, own: Own = (), coded: bool = False, root: int = 0
+) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm, and those of `own` for this collective that serve the root;
+    coded: of these the ones that a wire can run on (check_coded). Raises InvalidArgument for an unknown collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
     pointless = TWO_LEVEL if len(topology.hosts) == 1 else frozenset() if topology.switches else THREE_LEVEL
     found = {name: plan for name, plan in PLANNERS[collective].items() if name not in pointless}
-    found |= {algorithm.name: algorithm.planner for algorithm in own if algorithm.collective == collective}
+    mine = (one for one in own if one.collective == collective and one.root in (None, root))
+    found |= {one.name: one.planner for one in mine}
     if not coded:
         return found
-    return {name: plan for name, plan in found.items() if codes_once(plan(topology, 0), topology)}
+    return {name: plan for name, plan in found.items() if codes_once(plan(topology, root), topology)}
 
 
 def codes_once(schedule: Schedule, topology: Topology) -> bool:
@@ -82,7 +85,7 @@ def costs(
     a group's own algorithms. coded:
     of the candidates for a wire, whose bytes are predicted as if they crossed hosts uncoded: what a wire saves, it
     saves all of them."""
-    planners = candidates(topology, collective, own, coded)
+    planners = candidates(topology, collective, own, coded, root)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
     predicted, ratios = [], []

@@ -4,7 +4,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 
 | variable | meaning |
 |---|---|
-| PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py) |
+| PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py); of one with switches, these alone beside a table that holds |
 | PYCOMM_CUDA_TOPOLOGY | the same of GPUs and what joins them: which way their collectives take (device_choice.py) |
 | PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
 | PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for GPUs' tensors: nccl, tcp, auto: tcp where NCCL cannot |
@@ -123,7 +123,7 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
             own.set("hardware/0", describe(this_machine(), find_gpus()[0]))
             keys = [f"hardware/{rank}" for rank in firsts]
             hardware = _await(own, keys, limit, f"one of ranks {', '.join(map(str, firsts))}")
-            text = _find_table(files, plain, hardware)
+            text = _find_table(files, with_switches(plain, led) if led else plain, hardware)
     finally:
         own.set("table", text)
     return _job_plan(endpoint, led, text, job)
@@ -191,8 +191,9 @@ def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[
     host_ids = tuple(endpoint.host_ids)
     table = from_json(text) if text else None
     topology = led
-    if led is None and table is not None:
-        topology = table.for_hosts(Topology.from_host_ids(host_ids))
+    if table is not None and (led is None or led.switches):  # its switches are the table's (TuningTable.refusal)
+        measured = table.for_hosts(Topology.from_host_ids(host_ids))
+        topology = measured if led is None else with_switches(measured, led)
     devices = topology_from_document(job["device_topology"]) if job["device_topology"] else None
     return JobPlan(
         host_ids,
@@ -225,7 +226,8 @@ def _table_files(topology: Topology) -> list[Path]:
 
 
 def _find_table(files: list[Path], topology: Topology, hardware: Sequence[str]) -> str:
-    """The first table that holds for the job, as JSON; "" after a warning of why the first one does not."""
+    """The first table that holds for the job, as JSON; "" after a warning of why the first one does not. topology: with
+    the switches that were given."""
     refused = []
     for path in files:
         try:
@@ -238,7 +240,10 @@ def _find_table(files: list[Path], topology: Topology, hardware: Sequence[str]) 
             return table.to_json()
         refused.append(f"tuning table {path}: {reason}; measure again with `pycomm tune`")
     warnings.warn(
-        f"pycomm: {refused[0]}. Until then the model chooses, with default link figures.", PycommWarning, stacklevel=6
+        f"pycomm: {refused[0]}. Until then the model chooses, with the link figures that were given, or else default "
+        "ones.",
+        PycommWarning,
+        stacklevel=6,
     )
     return ""
 
@@ -261,6 +266,13 @@ def _compare(endpoint: _C.Endpoint, topology: Topology | str | Path | None, led:
         PycommWarning,
         stacklevel=5,
     )
+
+
+def with_switches(topology: Topology, given: Topology) -> Topology:
+    """The topology, with the switches of another one of the same hosts, by their names, and where they hang from."""
+    switch = {host.name: host.switch for host in given.hosts}
+    hosts = tuple(replace(host, switch=switch[host.name]) for host in topology.hosts)
+    return replace(topology, hosts=hosts, switches=given.switches)
 
 
 def fit(topology: Topology, host_ids: Sequence[str]) -> Topology:

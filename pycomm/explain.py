@@ -119,7 +119,7 @@ def explain(
     if not 0 <= root < topology.n_ranks:
         raise InvalidArgument(f"explain: root {root} is not among ranks 0 .. {topology.n_ranks - 1}")
     found = []
-    planners = candidates(topology, collective, own, coded)
+    planners = candidates(topology, collective, own, coded, root)
     cost = costs(topology, collective, (nbytes,), root, table, own, coded)
     rows = zip(cost.algorithms, cost.predicted_s[:, 0], cost.expected_s[:, 0], cost.measured[:, 0], strict=True)
     for algorithm, predicted, expected, measured in rows:

@@ -307,8 +307,8 @@ def init(
     Without a store: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and `pycomm launch` set them. With one:
     any torch.distributed Store, and this rank's place. Ranks with one host_id share memory; others speak TCP.
     timeout_s: deadline of set-up, and of each call that gives none. topology: what the ranks plan from, or a file of it
-    in TOML (default PYCOMM_TOPOLOGY, else the links of a tuning table that holds for the job, else default figures);
-    rank 0's counts.
+    in TOML (default PYCOMM_TOPOLOGY, else the links of a tuning table that holds for the job, else default figures); of
+    one with switches these alone count beside a table that was measured below them; rank 0's counts.
     Raises PeerTimeout naming the ranks that did not come; InvalidArgument where ranks contradict each other;
     TopologyError where the topology is not that of the job."""
     served = False

@@ -57,7 +57,7 @@ def _program(
         try:
             check_coded(schedule, sides)
         except ScheduleError as error:
-            usable = ", ".join(candidates(topology, collective, own, coded))
+            usable = ", ".join(candidates(topology, collective, own, coded, root))
             raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
     program = project.project(schedule, rank, sides)
     # The fingerprint carries the program's name: ranks with different schedules of one name find out.

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from pycomm import launch
-from pycomm.agreement import engine_version, table_folder
+from pycomm.agreement import engine_version, table_folder, with_switches
 from pycomm.device_choice import Points, measured_table
 from pycomm.discover import survey
 from pycomm.errors import InvalidArgument
@@ -49,6 +49,7 @@ Samples = dict[tuple[str, str], dict[int, float]]
 
 def tune(group: Group, budget_s: float = BUDGET_S, device: Device | None = None) -> TuningTable:
     """Measures links and algorithms. Every rank of the job calls it on a group of all of them; all get the same table.
+    Switches and their uplinks are those of the group's topology, as given; NICs and links inside hosts are measured.
 
     budget_s: seconds for the algorithms, about; sizes that would take too long are left to the model. On one host every
     collective takes the engine's native path, so links alone are measured. device: this rank's GPU, whose
@@ -57,8 +58,9 @@ def tune(group: Group, budget_s: float = BUDGET_S, device: Device | None = None)
     if group.size < 2:
         raise InvalidArgument("tune: one rank has no links; start it on at least 2 ranks, such as --hosts 2,2")
     found = survey(group)
-    links = measure_links(group, found.topology, [machine.boot_id for machine in found.machines], all_pairs=False)
-    topology = measured_topology(found.topology, links)
+    topology = with_switches(found.topology, group.topology)
+    links = measure_links(group, topology, [machine.boot_id for machine in found.machines], all_pairs=False)
+    topology = measured_topology(topology, links)
     samples: Samples = {}
     if len(topology.hosts) > 1:
         with group.replan(topology, name="tune") as trial:
@@ -133,6 +135,9 @@ def report(table: TuningTable) -> str:
         link = host.nic
         names = "+".join(nic.name for nic in host.nics)
         lines.append(f"host {host.name}, {names}: {_link(link.bytes_per_s, link.latency_s)}")
+    for switch in table.topology.switches:
+        uplink = switch.uplink
+        lines.append(f"switch {switch.name}: uplink {_link(uplink.bytes_per_s, uplink.latency_s)}, as given")
     inside = table.topology.inside
     lines.append(f"inside hosts: {_link(inside.bytes_per_s, inside.latency_s)}")
     if len(table.topology.hosts) == 1:

@@ -48,19 +48,21 @@ class Costs:
 
 
 def candidates(
-    topology: Topology, collective: str, own: Own = (), coded: WireLinks | None = None
+    topology: Topology, collective: str, own: Own = (), coded: WireLinks | None = None, root: int = 0
 ) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm, and those of `own` for this collective; coded: of these the ones
-    that a wire on these links can run on (check_coded). Raises InvalidArgument for an unknown collective."""
+    """The planners that make sense here, by algorithm, and those of `own` for this collective that serve the root;
+    coded: of these the ones that a wire on these links can run on (check_coded). Raises InvalidArgument for an unknown
+    collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
     pointless = TWO_LEVEL if len(topology.hosts) == 1 else frozenset() if topology.switches else THREE_LEVEL
     found = {name: plan for name, plan in PLANNERS[collective].items() if name not in pointless}
-    found |= {algorithm.name: algorithm.planner for algorithm in own if algorithm.collective == collective}
+    mine = (one for one in own if one.collective == collective and one.root in (None, root))
+    found |= {one.name: one.planner for one in mine}
     if coded is None:
         return found
     sides = topology.sides(coded)
-    return {name: plan for name, plan in found.items() if codes_once(plan(topology, 0), sides)}
+    return {name: plan for name, plan in found.items() if codes_once(plan(topology, root), sides)}
 
 
 def codes_once(schedule: Schedule, sides: NDArray[np.int64]) -> bool:
@@ -84,7 +86,7 @@ def costs(
     """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0. own:
     a group's own algorithms. coded: of the candidates for a wire on these links, whose bytes are predicted as if they
     crossed uncoded: what a wire saves, it saves all of them."""
-    planners = candidates(topology, collective, own, coded)
+    planners = candidates(topology, collective, own, coded, root)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
     predicted, ratios = [], []

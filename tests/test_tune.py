@@ -1,5 +1,6 @@
 """`pycomm tune` and `pycomm topo`: what they print, write and refuse, and that a job uses what was measured."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -13,6 +14,7 @@ from commands import PYCOMM
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from spawn import run_ranks
 
+import pycomm.tune as tune_module
 from pycomm.agreement import engine_version
 from pycomm.errors import InvalidArgument
 from pycomm.hosts import Link, Nic, Switch
@@ -75,6 +77,34 @@ def test_every_rank_gets_the_same_table():
     results = run_ranks(tuned, 4, hosts=list("aabb"))
     assert all(result == results[0] for result in results)
     assert results[0][1] == 4 * 999
+
+
+def tuned_at_1_kib(group):
+    tune_module.SIZES, tune_module.PLANNERS = (1 << 10,), {"all_reduce": PLANNERS["all_reduce"]}
+    return tune(group, 60)
+
+
+def planned(group):
+    found = group.explanation("all_reduce", 1 << 10)
+    return group.topology, {one.algorithm: one.measured_s is not None for one in found.candidates}
+
+
+def test_racks_are_kept_and_what_knows_them_is_measured(tmp_path):
+    racks = tuple(Switch(f"rack{number}", Link(1e-3, 1e7)) for number in range(2))
+    plain = Topology.from_host_ids("abcd")
+    hosts = tuple(dataclasses.replace(host, switch=f"rack{at // 2}") for at, host in enumerate(plain.hosts))
+    dataclasses.replace(plain, hosts=hosts, switches=racks).save(tmp_path / "racks.toml")
+    environment = {"PYCOMM_TOPOLOGY": str(tmp_path / "racks.toml"), "PYCOMM_TUNE_FILE": ""}
+    table, *others = run_ranks(tuned_at_1_kib, 4, hosts="abcd", environment=environment)
+    assert all(other == table for other in others)
+    assert table.topology.switches == racks
+    for host, given in zip(table.topology.hosts, hosts, strict=True):
+        assert host.switch == given.switch and host.nic != given.nic
+    assert "rack_leader" in table.points("all_reduce")
+    table.save(tmp_path / "t.json")
+    environment["PYCOMM_TUNE_FILE"] = str(tmp_path / "t.json")
+    for topology, measured in run_ranks(planned, 4, hosts="abcd", environment=environment):
+        assert topology == table.topology and measured["rack_leader"]
 
 
 def in_background(group, path):

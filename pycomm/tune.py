@@ -1,8 +1,9 @@
 """`pycomm tune`: measures a job's links and what each algorithm costs on them, and saves a tuning table.
 
 The model goes first: with measured links it predicts every candidate, and what it expects to lose by far is not
-measured. The rest run once, and those that come close to the quickest again, in blocks that take turns, so that a
-disturbance meets all alike; a block's time is the slowest rank's, a candidate's the median of its blocks."""
+measured. The rest run once, short ones three times, and those that come close to the quickest again, in blocks that
+take turns, so that a disturbance meets all alike; a block's time is the slowest rank's, a candidate's the median of its
+blocks."""
 
 from __future__ import annotations
 
@@ -39,6 +40,7 @@ CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
 _FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
 # allows, are measured well
+_FIRST_S = 0.1  # what the first round of one size may take with BLOCKS calls of each, not one
 _SHORT_BLOCKS = 9  # of each, not timing.BLOCKS, where one takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
@@ -107,12 +109,13 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
             contends = (expected <= CONTENDS * expected.min()) | (predicted <= _LIKELY * predicted.min())
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
-            have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - 2 * expected[contends].sum()
+            n_first = BLOCKS if BLOCKS * expected[contends].sum() <= _FIRST_S else 1
+            have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - (1 + n_first) * expected[contends].sum()
             best = np.cumsum(np.sort(expected[contends])) * (1 + BLOCKS * _LEAST_CALLS)
             fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= have_s]
             if len(names) < 2 or not fitting:
                 continue
-            first = time_algorithms(group, collective, size, names, [1] * len(names), 1)
+            first = time_algorithms(group, collective, size, names, [1] * len(names), n_first)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
             final = final[: fitting[0]]
@@ -120,7 +123,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             is_short = _LEAST_CALLS * min(first) <= _BLOCK_S
             n_blocks = _SHORT_BLOCKS if is_short else BLOCKS
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
-            for name in names:  # whoever lost the first round, on a lone call, does not win the second by it
+            for name in names:  # whoever lost the first round, on lone calls, does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = slowest(group, time.perf_counter() - begin)
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.hosts import Link, Nic, Switch
 from pycomm.planners import PLANNERS
 from pycomm.table import load
+from pycomm.timing import BLOCKS
 from pycomm.topo import Node, picture, tree
 from pycomm.topology import Host, Topology
 from pycomm.tune import tune, tune_in_background
@@ -105,6 +107,25 @@ def test_racks_are_kept_and_what_knows_them_is_measured(tmp_path):
     environment["PYCOMM_TUNE_FILE"] = str(tmp_path / "t.json")
     for topology, measured in run_ranks(planned, 4, hosts="abcd", environment=environment):
         assert topology == table.topology and measured["rack_leader"]
+
+
+def test_the_first_round_has_more_than_one_call_of_each_where_that_is_soon_done(monkeypatch):
+    nics = (Nic("eth0", Link(1e-5, 1.25e8)),)
+    topology = Topology((Host("a", (0, 1), nics), Host("b", (2, 3), nics)))
+    group = types.SimpleNamespace(topology=topology, size=4, all_reduce=lambda *_: None)
+    rounds = {}
+
+    def time_algorithms(group, collective, nbytes, names, calls, n_blocks):
+        rounds.setdefault((collective, nbytes), []).append((list(calls), n_blocks))
+        return [1e-4 + 1e-9 * nbytes] * len(names)
+
+    monkeypatch.setattr(tune_module, "time_algorithms", time_algorithms)
+    samples = {}
+    tune_module._measure(group, ("x", "x"), 15.0, samples)
+    short, long = rounds["all_reduce", 1 << 10], rounds["all_reduce", 1 << 24]
+    assert [set(calls) == {1} for calls, _ in short] == [set(calls) == {1} for calls, _ in long] == [True, False]
+    assert short[0][1] == BLOCKS and long[0][1] == 1
+    assert set(samples["all_reduce", "ring"]) == {size for collective, size in rounds if collective == "all_reduce"}
 
 
 def in_background(group, path):

@@ -104,9 +104,7 @@ def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[st
     for block in range(N_BLOCKS):
         first = block * len(turns) // N_BLOCKS
         for each, name, inner in turns[first:] + turns[:first]:
-            # The ranks fall into step, and TCP out of its slow start; short calls, of which a few are over before what
-            # the last contender left behind, as Gloo in the same processes does, have as many as count.
-            warm_up = MAX_CALLS if n_calls[name] == MAX_CALLS else 1 + min(3, n_calls[name] // 4)
+            warm_up = 1 + min(3, n_calls[name] // 4)  # the ranks fall into step, and TCP out of its slow start
             ns = each.block(case, name, inner, n_calls[name], warm_up, block == 0)
             times[name].append(float(ns.mean(axis=1).max()))
     for each in running:

@@ -25,6 +25,7 @@ from pycomm.discover import survey
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
 from pycomm.group import Group, init
+from pycomm.launch.seconds import require_seconds
 from pycomm.launch.started import join_job
 from pycomm.measure import measure_links, measured_topology
 from pycomm.planners import PLANNERS
@@ -204,8 +205,7 @@ def main(argv: Sequence[str]) -> int:
         "--devices", action="store_true", help="measure collectives on GPUs as well, one to a rank, for as long again"
     )
     options = parser.parse_args(argv)
-    if options.budget <= 0:
-        parser.error(f"--budget is {options.budget:g}; give seconds above 0")
+    require_seconds("--budget", options.budget)
     if (options.ranks, options.hosts, options.ranks_per_host) != (None, None, None):
         arguments = ["--budget", str(options.budget), *(["--devices"] if options.devices else [])]
         if options.output is not None:

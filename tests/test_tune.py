@@ -174,7 +174,7 @@ def test_one_rank_has_nothing_to_measure():
     [
         (["tune"], "no ranks to measure"),
         (["tune", "--hosts", "2"], "needs --ranks-per-host"),
-        (["tune", "--hosts", "2,2", "--budget", "0"], "give seconds above 0"),
+        *((["tune", "--hosts", "2,2", "--budget", s], f"{s}; give seconds above 0") for s in ("0", "nan", "inf")),
         (["topo", "--measure"], "topo --measure needs ranks"),
         (["topo", "--topology", "x.toml", "--measure"], "leave --hosts, --ranks and --measure out"),
         (["topo", "--topology", "/no/such.toml"], "cannot read topology /no/such.toml"),

@@ -34,7 +34,7 @@ _LEAST_BYTES = 1 << 10  # of one transfer: less is headers
 _PIECE_BYTES = 4 << 20  # larger transfers are several messages
 _MOST_BYTES = 256 << 20  # of one transfer
 _REPEATS = 3
-_PINGS = 7  # series
+_PINGS = 7  # series of them
 _TOGETHER = 6  # times as long as one transfer: shapers let bursts through, here 2 % of 0.3 s at 200 Mbit/s
 
 Matrix = NDArray[np.float64]
@@ -146,9 +146,8 @@ def _lead(group: Group, pair: Pair, target_s: float, stated: float, figures: NDA
     ping = _PING_FRAME_BYTES / stated  # seconds at least, once a shaper's burst is spent
     repeats = int(np.clip(target_s / 10 / max(rtt, 2 * ping), repeats, 500))
     # The least: what else runs on a core, and ranks that wake up, only ever add.
-    rtt = (
-        min(_within(2 * target_s, _PINGS, partial(_order, group, peer, buffer, _ECHO, _PING_BYTES, repeats))) / repeats
-    )
+    echoes = _within(2 * target_s, _PINGS, partial(_order, group, peer, buffer, _ECHO, _PING_BYTES, repeats))
+    rtt = min(echoes) / repeats
     n_burst, burst = 8, _order(group, peer, buffer, _BURST, _PING_BYTES, 8)
     if max(burst - rtt, 8 * ping) < target_s:
         n_burst = 64
@@ -157,16 +156,23 @@ def _lead(group: Group, pair: Pair, target_s: float, stated: float, figures: NDA
     figures[both] = np.fmin(figures[both], [[rtt / 2], [max(0.0, burst - rtt) / (n_burst - 1)]])
     most = int(np.clip(4 * stated * target_s, _LEAST_BYTES, _MOST_BYTES))
     for what, src, dst in ((_TO_PEER, pair[0], peer), (_FROM_PEER, peer, pair[0])):
-        nbytes = _LEAST_BYTES
-        seconds = _transfer(group, peer, buffer, what, nbytes)
-        while seconds - rtt < target_s / 8 and nbytes < most:
-            nbytes = min(4 * nbytes, most)
-            seconds = _transfer(group, peer, buffer, what, nbytes)
-        nbytes = int(np.clip(nbytes * target_s / max(seconds - rtt, target_s / 64), _LEAST_BYTES, most))
-        transfers = _within(2 * _REPEATS * target_s, _REPEATS, partial(_transfer, group, peer, buffer, what, nbytes))
-        rate = min(stated, nbytes / max(median(transfers) - rtt, 1e-9))
-        figures[2, src, dst] = np.fmax(figures[2, src, dst], rate)
+        rate = _rate(partial(_transfer, group, peer, buffer, what), most, target_s, rtt)
+        figures[2, src, dst] = np.fmax(figures[2, src, dst], min(stated, rate))
     _order(group, peer, buffer, _END, 0, 0)
+
+
+def _rate(transfer: Callable[[int], float], most: int, target_s: float, rtt: float) -> float:
+    """Bytes per second of transfers that take target_s, from half of it on: the median of several. They grow until it
+    does, so that one that was held up is not taken for a long one. most: bytes of one."""
+    nbytes = _LEAST_BYTES
+    while True:
+        seconds = transfer(nbytes) - rtt
+        if seconds >= target_s / 2 or nbytes == most:
+            again = _within(2 * _REPEATS * target_s, _REPEATS - 1, partial(transfer, nbytes))
+            seconds = median([seconds, *(one - rtt for one in again)])
+            if seconds >= target_s / 2 or nbytes == most:
+                return nbytes / max(seconds, 1e-9)
+        nbytes = min(most, int(nbytes * np.clip(target_s / max(seconds, 1e-9), 2, 4)))
 
 
 def _stated(topology: Topology) -> Matrix:

@@ -110,6 +110,15 @@ class SlowLink:
         self.tokens = max(0, self.tokens - nbytes)
 
 
+def test_a_transfer_that_was_held_up_is_not_taken_for_a_long_one():
+    held_up_s = iter([0.06, 0, 0, 0.1])
+
+    def transfer(nbytes):
+        return nbytes / 1e8 + next(held_up_s, 0) + 1e-4
+
+    assert measure_module._rate(transfer, 256 << 20, 0.05, 1e-3) == pytest.approx(1e8, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("link", "stated", "within_s"),
     [
@@ -191,18 +200,18 @@ def test_what_was_not_measured_keeps_its_figures():
     assert measured_topology(topology, links) == dataclasses.replace(topology, reduce_bytes_per_s=9e9)
 
 
-def measure(group, all_pairs):
+def measure(group, all_pairs, machines):
     found = survey(group)
-    machines = [machine.boot_id for machine in found.machines]
+    machines = machines or [machine.boot_id for machine in found.machines]
     links = measure_links(group, found.topology, machines, all_pairs=all_pairs, target_s=0.002)
     with pytest.raises(InvalidArgument, match=r"1 ranks in the topology, 5 in the group"):
         measure_links(group, Topology.emulated([1]), machines)
     return links
 
 
-@pytest.mark.parametrize("all_pairs", [True, False])
-def test_emulated_hosts_are_measured_alike_on_every_rank(all_pairs):
-    results = run_ranks(measure, 5, all_pairs, hosts=list("aabac"))
+@pytest.mark.parametrize(("all_pairs", "hosts", "machines"), [(True, "aabac", ""), (False, "aabcd", "aabcd")])
+def test_emulated_hosts_are_measured_alike_on_every_rank(all_pairs, hosts, machines):
+    results = run_ranks(measure, 5, all_pairs, machines, hosts=hosts)
     first = results[0]
     for other in results:
         for name in ("latency_s", "overhead_s", "bytes_per_s", "host_bytes_per_s", "reduce_bytes_per_s"):
@@ -211,7 +220,8 @@ def test_emulated_hosts_are_measured_alike_on_every_rank(all_pairs):
         assert np.isnan(np.diag(figure)).all()
         measured = ~np.isnan(figure)
         assert (measured == measured.T).all()
-        assert measured.sum() == (20 if all_pairs else 2 * 4)
+        assert measured.sum() == (20 if all_pairs else 2 * (1 + 6))
         assert (figure[measured] > 0).all()
-    assert (first.host_bytes_per_s[~np.eye(3, dtype=bool)] > 0).all()
+    apart = ~np.eye(len(set(hosts)), dtype=bool)
+    assert (first.host_bytes_per_s[apart] > 0).all() and np.isnan(first.host_bytes_per_s[~apart]).all()
     assert first.reduce_bytes_per_s > 0

@@ -182,6 +182,31 @@ def test_what_a_table_holds_for(job, hardware, engine, fact):
         assert named.link(0, 7) == TOPOLOGY.link(0, 7)
 
 
+def below(*switches, parent=None):
+    """TOPOLOGY with each host below one of these."""
+    hosts = tuple(dataclasses.replace(host, switch=name) for host, name in zip(TOPOLOGY.hosts, switches, strict=True))
+    made = [Switch(name, Link(1e-4, 1e9), parent) for name in dict.fromkeys(switches) if name]
+    return dataclasses.replace(
+        TOPOLOGY, hosts=hosts, switches=(*made, *([Switch(parent, Link(0, 1e9))] if parent else ()))
+    )
+
+
+def test_a_table_holds_below_the_switches_it_was_measured_below():
+    below_racks = dataclasses.replace(TABLE, topology=below("r0", "r1"))
+    fingerprints = {TABLE.fingerprint(), below_racks.fingerprint()}
+    for job in (
+        TOPOLOGY,
+        below("r0", "r1"),
+        dataclasses.replace(below("r0", "r1"), hosts=below("r0", "r1").hosts[::-1]),
+    ):
+        assert below_racks.refusal(job, TABLE.hardware, TABLE.engine) is None
+    for job in (below("r0", "r0"), below("r0", None), below("r1", "r0"), below("r0", "r1", parent="row")):
+        assert "below switches r0, r1; this job's" in below_racks.refusal(job, TABLE.hardware, TABLE.engine)
+        assert "measured without switches; this" in TABLE.refusal(job, TABLE.hardware, TABLE.engine)
+        fingerprints.add(dataclasses.replace(TABLE, topology=job).fingerprint())
+    assert len(fingerprints) == 6
+
+
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
 def test_a_layout_is_where_ranks_are_whatever_the_names(hosts):
     numbers = layout(Topology.from_host_ids(hosts))

@@ -159,6 +159,7 @@ def test_links_are_measured_by_names_many_addresses_and_ipv6_and_a_failure_is_ev
 
 def test_a_stranger_on_a_measured_link_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "_GREETING_S", 0.1)
+    monkeypatch.setattr(roofline, "START_S", 1e9)  # what comes counts from the first byte, however late it is read
     with socket.create_server(("127.0.0.1", 0)) as listener:
         silent = socket.create_connection(listener.getsockname())
         loud = socket.create_connection(listener.getsockname())
@@ -397,7 +398,8 @@ def test_files_are_rank_0s_alone_and_looked_for_before_anything_is_measured(tmp_
 
     refused = each_in_its_own("--json", "files/new.json")
     assert refused.returncode == 2 and "# pycomm bench" not in refused.stdout
-    assert refused.stderr.count("error: the folder of files/new.json does not exist") == 2  # and nobody lost a peer
+    said = refused.stderr.count("error: the folder of files/new.json does not exist")  # by the first rank, perhaps by
+    assert refused.stderr.count("error: ") == said >= 1  # both, and nobody lost a peer
     (tmp_path / "0" / "files").mkdir()
     slow = dict.fromkeys(("in_place", "out_of_place"), Timing(1, 1e9, 1e9, 1e9, 1e9, 0))
     about = {"machine": {"cpu": "x", "cores": 1, "torch": "1"}, "n_ranks": 2, "host_ids": ["host0", "host1"]}

@@ -136,20 +136,18 @@ def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
             session = Session(group, control, libraries, effort, measure_links(control), interrupt)
             rows = run(session, asked, unavailable)
             code = interrupt.exit_code if session.stopped else WRONG if any(row.wrong for row in rows) else 0
-            failure: Exception | None = None
             if group.rank == 0:
                 try:
                     code = _finish(options, session, rows, about | {"unavailable": unavailable}, old, code)
                 except (PycommError, OSError, ValueError) as error:  # the others wait for the code
-                    code, failure = code or REFUSED, error
+                    print(f"pycomm bench: error: {error}", file=sys.stderr, flush=True)
+                    code = code or REFUSED
             code = int(session.agree(code)[0])
         finally:
             for library in libraries:
                 library.close()
             if torch.distributed.is_initialized():  # Gloo's threads, or one of them may abort the process as it ends
                 torch.distributed.destroy_process_group()
-    if failure is not None:
-        print(f"pycomm bench: error: {failure}", file=sys.stderr)
     return interrupt.exit_code if interrupt() else code
 
 

@@ -16,7 +16,7 @@ from commands import PYCOMM
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from spawn import run_ranks
 
-import pycomm.tune as tune_module
+from pycomm import tune as tune_module
 from pycomm.agreement import engine_version
 from pycomm.errors import InvalidArgument
 from pycomm.explain import explain
@@ -84,27 +84,6 @@ def test_every_rank_gets_the_same_table():
     assert results[0][1] == 4 * 999
 
 
-def tuned_at_1_kib(group):
-    tune_module.SIZES, tune_module.PLANNERS = (1 << 10,), {"all_reduce": PLANNERS["all_reduce"]}
-    tune_module.measure_links = functools.partial(measure_links, target_s=0.002)
-    return tune(group, 60)
-
-
-def test_racks_are_kept_and_what_knows_them_is_measured(tmp_path):
-    racks = tuple(Switch(f"rack{number}", Link(1e-3, 1e7)) for number in range(2))
-    plain = Topology.from_host_ids("abcd")
-    hosts = tuple(dataclasses.replace(host, switch=f"rack{at // 2}") for at, host in enumerate(plain.hosts))
-    dataclasses.replace(plain, hosts=hosts, switches=racks).save(tmp_path / "racks.toml")
-    environment = {"PYCOMM_TOPOLOGY": str(tmp_path / "racks.toml"), "PYCOMM_TUNE_FILE": ""}
-    table, *others = run_ranks(tuned_at_1_kib, 4, hosts="abcd", environment=environment)
-    assert all(other == table for other in others)
-    assert table.topology.switches == racks
-    for host, given in zip(table.topology.hosts, hosts, strict=True):
-        assert host.switch == given.switch and host.nic != given.nic
-    found = explain(table.topology, "all_reduce", 1 << 10, table=table)
-    assert next(one for one in found.candidates if one.algorithm == "rack_leader").measured_s is not None
-
-
 def test_the_first_round_has_more_than_one_call_of_each_where_that_is_soon_done(monkeypatch):
     nics = (Nic("eth0", Link(1e-5, 1.25e8)),)
     topology = Topology((Host("a", (0, 1), nics), Host("b", (2, 3), nics)))
@@ -145,6 +124,27 @@ def test_a_job_goes_on_while_it_is_measured_in_the_background(tmp_path):
     results = run_ranks(in_background, 3, tmp_path / "t.json", hosts=list("aab"))
     assert all(result == results[0] for result in results)
     assert load(tmp_path / "t.json") == results[0]
+
+
+def tuned_at_1_kib(group):
+    tune_module.SIZES, tune_module.PLANNERS = (1 << 10,), {"all_reduce": PLANNERS["all_reduce"]}
+    tune_module.measure_links = functools.partial(measure_links, target_s=0.002)
+    return tune(group, 60)
+
+
+def test_racks_are_kept_and_what_knows_them_is_measured(tmp_path):
+    racks = tuple(Switch(f"rack{number}", Link(1e-3, 1e7)) for number in range(2))
+    plain = Topology.from_host_ids("abcd")
+    hosts = tuple(dataclasses.replace(host, switch=f"rack{at // 2}") for at, host in enumerate(plain.hosts))
+    dataclasses.replace(plain, hosts=hosts, switches=racks).save(tmp_path / "racks.toml")
+    environment = {"PYCOMM_TOPOLOGY": str(tmp_path / "racks.toml"), "PYCOMM_TUNE_FILE": ""}
+    table, *others = run_ranks(tuned_at_1_kib, 4, hosts="abcd", environment=environment)
+    assert all(other == table for other in others)
+    assert table.topology.switches == racks
+    for host, given in zip(table.topology.hosts, hosts, strict=True):
+        assert host.switch == given.switch and host.nic != given.nic
+    found = explain(table.topology, "all_reduce", 1 << 10, table=table)
+    assert next(one for one in found.candidates if one.algorithm == "rack_leader").measured_s is not None
 
 
 def one_host(group):

@@ -16,6 +16,8 @@ from training.config import Config
 from training.errors import ConfigError
 from training.layout import resolve_layout
 
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
+
 
 def both(group: Any, config: Config, compiled: Config, backend: str) -> tuple[Any, Any, int]:
     """curve() of both, and how many graphs the second one's blocks are."""
@@ -28,12 +30,16 @@ def both(group: Any, config: Config, compiled: Config, backend: str) -> tuple[An
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("n_ranks", "layout", "backend"),
-    [(1, {"zero": 3}, "inductor"), (2, {"tp": 2, "tp_overlap": "never"}, "aot_eager")],
+    ("n_ranks", "layout", "model", "backend"),
+    [
+        (1, {"zero": 3}, {}, "inductor"),
+        (2, {"tp": 2, "tp_overlap": "never"}, {}, "aot_eager"),
+        (2, {"cp": 2}, LATENT, "aot_eager"),
+    ],
 )
-def test_compiled_blocks_train_alike(n_ranks: int, layout: dict[str, Any], backend: str) -> None:
+def test_compiled_blocks_train_alike(n_ranks: int, layout: dict[str, Any], model: dict[str, Any], backend: str) -> None:
     """Where ranks exchange the graphs are what is tested, not the code that is made of them, which takes long."""
-    plain, compiled = tiny(layout=layout), tiny(layout=layout, compile=True)
+    plain, compiled = tiny(layout=layout, model=model), tiny(layout=layout, model=model, compile=True)
     for expected, got, n_graphs in run_ranks(both, n_ranks, plain, compiled, backend, timeout_s=230):
         np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
         np.testing.assert_allclose(got[1], expected[1], rtol=1e-4)

@@ -15,10 +15,12 @@ from spawn import run_ranks
 from training_matrix import GPT2, MLA, MOE
 from training_runs import tiny
 
+import training.trainer
 from training import checkpoint
 from training.config import Config, SyncConfig
 from training.device import HOST, Device, Fetched
 from training.errors import ConfigError, DivergenceError
+from training.host_memory import HostActivations
 from training.metrics import read_metrics
 from training.optimizer import PARAMETERS
 from training.run import run
@@ -49,8 +51,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
     "ep": (2, {"ep": 2}, {}, MOE),
     "graph": (2, {"tp": 2, "context": "ulysses"}, {"cuda_graph": True, "accumulation": 2}, {}),
     "latent": (2, {"tp": 2, "tp_overlap": "never"}, {"recompute": "selective"}, MLA),
+    "latent, ring": (2, {"cp": 2}, {}, MLA),
+    "latent, ulysses, offload": (2, {"cp": 2, "context": "ulysses"}, {"offload_activations": True}, MLA),
     "dp and tp": (4, {"tp": 2, "tp_overlap": "never", "zero": 2}, {}, {}),
     "pp and cp": (4, pipe("zb_h1", cp=2), {"accumulation": 4}, GPT2),
+    "copies outermost": (4, pipe("1f1b", outermost="dp"), {"accumulation": 4}, {}),
     "hybrid": (4, {"zero": 3, "zero_ranks": 2}, {}, {}),
     "experts over tp": (4, {"tp": 2, "ep": 2, "experts_over_tp": "split", "tp_overlap": "never"}, {}, MOE),
     "streaming diloco": (2, {}, {}, {}),
@@ -94,6 +99,13 @@ def run_both(group: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     fake = ctypes.CDLL(str(build()))
     fake.fake_device_delay(20)
+    offloads: list[HostActivations] = []
+
+    def with_small_ones(*given: Any) -> HostActivations:
+        offloads.append(HostActivations(*given, min_nbytes=256))
+        return offloads[-1]
+
+    training.trainer.HostActivations = with_small_ones
     found = {}
     for name, (n_ranks, *_) in LAYOUTS.items():
         part = group if n_ranks == group.size else group.split(group.rank // n_ranks)
@@ -101,6 +113,7 @@ def run_both(group: Any) -> dict[str, Any]:
         if part is not group:
             part.close()
     assert fake.fake_nccl_n_communicators() > 0
+    assert offloads and all(each.nbytes > 0 for each in offloads)
     return found
 
 
@@ -199,8 +212,6 @@ ON_PAPER: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, A
 
 
 def steps_on_paper(group: Any) -> None:
-    import training.trainer
-
     training.trainer.choose_device = lambda asked, world: OnPaper(torch.device("meta"), late=True)
     for layout, train, model, data in ON_PAPER:
         config = tiny(layout=layout, model=SMALL | model, data={"seq_len": 16, **data}, **train)

@@ -109,6 +109,11 @@ def config_of(device: str = "cuda", **train: Any) -> Config:
     return tiny(**{"precision": "bf16", "device": device, "matmul": "fp8", **train})
 
 
+def both(group: Any, *configs: Config) -> list[Any]:
+    """losses() of each."""
+    return [losses(group, config) for config in configs]
+
+
 def losses(group: Any, config: Config) -> tuple[list[float], set[tuple[int, ...]]]:
     """Of 15 steps, and the shapes of the weights whose products were fp8."""
     torch.set_num_threads(1)
@@ -122,6 +127,7 @@ def losses(group: Any, config: Config) -> tuple[list[float], set[tuple[int, ...]
     trainer = Trainer(config, group)
     found = [trainer.train_step().loss for _ in range(15)]
     trainer.close()
+    fp8.linear = product
     return found, shapes
 
 
@@ -135,15 +141,16 @@ LATENT = {"kv_lora_rank": 32, "q_lora_rank": 32, "head_dim": 16, "qk_rope_head_d
         ({}, {"tp": 2}, {(32, 32)}),
         (EXPERTS, {"ep": 2, "moe_exchange": "overlapped"}, {(96, 32), (32, 96)}),
         (EXPERTS | LATENT, {"tp": 2, "experts_over_tp": "split"}, {(48, 32), (32, 48)}),
+        (LATENT, {"cp": 2}, {(128, 32)}),
+        (LATENT, {"cp": 2, "context": "ulysses"}, {(64, 32)}),
     ],
-    ids=["dense", "experts", "split experts and latents"],
+    ids=["dense", "experts", "split experts and latents", "latents in a ring", "latents of all"],
 )
 def test_a_run_in_fp8_follows_bf16(model: dict[str, Any], layout: dict[str, Any], among: set[tuple[int, ...]]) -> None:
     library = str(build())
     variables = {"PYCOMM_NCCL_LIB": library, "PYCOMM_TEST_DEVICE": library}
     in_fp8, in_bf16 = (config_of(model=model, layout=layout, matmul=each) for each in ("fp8", "plain"))
-    coded, shapes = run_ranks(losses, 2, in_fp8, environment=variables)[0]
-    plain, none = run_ranks(losses, 2, in_bf16, environment=variables)[0]
+    (coded, shapes), (plain, none) = run_ranks(both, 2, in_fp8, in_bf16, environment=variables)[0]
     assert among <= shapes and not none
     assert coded != plain and coded[-1] < coded[0] - 0.5
     np.testing.assert_allclose(coded, plain, rtol=0.02)
@@ -168,3 +175,24 @@ def test_where_there_are_no_fp8_products_it_is_said() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             resolve_layout(config, 1)
+
+
+def test_products_of_gathered_latents_are_of_a_ranks_own_heads() -> None:
+    narrow = LATENT | {"n_heads": 8, "n_kv_heads": 8, "head_dim": 4, "v_head_dim": 4}
+    for others in ({"context": "ring"}, {"context": "ulysses", "context_latents": False}):
+        resolve_layout(config_of(model=narrow, layout={"cp": 8, **others}), 8)
+    message = "width of a key and a value / (layout.tp × layout.cp) is 8"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resolve_layout(config_of(model=narrow, layout={"cp": 8, "context": "ulysses"}), 8)
+
+
+def test_a_weight_is_not_saved_again() -> None:
+    """Its codes are made anew: what is kept of a product are codes of its rows and two scales."""
+    x = random(32, 48, seed=2).bfloat16().requires_grad_()
+    weight = torch.nn.Parameter(random(64, 48, seed=3).bfloat16())
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+        fp8.linear(x, weight, None)
+    own = [each for each in saved if each.untyped_storage()._cdata != weight.untyped_storage()._cdata]
+    assert len(saved) == len(own) + 1
+    assert sum(each.untyped_storage().nbytes() for each in own) == 32 * 48 + 2 * 4

@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from spawn import run_ranks
-from training_matrix import CASES, Case, Outcome, run_all
+from training_matrix import CASES, CHAIN, LATENT_CHAIN, Case, Found, Outcome, run_all
 
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Outcome], list[float]]]:
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     return run_ranks(run_all, 8, CASES, str(tmp_path_factory.mktemp("runs")), timeout_s=560)
 
 
 @pytest.fixture(scope="module")
-def outcomes(by_rank: list[tuple[dict[str, Outcome], list[float]]]) -> dict[str, Outcome]:
-    return {name: outcome for found, _ in by_rank for name, outcome in found.items()}
+def outcomes(by_rank: list[Found]) -> dict[str, Outcome]:
+    return {name: outcome for found in by_rank for name, outcome in found.outcomes.items()}
 
 
 def difference(a: Any, b: Any) -> float:
@@ -50,7 +50,18 @@ def test_a_layout_trains_as_one_process(outcomes: dict[str, Outcome], case: Case
 
 
 @pytest.mark.timeout(600)
-def test_any_layout_resumes_from_any_other(by_rank: Any, outcomes: dict[str, Outcome]) -> None:
-    expected = outcomes["moe on 1: dp"].losses
-    for _, losses in by_rank:
-        np.testing.assert_allclose(losses, expected[: len(losses)], rtol=TOLERANCE, atol=0)
+@pytest.mark.parametrize(("index", "chain", "tolerance"), [(0, CHAIN, TOLERANCE), (1, LATENT_CHAIN, 0.01)])
+def test_any_layout_resumes_from_any_other(
+    by_rank: list[Found], outcomes: dict[str, Outcome], index: int, chain: list[Case], tolerance: float
+) -> None:
+    """tolerance: of losses, which bf16 rounds; what is saved and resumed are the fp32 masters and moments, exactly."""
+    expected = outcomes[f"{chain[0].model} on 1: dp"].losses
+    for found in by_rank:
+        losses, wrong = found.chains[index]
+        assert len(losses) == 3 * len(chain) and not wrong
+        np.testing.assert_allclose(losses, expected[: len(losses)], rtol=tolerance, atol=0)
+
+
+@pytest.mark.timeout(600)
+def test_workers_do_not_see_which_ranks_are_outermost(by_rank: list[Found]) -> None:
+    assert [found.workers for found in by_rank] == [[]] * 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_runs import tiny
 
+import training.trainer
 from training import activations, memory
 from training.config import SyncConfig
-from training.context import attend
+from training.context import attend, attend_latents
 from training.errors import ConfigError
 from training.machine import process_nbytes, resident_nbytes
 from training.model import specs_of_whole
@@ -29,6 +31,8 @@ from training.trainer import Trainer
 MODEL = {"n_layers": 4, "d_model": 64, "d_ff": 160}
 LATENT = {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_rope_head_dim": 8, "v_head_dim": 12}
 MASKED: dict[str, Any] = {"data": {"seq_len": 256, "document_mask": True}}
+FP8 = {"precision": "bf16", "matmul": "fp8"}
+WIDE_LATENT = {**LATENT, "qk_rope_head_dim": 16, "v_head_dim": 16}  # products of multiples of 16
 LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({}, {}, {}),
     ({"zero": 1}, {}, {}),
@@ -49,6 +53,10 @@ LAYOUTS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ({"cp": 2}, {}, LATENT),
     ({"cp": 2, "context": "ulysses"}, {}, LATENT),
     ({"cp": 2, "context_latents": False}, {}, LATENT),
+    ({}, FP8, {}),
+    ({"tp": 2}, {**FP8, "recompute": "selective"}, {"block": "gpt2"}),
+    ({"cp": 2, "context": "ulysses"}, FP8, WIDE_LATENT),
+    ({"tp": 2, "ep": 2, "experts_over_tp": "split"}, FP8, {"n_experts": 4, "n_shared_experts": 1, "d_ff_expert": 64}),
 ]
 
 
@@ -101,13 +109,25 @@ class PeakBytes(TorchDispatchMode):
 def in_a_ring(trainer: Trainer) -> tuple[float, int] | None:
     """Bytes that ring attention's backward has at most, as the estimate counts them and as they are."""
     config, mesh = trainer.config, trainer.mesh
-    if mesh.cp.size == 1 or config.layout.context != "ring" or config.model.latent:
+    if mesh.cp.size == 1 or config.layout.context != "ring":
         return None
-    model, batch = config.model, trainer._micro_batch_size
-    rows, heads = config.data.seq_len // mesh.cp.size, [model.n_heads, model.n_kv_heads, model.n_kv_heads]
-    operands = [torch.randn(rows, batch, n // mesh.tp.size, model.head_width, requires_grad=True) for n in heads]
+    model, batch, documents = config.model, trainer._micro_batch_size, documents_of(trainer)
+    rows, heads = config.data.seq_len // mesh.cp.size, model.n_heads // mesh.tp.size
+
+    def operand(*shape: int) -> Tensor:
+        return torch.randn(shape).to(trainer.dtype).requires_grad_()
+
+    query = operand(rows, batch, heads, model.qk_width)
+    if model.latent and config.layout.context_latents:
+        latents = operand(rows, batch, model.kv_lora_rank), operand(rows, batch, 1, model.qk_rope_head_dim)
+        widths = model.head_width, model.v_width
+        weight = operand(heads * sum(widths), model.kv_lora_rank)
+        run = functools.partial(attend_latents, query, latents, weight, widths)
+    else:
+        of_rank = (rows, batch, model.n_kv_heads // mesh.tp.size)
+        run = functools.partial(attend, query, operand(*of_rank, model.qk_width), operand(*of_rank, model.v_width))
     with PeakBytes() as peak:
-        y = attend(*operands, mesh, config.layout.context, documents_of(trainer))
+        y = run(mesh, config.layout.context, documents)
         grad, saved = torch.ones_like(y), peak.now
         peak.peak = 0
         y.backward(grad)
@@ -157,6 +177,7 @@ def in_files(folder: str) -> tuple[int, int]:
 
 def run(group: Any, offload_dir: str) -> list[Any]:
     torch.set_num_threads(1)
+    training.trainer.require_fp8 = lambda device: None  # torch has these products on CPUs too
     found = []
     for layout, train, model in LAYOUTS:
         config = tiny(layout=layout, model=MODEL | model, bucket_kib=16, **train)
@@ -250,8 +271,9 @@ def numbers_of_a_block(trainer: Trainer, index: int) -> int:
     return sum(p.numel() for p in each) // trainer.mesh.world.size
 
 
+@pytest.mark.timeout(240)
 def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
-    results = run_ranks(run, 4, str(tmp_path))
+    results = run_ranks(run, 4, str(tmp_path), timeout_s=220)
     for case, (layout, train, model) in enumerate(LAYOUTS):
         of_ranks = [found[case] for found in results]
         saved_in_the_mean = sum(found[2][3] for found in of_ranks) / 4
@@ -266,8 +288,8 @@ def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
                 assert block == pytest.approx(saved_in_the_mean, rel=0.1), what
             else:
                 assert block == pytest.approx(saved, rel=0.05), what  # measured: at most 2 %
-            if attention is not None:  # measured: 6 % more with masks, 11 % less without
-                assert attention[0] == pytest.approx(attention[1], rel=0.15), what
+            if attention is not None:  # measured: at most 7 %
+                assert attention[0] == pytest.approx(attention[1], rel=0.1), what
     assert not list(tmp_path.iterdir())
 
 

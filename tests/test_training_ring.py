@@ -10,6 +10,7 @@ from spawn import run_ranks
 from torch import Tensor
 
 from training import ring_attention
+from training.config import WireConfig
 from training.context import attend, attend_latents, own_part
 from training.key_values import OfLatents
 from training.layout import Layout
@@ -69,11 +70,23 @@ def test_a_ring_attends_as_one_rank(
 RANK, ROPE, PARTS = 6, 4, (8, 10)  # of a latent, of the shared key, and what a head has of key and value
 
 
+def seeing_wires(name: str, run: Any, wires: list[tuple[str, str | None]]) -> Any:
+    """run, which notes the wire that it is given."""
+
+    def seen(*tensors: Tensor, wire: str | None = None) -> None:
+        wires.append((name, wire))
+        run(*tensors, wire=wire)
+
+    return seen
+
+
 def errors_of_latents(group: Any, kind: str, masked: bool, dtype: torch.dtype) -> tuple[list[float], list[int]]:
     """As errors(), with the weight's gradient last, summed over the ranks; and the numbers of each tensor sent in
     forward, or gathered."""
     torch.set_num_threads(1)
-    mesh, alone = Mesh(group, Layout(1, 1, 1, cp=group.size)), Mesh(group.split(group.rank), Layout(1, 1, 1))
+    wire = WireConfig(cp="fp8" if kind == "ulysses" else "none")  # which codes nothing inside a host
+    mesh = Mesh(group, Layout(1, 1, 1, cp=group.size), wire=wire)
+    alone = Mesh(group.split(group.rank), Layout(1, 1, 1))
     generator = torch.Generator().manual_seed(0)
     shapes = ((S, B, HEADS, PARTS[0] + ROPE), (S, B, RANK), (S, B, 1, ROPE), (HEADS * sum(PARTS), RANK))
     *tokens, weight = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -83,11 +96,16 @@ def errors_of_latents(group: Any, kind: str, masked: bool, dtype: torch.dtype) -
     send, gather = mesh.cp.send, mesh.cp.all_gather
     mesh.cp.send = lambda x, *others: sent.append(x.numel()) or send(x, *others)
     mesh.cp.all_gather = lambda output, x, **others: sent.append(x.numel()) or gather(output, x, **others)
+    wires: list[tuple[str, str | None]] = []
+    for name in ("all_gather", "reduce_scatter", "all_to_all"):
+        setattr(mesh.cp, name, seeing_wires(name, getattr(mesh.cp, name), wires))
     query, latent, shared = (own_part(x, mesh).clone().requires_grad_() for x in tokens)
     own_weight = weight.clone().requires_grad_()
     y = attend_latents(query, (latent, shared), own_weight, PARTS, mesh, kind, documents)
     in_forward = list(sent)
     y.backward(own_part(grad, mesh))
+    there_and_back = [("all_gather", "fp8"), *[("all_to_all", "fp8")] * 4, ("reduce_scatter", "fp8")]
+    assert sorted(wires) == (sorted(there_and_back) if kind == "ulysses" else [])
     wide = [x.double().requires_grad_() for x in (*tokens, weight)]
     key_value = OfLatents(PARTS, False).of_rows(wide[1:3], wide[3])
     expected = attend(wide[0], *key_value, alone, kind, documents)

@@ -23,6 +23,7 @@ from training.trainer import Trainer
 pytestmark = pytest.mark.timeout(260)  # whichever comes first waits for all ranks
 N_STEPS = 8
 MOE = {"n_experts": 4, "top_k": 2}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ EQUAL = {
     "streaming_diloco, tp": Case(4, STREAMING, {"tp": 2}),
     "stale": Case(2, {**STALE, "staleness": 1}),
     "stale, cp, zero 1": Case(4, STALE, {"cp": 2, "zero": 1}),
+    "stale, gradients in files": Case(4, STALE, {"zero": 2}, train={"offload_gradients": True}),
 }
 CODED = {"outer": "int8", "dp": "int8"}
 RESUMED = {  # saved after step 6, where an exchange is under way: streaming's second fragment, and two gradients
@@ -70,6 +72,7 @@ WIRED = {  # ranks 0 and 2, one on each host, but for outer
     "dp, zero": (Case(2, {}, {"zero": 2}), {"dp": "int8", "error_feedback": False}),
     "tp": (Case(2, {}, {"tp": 2}, train=MANY), {"tp": "int8"}),
     "cp": (Case(2, {}, {"cp": 2, "context": "ulysses"}, train=MANY), {"cp": "fp8"}),
+    "cp, latents": (Case(2, {}, {"cp": 2, "context": "ulysses"}, train=MANY, model=LATENT), {"cp": "fp8"}),
     "ep": (Case(2, {}, {"ep": 2}, train=MANY, model=MOE), {"ep": "bf16"}),
     "outer": (Case(4, {**LOCAL, "every": 1}), {"outer": "int4"}),
 }
@@ -81,7 +84,8 @@ class Oracle:
     def __init__(self, alone: Any, case: Case, out_dir: str) -> None:
         self.config = config = case.config(out_dir, "oracle")
         self.n = config.sync.workers
-        train = dataclasses.replace(config.train, accumulation=1, global_batch=config.train.global_batch // self.n)
+        of_worker = {"accumulation": 1, "global_batch": config.train.global_batch // self.n, "offload_gradients": False}
+        train = dataclasses.replace(config.train, **of_worker)
         layout = LayoutConfig()
         single = dataclasses.replace(config, train=train, layout=layout, sync=SyncConfig(), wire=WireConfig())
         self.trainer = Trainer(single, alone)

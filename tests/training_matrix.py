@@ -11,8 +11,8 @@ import torch
 from training_runs import tiny
 
 from training import checkpoint
-from training.config import Config, LayoutConfig
-from training.optimizer import PARAMETERS
+from training.config import Config, LayoutConfig, SyncConfig
+from training.optimizer import MOMENTS, PARAMETERS
 from training.trainer import Trainer
 
 N_STEPS = 20
@@ -115,12 +115,10 @@ CASES = [
     Case(2, {"zero": 3}, {"accumulation": 2}),
     Case(2, {"zero": 3}, {"offload_gradients": True, "accumulation": 2}, exact="dense on 2: zero=3 accumulation=2"),
     Case(2, {"zero": 3, "zero_ranks": 1}, {"offload_gradients": True}, exact="dense on 2: dp"),
+    Case(2, {"zero": 2}, {"offload_gradients": True}, exact="dense on 2: dp"),
+    Case(4, pipe(2, "1f1b", ep=2, zero=2), {"accumulation": 2, "offload_gradients": True}, "moe"),
     Case(2, {"zero": 3, "zero_ranks": 1}, {"offload_parameters": True}, exact="dense on 2: dp"),
-    Case(
-        4,
-        {"zero": 3, "zero_ranks": 2},
-        {"offload_parameters": True, "offload_optimizer": True, "offload_gradients": True, "recompute": "full"},
-    ),
+    Case(4, {"zero": 3, "zero_ranks": 2}, {**ALL_IN_FILES, "recompute": "full"}),
     # tensor parallel products in pieces
     Case(4, {"tp": 4, "tp_overlap": "always"}),
     Case(4, {"tp": 2, "tp_overlap": "always"}, {"recompute": "full", "offload_activations": True}),
@@ -128,7 +126,7 @@ CASES = [
     Case(4, pipe(2, "zb_h1", tp=2, tp_overlap="always"), ACC),
     Case(4, {"tp": 2, "cp": 2, "tp_overlap": "always"}, model="gpt2"),
     # other models
-    Case(2, pipe(2, "1f1b"), ACC, "untied"),
+    Case(4, pipe(2, "1f1b"), ACC, "untied"),
     Case(4, pipe(2, "zbv", tp=2), ACC, "untied"),
     Case(4, {"tp": 2, "cp": 2}, model="gpt2"),
     Case(4, pipe(2, "zb_h1", zero=1), ACC, "gpt2"),
@@ -136,6 +134,7 @@ CASES = [
     Case(4, {"tp": 2, "cp": 2}, {"recompute": "selective"}, "mla"),
     Case(4, {"cp": 2, "context": "ulysses", "zero": 3}, {"recompute": "full"}, "mla"),
     Case(2, {"cp": 2, "context_latents": False}, model="mla"),
+    Case(2, {"cp": 2}, {"offload_activations": True}, "mla"),
     Case(4, pipe(2, "zb_h1", cp=2), ACC, "mla moe"),
     Case(8, pipe(2, "zb_h1", tp=2, zero=1), ACC, "mla"),
     Case(4, {"tp": 2, "ep": 2, "tp_overlap": "always"}, model="mla moe"),
@@ -148,9 +147,11 @@ CASES = [
     Case(8, pipe(2, "zbv", cp=2, ep=2, zero=3), {"accumulation": 4, "recompute": "full"}, "moe"),
     Case(8, pipe(2, "1f1b", tp=2, cp=2, zero=1), {"accumulation": 4, "offload_optimizer": True}, "untied"),
     # copies of the pipeline outermost
-    Case(4, pipe(2, "1f1b", outermost="dp"), ACC, exact="dense on 4: pp=2 schedule=1f1b accumulation=4"),
+    # (bit-equal but for a tied table, whose gradient adds up over both stages in another order)
+    Case(4, pipe(2, "1f1b", outermost="dp"), ACC, "untied", "untied on 4: pp=2 schedule=1f1b accumulation=4"),
     Case(8, pipe(2, "zbv", tp=2, outermost="dp", zero=3), ACC),
-    Case(8, pipe(2, "zb_h1", ep=2, outermost="dp", zero=2, zero_ranks=2), ACC, "moe"),
+    Case(8, pipe(2, "zb_h1", ep=2, outermost="dp", zero=2, zero_ranks=2), {"accumulation": 2}, "moe"),
+    Case(8, pipe(2, "zb_h1", cp=2, outermost="dp", zero=2), {"accumulation": 4, "offload_gradients": True}, "mla"),
 ]
 CASES += [Case(1, {}, {}, model) for model in MODELS]  # what the others are compared with
 
@@ -206,21 +207,78 @@ CHAIN = [
 ]
 
 
-def run_chain(world: Any, out_dir: str) -> list[float]:
-    """The losses of three steps in each layout of CHAIN, each resumed from what the one before it saved."""
+# Another one, in bf16, fp32 and bf16 again, two of them with state in files.
+LATENT_CHAIN = [
+    Case(8, {"tp": 2, "cp": 2, "zero": 3}, {"precision": "bf16", **ALL_IN_FILES}, "mla"),
+    Case(8, pipe(2, "zb_h1", tp=2, zero=1), ACC, "mla"),
+    Case(8, {"cp": 2, "context": "ulysses", "zero": 2}, {"precision": "bf16", "offload_gradients": True}, "mla"),
+]
+
+
+def run_chain(world: Any, chain: list[Case], out_dir: str) -> tuple[list[float], list[str]]:
+    """The losses of three steps in each layout of a chain, each resumed from what the one before it saved, and on the
+    first rank the tensors that are not resumed bit for bit."""
     losses: list[float] = []
-    for case in CHAIN:
-        trainer = Trainer(dataclasses.replace(config_of(case, out_dir), name="chain"), world)
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    wrong: list[str] = []
+    for case in chain:
+        config = dataclasses.replace(config_of(case, out_dir), name=f"chain {case.model}")
+        trainer = Trainer(config, world)
+
+        def state(config: Config = config, trainer: Trainer = trainer) -> dict[str, dict[str, torch.Tensor]]:
+            kinds = (PARAMETERS, *MOMENTS)
+            return {kind: checkpoint.whole_tensors(kind, config, trainer.mesh, trainer.optimizer) for kind in kinds}
+
         assert trainer.resume() == bool(losses)
+        if losses:
+            now = state()
+            wrong += [f"{case.name}: {k} {x}" for k in saved for x in saved[k] if not saved[k][x].equal(now[k][x])]
         losses += [trainer.train_step().loss for _ in range(3)]
         trainer.save()
+        saved = state()
+        assert bool(saved[PARAMETERS]) == (world.rank == 0)
         trainer.close()
-    return losses
+    return losses, wrong
 
 
-def run_all(world: Any, cases: list[Case], out_dir: str) -> tuple[dict[str, Outcome], list[float]]:
-    """The outcomes of the cases whose first rank is this one, and run_chain()'s losses. Cases of fewer ranks run beside
-    each other."""
+def run_workers(world: Any, out_dir: str) -> list[str]:
+    """What differs where two workers, each of two copies of a pipeline, have copies outermost instead of stages: from
+    the start, and from a checkpoint of the others amid an exchange."""
+    base = config_of(Case(8, pipe(2, "1f1b"), {"accumulation": 2}, "untied"), out_dir)
+    base = dataclasses.replace(base, sync=SyncConfig("streaming_diloco", workers=2, every=4, delay=2))
+    losses: list[list[float]] = []
+    weights: list[list[dict[str, torch.Tensor]]] = []
+    for name, outermost in (("stages", "pp"), ("copies", "dp"), ("stages", "dp")):
+        config = dataclasses.replace(base, name=name, layout=dataclasses.replace(base.layout, outermost=outermost))
+        trainer = Trainer(config, world)
+        resumed = trainer.resume()
+        assert resumed == (len(losses) == 2) and trainer.progress.step == 3 * resumed
+        losses.append([])
+        while trainer.progress.step < 5:
+            losses[-1].append(trainer.train_step().loss)
+            if trainer.progress.step == 3 and outermost == "pp":
+                trainer.save()
+        state = (config, trainer.mesh, trainer.optimizer)
+        weights.append([checkpoint.whole_tensors(PARAMETERS, *state, worker) for worker in range(2)])
+        trainer.close()
+    wrong = [f"losses {losses}"] if losses[1] != losses[0] or losses[2] != losses[0][3:] else []
+    for way, workers in zip(("from the start", "resumed"), weights[1:], strict=True):
+        for worker, (mine, others) in enumerate(zip(workers, weights[0], strict=True)):
+            wrong += [f"{way}, worker {worker}: {name}" for name in others if not others[name].equal(mine[name])]
+    return wrong
+
+
+@dataclasses.dataclass
+class Found:
+    """Of one rank. chains: of each the losses, and what was not resumed bit for bit. workers: run_workers()."""
+
+    outcomes: dict[str, Outcome]
+    chains: list[tuple[list[float], list[str]]]
+    workers: list[str]
+
+
+def run_all(world: Any, cases: list[Case], out_dir: str) -> Found:
+    """The outcomes are of the cases whose first rank is this one. Cases of fewer ranks run beside each other."""
     torch.set_num_threads(1)
     found = {}
     for n_ranks in sorted({case.n_ranks for case in cases}):
@@ -236,4 +294,5 @@ def run_all(world: Any, cases: list[Case], out_dir: str) -> tuple[dict[str, Outc
                 found[case.name] = outcome
         if group is not world:
             group.close()
-    return found, run_chain(world, out_dir)
+    chains = [run_chain(world, chain, out_dir) for chain in (CHAIN, LATENT_CHAIN)]
+    return Found(found, chains, run_workers(world, out_dir))

@@ -1,5 +1,7 @@
 """What the layers of a rank save for backward, tensor by tensor, and what a backward has beside that.
 
+With train.matmul "fp8" each product saves codes of its rows, a byte a number, and no longer the rows themselves.
+
 Backward's is the most that the loss, a feed-forward or attention has at a time. Scores of attention and masks of
 documents, which grow with the square of the sequence, are counted where a kernel or a product makes them."""
 
@@ -10,8 +12,12 @@ from collections.abc import Iterator
 
 from training import schedules
 from training.config import Config
+from training.fp8 import MULTIPLE
 from training.layout import Layout, stages_of
 from training.sharding import ParamSpec
+from training.stages import Stages
+
+_CODING = 5  # bytes for each number of a matrix while its fp8 codes are made: a code, and fp32 on the way
 
 
 def held(spec: ParamSpec, layout: Layout, zero_ranks: int) -> tuple[float, int]:
@@ -63,16 +69,31 @@ def backward(config: Config, layout: Layout, specs: dict[str, ParamSpec], pp_ind
     narrow = tokens * model.d_model
     inside = max(_inner(config, layout, index) for index in _layers(config, pp_index))
     stages = stages_of(config)
+    # Of a parameter; of experts, each one's of gate, up and down, and the first of these three put together.
     largest = max(
-        held(spec, layout, 0)[0] for name, spec in specs.items() if pp_index in stages.ranks_of(name)
-    )  # of a parameter
-    block = max(inside * itemsize, within_attention(config, layout, on_gpu)) + (2 * narrow + largest) * itemsize
+        held(spec, layout, 0)[0] * (4 if spec.axis == "ep" else 1)
+        for name, spec in specs.items()
+        if pp_index in stages.ranks_of(name)
+    )
+    of_weight = largest * itemsize
+    if not _keeps_rows(config):
+        of_weight = max(of_weight, _CODING * _largest_matrix(specs, layout, stages, pp_index))
+    block = max(inside * itemsize, within_attention(config, layout, on_gpu)) + 2 * narrow * itemsize + of_weight
     if stages.placement.last_rank != pp_index:
         return block
     table = model.vocab_size * model.d_model / layout.tp
     logits = 2 * 4 * min(config.train.loss_chunk, tokens) * model.vocab_size / layout.tp
     loss = logits + narrow * itemsize + (4 + 4 + (itemsize if itemsize < 4 else 0)) * table  # its sum, and a chunk's
     return max(block, loss)
+
+
+def _largest_matrix(specs: dict[str, ParamSpec], layout: Layout, stages: Stages, pp_index: int) -> float:
+    """Numbers of a block's weight that one product is of: an expert's own."""
+    return max(
+        held(spec, layout, 0)[0] / (_experts_here(spec.shape[0], layout) if spec.axis == "ep" else 1)
+        for name, spec in specs.items()
+        if name.startswith("blocks.") and len(spec.shape) > 1 and pp_index in stages.ranks_of(name)
+    )
 
 
 def of_block(config: Config, layout: Layout, index: int, on_gpu: bool, recompute: str | None = None) -> float:
@@ -88,7 +109,48 @@ def of_block(config: Config, layout: Layout, index: int, on_gpu: bool, recompute
         if model.latent
         else _attention(config, layout, recompute, tokens, on_gpu)
     )
-    return (sum(of_attention) + sum(_beside_attention(config, layout, index, tokens, narrow))) * itemsize
+    codes = 0 if _keeps_rows(config) else sum(_codes(config, layout, index, recompute, tokens))
+    return (sum(of_attention) + sum(_beside_attention(config, layout, index, tokens, narrow))) * itemsize + codes
+
+
+def _keeps_rows(config: Config) -> bool:
+    """Whether products save the rows that they are given, not codes of them."""
+    return config.train.matmul == "plain"
+
+
+def _codes(config: Config, layout: Layout, index: int, recompute: str, tokens: int) -> Iterator[float]:
+    """Bytes that each fp8 product of a block saves: an e4m3 code for each number of its rows. A weight is there
+    anyway."""
+    model, tp = config.model, layout.tp
+    if model.latent:
+        yield tokens / tp * model.d_model * (2 if model.q_lora_rank else 1)  # query_down, key_value_down
+        yield tokens * (model.q_lora_rank or model.d_model)  # query_up
+        if not _exchanges_latents(config, layout):
+            yield tokens * model.kv_lora_rank  # key_value_up
+        elif recompute == "none" and not _rings(config, layout):
+            yield tokens * layout.cp * model.kv_lora_rank
+        yield tokens * model.n_heads / tp * model.v_width  # out
+    else:
+        yield tokens * (3 * model.d_model + model.n_heads / tp * model.head_width)
+    n_first, width = 1 if model.block == "gpt2" else 2, model.d_ff  # of feed-forward: up, or gate and up
+    if model.has_experts(index):
+        split = layout.experts_over_tp == "split"
+        n_experts = _experts_here(model.n_experts, layout)
+        rows = tokens / (1 if split else tp) * model.top_k / n_experts
+        rows = n_experts * MULTIPLE * math.ceil(rows / MULTIPLE)
+        yield rows * (2 * model.d_model + model.expert_width / (tp if split else 1))
+        width = model.n_shared_experts * model.expert_width
+    if width:
+        yield tokens * (n_first * model.d_model + width / tp)
+
+
+def _experts_here(n_experts: int, layout: Layout) -> float:
+    """How many of all experts a rank has, whole or a part of each."""
+    return n_experts / (layout.ep if layout.experts_over_tp == "split" else layout.expert_ranks)
+
+
+def _exchanges_latents(config: Config, layout: Layout) -> bool:
+    return config.model.latent and layout.cp > 1 and config.layout.context_latents
 
 
 def _beside_attention(config: Config, layout: Layout, index: int, tokens: int, narrow: float) -> Iterator[float]:
@@ -96,17 +158,19 @@ def _beside_attention(config: Config, layout: Layout, index: int, tokens: int, n
     model = config.model
     of_norm = 1 if model.block == "gpt2" else 2  # RMSNorm keeps x and x / rms(x)
     yield 2 * of_norm * narrow * (2 if config.train.precision == "bf16" else 1)  # in fp32
-    yield tokens * model.d_model  # gathered, of feed-forward
-    yield _inner(config, layout, index)
+    yield _keeps_rows(config) * tokens * model.d_model  # gathered, of feed-forward
+    coded = 0.0 if _keeps_rows(config) else tokens * _inner_width(config, index) / layout.tp  # what goes to down
+    yield _inner(config, layout, index) - coded
     if model.has_experts(index):
         split = layout.experts_over_tp == "split"  # then all tp ranks have the rows of the whole sequence
-        yield tokens / (1 if split else layout.tp) * 3 * model.top_k * model.d_model
+        n_rows = 3 if _keeps_rows(config) else 2  # what comes to experts, their outputs, and what comes back
+        yield tokens / (1 if split else layout.tp) * n_rows * model.top_k * model.d_model
         yield tokens / layout.tp * 4 * model.n_experts
 
 
 def _attention(config: Config, layout: Layout, recompute: str, tokens: int, on_gpu: bool) -> Iterator[float]:
     model = config.model
-    yield tokens * model.d_model  # gathered
+    yield _keeps_rows(config) * tokens * model.d_model  # gathered
     query, key = model.n_heads * model.head_width / layout.tp, model.n_kv_heads * model.head_width / layout.tp
     if recompute == "none":
         repeated = on_gpu and config.data.document_mask and not _rings(config, layout)  # context._whole_attention()
@@ -114,7 +178,8 @@ def _attention(config: Config, layout: Layout, recompute: str, tokens: int, on_g
         yield from _of_cuts(config, layout, tokens * query)
     else:
         yield tokens * (query + 2 * key)
-    yield tokens * query  # attention's output
+    if _keeps_rows(config) or (recompute == "none" and layout.cp == 1):
+        yield tokens * query  # attention's output
 
 
 def _rings(config: Config, layout: Layout) -> bool:
@@ -132,32 +197,59 @@ def _of_cuts(config: Config, layout: Layout, output: float) -> Iterator[float]:
 
 def within_attention(config: Config, layout: Layout, on_gpu: bool) -> float:
     """Bytes that attention has at most while its backward runs, beside what was saved."""
-    model, itemsize, batch = config.model, config.train.itemsize, _batch(config, layout)
-    tokens, heads = _tokens(config, layout), model.n_heads / layout.tp
-    width = model.qk_width if model.latent else model.head_width
-    query = tokens * heads * width
+    if _rings(config, layout):
+        return _within_ring(config, layout, on_gpu)
+    model, itemsize = config.model, config.train.itemsize
+    query = _tokens(config, layout) * model.n_heads / layout.tp * model.qk_width
     gradients = itemsize * 3 * query  # of query, key and value, as many heads of each
-    if not _rings(config, layout):
-        remade = itemsize if config.train.recompute == "selective" else 0
-        return gradients + (config.data.document_mask * (2 + remade) * batch * config.data.seq_len**2)
-    kv_heads = heads if model.latent else model.n_kv_heads / layout.tp
-    around = 4 * query + 2 * tokens * kv_heads * width * (2 * itemsize + 2 * 4)  # keys, values, sums on their way
-    repeated = itemsize * 2 * query if kv_heads < heads else 0
-    n_pairs = batch * (config.data.seq_len / layout.cp) ** 2
+    remade = itemsize if config.train.recompute == "selective" else 0
+    return gradients + config.data.document_mask * (2 + remade) * _batch(config, layout) * config.data.seq_len**2
+
+
+def _within_ring(config: Config, layout: Layout, on_gpu: bool) -> float:
+    """Of RingAttention: its first step, over all of a rank's own rows, or a later one, of half the queries."""
+    model, itemsize, masked = config.model, config.train.itemsize, config.data.document_mask
+    tokens, heads, width = _tokens(config, layout), model.n_heads / layout.tp, model.qk_width
+    kv_heads = model.n_kv_heads / layout.tp
+    query, product, weight = tokens * heads * width, 0.0, 0.0
+    if _exchanges_latents(config, layout):
+        sent = float(tokens * (model.kv_lora_rank + model.qk_rope_head_dim))
+        product = tokens * heads * (model.head_width + model.v_width)  # which keys and values are made of
+        made, weight = product + query, heads * (model.head_width + model.v_width) * model.kv_lora_rank
+    else:
+        sent = tokens * kv_heads * (width + model.v_width)
+        made = 2 * query if kv_heads < heads else 0.0  # a head's for each of the queries'
+    n_pairs = _batch(config, layout) * (config.data.seq_len / layout.cp) ** 2
     no_kernel = on_gpu and (itemsize == 4 or width % 8 != 0 or width > 256)
-    if not (config.data.document_mask or no_kernel or (model.latent and model.v_width > width)):
-        return around + repeated + gradients
-    return around + repeated + n_pairs * (4 * 4 * heads + 2 * config.data.document_mask)  # RingAttention's products
+    scores = masked or no_kernel or model.v_width > width
+    widened = itemsize * query if model.v_width < width else 0.0  # of the output, its gradient and value
+
+    def step(part: float, n_held: int, n_sums: int) -> float:
+        """part: of the queries' rows. n_held, n_sums: of what goes around, and of its gradients, that are here."""
+        gradients = itemsize * (part + 2) * query
+        inside = gradients + (2 * part + 1) * widened
+        if scores:  # four fp32 tensors like them, or two, another and the gradients
+            each = part * n_pairs * heads
+            inside = max(4 * 4 * each, (2 * 4 + itemsize) * each + gradients) + part * n_pairs * 2 * masked
+        if product:  # keys and values once more, and the gradient of the product
+            after = gradients + itemsize * (made + product) + sent * n_sums * 4
+        else:  # fp32 sums over the queries' heads, of keys and of values
+            after = gradients + sent * 2 * 4 + (4 * query if itemsize < 4 else 0)
+        return sent * n_held * itemsize + max(itemsize * made + inside + sent * n_sums * 4, after)
+
+    return 4 * query + max(step(1, 1, 1), step(0.5, min(layout.cp - 1, 2), 2) + 4 * weight)
 
 
 def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: int) -> Iterator[float]:
     model, heads = config.model, config.model.n_heads / layout.tp
     latents = model.q_lora_rank + model.kv_lora_rank
-    yield tokens * model.d_model / (layout.tp if model.q_lora_rank else 1)  # x, gathered where queries come from it
+    if _keeps_rows(config):
+        yield tokens * model.d_model / (layout.tp if model.q_lora_rank else 1)  # x, gathered where queries come from it
     yield 2 * tokens / layout.tp * latents * (2 if config.train.precision == "bf16" else 1)  # their norms' own, in fp32
-    yield tokens * (latents + model.qk_rope_head_dim)  # gathered
+    if _keeps_rows(config) or recompute != "none" or (_exchanges_latents(config, layout) and _rings(config, layout)):
+        yield tokens * (latents + model.qk_rope_head_dim)  # gathered
     both = model.head_width + model.v_width
-    if layout.cp > 1 and config.layout.context_latents:
+    if _exchanges_latents(config, layout):
         yield from _latents_between_ranks(config, layout, recompute, tokens, heads)
     elif recompute == "none":
         wide = max(model.qk_width, model.v_width)  # of a value too, as the flash kernel takes it
@@ -168,7 +260,8 @@ def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: in
             yield sum(_of_cuts(config, layout, 0.0))
     else:
         yield tokens * heads * (model.qk_width + both)
-    yield tokens * heads * model.v_width  # attention's output
+    if _keeps_rows(config):
+        yield tokens * heads * model.v_width  # attention's output
 
 
 def _latents_between_ranks(
@@ -184,8 +277,9 @@ def _latents_between_ranks(
         yield tokens * heads * model.v_width  # attention's output; keys and values are made again
         return
     wide = max(model.qk_width, model.v_width)
-    yield tokens * layout.cp * model.kv_lora_rank  # gathered, and of it keys and values, and the output, of own heads
-    yield tokens * heads * (model.qk_width + 2 * wide)
+    if _keeps_rows(config):
+        yield tokens * layout.cp * model.kv_lora_rank  # gathered
+    yield tokens * heads * (model.qk_width + 2 * wide)  # keys and values, and the output, of own heads
     if config.data.document_mask:
         yield sum(_of_cuts(config, layout, 0.0))
 
@@ -193,7 +287,9 @@ def _latents_between_ranks(
 def _inner(config: Config, layout: Layout, index: int) -> float:
     """Numbers of a feed-forward's inner tensors: up and gelu(up), or gate, silu(gate), up and their product."""
     model = config.model
-    width = float(model.d_ff)
-    if model.has_experts(index):
-        width = model.top_k * model.expert_width + model.n_shared_experts * model.expert_width
-    return _tokens(config, layout) * (2 if model.block == "gpt2" else 4) * width / layout.tp
+    return _tokens(config, layout) * (2 if model.block == "gpt2" else 4) * _inner_width(config, index) / layout.tp
+
+
+def _inner_width(config: Config, index: int) -> int:
+    model = config.model
+    return (model.top_k + model.n_shared_experts) * model.expert_width if model.has_experts(index) else model.d_ff

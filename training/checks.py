@@ -280,6 +280,10 @@ def _widths(config: Config, resolved: Layout) -> dict[str, int]:
                 model.n_heads * (model.head_width + model.v_width) // tp
             ),
         }
+        if resolved.cp > 1 and config.layout.context == "ulysses" and config.layout.context_latents:
+            widths["model.n_heads × width of a key and a value / (layout.tp × layout.cp)"] = (
+                model.n_heads * (model.head_width + model.v_width) // (tp * resolved.cp)
+            )
     else:
         widths["model.n_heads × head width / layout.tp"] = model.n_heads * model.head_width // tp
         widths["model.n_kv_heads × head width / layout.tp"] = model.n_kv_heads * model.head_width // tp

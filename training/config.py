@@ -100,7 +100,7 @@ class WireConfig:
     dp: Wire = "none"  # gradients
     outer: Wire = "none"  # between workers ([sync]): differences of parameters, or gradients
     tp: Wire = "none"  # activations and their gradients, gathered and scattered around layers
-    cp: Wire = "none"  # attention's heads, with layout.context "ulysses"
+    cp: Wire = "none"  # attention's heads, and latents, with layout.context "ulysses"
     ep: Wire = "none"  # rows to their experts: bf16 or fp8
     pp: Wire = "none"  # refused: messages have no wire
     error_feedback: bool = True  # dp, outer: what coding loses is added to what is sent next

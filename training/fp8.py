@@ -5,7 +5,9 @@
     dW = dyᵀ x       e5m2 × e4m3
 
 A scale puts the tensor's largest magnitude at the largest number of its format; it is found anew each time, on the
-device. Sums are fp32, results bf16. Source: Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433."""
+device. Sums are fp32, results bf16. A product keeps the codes of its rows for backward, and of a weight, whose memory
+is there anyway, the scale: its codes are made again. Source: Micikevicius et al., FP8 Formats for Deep Learning,
+arXiv:2209.05433."""
 
 from __future__ import annotations
 
@@ -36,9 +38,14 @@ def require_fp8(device: Device) -> None:
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [..] in an fp8 dtype, and the fp32 scalar that its numbers are multiplied by to be x's."""
+    scale = x.abs().amax().float().clamp(min=1e-30) / torch.finfo(dtype).max
+    return coded(x, scale, dtype), scale
+
+
+def coded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale in an fp8 dtype; scale as quantise() finds it."""
     largest = torch.finfo(dtype).max
-    scale = x.abs().amax().float().clamp(min=1e-30) / largest
-    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+    return x.to(torch.float32, copy=True).div_(scale).clamp_(-largest, largest).to(dtype)
 
 
 def _padded(rows: Tensor) -> Tensor:
@@ -58,17 +65,19 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, later: WeightGradients | None, leaf: Tensor) -> Tensor:
         rows, of_rows = quantise(_padded(x.flatten(0, -2)), torch.float8_e4m3fn)
         matrix, of_matrix = quantise(weight, torch.float8_e4m3fn)
-        ctx.save_for_backward(rows, of_rows, matrix, of_matrix)
+        ctx.save_for_backward(rows, of_rows, weight, of_matrix)
         ctx.later, ctx.leaf = later, leaf
         return _product(rows, matrix, of_rows, of_matrix, True)[: x.shape[:-1].numel()].unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, of_rows, matrix, of_matrix = ctx.saved_tensors
+        rows, of_rows, weight, of_matrix = ctx.saved_tensors
         given, of_given = quantise(_padded(grad.flatten(0, -2)), torch.float8_e5m2)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _product(given, matrix.t().contiguous(), of_given, of_matrix, False)
+            columns = coded(weight, of_matrix, torch.float8_e4m3fn).t().contiguous()
+            of_x = _product(given, columns, of_given, of_matrix, False)
+            del columns  # not beside the weight's gradient
             of_x = of_x[: grad.shape[:-1].numel()].unflatten(0, grad.shape[:-1])
 
         def of_weight() -> Tensor:

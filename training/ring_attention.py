@@ -202,10 +202,11 @@ class RingAttention(torch.autograd.Function):
                 gradients.take()
             for total, each in zip(gradients.tensors, of_held, strict=True):
                 total[part.keys] += each
+            del of_query, of_made, of_held, of_weight, each  # not beside what comes next
             gradients.pass_on()
             if step < group.size - 1:
                 ring.take()
         gradients.take()
         of_first, of_second = (each.to(query.dtype) for each in gradients.tensors)
-        of_weight = None if grad_weight is None else grad_weight.to(query.dtype)
-        return grad_q.to(query.dtype).permute(2, 0, 1, 3), of_first, of_second, of_weight, None, None, None
+        whole_weight = None if grad_weight is None else grad_weight.to(query.dtype)
+        return grad_q.to(query.dtype).permute(2, 0, 1, 3), of_first, of_second, whole_weight, None, None, None

@@ -1,12 +1,12 @@
 """Collectives across emulated hosts, beside Gloo, MPICH and what the link allows: python benchmarks/hosts.py
 
 Hosts are network namespaces whose NICs tc shapes. Needs root. A section is a layout and a rate, such as
-"2x4-scattered@1gbit": 2 hosts of 4 ranks, rank after rank on another host. All libraries are up at once and take turns,
-as in peers.py, and every result is verified before it is timed. The time of a call is that of a block of calls, one
-after another, over their number, on the slowest rank; of the blocks the median. (Not the slowest rank's time of each
-call: ranks of one host may be a call ahead of another's, who then seem to wait in every other call, and to have nothing
-to do in the next.) A run replaces its own sections, of these the collectives that it measured, in results/hosts.json
-and writes all tables into docs/hosts.md.
+"2x4-scattered@1gbit": 2 hosts of 4 ranks, rank after rank on another host. All libraries are up at once, each in
+processes of its own, and take turns by lot; every result is verified before it is timed. The time of a call is that of
+a block of calls, one after another, over their number, on the slowest rank; of the blocks the median. (Not the slowest
+rank's time of each call: ranks of one host may be a call ahead of another's, who then seem to wait in every other call,
+and to have nothing to do in the next.) A run replaces its own sections, of these the collectives that it measured, in
+results/hosts.json and writes all tables into docs/hosts.md.
 
 The bound is benchmarks/bare.c in the same turns: it moves the bytes that a host must send and receive at least, both
 ways at once, between two hosts, and does nothing else. For an all_reduce of S bytes on N hosts that is 2S(N-1)/N."""
@@ -82,10 +82,15 @@ def ours(network: Network, ranks: Sequence[str], bare: str) -> Library:
     each = []
     for host in ranks:
         variables = {"PYCOMM_HOST_ID": host, "PYCOMM_ADDRESS": ",".join(network.addresses(host)), "PEER_BARE": bare}
-        variables["GLOO_SOCKET_IFNAME"] = "nic0"
         variables |= {f"PEER_ADDRESS_{other}": ",".join(network.addresses(other)) for other in network.hosts}
         each.append((["ip", "netns", "exec", network.namespaces[host]], variables))
     return Library("ours", "hosts", Path(sys.executable), each=each)
+
+
+def gloo(network: Network, ranks: Sequence[str]) -> Library:
+    variables = {"GLOO_SOCKET_IFNAME": "nic0"}
+    each = [(["ip", "netns", "exec", network.namespaces[host]], variables) for host in ranks]
+    return Library("gloo", "gloo", Path(sys.executable), each=each)
 
 
 def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[str, dict[str, Any]]:
@@ -102,8 +107,9 @@ def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[st
         n_calls[name] = int(min(max(BLOCK_S / slowest, 1), MAX_CALLS))
     times: dict[str, list[float]] = {name: [] for _, name, _ in turns}
     for block in range(N_BLOCKS):
-        first = block * len(turns) // N_BLOCKS
-        for each, name, inner in turns[first:] + turns[:first]:
+        # By lot, so that nobody always follows the same one: what a contender leaves to the scheduler meets the next.
+        order = np.random.default_rng([block, nbytes]).permutation(len(turns))
+        for each, name, inner in (turns[index] for index in order):
             warm_up = 1 + min(3, n_calls[name] // 4)  # the ranks fall into step, and TCP out of its slow start
             ns = each.block(case, name, inner, n_calls[name], warm_up, block == 0)
             times[name].append(float(ns.mean(axis=1).max()))
@@ -113,6 +119,8 @@ def measure(running: Sequence[Running], collective: str, nbytes: int) -> dict[st
     for name, blocks in times.items():
         us = np.sort(blocks) / 1e3
         found[name] = {"median_us": round(float(np.median(us)), 1), "blocks_us": [round(float(t), 1) for t in us]}
+    tuned = next(each for each in running if Hosts.CHOICE in each.contenders)
+    found[Hosts.CHOICE]["algorithm"] = tuned.ask("algorithm", collective, nbytes)[0]
     return found
 
 
@@ -125,7 +133,7 @@ def section(name: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, emulated_hosts(hosts=hosts, store_nic=False) as network:
         network.shape(rate)
         server = serve_store(network)
-        libraries = [ours(network, ranks, compile_bare(folder)), mpich(network, ranks, folder)]
+        libraries = [ours(network, ranks, compile_bare(folder)), gloo(network, ranks), mpich(network, ranks, folder)]
         running = start(len(ranks), libraries, f"{network.store_address()}:{server.port}")
         try:
             for collective in wanted:
@@ -135,7 +143,8 @@ def section(name: str, wanted: Sequence[str]) -> list[dict[str, Any]]:
                     entries.append({"collective": collective, "nbytes": nbytes, "contenders": contenders})
                     took = time.perf_counter() - begin
                     cells = "  ".join(f"{who} {v['median_us'] / 1e3:.2f}" for who, v in contenders.items())
-                    print(f"{name} {collective} {size_name(nbytes):<8} {took:5.1f} s  {cells} (ms)", flush=True)
+                    cells += f" (ms)  {contenders[Hosts.CHOICE]['algorithm']}"
+                    print(f"{name} {collective} {size_name(nbytes):<8} {took:5.1f} s  {cells}", flush=True)
         finally:
             for each in running:
                 each.end()

@@ -17,7 +17,7 @@ KIB = 1 << 10
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BARE, CHOICE, RING = "bare C", "pycomm", "pycomm, flat ring"  # as peer_rank.Hosts names them
 COLUMNS = (CHOICE, RING, GLOO, MPICH)
-HEAD = ("bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS), "Gloo / pycomm")
+HEAD = ("algorithm", "bound, ms", "pycomm, ms", *(f"{who} / bound" for who in COLUMNS), "Gloo / pycomm")
 
 
 def us(entry: Entry, who: str) -> float | None:
@@ -35,7 +35,9 @@ def cells(entry: Entry) -> list[str]:
     """As HEAD."""
     ratios = [times(entry, who, BARE) for who in COLUMNS] + [times(entry, GLOO, CHOICE)]
     ms = [f"{(us(entry, who) or 0) / 1e3:.2f}" for who in (BARE, CHOICE)]
-    return ms + ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+    return [entry["contenders"][CHOICE].get("algorithm", ""), *ms] + [
+        "" if ratio is None else f"{ratio:.2f}" for ratio in ratios
+    ]
 
 
 def table(name: str, entries: Sequence[Entry]) -> str:

@@ -253,15 +253,33 @@ class Torch(Library):
         return calls[b.collective]
 
 
-class Hosts(Torch):
-    """Between emulated hosts: Gloo, pycomm as it chooses once it has measured its links and algorithms (as after
-    `pycomm tune`), its flat ring, and plain C moving what must cross a link."""
-
-    CHOICE, RING, BARE = "pycomm", "pycomm, flat ring", "bare C"
+class GlooAlone(Torch):
+    """Between emulated hosts, in processes of its own: after seconds of its work the scheduler makes its processes
+    wait, whoever calls from them next."""
 
     def join(self, exchange: Callable[[Any], Any]) -> None:
         from datetime import timedelta
 
+        import torch.distributed as dist
+
+        host, port = os.environ["PEER_STORE"].split(":")
+        store = dist.TCPStore(host, int(port), is_master=False)
+        dist.init_process_group(
+            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=120)
+        )
+        self.dist, self.groups = dist, {self.GLOO: dist.group.WORLD}
+
+    def contenders(self) -> tuple[str, ...]:
+        return (self.GLOO,)
+
+
+class Hosts(Torch):
+    """Between emulated hosts: pycomm as it chooses once it has measured its links and algorithms (as after `pycomm
+    tune`), its flat ring, and plain C moving what must cross a link."""
+
+    CHOICE, RING, BARE = "pycomm", "pycomm, flat ring", "bare C"
+
+    def join(self, exchange: Callable[[Any], Any]) -> None:
         import torch.distributed as dist
         from links import Bare, on_the_link
 
@@ -270,10 +288,6 @@ class Hosts(Torch):
 
         host, port = os.environ["PEER_STORE"].split(":")
         store = dist.TCPStore(host, int(port), is_master=False)
-        dist.init_process_group(
-            "gloo", store=store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=120)
-        )
-        self.dist, self.groups = dist, {self.GLOO: dist.group.WORLD}
         untuned = pycomm.init(dist.PrefixStore("group", store), self.rank, self.size, timeout_s=120)
         table = tune(untuned)
         self.group = untuned.replan(table.topology, table)
@@ -285,7 +299,11 @@ class Hosts(Torch):
             self.bare = Bare(os.environ["PEER_BARE"], store, mine, addresses)
 
     def contenders(self) -> tuple[str, ...]:
-        return (self.GLOO, self.CHOICE, self.RING, self.BARE)
+        return (self.CHOICE, self.RING, self.BARE)
+
+    def algorithm(self, collective: str, nbytes: int) -> str:
+        """What CHOICE runs."""
+        return self.group.explanation(collective, nbytes).choice
 
     def call(self, contender: str, b: PeerBuffers) -> Call:
         if contender == self.BARE:
@@ -299,7 +317,7 @@ class Hosts(Torch):
                 "all_gather": lambda: self.group.all_gather(whole, piece, algorithm="ring"),
             }
             return calls[b.collective]
-        return super().call(self.GLOO if contender == self.GLOO else self.GROUP, b)
+        return super().call(self.GROUP, b)
 
 
 class Nothing(Library):
@@ -359,6 +377,8 @@ def serve(library: Library, control: Connection) -> None:
                 answer = True
             timed(call, warm_up)
             answer = (answer, timed(call, n_calls))
+        elif command == "algorithm" and isinstance(library, Hosts):
+            answer = library.algorithm(*arguments)
         elif command == "end":
             control.send(None)
             return
@@ -371,6 +391,7 @@ def main() -> None:
         "oneccl": OneCcl,
         "torch": Torch,
         "hosts": Hosts,
+        "gloo": GlooAlone,
         "copy": Nothing,
     }
     kind, name, address, key = sys.argv[1:5]

@@ -5,7 +5,7 @@ Needs root. Hosts are network namespaces whose NICs tc shapes; a set-up is a lay
 topology with these figures is all that the simulator gets, nothing is fitted to the collectives. Then algorithms and
 sizes take turns: batches of calls one after another, the slowest rank's time, the median of the batches.
 
-A run replaces its own set-ups in results/simulator.json and writes the table of all into docs/simulator.md."""
+A run replaces its own set-ups in results/simulator.json and writes table and plot of all into docs/simulator.md."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ SETUPS = (
 )
 ALGORITHMS = ("ring", "hierarchical", "halving_doubling", "leader")
 SIZES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "simulator.md"
 LARGE = 1 << 20  # from here on predictions are to be within 15 % of what is measured, below within 30
 BATCH_S, BATCHES, MOST_CALLS = 0.05, 5, 20
 
@@ -132,7 +133,35 @@ def summary(record: dict[str, Any]) -> str:
 def write_page(record: dict[str, Any]) -> None:
     cpus = {f"{s['environment']['cpu']}, {s['environment']['cores']} cores" for s in record.values()}
     parts = [f"{'; '.join(sorted(cpus))}. {summary(record)}", table(record) + "\n"]
-    write_figures(Path(__file__).parents[1] / "docs" / "simulator.md", parts)
+    write_figures(PAGE, parts)
+    plot(record)
+
+
+def plot(record: dict[str, Any]) -> None:
+    """Predicted over measured, each set-up a panel: docs/simulator.png."""
+    from matplotlib.figure import Figure
+
+    columns = 5
+    figure = Figure(figsize=(14, 2.4 * -(-len(record) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(record) // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for axis, (name, setup) in zip(grid.flat, record.items(), strict=False):
+        for algorithm in setup["all_reduce"]:
+            points = [(n, ratio) for each, n, ratio in ratios(setup) if each == algorithm]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=algorithm)
+        below, above = [SIZES[0] / 2, LARGE / 2], [LARGE / 2, SIZES[-1] * 2]
+        axis.fill_between(below, 0.7, 1.3, alpha=0.12, color="black", linewidth=0)
+        axis.fill_between(above, 0.85, 1.15, alpha=0.12, color="black", linewidth=0)
+        axis.set(xscale="log", yscale="log", ylim=(0.2, 4), title=name)
+        axis.set_xticks(SIZES, [size_name(size) for size in SIZES], rotation=60, ha="right", fontsize=7)
+        axis.set_yticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"], fontsize=7)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in grid.flat[len(record) :]:
+        axis.set_axis_off()
+    for row in grid:
+        row[0].set_ylabel("predicted / measured", fontsize=8)
+    grid[0][0].legend(fontsize=6)
+    figure.savefig(PAGE.with_suffix(".png"), dpi=90)
 
 
 def main() -> int:

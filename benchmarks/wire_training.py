@@ -2,23 +2,27 @@
 
 The bundled trainer on two emulated hosts of one rank each, the same steps from the same seeds with every wire, error
 feedback on. Writes results/wire_training.json and prints the table in docs/wire.md: the held-out loss after the last
-step, and how far its mean over the seeds is from fp32's in standard deviations of fp32's over the seeds."""
+step, and how far its mean over the seeds is from fp32's in standard deviations of fp32's over the seeds. The curves of
+the committed records are plotted into docs/wire_training.png."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import statistics
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from common import environment, markdown_table, run_ranks, write_json
+from common import environment, markdown_table, read_json, run_ranks, write_json
 
 import pycomm
 from training.presets import load_preset
 from training.trainer import Trainer
 
 WIRES = ("none", "bf16", "fp8", "int8", "int4")
+RECORDS = ("wire_training", "wire_training_128")  # the committed ones
 CURVE_EVERY = 20  # steps whose losses make one point of the recorded curve
 EVAL_SEQUENCES = 512  # of 32 tokens: fewer would measure which text they are
 
@@ -49,6 +53,29 @@ def train(
         trainer.close()
     points = [statistics.fmean(losses[i : i + CURVE_EVERY]) for i in range(0, steps, CURVE_EVERY)]
     return {"held_out": held_out, "curve": [round(point, 4) for point in points], "bytes_between_hosts": sent}
+
+
+def plot() -> None:
+    """By how much each wire's training loss is above fp32's of the same seed and steps: the seeds' mean, and least to
+    most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2, sharey=True), RECORDS, strict=True):
+        record = read_json(name)
+        curves = {(run["wire"], run["seed"]): np.array(run["curve"]) for run in record["runs"]}
+        wires, seeds = (sorted({key[at] for key in curves}) for at in (0, 1))
+        steps = np.arange(1, len(next(iter(curves.values()))) + 1) * record["curve_every"]
+        for wire in (each for each in wires if each != "none"):
+            off = np.stack([curves[wire, seed] - curves["none", seed] for seed in seeds])
+            (line,) = axis.plot(steps, off.mean(0), label=wire, linewidth=1.2)
+            axis.fill_between(steps, off.min(0), off.max(0), alpha=0.15, color=line.get_color(), linewidth=0)
+        axis.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="step", title=f"rows of {record.get('width', 32)} values, {len(seeds)} seeds")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.axes[0].set_ylabel("training loss above fp32's")
+    figure.savefig(Path(__file__).resolve().parents[1] / "docs" / "wire_training.png", dpi=100)
 
 
 def main() -> None:
@@ -98,6 +125,7 @@ def main() -> None:
         for wire, losses in held_out.items()
     ]
     path = write_json(args.results, record)
+    plot()
     print(
         markdown_table(["wire", "held-out loss, mean", "stdev over seeds", "off, in fp32 stdevs", "fewer bytes"], rows)
     )

@@ -4,7 +4,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 
 | variable | meaning |
 |---|---|
-| PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py) |
+| PYCOMM_TOPOLOGY | a topology in TOML (topology_file.py); of one with switches, these alone beside a table that holds |
 | PYCOMM_CUDA_TOPOLOGY | the same of GPUs and what joins them: which way their collectives take (device_choice.py) |
 | PYCOMM_CUDA_HIERARCHICAL_BYTES | from how many bytes on they go inside hosts and across in turn, instead of that |
 | PYCOMM_CUDA_BETWEEN_HOSTS | what joins hosts for GPUs' tensors: nccl, tcp, auto: tcp where NCCL cannot |
@@ -12,6 +12,7 @@ Rank 0 reads files, checks that they are of this job, and hands them to the othe
 | PYCOMM_CUDA_MAX_CTAS | the most multiprocessors that a collective of NCCL's takes |
 | PYCOMM_TUNE_FILE | the tuning table; empty: none |
 | PYCOMM_TUNE_DIR | the folder of tables, searched where no file is named; else XDG_CACHE_HOME/pycomm, ~/.cache/pycomm |
+| PYCOMM_WIRE_LINKS | hosts, or racks: on which links a call's `wire` codes (docs/wire.md); racks needs a topology |
 | PYCOMM_EXPLAIN | 1: a line on the stderr of a group's rank 0 for each size class that comes into use (planning.py) |
 
 Rank 0's variables count; a rank whose PYCOMM_TOPOLOGY is another one says so. What a wrong one raises on rank 0 the
@@ -42,7 +43,7 @@ from pycomm.gpus import find_gpus
 from pycomm.machine import this_machine
 from pycomm.planning import JobPlan
 from pycomm.table import from_json, layout_key, load, topology_from_document, topology_to_document
-from pycomm.topology import Topology
+from pycomm.topology import Topology, WireLinks
 
 _HASH: Final = re.compile("-[0-9a-f]{6,8}$")  # what the engine appends to a host's name
 
@@ -109,6 +110,7 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
         led = given and fit(given, endpoint.host_ids)
         job |= {"topology": led and topology_to_document(led), "asks_hardware": bool(files)}
         job |= _device_settings(endpoint.host_ids)
+        job["wire_links"] = _wire_links(led)
     except (TopologyError, InvalidArgument) as error:
         job["error"] = str(error)
         raise
@@ -121,7 +123,7 @@ def _lead(own: Store, endpoint: _C.Endpoint, topology: Topology | str | Path | N
             own.set("hardware/0", describe(this_machine(), find_gpus()[0]))
             keys = [f"hardware/{rank}" for rank in firsts]
             hardware = _await(own, keys, limit, f"one of ranks {', '.join(map(str, firsts))}")
-            text = _find_table(files, plain, hardware)
+            text = _find_table(files, with_switches(plain, led) if led else plain, hardware)
     finally:
         own.set("table", text)
     return _job_plan(endpoint, led, text, job)
@@ -150,6 +152,19 @@ def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _wire_links(topology: Topology | None) -> WireLinks:
+    """What the environment says. Raises InvalidArgument."""
+    links = os.environ.get("PYCOMM_WIRE_LINKS") or "hosts"
+    if links not in ("hosts", "racks"):
+        raise InvalidArgument(f"PYCOMM_WIRE_LINKS={links!r} is none of hosts, racks")
+    if links == "racks" and (topology is None or not topology.switches):
+        raise InvalidArgument(
+            "PYCOMM_WIRE_LINKS=racks needs a topology with switches; give it by PYCOMM_TOPOLOGY or init(topology=) "
+            "(docs/topology.md)"
+        )
+    return links
+
+
 def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:
     """What was set under the keys. Raises PeerTimeout where it does not come, PeerLost where the store goes.
 
@@ -176,8 +191,9 @@ def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[
     host_ids = tuple(endpoint.host_ids)
     table = from_json(text) if text else None
     topology = led
-    if led is None and table is not None:
-        topology = table.for_hosts(Topology.from_host_ids(host_ids))
+    if table is not None and (led is None or led.switches):  # its switches are the table's (TuningTable.refusal)
+        measured = table.for_hosts(Topology.from_host_ids(host_ids))
+        topology = measured if led is None else with_switches(measured, led)
     devices = topology_from_document(job["device_topology"]) if job["device_topology"] else None
     return JobPlan(
         host_ids,
@@ -189,6 +205,7 @@ def _job_plan(endpoint: _C.Endpoint, led: Topology | None, text: str, job: dict[
         job["between_hosts"],
         job["peer_nbytes"],
         job["max_ctas"],
+        job["wire_links"],
     )
 
 
@@ -209,7 +226,8 @@ def _table_files(topology: Topology) -> list[Path]:
 
 
 def _find_table(files: list[Path], topology: Topology, hardware: Sequence[str]) -> str:
-    """The first table that holds for the job, as JSON; "" after a warning of why the first one does not."""
+    """The first table that holds for the job, as JSON; "" after a warning of why the first one does not. topology: with
+    the switches that were given."""
     refused = []
     for path in files:
         try:
@@ -222,7 +240,10 @@ def _find_table(files: list[Path], topology: Topology, hardware: Sequence[str]) 
             return table.to_json()
         refused.append(f"tuning table {path}: {reason}; measure again with `pycomm tune`")
     warnings.warn(
-        f"pycomm: {refused[0]}. Until then the model chooses, with default link figures.", PycommWarning, stacklevel=6
+        f"pycomm: {refused[0]}. Until then the model chooses, with the link figures that were given, or else default "
+        "ones.",
+        PycommWarning,
+        stacklevel=6,
     )
     return ""
 
@@ -245,6 +266,13 @@ def _compare(endpoint: _C.Endpoint, topology: Topology | str | Path | None, led:
         PycommWarning,
         stacklevel=5,
     )
+
+
+def with_switches(topology: Topology, given: Topology) -> Topology:
+    """The topology, with the switches of another one of the same hosts, by their names, and where they hang from."""
+    switch = {host.name: host.switch for host in given.hosts}
+    hosts = tuple(replace(host, switch=switch[host.name]) for host in topology.hosts)
+    return replace(topology, hosts=hosts, switches=given.switches)
 
 
 def fit(topology: Topology, host_ids: Sequence[str]) -> Topology:

@@ -64,7 +64,7 @@ def survey(group: Group | None = None) -> Survey:
         machine = this_machine(in_a_job="MASTER_ADDR" in os.environ or "PYCOMM_ADDRESS" in os.environ)
         host_ids: tuple[str, ...] = (os.environ.get("PYCOMM_HOST_ID") or machine.host_id,)
         return _merge(host_ids, [_pack(machine, gpus, unknown_gpus)])
-    return _merge(group.host_ids, _gather(group, _pack(this_machine(), gpus, unknown_gpus)))
+    return _merge(group.host_ids, gather_bytes(group, _pack(this_machine(), gpus, unknown_gpus)))
 
 
 def describe(machine: Machine, gpus: Sequence[Gpu]) -> str:
@@ -97,8 +97,8 @@ def _unpack(data: bytes) -> tuple[Machine, tuple[Gpu, ...]]:
     return Machine(**fields), tuple(Gpu(**{**one, "peers": tuple(one["peers"])}) for one in document["gpus"])
 
 
-def _gather(group: Group, mine: bytes) -> list[bytes]:
-    """Every rank's bytes, by rank."""
+def gather_bytes(group: Group, mine: bytes) -> list[bytes]:
+    """Every rank's bytes, by rank; their lengths may differ. All ranks together."""
     sizes = np.empty(group.size, np.int64)
     group.all_gather(sizes, np.array([len(mine)], np.int64))
     everyone = np.empty(int(sizes.sum()), np.uint8)

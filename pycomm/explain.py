@@ -11,7 +11,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.own import Own
 from pycomm.schedule import chunk_nbytes
 from pycomm.table import TuningTable
-from pycomm.topology import Topology
+from pycomm.topology import Topology, WireLinks
 from pycomm.traffic import host_bytes
 from pycomm.tuner import TIE, candidates, choice_table, choose, costs
 
@@ -108,9 +108,10 @@ def explain(
     root: int = 0,
     table: TuningTable | None = None,
     own: Own = (),
+    coded: WireLinks | None = None,
 ) -> Explanation:
     """`nbytes` is meant as in schedule.chunk_nbytes: the longest buffer a rank passes in or gets. table: of this
-    topology's layout. own: a group's own algorithms (tuner.candidates).
+    topology's layout. own: a group's own algorithms; coded: for a call with a wire on these links (tuner.candidates).
 
     Raises InvalidArgument for an unknown collective, a negative size or a root that is no rank."""
     if nbytes < 0:
@@ -118,7 +119,8 @@ def explain(
     if not 0 <= root < topology.n_ranks:
         raise InvalidArgument(f"explain: root {root} is not among ranks 0 .. {topology.n_ranks - 1}")
     found = []
-    planners, cost = candidates(topology, collective, own), costs(topology, collective, (nbytes,), root, table, own)
+    planners = candidates(topology, collective, own, coded, root)
+    cost = costs(topology, collective, (nbytes,), root, table, own, coded)
     rows = zip(cost.algorithms, cost.predicted_s[:, 0], cost.expected_s[:, 0], cost.measured[:, 0], strict=True)
     for algorithm, predicted, expected, measured in rows:
         schedule = planners[algorithm](topology, root)
@@ -135,7 +137,7 @@ def explain(
             )
         )
     found.sort(key=lambda candidate: candidate.expected_s)
-    choice = choose(choice_table(topology, collective, root, table, own), nbytes)
+    choice = choose(choice_table(topology, collective, root, table, own, coded), nbytes)
     return Explanation(topology, collective, nbytes, choice, tuple(found))
 
 

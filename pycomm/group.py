@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed's, with their types
@@ -29,7 +30,7 @@ from pycomm.planners import PLANNERS, Planner
 from pycomm.planning import Endpoint, JobPlan, plan, plan_devices
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
-from pycomm.topology import Topology
+from pycomm.topology import Topology, WireLinks
 
 __all__ = ["Group", "Stats", "Work", "empty", "engine_group", "init"]
 
@@ -105,6 +106,11 @@ class Group(_C.Group):
         them or was told not to (docs/cuda.md). Known after the group's first collective on devices."""
         return self._devices.between == "tcp"
 
+    @property
+    def wire_links(self) -> WireLinks:
+        """On which links a call's `wire` codes: new_group()'s, else PYCOMM_WIRE_LINKS's of rank 0, else "hosts"."""
+        return self._job.wire_links
+
     # Memory.
 
     def empty(self, *shape: int | Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -126,20 +132,39 @@ class Group(_C.Group):
 
     # Groups of fewer ranks.
 
-    def new_group(self, ranks: Sequence[int], name: str | None = None, *, max_ctas: int | None = None) -> Group | None:
+    def new_group(
+        self,
+        ranks: Sequence[int],
+        name: str | None = None,
+        *,
+        max_ctas: int | None = None,
+        wire_links: WireLinks | None = None,
+    ) -> Group | None:
         """A group of some of this one's ranks, in the order given; None on the others. Every rank of this group calls
-        it, with the same ranks.
+        it, with the same arguments.
 
         max_ctas: the most multiprocessors of a GPU that a collective of this group takes, and of groups made from it,
-        so that the rest computes meanwhile: NCCL's maxCTAs. None: as in this group."""
+        so that the rest computes meanwhile: NCCL's maxCTAs. wire_links: on which links `wire` codes, in it and in
+        groups made from it: "hosts", between hosts, or "racks", between hosts of different switches of the topology
+        alone (CPU tensors). None: as in this group."""
         if not ranks or len(set(ranks)) != len(ranks) or not all(0 <= rank < self.size for rank in ranks):
             raise InvalidArgument(
                 f"new_group in group {self.name!r}: {list(ranks)} are not distinct ranks of 0 .. {self.size - 1}"
             )
         if max_ctas is not None and max_ctas < 1:
             raise InvalidArgument(f"new_group: max_ctas is {max_ctas}; give 1 or more, or None for this group's")
+        if wire_links is not None and wire_links not in get_args(WireLinks):
+            raise InvalidArgument(
+                f"new_group: wire_links is {wire_links!r}; choose from {', '.join(get_args(WireLinks))}"
+            )
+        if wire_links == "racks" and not self.topology.switches:
+            raise InvalidArgument(
+                "new_group: wire_links 'racks', but the topology has no switches; give the job one that has them, by "
+                "PYCOMM_TOPOLOGY or init(topology=) (docs/topology.md)"
+            )
         self._n_children += 1
-        job = self._job if max_ctas is None else dataclasses.replace(self._job, max_ctas=max_ctas)
+        changes = {"max_ctas": max_ctas, "wire_links": wire_links}
+        job = dataclasses.replace(self._job, **{name: value for name, value in changes.items() if value is not None})
         return self._child(list(ranks), f"{self._n_children}", name, job)
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Group | None:
@@ -193,11 +218,12 @@ class Group(_C.Group):
 
     # Insight and end.
 
-    def explain(self, op: str, nbytes: int) -> str:
+    def explain(self, op: str, nbytes: int, *, wire: str | None = None) -> str:
         """Which schedule a collective of nbytes takes in this group, what the others would cost, and why: a line for
-        each candidate, with the predicted time and, where a tuning table has it, the measured one."""
+        each candidate, with the predicted time and, where a tuning table has it, the measured one. wire: of the call;
+        fewer algorithms can have one (docs/wire.md), their times are those without, and no table has any."""
         limit = self.native_nbytes(op)
-        text = str(self.explanation(op, nbytes)) if op in PLANNERS else f"{op} on {self.size} ranks"
+        text = str(self.explanation(op, nbytes, wire=wire)) if op in PLANNERS else f"{op} on {self.size} ranks"
         if self.size > 1 and nbytes <= limit:
             text += (
                 f"\nAt {format_nbytes(nbytes)} this group takes none of these: inside one host up to "
@@ -206,10 +232,10 @@ class Group(_C.Group):
             )
         return text
 
-    def explanation(self, op: str, nbytes: int, root: int = 0) -> Explanation:
+    def explanation(self, op: str, nbytes: int, root: int = 0, *, wire: str | None = None) -> Explanation:
         """The same as data: candidates, choice and reason. Where native_nbytes(op) is not below nbytes, none of the
         candidates runs. Raises InvalidArgument for an op that no planner serves."""
-        return self._planning.explain(op, nbytes, root)
+        return self._planning.explain(op, nbytes, root, wire is not None and len(self.topology.hosts) > 1)
 
     def __enter__(self) -> Group:
         return self
@@ -281,8 +307,8 @@ def init(
     Without a store: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and `pycomm launch` set them. With one:
     any torch.distributed Store, and this rank's place. Ranks with one host_id share memory; others speak TCP.
     timeout_s: deadline of set-up, and of each call that gives none. topology: what the ranks plan from, or a file of it
-    in TOML (default PYCOMM_TOPOLOGY, else the links of a tuning table that holds for the job, else default figures);
-    rank 0's counts.
+    in TOML (default PYCOMM_TOPOLOGY, else the links of a tuning table that holds for the job, else default figures); of
+    one with switches these alone count beside a table that was measured below them; rank 0's counts.
     Raises PeerTimeout naming the ranks that did not come; InvalidArgument where ranks contradict each other;
     TopologyError where the topology is not that of the job."""
     served = False

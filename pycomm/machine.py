@@ -111,6 +111,22 @@ def local_address() -> str:
         ) from error
 
 
+def local_addresses() -> tuple[str, ...]:
+    """local_address() word by word as numeric addresses: an interface's name is its first one, IPv4 before IPv6, as the
+    engine has it (csrc/cpu/tcp_listener.cc); what names no interface that is up stands as it is."""
+    interfaces = _interfaces([])
+    found = []
+    for word in _words():
+        addresses = next((_bindable(one) for one in interfaces if one.name == word), [])
+        found.append(min(addresses, key=lambda address: ":" in address, default=word))
+    return tuple(found)
+
+
+def local_interfaces() -> tuple[str, ...]:
+    """The names of the interfaces that local_address() speaks of, in its order; without those that are not up."""
+    return _carriers(_interfaces([]), [])
+
+
 def parse_cpu_list(text: str) -> tuple[int, ...]:
     """The kernel's notation for sets of cores: "0-2,8" is (0, 1, 2, 8). Raises InvalidArgument for anything else."""
     cores: list[int] = []
@@ -253,16 +269,25 @@ def _ethtool(name: str, request: bytes) -> bytes | None:
     return buffer.tobytes()
 
 
+def _words() -> list[str]:
+    return [word.strip() for word in local_address().split(",")]
+
+
+def _bindable(interface: Interface) -> list[str]:
+    """Its addresses, those of a link alone (fe80::1) with the link's name, without which they cannot be bound."""
+    return [f"{text}%{interface.name}" if text.startswith("fe80:") else text for text in interface.addresses]
+
+
 def _carriers(interfaces: tuple[Interface, ...], unknown: list[str]) -> tuple[str, ...]:
     found = []
-    for word in local_address().split(","):
-        names = [one.name for one in interfaces if word.strip() == one.name or word.strip() in one.addresses]
-        if not names and word.strip().startswith("127."):  # all of 127/8 is loopback
+    for word in _words():
+        names = [one.name for one in interfaces if word in (one.name, *one.addresses, *_bindable(one))]
+        if not names and word.startswith("127."):  # all of 127/8 is loopback
             names = [one.name for one in interfaces if one.driver == "loopback"]
         if names:
             found.append(names[0])
         else:
-            unknown.append(f"the interface of {word.strip()}: no interface that is up has this name or address")
+            unknown.append(f"the interface of {word}: no interface that is up has this name or address")
     return tuple(dict.fromkeys(found))
 
 

@@ -1,15 +1,15 @@
 """Latency and rate of links, measured with a group's own messages.
 
-Pairs of ranks are measured in rounds: a 1-factorisation of the complete graph, thinned so that no machine, and so no
-NIC, serves two pairs of a round. What a host's ranks get together, all sending and receiving at once, is the shared-NIC
-figure: it is what planners reckon with, since a schedule drives links both ways."""
+Pairs of ranks, and then of hosts, are measured in rounds (pairs.py). What a host's ranks get together, all sending and
+receiving at once, is the shared-NIC figure: planners reckon with it, since a schedule drives links both ways."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from statistics import median
 from typing import TYPE_CHECKING, Final
@@ -18,25 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pycomm.errors import InvalidArgument
-from pycomm.hosts import Link, Nic
+from pycomm.hosts import TCP, Link, Nic
+from pycomm.pairs import Pair, circle, host_rounds, link_rounds, pair_rounds
 from pycomm.topology import Topology
 
 if TYPE_CHECKING:
     from pycomm.group import Group
 
-ALL_PAIRS_UP_TO: Final = 16  # ranks; above, the pairs of hosts and one pair inside each stand for the rest
+ALL_PAIRS_UP_TO: Final = 16  # ranks; above, pairs of hosts and one pair inside each stand for the rest
 SLOWER: Final = 0.7  # a path below this share of both its NICs' rates has something slower between them
 
 _END, _ECHO, _BURST, _TO_PEER, _FROM_PEER = range(5)
-_PING_BYTES = 8
+_PING_BYTES, _PING_FRAME_BYTES = 8, 100  # and, about, with its headers
+_LEAST_BYTES = 1 << 10  # of one transfer: less is headers
 _PIECE_BYTES = 4 << 20  # larger transfers are several messages
 _MOST_BYTES = 256 << 20  # of one transfer
 _REPEATS = 3
-_PINGS = 7
+_PINGS = 7  # series of them
 _TOGETHER = 6  # times as long as one transfer: shapers let bursts through, here 2 % of 0.3 s at 200 Mbit/s
 
 Matrix = NDArray[np.float64]
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,45 +65,32 @@ def measure_links(
 ) -> Links:
     """Measures a group's links; every rank calls it, and all get the same.
 
-    topology: the group's (discover.survey). machines: [n_ranks], the id of the machine that each rank is on.
-    all_pairs: None for groups of up to ALL_PAIRS_UP_TO ranks. target_s: seconds that one transfer is to take."""
+    topology: the group's (discover.survey): NICs below the default rate have a stated one, and what crosses them is not
+    taken for faster, since a shaper lets the first bytes through at once. machines: [n_ranks], the id of the machine
+    that each rank is on. all_pairs: None for groups of up to ALL_PAIRS_UP_TO ranks. target_s: seconds that one transfer
+    is to take; a pair takes some tens of that, or on the slowest links some tens of messages."""
     if topology.n_ranks != group.size:
         raise InvalidArgument(f"measure_links: {topology.n_ranks} ranks in the topology, {group.size} in the group")
     n = group.size
     if all_pairs is None:
         all_pairs = n <= ALL_PAIRS_UP_TO
+    stated = _stated(topology)
     figures = np.full((3, n, n), np.nan)
-    for pairs in pair_rounds(_circle(n) if all_pairs else _links(topology), machines):
+    for pairs in pair_rounds(circle(n), machines) if all_pairs else link_rounds(topology, machines):
         group.barrier()
         for pair in pairs:
             if group.rank == pair[0]:
-                _lead(group, pair, target_s, figures)
+                _lead(group, pair, target_s, float(stated[tuple(topology.host_index[list(pair)])]), figures)
             elif group.rank == pair[1]:
                 _follow(group, pair[0])
-    everyone = np.empty((n, *figures.shape))
-    group.all_gather(everyone, figures)
-    latency, overhead, rate = np.fmax.reduce(everyone, axis=0)
-    together = _host_rates(group, topology, rate, target_s)
+    np.nan_to_num(figures, copy=False, nan=-1.0)  # each pair's are its leader's
+    group.all_reduce(figures, "max")
+    figures[figures < 0] = np.nan
+    latency, overhead, rate = figures
+    together = np.minimum(stated, _host_rates(group, topology, machines, rate, target_s))
     slowest = np.array([_reduce_rate()])
     group.all_reduce(slowest, "min")
     return Links(latency, overhead, rate, together, float(slowest[0]))
-
-
-def pair_rounds(pairs: Sequence[Pair], machines: Sequence[str]) -> list[list[Pair]]:
-    """The pairs in rounds in which no machine serves two. machines: [n_ranks], each rank's; emulated hosts of one
-    machine take turns, as its ranks do."""
-    busy: list[set[str]] = []
-    rounds: list[list[Pair]] = []
-    for pair in pairs:
-        holds = {machines[rank] for rank in pair}
-        free = next((index for index, taken in enumerate(busy) if not taken & holds), None)
-        if free is None:
-            busy.append(set())
-            rounds.append([])
-            free = -1
-        busy[free] |= holds
-        rounds[free].append(pair)
-    return rounds
 
 
 def measured_topology(topology: Topology, links: Links) -> Topology:
@@ -127,10 +115,13 @@ def measured_topology(topology: Topology, links: Links) -> Topology:
 
 
 def slow_paths(topology: Topology, links: Links) -> list[str]:
-    """Pairs of hosts between which something slower than both NICs must stand, one line each."""
+    """Pairs of hosts between which something slower than both NICs must stand that the topology has no switch for, one
+    line each. Pairs that were not measured are passed over."""
     measured = measured_topology(topology, links)
     found = []
     for a, b in combinations(range(len(topology.hosts)), 2):
+        if topology.uplinks(topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]):
+            continue
         rate = float(np.fmin(links.host_bytes_per_s[a, b], links.host_bytes_per_s[b, a]))
         least = min(measured.hosts[a].nic.bytes_per_s, measured.hosts[b].nic.bytes_per_s)
         if rate < SLOWER * least:
@@ -141,54 +132,65 @@ def slow_paths(topology: Topology, links: Links) -> list[str]:
     return found
 
 
-# Which pairs, in which order
-
-
-def _circle(n_ranks: int) -> list[Pair]:
-    """All pairs, perfect matching after perfect matching (the circle method). Source: Kirkman, 1847."""
-    seats = n_ranks + n_ranks % 2
-    pairs = []
-    for turn in range(seats - 1):
-        ring = [seats - 1, *((turn + place) % (seats - 1) for place in range(seats - 1))]
-        for here, there in zip(ring[: seats // 2], reversed(ring[seats // 2 :]), strict=True):
-            if max(here, there) < n_ranks:
-                pairs.append((min(here, there), max(here, there)))
-    return pairs
-
-
-def _links(topology: Topology) -> list[Pair]:
-    """One pair inside each host, and one for each pair of hosts. Those inside stand at both ends: two ranks that had one
-    core between them at first have moved by then, and a host has no other pair to outvote them."""
-    inside = [host.ranks[:2] for host in topology.hosts if len(host.ranks) > 1]
-    between = [(topology.hosts[a].ranks[0], topology.hosts[b].ranks[0]) for a, b in _circle(len(topology.hosts))]
-    return [(min(pair), max(pair)) for pair in [*inside, *between, *inside]]
-
-
 # One pair: the lower rank leads and tells the other what to do, [what, bytes, times]
 
 
-def _lead(group: Group, pair: Pair, target_s: float, figures: NDArray[np.float64]) -> None:
-    """Improves [latency_s, overhead_s, bytes_per_s] of both directions: the least times and the highest rates stay."""
+def _lead(group: Group, pair: Pair, target_s: float, stated: float, figures: NDArray[np.float64]) -> None:
+    """Improves [latency_s, overhead_s, bytes_per_s] of both directions: the least times and the highest rates stay.
+    stated: bytes per second that the pair's NICs carry at most."""
     peer = pair[1]
     buffer = np.ones(_PIECE_BYTES, np.uint8)  # written, so that its pages are its own
-    _order(group, peer, buffer, _ECHO, _PING_BYTES, 10)  # opens the connection
-    rtt = _order(group, peer, buffer, _ECHO, _PING_BYTES, 10) / 10
-    repeats = int(np.clip(target_s / 10 / rtt, 10, 500))
+    opened_s = _order(group, peer, buffer, _ECHO, _PING_BYTES, 1)  # opens the connection
+    repeats = 10 if opened_s < target_s else 1
+    rtt = _order(group, peer, buffer, _ECHO, _PING_BYTES, repeats) / repeats
+    ping = _PING_FRAME_BYTES / stated  # seconds at least, once a shaper's burst is spent
+    repeats = int(np.clip(target_s / 10 / max(rtt, 2 * ping), repeats, 500))
     # The least: what else runs on a core, and ranks that wake up, only ever add.
-    rtt = min(_order(group, peer, buffer, _ECHO, _PING_BYTES, repeats) / repeats for _ in range(_PINGS))
-    burst = min(_order(group, peer, buffer, _BURST, _PING_BYTES, 64) for _ in range(_PINGS))
+    echoes = _within(2 * target_s, _PINGS, partial(_order, group, peer, buffer, _ECHO, _PING_BYTES, repeats))
+    rtt = min(echoes) / repeats
+    n_burst, burst = 8, _order(group, peer, buffer, _BURST, _PING_BYTES, 8)
+    if max(burst - rtt, 8 * ping) < target_s:
+        n_burst = 64
+        burst = min(_within(2 * target_s, _PINGS, partial(_order, group, peer, buffer, _BURST, _PING_BYTES, n_burst)))
     both = (slice(2), [pair[0], peer], [peer, pair[0]])
-    figures[both] = np.fmin(figures[both], [[rtt / 2], [max(0.0, burst - rtt) / 63]])
+    figures[both] = np.fmin(figures[both], [[rtt / 2], [max(0.0, burst - rtt) / (n_burst - 1)]])
+    most = int(np.clip(4 * stated * target_s, _LEAST_BYTES, _MOST_BYTES))
     for what, src, dst in ((_TO_PEER, pair[0], peer), (_FROM_PEER, peer, pair[0])):
-        nbytes = 64 << 10
-        seconds = _order(group, peer, buffer, what, nbytes, 1)
-        while seconds - rtt < target_s / 8 and nbytes < _MOST_BYTES:
-            nbytes *= 2
-            seconds = _transfer(group, peer, buffer, what, nbytes)
-        nbytes = int(np.clip(nbytes * target_s / max(seconds - rtt, target_s / 64), 64 << 10, _MOST_BYTES))
-        seconds = median(_transfer(group, peer, buffer, what, nbytes) for _ in range(_REPEATS))
-        figures[2, src, dst] = np.fmax(figures[2, src, dst], nbytes / max(seconds - rtt, 1e-9))
+        rate = _rate(partial(_transfer, group, peer, buffer, what), most, target_s, rtt)
+        figures[2, src, dst] = np.fmax(figures[2, src, dst], min(stated, rate))
     _order(group, peer, buffer, _END, 0, 0)
+
+
+def _rate(transfer: Callable[[int], float], most: int, target_s: float, rtt: float) -> float:
+    """Bytes per second of transfers that take target_s, from half of it on: the median of several. They grow until it
+    does, so that one that was held up is not taken for a long one. most: bytes of one."""
+    nbytes = _LEAST_BYTES
+    while True:
+        seconds = transfer(nbytes) - rtt
+        if seconds >= target_s / 2 or nbytes == most:
+            again = _within(2 * _REPEATS * target_s, _REPEATS - 1, partial(transfer, nbytes))
+            seconds = median([seconds, *(one - rtt for one in again)])
+            if seconds >= target_s / 2 or nbytes == most:
+                return nbytes / max(seconds, 1e-9)
+        nbytes = min(most, int(nbytes * np.clip(target_s / max(seconds, 1e-9), 2, 4)))
+
+
+def _stated(topology: Topology) -> Matrix:
+    """[n_hosts, n_hosts]: bytes per second that two hosts' NICs carry at most; infinite where they state nothing below
+    the default, and inside hosts."""
+    rates = np.array([host.nic.bytes_per_s for host in topology.hosts])
+    rates[rates >= TCP.bytes_per_s] = np.inf
+    stated: Matrix = np.minimum.outer(rates, rates)
+    np.fill_diagonal(stated, np.inf)
+    return stated
+
+
+def _within(limit_s: float, times: int, measure: Callable[[], float]) -> list[float]:
+    """The seconds of so many measurements, or of as many as begin within limit_s, one at least."""
+    taken: list[float] = []
+    while not taken or (len(taken) < times and sum(taken) < limit_s):
+        taken.append(measure())
+    return taken
 
 
 def _transfer(group: Group, peer: int, buffer: NDArray[np.uint8], what: int, nbytes: int) -> float:
@@ -244,30 +246,37 @@ def _follow(group: Group, leader: int) -> None:
 # Hosts as a whole
 
 
-def _host_rates(group: Group, topology: Topology, rate: Matrix, target_s: float) -> Matrix:
-    """[n_hosts, n_hosts]: bytes per second from all ranks of a host to all of another, both ways at once."""
+def _host_rates(group: Group, topology: Topology, machines: Sequence[str], rate: Matrix, target_s: float) -> Matrix:
+    """[n_hosts, n_hosts]: bytes per second from all ranks of a host to all of another, both ways at once; NaN where the
+    two did not meet. rate: [n_ranks, n_ranks], of one transfer at a time."""
     n_hosts = len(topology.hosts)
-    mine = np.zeros((2, n_hosts, n_hosts))  # bytes sent, seconds
-    for a, b in _circle(n_hosts):
-        here, there = topology.hosts[a].ranks, topology.hosts[b].ranks
-        n_flows = max(len(here), len(there))
-        flows = [(here[i % len(here)], there[i % len(there)]) for i in range(n_flows)]
-        alone = float(np.nanmax([rate[np.ix_(here, there)], rate[np.ix_(there, here)].T]))
+    sent, taken = np.zeros((2, n_hosts, n_hosts))  # bytes, seconds
+    own_host = int(topology.host_index[group.rank])
+    for pairs in host_rounds(topology, machines):
+        meets = next((pair for pair in pairs if own_host in pair), None)
         for seconds in (target_s, _TOGETHER * target_s):  # the first opens connections and lets windows grow
-            nbytes = int(np.clip(seconds * alone / n_flows, 64 << 10, _MOST_BYTES // n_flows))
-            peers = [other if group.rank == one else one for one, other in flows if group.rank in (one, other)]
+            peers, nbytes = _flows(group.rank, topology, meets, rate, seconds) if meets else ([], 0)
             # Written before anybody begins: new pages take time, and a send is done before its bytes have crossed, so
             # that who began late, while the others' bytes came in, would seem to have a faster link.
             out, into = np.ones(nbytes, np.uint8), np.ones((len(peers), nbytes), np.uint8)
             group.barrier()
-            if peers:
-                src, dst = (a, b) if group.rank in here else (b, a)
-                mine[:, src, dst] = _exchange(group, peers, out, into)
-    everyone = np.empty((group.size, *mine.shape))
-    group.all_gather(everyone, mine)
-    sent, seconds = everyone[:, 0].sum(axis=0), everyone[:, 1].max(axis=0)
-    rates: Matrix = np.divide(sent, seconds, out=np.full_like(sent, np.nan), where=seconds > 0)
+            if meets:
+                way = (own_host, sum(meets) - own_host)
+                sent[way], taken[way] = _exchange(group, peers, out, into)
+    group.all_reduce(sent, "sum")
+    group.all_reduce(taken, "max")
+    rates: Matrix = np.divide(sent, taken, out=np.full_like(sent, np.nan), where=taken > 0)
     return rates
+
+
+def _flows(rank: int, topology: Topology, meets: Pair, rate: Matrix, seconds: float) -> tuple[list[int], int]:
+    """(the ranks that this one exchanges with, bytes each way) for the two hosts' exchange to take so long."""
+    here, there = (topology.hosts[host].ranks for host in meets)
+    n_flows = max(len(here), len(there))
+    flows = [(here[i % len(here)], there[i % len(there)]) for i in range(n_flows)]
+    alone = float(np.nanmax([rate[np.ix_(here, there)], rate[np.ix_(there, here)].T]))
+    nbytes = int(np.clip(seconds * alone, _LEAST_BYTES, _MOST_BYTES)) // n_flows
+    return [other if rank == one else one for one, other in flows if rank in (one, other)], max(1, nbytes)
 
 
 def _exchange(group: Group, peers: Sequence[int], out: NDArray[np.uint8], into: NDArray[np.uint8]) -> tuple[int, float]:

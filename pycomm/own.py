@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pycomm.check import check
 from pycomm.errors import InvalidArgument
 from pycomm.planners import PLANNERS, Planner
-from pycomm.schedule import Schedule
+from pycomm.schedule import COLLECTIVES, Schedule
 from pycomm.topology import Topology
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What a user registered: planner(topology, root) gives a checked schedule of this collective and name."""
+    """What a user registered: planner(topology, root) gives a checked schedule of this collective and name. root: the
+    only one that it serves; None: every one."""
 
     collective: str
     name: str
     planner: Planner
+    root: int | None = None
 
 
 Own = tuple[Algorithm, ...]
@@ -43,15 +45,17 @@ def algorithm(given: Schedule | Planner, topology: Topology, taken: Sequence[Alg
     if any((schedule.collective, schedule.algorithm) == (other.collective, other.name) for other in taken):
         raise InvalidArgument(f"register: {name} is registered already; name this one otherwise")
     check(schedule)
-    planner = _fixed(given) if isinstance(given, Schedule) else given
-    return Algorithm(schedule.collective, schedule.algorithm, planner)
+    if not isinstance(given, Schedule):
+        return Algorithm(schedule.collective, schedule.algorithm, given)
+    root = schedule.root if COLLECTIVES[schedule.collective].rooted else None
+    return Algorithm(schedule.collective, schedule.algorithm, _fixed(schedule, root), root)
 
 
-def _fixed(schedule: Schedule) -> Planner:
+def _fixed(schedule: Schedule, served: int | None) -> Planner:
     def planner(topology: Topology, root: int = 0) -> Schedule:
-        if root != schedule.root:
+        if served not in (None, root):
             raise InvalidArgument(
-                f"{schedule.collective}/{schedule.algorithm} was registered for root {schedule.root}, not for "
+                f"{schedule.collective}/{schedule.algorithm} was registered for root {served}, not for "
                 f"{root}; register a planner, or call it with that root"
             )
         return schedule

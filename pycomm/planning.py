@@ -33,7 +33,7 @@ from pycomm.own import algorithm as own_algorithm
 from pycomm.project import CallProgram, Program, project_calls
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
-from pycomm.topology import Topology
+from pycomm.topology import Topology, WireLinks
 from pycomm.tuner import Choices, candidates, choice_table, choose
 
 # Groups are often alike: 100 of one shape plan once, not in 0.1 s each.
@@ -42,7 +42,7 @@ _choices = lru_cache(maxsize=256)(choice_table)
 
 @lru_cache(maxsize=256)
 def _program(
-    topology: Topology, rank: int, collective: str, algorithm: str, root: int, own: Own, coded: bool
+    topology: Topology, rank: int, collective: str, algorithm: str, root: int, own: Own, coded: WireLinks | None
 ) -> Program:
     registered = {given.name: given.planner for given in own if given.collective == collective}
     known = {**planners.PLANNERS[collective], **registered}
@@ -52,13 +52,14 @@ def _program(
         )
     schedule = known[algorithm](topology, root)
     check(schedule)
-    if coded:
+    sides = None if coded is None else topology.sides(coded)
+    if sides is not None:
         try:
-            check_coded(schedule, topology.host_index)
+            check_coded(schedule, sides)
         except ScheduleError as error:
-            usable = ", ".join(candidates(topology, collective, own, coded))
+            usable = ", ".join(candidates(topology, collective, own, coded, root))
             raise InvalidArgument(f"{error}. With a wire choose from {usable}, or give no algorithm") from None
-    program = project.project(schedule, rank, topology.host_index if coded else None)
+    program = project.project(schedule, rank, sides)
     # The fingerprint carries the program's name: ranks with different schedules of one name find out.
     return replace(program, algorithm=f"{algorithm}#{schedule.digest()}") if algorithm in registered else program
 
@@ -74,7 +75,8 @@ def _call_program(topology: Topology, rank: int, collective: str) -> CallProgram
 class JobPlan:
     """What all ranks of a job plan from. topology: of all ranks, given or measured; None: default figures. table: that
     was found to hold for the job. explains: PYCOMM_EXPLAIN on rank 0. device_topology, hierarchical_nbytes,
-    between_hosts, peer_nbytes, max_ctas: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py)."""
+    between_hosts, peer_nbytes, max_ctas: what rank 0's PYCOMM_CUDA_* say of tensors on GPUs (agreement.py).
+    wire_links: which links a call's wire is on (docs/wire.md)."""
 
     host_ids: tuple[str, ...]
     topology: Topology | None = None
@@ -85,6 +87,7 @@ class JobPlan:
     between_hosts: str = "auto"
     peer_nbytes: int = 0
     max_ctas: int | None = None
+    wire_links: WireLinks = "hosts"
 
     def of(self, ranks: Sequence[int]) -> tuple[Topology, TuningTable | None]:
         """A group's topology, and the table where its times hold: for the group of all ranks, in their order."""
@@ -103,11 +106,19 @@ class Endpoint(_C.Endpoint):
 class Planning:
     """What the engine asks for when a collective is used for the first time. Every rank answers alike."""
 
-    def __init__(self, topology: Topology, rank: int, table: TuningTable | None, explain_as: str | None) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        rank: int,
+        table: TuningTable | None,
+        explain_as: str | None,
+        wire_links: WireLinks = "hosts",
+    ) -> None:
         """explain_as: the group's name, where this rank says what it chooses."""
         self.topology = topology
         self.rank = rank
         self.table = table
+        self.wire_links = wire_links
         self.own: Own = ()
         self._explain_as = explain_as
         self._chosen: set[str] = set()
@@ -124,29 +135,34 @@ class Planning:
     def choices(self, collective: str, root: int, coded: bool) -> Choices:
         """coded: for calls with a wire, whose times no table has."""
         self._chosen.add(collective)
-        return _choices(self.topology, collective, root, None if coded else self.table, self.own, coded)
+        return self._choices(collective, root, coded)
+
+    def _choices(self, collective: str, root: int, coded: bool) -> Choices:
+        table, links = (None, self.wire_links) if coded else (self.table, None)
+        return _choices(self.topology, collective, root, table, self.own, links)
 
     def program(self, collective: str, algorithm: str, root: int, coded: bool) -> Program:
-        found = _program(self.topology, self.rank, collective, algorithm, root, self.own, coded)
-        if self._explain_as is not None and not coded:
-            for line in self._explanations(collective, algorithm, root):
+        links = self.wire_links if coded else None
+        found = _program(self.topology, self.rank, collective, algorithm, root, self.own, links)
+        if self._explain_as is not None:
+            for line in self._explanations(collective, algorithm, root, coded):
                 print(f"pycomm: group {self._explain_as!r}: {line}", file=sys.stderr, flush=True)
         return found
 
-    def explain(self, collective: str, nbytes: int, root: int = 0) -> Explanation:
-        return explain(self.topology, collective, nbytes, root, self.table, self.own)
+    def explain(self, collective: str, nbytes: int, root: int = 0, coded: bool = False) -> Explanation:
+        table, links = (None, self.wire_links) if coded else (self.table, None)
+        return explain(self.topology, collective, nbytes, root, table, self.own, links)
 
-    def _explanations(self, collective: str, algorithm: str, root: int) -> list[str]:
+    def _explanations(self, collective: str, algorithm: str, root: int, coded: bool) -> list[str]:
         """One line for each size class that takes the algorithm."""
-        lines, beyond = [], 0
-        for limit, name in _choices(self.topology, collective, root, self.table, self.own):
+        lines, beyond, what = [], 0, f"{collective} with a wire" if coded else collective
+        for limit, name in self._choices(collective, root, coded):
             if name == algorithm:
                 at = limit if limit is not None else max(2 * beyond, 1 << 20)
-                lines.append(
-                    f"{collective} {_size_class(beyond, limit)}: {_one_line(self.explain(collective, at, root))}"
-                )
+                said = _one_line(self.explain(collective, at, root, coded))
+                lines.append(f"{what} {_size_class(beyond, limit)}: {said}")
             beyond = limit or beyond
-        return lines or [f"{collective}: {algorithm}, which the caller named"]
+        return lines or [f"{what}: {algorithm}, which the caller named"]
 
 
 class DevicePlanning:
@@ -164,6 +180,7 @@ class DevicePlanning:
         peer_nbytes: int = 0,
         table: TuningTable | None = None,
         max_ctas: int | None = None,
+        wire_links: WireLinks = "hosts",
     ) -> None:
         """figures: the topology of the devices, where one was given. hierarchical_nbytes: from that size on
         hierarchical, whatever that costs. Without either NCCL has all where it joins hosts, and what is inside hosts
@@ -178,6 +195,7 @@ class DevicePlanning:
         self.peer_nbytes = peer_nbytes
         self.table = table
         self.max_ctas = max_ctas
+        self.wire_links = wire_links
         self._explain_as = explain_as
         self._explained: set[str] = set()
 
@@ -194,6 +212,7 @@ class DevicePlanning:
             between=self.between,
             peer_nbytes=self.peer_nbytes,
             max_ctas=self.max_ctas,
+            wire_links=self.wire_links,
         )
 
     def through_host(self, why: str) -> None:
@@ -209,6 +228,11 @@ class DevicePlanning:
             )
 
     def choices(self, collective: str, root: int, coded: bool) -> Choices:
+        if coded and self.wire_links != "hosts":
+            raise InvalidArgument(
+                f"{collective}: a wire between racks alone is of CPU tensors; on devices it is between hosts: use a "
+                "group whose wire_links are 'hosts'"
+            )
         if coded:  # NCCL has no wire
             return ((None, HIERARCHICAL),)
         table, why = self._table(collective)
@@ -290,7 +314,7 @@ def plan(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -> Planni
     """Planning of a group of these ranks of the job, for one of them."""
     topology, table = job.of(ranks)
     rank = list(ranks).index(job_rank)
-    return Planning(topology, rank, table, name if job.explains and rank == 0 else None)
+    return Planning(topology, rank, table, name if job.explains and rank == 0 else None, job.wire_links)
 
 
 def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -> DevicePlanning:
@@ -307,4 +331,5 @@ def plan_devices(job: JobPlan, name: str, ranks: Sequence[int], job_rank: int) -
         job.peer_nbytes,
         job.of(ranks)[1],
         job.max_ctas,
+        job.wire_links,
     )

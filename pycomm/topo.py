@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pycomm.agreement import with_switches
 from pycomm.discover import Survey, survey
 from pycomm.errors import InvalidArgument, PycommError
 from pycomm.explain import count_of, format_s
@@ -259,7 +260,7 @@ def _job(options: argparse.Namespace) -> int:
     os.environ["PYCOMM_TUNE_FILE"] = ""  # what a table says is not what is found now
     with init() as group:
         found = survey(group)
-        topology, unknown, links = found.topology, list(found.unknown), None
+        topology, unknown, links = with_switches(found.topology, group.topology), list(found.unknown), None
         if options.measure:
             links = measure_links(group, topology, [machine.boot_id for machine in found.machines])
             unknown = [text for text in unknown if "is assumed" not in text] + slow_paths(topology, links)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,9 @@ from pycomm import topology_file
 from pycomm.errors import TopologyError
 from pycomm.hosts import SHARED_MEMORY, TCP, Host, Link, Nic, Switch, is_number, joined, slowest
 
-__all__ = ["REDUCE_BYTES_PER_S", "SHARED_MEMORY", "TCP", "Host", "Link", "Nic", "Switch", "Topology"]
+__all__ = ["REDUCE_BYTES_PER_S", "SHARED_MEMORY", "TCP", "Host", "Link", "Nic", "Switch", "Topology", "WireLinks"]
+
+WireLinks = Literal["hosts", "racks"]  # between hosts; between hosts that hang from different switches alone
 
 REDUCE_BYTES_PER_S: Final = 8e9
 
@@ -110,6 +112,18 @@ class Topology:
         for position, host in enumerate(self.hosts):
             index[list(host.ranks)] = position
         return index
+
+    @cached_property
+    def rack_index(self) -> NDArray[np.int64]:
+        """[n_ranks]: equal for ranks whose hosts hang from one switch. A host that hangs from none is its own rack."""
+        switches = {switch.name: position for position, switch in enumerate(self.switches)}
+        alone = len(self.switches)
+        of_host = [alone + index if h.switch is None else switches[h.switch] for index, h in enumerate(self.hosts)]
+        return np.array(of_host, np.int64)[self.host_index]
+
+    def sides(self, links: WireLinks) -> NDArray[np.int64]:
+        """[n_ranks]: different for ranks that have a link of that class between them."""
+        return self.host_index if links == "hosts" else self.rack_index
 
     @cached_property
     def local_rank(self) -> NDArray[np.int64]:

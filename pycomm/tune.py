@@ -1,8 +1,9 @@
 """`pycomm tune`: measures a job's links and what each algorithm costs on them, and saves a tuning table.
 
 The model goes first: with measured links it predicts every candidate, and what it expects to lose by far is not
-measured. The rest run once, and those that come close to the quickest again, in blocks that take turns, so that a
-disturbance meets all alike; a block's time is the slowest rank's, a candidate's the median of its blocks."""
+measured. The rest run once, short ones three times, and those that come close to the quickest again, in blocks that
+take turns, so that a disturbance meets all alike; a block's time is the slowest rank's, a candidate's the median of its
+blocks."""
 
 from __future__ import annotations
 
@@ -18,12 +19,13 @@ from typing import Final
 import numpy as np
 
 from pycomm import launch
-from pycomm.agreement import engine_version, table_folder
+from pycomm.agreement import engine_version, table_folder, with_switches
 from pycomm.device_choice import Points, measured_table
 from pycomm.discover import survey
 from pycomm.errors import InvalidArgument
 from pycomm.explain import format_nbytes, format_s
 from pycomm.group import Group, init
+from pycomm.launch.seconds import require_seconds
 from pycomm.launch.started import join_job
 from pycomm.measure import measure_links, measured_topology
 from pycomm.planners import PLANNERS
@@ -39,6 +41,7 @@ CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
 _FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
 # allows, are measured well
+_FIRST_S = 0.1  # what the first round of one size may take with BLOCKS calls of each, not one
 _SHORT_BLOCKS = 9  # of each, not timing.BLOCKS, where one takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
@@ -49,6 +52,7 @@ Samples = dict[tuple[str, str], dict[int, float]]
 
 def tune(group: Group, budget_s: float = BUDGET_S, device: Device | None = None) -> TuningTable:
     """Measures links and algorithms. Every rank of the job calls it on a group of all of them; all get the same table.
+    Switches and their uplinks are those of the group's topology, as given; NICs and links inside hosts are measured.
 
     budget_s: seconds for the algorithms, about; sizes that would take too long are left to the model. On one host every
     collective takes the engine's native path, so links alone are measured. device: this rank's GPU, whose
@@ -57,8 +61,9 @@ def tune(group: Group, budget_s: float = BUDGET_S, device: Device | None = None)
     if group.size < 2:
         raise InvalidArgument("tune: one rank has no links; start it on at least 2 ranks, such as --hosts 2,2")
     found = survey(group)
-    links = measure_links(group, found.topology, [machine.boot_id for machine in found.machines], all_pairs=False)
-    topology = measured_topology(found.topology, links)
+    topology = with_switches(found.topology, group.topology)
+    links = measure_links(group, topology, [machine.boot_id for machine in found.machines], all_pairs=False)
+    topology = measured_topology(topology, links)
     samples: Samples = {}
     if len(topology.hosts) > 1:
         with group.replan(topology, name="tune") as trial:
@@ -105,12 +110,13 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
             contends = (expected <= CONTENDS * expected.min()) | (predicted <= _LIKELY * predicted.min())
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
-            have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - 2 * expected[contends].sum()
+            n_first = BLOCKS if BLOCKS * expected[contends].sum() <= _FIRST_S else 1
+            have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - (1 + n_first) * expected[contends].sum()
             best = np.cumsum(np.sort(expected[contends])) * (1 + BLOCKS * _LEAST_CALLS)
             fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= have_s]
             if len(names) < 2 or not fitting:
                 continue
-            first = time_algorithms(group, collective, size, names, [1] * len(names), 1)
+            first = time_algorithms(group, collective, size, names, [1] * len(names), n_first)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
             final = final[: fitting[0]]
@@ -118,7 +124,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             is_short = _LEAST_CALLS * min(first) <= _BLOCK_S
             n_blocks = _SHORT_BLOCKS if is_short else BLOCKS
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
-            for name in names:  # whoever lost the first round, on a lone call, does not win the second by it
+            for name in names:  # whoever lost the first round, on lone calls, does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = slowest(group, time.perf_counter() - begin)
 
@@ -133,6 +139,9 @@ def report(table: TuningTable) -> str:
         link = host.nic
         names = "+".join(nic.name for nic in host.nics)
         lines.append(f"host {host.name}, {names}: {_link(link.bytes_per_s, link.latency_s)}")
+    for switch in table.topology.switches:
+        uplink = switch.uplink
+        lines.append(f"switch {switch.name}: uplink {_link(uplink.bytes_per_s, uplink.latency_s)}, as given")
     inside = table.topology.inside
     lines.append(f"inside hosts: {_link(inside.bytes_per_s, inside.latency_s)}")
     if len(table.topology.hosts) == 1:
@@ -196,8 +205,7 @@ def main(argv: Sequence[str]) -> int:
         "--devices", action="store_true", help="measure collectives on GPUs as well, one to a rank, for as long again"
     )
     options = parser.parse_args(argv)
-    if options.budget <= 0:
-        parser.error(f"--budget is {options.budget:g}; give seconds above 0")
+    require_seconds("--budget", options.budget)
     if (options.ranks, options.hosts, options.ranks_per_host) != (None, None, None):
         arguments = ["--budget", str(options.budget), *(["--devices"] if options.devices else [])]
         if options.output is not None:

@@ -24,7 +24,7 @@ from pycomm.planners import PLANNERS, THREE_LEVEL, TWO_LEVEL, Planner
 from pycomm.predict import predict
 from pycomm.schedule import Schedule
 from pycomm.table import TuningTable
-from pycomm.topology import Topology
+from pycomm.topology import Topology, WireLinks
 
 Choices = tuple[tuple[int | None, str], ...]
 
@@ -47,23 +47,28 @@ class Costs:
     measured: NDArray[np.bool_]
 
 
-def candidates(topology: Topology, collective: str, own: Own = (), coded: bool = False) -> dict[str, Planner]:
-    """The planners that make sense here, by algorithm, and those of `own` for this collective; coded: of these the ones
-    that a wire can run on (check_coded). Raises InvalidArgument for an unknown collective."""
+def candidates(
+    topology: Topology, collective: str, own: Own = (), coded: WireLinks | None = None, root: int = 0
+) -> dict[str, Planner]:
+    """The planners that make sense here, by algorithm, and those of `own` for this collective that serve the root;
+    coded: of these the ones that a wire on these links can run on (check_coded). Raises InvalidArgument for an unknown
+    collective."""
     if collective not in PLANNERS:
         raise InvalidArgument(f"no collective {collective!r}; choose from {', '.join(PLANNERS)}")
     pointless = TWO_LEVEL if len(topology.hosts) == 1 else frozenset() if topology.switches else THREE_LEVEL
     found = {name: plan for name, plan in PLANNERS[collective].items() if name not in pointless}
-    found |= {algorithm.name: algorithm.planner for algorithm in own if algorithm.collective == collective}
-    if not coded:
+    mine = (one for one in own if one.collective == collective and one.root in (None, root))
+    found |= {one.name: one.planner for one in mine}
+    if coded is None:
         return found
-    return {name: plan for name, plan in found.items() if codes_once(plan(topology, 0), topology)}
+    sides = topology.sides(coded)
+    return {name: plan for name, plan in found.items() if codes_once(plan(topology, root), sides)}
 
 
-def codes_once(schedule: Schedule, topology: Topology) -> bool:
+def codes_once(schedule: Schedule, sides: NDArray[np.int64]) -> bool:
     """Whether check_coded() passes."""
     try:
-        check_coded(schedule, topology.host_index)
+        check_coded(schedule, sides)
     except ScheduleError:
         return False
     return True
@@ -76,13 +81,12 @@ def costs(
     root: int = 0,
     table: TuningTable | None = None,
     own: Own = (),
-    coded: bool = False,
+    coded: WireLinks | None = None,
 ) -> Costs:
     """Every candidate's times. table: of this topology's layout, or None; its times were measured with root 0. own:
-    a group's own algorithms. coded:
-    of the candidates for a wire, whose bytes are predicted as if they crossed hosts uncoded: what a wire saves, it
-    saves all of them."""
-    planners = candidates(topology, collective, own, coded)
+    a group's own algorithms. coded: of the candidates for a wire on these links, whose bytes are predicted as if they
+    crossed uncoded: what a wire saves, it saves all of them."""
+    planners = candidates(topology, collective, own, coded, root)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
     predicted, ratios = [], []
@@ -114,7 +118,7 @@ def choice_table(
     root: int = 0,
     table: TuningTable | None = None,
     own: Own = (),
-    coded: bool = False,
+    coded: WireLinks | None = None,
 ) -> Choices:
     """((max_nbytes, algorithm), ..): a size belongs to the first entry that is not below it; the last has None.
 

@@ -7,22 +7,24 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from commands import PYCOMM
 from spawn import run_ranks
 
-from pycomm.bench import mpi
+from pycomm.bench import libraries, mpi, record, roofline
 from pycomm.bench.cases import EVERY, Case, Moe, cases
 from pycomm.bench.libraries import Nccl, Pycomm, TorchDistributed
-from pycomm.bench.measure import Effort, Row, Session
+from pycomm.bench.measure import Effort, Row, Session, Timing
 from pycomm.bench.roofline import measure_links
 from pycomm.bench.trials import Unavailable
 from pycomm.bench.workloads import MoeTrial
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.timeout(120)
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ("-m", "pycomm", "bench")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *BENCH)
+LAUNCHED = (*PYCOMM, "launch", "--ranks", "2", "--", *BENCH)
 QUICK = Effort(n_iters=3, n_warmup=1)
 
 
@@ -128,6 +131,57 @@ def test_rows_of_the_moe_exchange_that_went_astray_are_counted() -> None:
     assert first[0] == [0, 0]
     for right, misrouted in second:
         assert right == 0 and misrouted is not None and misrouted > 0
+
+
+MANY = ",".join(f"127.0.0.{10 + nic}" for nic in range(32))  # addresses and ports of more than 512 bytes
+
+
+def links_by_address(group) -> tuple[list[list[float]], str]:
+    v6 = Path("/proc/net/if_inet6")
+    has_v6 = v6.exists() and f"{1:032x}" in v6.read_text()
+    rates = []
+    for address in ("lo", MANY, *(["::1", "lo,::1"] if has_v6 else [])):
+        os.environ["PYCOMM_ADDRESS"] = address
+        rates.append(measure_links(group).tolist())
+    os.environ["PYCOMM_ADDRESS"] = "192.0.2.1" if group.rank == 2 else "127.0.0.1"  # TEST-NET-1 is no host's
+    try:
+        measure_links(group)
+    except OSError as error:
+        return rates, str(error)
+    return rates, "measured"
+
+
+def test_links_are_measured_by_names_many_addresses_and_ipv6_and_a_failure_is_every_ranks() -> None:
+    for rates, failure in run_ranks(links_by_address, 3, hosts=["a", "a", "b"]):
+        assert len(rates) >= 2 and all(len(of_hosts) == 2 and min(of_hosts) > 0 for of_hosts in rates)
+        assert "rank 2 (host b): cannot listen on 192.0.2.1" in failure
+
+
+def test_a_stranger_on_a_measured_link_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_GREETING_S", 0.1)
+    monkeypatch.setattr(roofline, "START_S", 1e9)  # what comes counts from the first byte, however late it is read
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        silent = socket.create_connection(listener.getsockname())
+        loud = socket.create_connection(listener.getsockname())
+        mine = socket.create_connection(listener.getsockname())
+        loud.sendall(b"x" * 100)
+        loud.close()
+        mine.sendall(b"secret" + bytes(100))
+        mine.close()
+        assert roofline._receive(listener, "secret", 20) > 0
+        silent.close()
+
+
+@pytest.mark.parametrize(("address", "interfaces"), [("lo", "lo"), ("127.0.0.7,::1", "lo"), ("192.0.2.1", None)])
+def test_gloo_takes_the_interfaces_that_pycomm_is_told_to_use(
+    monkeypatch: pytest.MonkeyPatch, address: str, interfaces: str | None
+) -> None:
+    monkeypatch.setenv("PYCOMM_ADDRESS", address)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # put back at the end
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    monkeypatch.setattr(libraries, "_process_group", lambda *arguments: None)
+    libraries.open_gloo(SimpleNamespace(rank=0, size=1), 1)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interfaces
 
 
 def own_failure(group) -> str:
@@ -278,7 +332,7 @@ def test_alone_it_starts_its_ranks_and_writes_all_files(tmp_path: Path) -> None:
 def test_emulated_hosts_and_two_more_workloads(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     arguments = ["moe,overlap,latency,broadcast", "-b", "24K", "-e", "24K", "-n", "2", "--hidden", "64"]
-    done = bench(*arguments, "--hosts", "2,1", "--vs", "gloo,mpi", "--json", str(path))
+    done = bench(*arguments, "--hosts", "2,1", "--vs", "gloo,mpi", "--json", str(path), PYCOMM_ADDRESS="lo")
     assert done.returncode == 0, done.stderr
     assert "3 ranks on 2 host(s) (host0: 2, host1: 1)" in done.stdout and "# links between hosts" in done.stdout
     assert "mpi not available: the job has several hosts" in done.stdout
@@ -327,7 +381,33 @@ def test_compare_ends_with_1_where_a_median_became_slower(tmp_path: Path) -> Non
     assert "# compare: 2 regression(s)" in (under := compared(1.0, *TORCHRUN)).stdout and under.returncode == 1
     faster = compared(1e12)
     assert faster.returncode == 0 and "# compare: 0 regression(s) beyond 10%" in faster.stdout
-    assert bench("all_reduce", "-b", "2K", "-e", "2K", "-n", "5", "--compare", str(path)).returncode == 2
+    nothing = bench("all_reduce", "-b", "2K", "-e", "2K", "-n", "5", "--compare", str(path), launcher=LAUNCHED)
+    assert nothing.returncode == 2
+    assert nothing.stderr.count("error: ") == 1 and "error: nothing to compare" in nothing.stderr
+
+
+def test_files_are_rank_0s_alone_and_looked_for_before_anything_is_measured(tmp_path: Path) -> None:
+    """Each rank in a folder of its own, as on hosts that share no file system."""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    command = f'cd "{tmp_path}/$RANK" && exec {sys.executable} -m pycomm bench all_reduce -b 1K -e 1K -n 2 "$@"'
+
+    def each_in_its_own(*arguments: str) -> subprocess.CompletedProcess[str]:
+        around = (*PYCOMM, "launch", "--hosts", "1,1", "--", "sh", "-c", command, "sh")
+        return bench(*arguments, launcher=around, PYTHONPATH=str(ROOT))
+
+    refused = each_in_its_own("--json", "files/new.json")
+    assert refused.returncode == 2 and "# pycomm bench" not in refused.stdout
+    said = refused.stderr.count("error: the folder of files/new.json does not exist")  # by the first rank, perhaps by
+    assert refused.stderr.count("error: ") == said >= 1  # both, and nobody lost a peer
+    (tmp_path / "0" / "files").mkdir()
+    slow = dict.fromkeys(("in_place", "out_of_place"), Timing(1, 1e9, 1e9, 1e9, 1e9, 0))
+    about = {"machine": {"cpu": "x", "cores": 1, "torch": "1"}, "n_ranks": 2, "host_ids": ["host0", "host1"]}
+    old = record.full_record([Row(Case("all_reduce", "float32", 1024, 2), {"pycomm": slow})], about)
+    record.write_json(tmp_path / "0" / "files" / "old.json", old)
+    again = each_in_its_own("--compare", "files/old.json", "--csv", "files/new.csv")
+    assert again.returncode == 0 and "# compare: 0 regression(s)" in again.stdout, again.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["new.csv", "old.json"]
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
@@ -430,6 +510,52 @@ def test_mpi_that_does_not_come_says_why(tmp_path: Path) -> None:
     assert done.returncode == 0 and "has no mpi4py" in done.stdout
     done = bench(*arguments, "--mpi-python", python)
     assert done.returncode == 0 and "# mpi not available: 0 of 2 MPI ranks came" in done.stdout
+    done = bench(*arguments, "--mpi-python", "/no/such/python")
+    assert done.returncode == 0, done.stderr
+    assert "# mpi not available: /no/such/python cannot be started: No such file or directory" in done.stdout
+    with pytest.raises(PycommError, match="0 of 1 MPI ranks came; it said nothing"):
+        mpi.MpiCompanion(1, True, "sh -c 'sleep 1000'", python, 1)
+
+
+@pytest.mark.parametrize(
+    ("program", "patience_s", "why"),
+    [
+        ("exit 0", 30, ""),
+        ("echo something; exit 3", 30, "has no mpi4py: it ends with 3 and says nothing;"),
+        ("echo line; echo ImportError >&2; echo >&2; exit 1", 30, "has no mpi4py: ImportError;"),
+        ("sleep 1000 & wait", 0.2, "has not imported mpi4py in 0.2 s;"),
+    ],
+)
+def test_an_interpreter_without_mpi4py_says_so_or_is_given_up(
+    tmp_path: Path, program: str, patience_s: float, why: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    said = mpi._import_problem(str(python), patience_s)
+    assert said == (f"{python} {why} name another with --mpi-python" if why else "")
+
+
+STRANGERS = """
+import os, socket, sys
+host, port = sys.argv[-1].split(":")
+silent, loud = (socket.create_connection((host, int(port))) for _ in range(2))
+silent.set_inheritable(True)  # open for as long as the rank is
+loud.sendall(b"GET / HTTP/1.1" * 50)
+loud.close()
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def test_strangers_at_the_companions_door_hold_up_no_mpi_rank(tmp_path: Path) -> None:
+    _, python = one_rank_mpi(tmp_path)
+    (tmp_path / "strangers.py").write_text(STRANGERS)
+    companion = mpi.MpiCompanion(1, True, f"{sys.executable} {tmp_path}/strangers.py", python, 100)
+    try:
+        assert companion.version == "One-rank MPI 1.0"
+        assert companion._ask("trial", Case("all_reduce", "float32", 64, 1), "in_place") == [None]
+    finally:
+        companion.close()
 
 
 def test_a_companion_does_not_see_the_job_that_starts_it() -> None:

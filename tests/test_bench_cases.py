@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from pycomm.bench.cases import (
     cases,
     ladder,
 )
-from pycomm.bench.job import interfaces
+from pycomm.bench.command import RECORD
 from pycomm.bench.measure import Row, Timing
 from pycomm.bench.options import parser, work
 from pycomm.bench.report import Table, matrix
@@ -201,7 +203,8 @@ def asked(*argv: str, n_ranks: int = 4, first_remote: int | None = None):
         (["all_reduce", "-n", "0"], ["--iters is 0"]),
         (["all_reduce", "-c", "-1"], ["--check is -1"]),
         (["all_reduce", "--noise", "0"], ["--noise is 0"]),
-        (["all_reduce", "--timeout", "nan"], ["--timeout is nan"]),
+        *((["all_reduce", "-T", s], [f"--timeout is {s}; give"]) for s in ("nan", "inf", "0", "1e+300")),
+        *((["all_reduce", "--noise", s], [f"--noise is {s}"]) for s in ("nan", "inf", "-1.0")),
         (["moe", "--experts", "6"], ["6 experts do not spread evenly over 4 ranks"]),
         (["moe", "--top-k", "9"], ["--top-k 9", "1 to 4"]),
         (["moe", "-d", "int8"], ["not int8"]),
@@ -283,11 +286,6 @@ def test_memory_must_read_each_input_and_write_each_output() -> None:
     assert memory_limit_s(Case("all_gather", "float32", mib, 4), 5 * mib) == 1.0  # 1 read, 4 written
     assert memory_limit_s(Case("broadcast", "float32", mib, 4), 4 * mib) == 1.0  # 1 read, 3 written
     assert memory_limit_s(Case("all_reduce", "float32", mib // 2, 4), 1.0) is None
-
-
-def test_interfaces_are_named_by_their_addresses() -> None:
-    assert interfaces(["127.0.0.1"]) == ["lo"]
-    assert interfaces(["192.0.2.1", "127.0.0.1", ""]) == ["lo"]  # TEST-NET-1 is no interface's
 
 
 # What is printed and kept.
@@ -404,6 +402,63 @@ def test_compare_refuses_what_cannot_be_compared(tmp_path) -> None:
             record.load(tmp_path / "old.json")
     with pytest.raises(InvalidArgument, match="cannot read"):
         record.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda found: found.pop("host_ids"),
+        lambda found: found.pop("n_ranks"),
+        lambda found: found.pop("machine"),
+        lambda found: found["machine"].pop("cpu"),
+        lambda found: found.update(machine=None),
+        lambda found: found.update(rows=7),
+        lambda found: found.update(rows=["row"]),
+        lambda found: found["rows"][0].pop("nbytes"),
+        lambda found: found["rows"][0].pop("timings"),
+        lambda found: found["rows"][0]["timings"]["pycomm"].update(in_place=3),
+        lambda found: found["rows"][0]["timings"]["pycomm"]["in_place"].update(p50_us="soon"),
+        lambda found: found["rows"][0]["timings"]["pycomm"]["in_place"].update(p50_us=0),
+        lambda found: found["rows"][0]["timings"]["pycomm"]["in_place"].update(p50_us=float("nan")),
+    ],
+)
+def test_a_record_that_lacks_what_is_compared_is_refused(tmp_path, spoil) -> None:
+    found = full(row())
+    spoil(found)
+    (tmp_path / "old.json").write_text(json.dumps(found))
+    with pytest.raises(InvalidArgument, match="no whole record"):
+        record.load(tmp_path / "old.json")
+
+
+@pytest.mark.parametrize(
+    ("ranks_code", "new", "code"),
+    [
+        (0, full(row(100.0)), 0),
+        (0, full(row(200.0)), 1),
+        (3, full(row(200.0)), 3),
+        (130, full(row(200.0)), 130),
+        (130, full(), 130),
+        (0, full(), 2),
+        (7, None, 7),
+    ],
+    ids=["as before", "slower", "wrong and slower", "Ctrl-C", "Ctrl-C before a row", "no row in both", "ranks failed"],
+)
+def test_what_the_ranks_end_with_counts_before_a_regression(
+    tmp_path, monkeypatch, pycomm_command, ranks_code, new, code
+) -> None:
+    record.write_json(tmp_path / "old.json", full(row(100.0)))
+
+    def launch(*arguments, **options):
+        if new is not None:
+            record.write_json(Path(os.environ[RECORD]), new)
+        return ranks_code
+
+    monkeypatch.setattr("pycomm.launch.launch", launch)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    found, stdout, stderr = pycomm_command("bench", "all_reduce", "--compare", str(tmp_path / "old.json"))
+    assert found == code, (stdout, stderr)
+    assert ("nothing to compare" in stdout + stderr) == (new is not None and not new["rows"])
 
 
 def test_cases_of_a_barrier_need_no_size() -> None:

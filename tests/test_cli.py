@@ -43,6 +43,8 @@ def test_version(pycomm_command):
         (["explain", "all_reduce", "64QiB"], "64QiB"),
         (["explain", "all_reduc", "64MiB"], "no collective 'all_reduc'"),
         (["explain", "all_reduce", "1", "--hosts", "2"], "needs --ranks-per-host"),
+        (["explain", "all_reduce", "1", "--hosts", "2,0"], "at least 1 rank"),
+        (["explain", "all_reduce", "1", "--hosts", "2,-1"], "at least 1 rank"),
         (["explain", "all_reduce", "1", "--topology", "/no/such.toml"], "/no/such.toml"),
         (["explain", "all_reduce", "1", "--topology", "x.toml", "--ranks", "2"], "leave --ranks and --hosts out"),
     ],

@@ -116,6 +116,11 @@ def test_threads_share_the_cores_unless_the_caller_says_otherwise():
         ((None, "2", None), "needs --ranks-per-host"),
         ((None, "2,2", 2), "lists the ranks"),
         ((None, "two", 2), "'two'"),
+        *(((ranks, None, None), "at least 1 rank") for ranks in (0, -1)),
+        *(((None, hosts, None), "at least 1 rank") for hosts in ("2,0", "2,-1")),
+        ((None, "2", 0), "at least 1 rank"),
+        ((None, "0", 2), "a job a host"),
+        ((None, "-1", 2), "a job a host"),
     ],
 )
 def test_layouts_that_say_nothing_or_two_things_are_refused(arguments, fact):
@@ -358,6 +363,7 @@ def test_no_child_of_a_rank_survives_the_rank(tmp_path):
         (["--ranks", "0", "true"], "at least 1 rank"),
         (["true"], "either --ranks N"),
         (["--ranks", "1", "--log-dir", "/proc/none", "true"], "/proc/none"),
+        *((["--ranks", "1", "--grace", s, "true"], f"--grace is {s}; give") for s in ("nan", "inf", "-1", "1e+300")),
     ],
 )
 def test_what_cannot_start_is_one_line_and_exit_code_2(arguments, fact):

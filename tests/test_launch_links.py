@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -266,3 +267,22 @@ def test_a_killed_launchers_namespaces_go_with_the_next_start_and_nobody_elses(n
         assert_ended(alive_pidfds)
         assert alive.wait(timeout=10) == 128 + signal.SIGTERM
         assert namespaces_of(alive.pid) == set()
+
+
+def test_what_a_killed_launchers_ranks_had_started_does_not_keep_its_namespaces(namespaces):
+    """A data loader's workers, for example, which live on in their host's network."""
+    with contextlib.ExitStack() as stack:
+        killed = start("sh", "-c", "sleep 1000 & echo $!; wait")
+        stack.callback(killed.kill)
+        children = []
+        for _ in range(2):
+            children.append(os.pidfd_open(int(killed.stdout.readline().split()[-1])))
+            stack.callback(os.close, children[-1])
+            stack.callback(signal.pidfd_send_signal, children[-1], signal.SIGKILL)
+        killed.kill()
+        killed.communicate(timeout=10)
+        assert len(namespaces_of(killed.pid)) == 2
+        process = start("true")
+        assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
+        assert namespaces_of(killed.pid) == set()
+        assert select.select(children, [], [], 0)[0] == [], "no child of a rank was left to hold them"

@@ -24,7 +24,7 @@ PYTHON_ROWS = [
     ["planners", "calls"],
     ["traffic"],
     ["fairness"],
-    ["check", "project", "simulate", "predict", "table"],
+    ["check", "project", "simulate", "predict", "table", "pairs"],
     ["own"],
     ["tuner"],
     ["explain"],

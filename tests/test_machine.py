@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spawn import run_ranks
 
 from pycomm.errors import InvalidArgument, PycommError
-from pycomm.machine import local_address, parse_cpu_list, this_machine
+from pycomm.machine import Interface, local_address, local_addresses, local_interfaces, parse_cpu_list, this_machine
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -78,6 +78,17 @@ def test_the_traffics_interfaces_are_those_of_its_addresses(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "no such host")
     with pytest.raises(PycommError, match="no route to MASTER_ADDR=no such host"):
         local_address()
+
+
+def test_words_of_the_traffics_addresses_are_names_or_addresses_of_both_families(monkeypatch):
+    monkeypatch.setenv("PYCOMM_ADDRESS", "lo, 127.0.0.7,::1,192.0.2.77")
+    assert local_addresses() == ("127.0.0.1", "127.0.0.7", "::1", "192.0.2.77")
+    assert local_interfaces() == ("lo",)
+    link = Interface("eth7", "veth", ("fe80::7", "2001:db8::7"), None)
+    monkeypatch.setattr("pycomm.machine._interfaces", lambda unknown: (link,))
+    for words, addresses in (("eth7", "fe80::7%eth7"), ("2001:db8::7", "2001:db8::7"), ("fe80::7%eth7",) * 2):
+        monkeypatch.setenv("PYCOMM_ADDRESS", words)
+        assert (local_addresses(), local_interfaces()) == ((addresses,), ("eth7",))
 
 
 def test_outside_a_job_every_address_counts():

@@ -140,6 +140,35 @@ def test_a_schedule_serves_its_root_alone():
     assert mine.planner(topology, 1).root == 1
     with pytest.raises(InvalidArgument, match="registered for root 1, not for 0"):
         mine.planner(topology, 0)
+    assert "mine" in candidates(topology, "broadcast", (mine,), root=1)
+    assert "mine" not in candidates(topology, "broadcast", (mine,), root=0)
+
+
+def broadcast_from_each(group):
+    tree = PLANNERS["broadcast"]["tree"](group.topology, 1)
+    group.register(Schedule("broadcast", "of_one", 3, tree.n_chunks, 1, tree.transfers))
+    results = []
+    for root, name in ((0, None), (1, None), (2, None), (1, "of_one")):
+        x = np.full(5, group.rank + 1.0)
+        group.broadcast(x, root, algorithm=name)
+        results.append(x[0])
+    with pytest.raises(InvalidArgument, match="registered for root 1, not for 0"):
+        group.broadcast(x, 0, algorithm="of_one")
+    weighed = ["of_one" in str(group.explanation("broadcast", 40, root)) for root in range(3)]
+    return results, weighed, "of_one" in group.explain("broadcast", 40)
+
+
+def test_a_registered_root_leaves_the_others_their_choice():
+    for found in run_ranks(broadcast_from_each, 3, hosts="aab"):
+        assert found == ([1, 2, 3, 2], [False, True, False], False)
+
+
+def test_a_schedule_of_a_collective_without_a_root_serves_every_call():
+    topology = Topology.emulated([1, 1])
+    ring = PLANNERS["all_reduce"]["ring"](topology, 0)
+    mine = algorithm(Schedule("all_reduce", "mine", 2, ring.n_chunks, 1, ring.transfers), topology, ())
+    assert mine.planner(topology, 0).root == 1
+    assert "mine" in candidates(topology, "all_reduce", (mine,))
 
 
 def test_a_digest_tells_schedules_apart():

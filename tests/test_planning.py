@@ -15,7 +15,7 @@ import torch.distributed as c10d
 from torch_ranks import run_processes
 
 import pycomm
-from pycomm.agreement import agree, engine_version, fit, table_folder
+from pycomm.agreement import agree, engine_version, fit, table_folder, with_switches
 from pycomm.discover import describe
 from pycomm.errors import InvalidArgument, PeerLost, PeerTimeout, PycommWarning, TopologyError
 from pycomm.explain import explain
@@ -113,8 +113,8 @@ REFUSED = {
         lambda: table(Topology.from_host_ids("abab", nic=SLOW)).to_json(),
         "placed abab, this job has 4 ranks on 2 host(s) (2, 2), placed aabb",
     ),
-    "other format": (lambda: json.dumps({"format": 99}), "it has format 99, this pycomm reads format 2"),
-    "no table": (lambda: "hello", "it is no tuning table"),
+    "other format": (lambda: json.dumps({"format": 99}), "it has format 99, this pycomm reads format 3"),
+    "changed by hand": (lambda: table().to_json().replace("1e-06", "Infinity"), "its digest is"),
 }
 
 
@@ -180,10 +180,31 @@ def test_a_topology_in_rank_0s_file_serves_all_ranks_and_their_groups(tmp_path):
 
 def test_a_tables_times_serve_beside_a_topology(tmp_path):
     table().save(tmp_path / "t.json")
-    for _, (topology, chosen, _) in run(
-        say, {"PYCOMM_TUNE_FILE": str(tmp_path / "t.json")}, topologies=[fitting()] * 4
+    given = Topology.from_host_ids(HOSTS, nic=Link(1e-4, 1e9))
+    for warned, (topology, chosen, _) in run(
+        say, {"PYCOMM_TUNE_FILE": str(tmp_path / "t.json")}, topologies=[given] * 4
     ):
-        assert topology == fitting() and chosen == "ring"
+        assert warned == [] and topology == given and chosen == "ring"
+
+
+def test_a_table_measured_below_the_switches_that_were_given_serves_with_its_links(tmp_path):
+    saved = table(with_switches(Topology.from_host_ids(HOSTS, nic=Link(3e-4, 5e6)), fitting()))
+    saved.save(tmp_path / "t.json")
+    uplinks = tuple(dataclasses.replace(switch, uplink=Link(1e-3, 2e6)) for switch in fitting().switches)
+    given = dataclasses.replace(fitting(), hosts=fitting().hosts[::-1], switches=uplinks)
+    for warned, (topology, chosen, _) in run(
+        say, {"PYCOMM_TUNE_FILE": str(tmp_path / "t.json")}, topologies=[given] * 4
+    ):
+        assert warned == [] and chosen == "ring"
+        assert topology == dataclasses.replace(saved.topology, switches=uplinks)
+
+
+def test_a_table_measured_without_the_switches_that_were_given_is_refused(tmp_path):
+    table().save(tmp_path / "t.json")
+    results = run(say, {"PYCOMM_TUNE_FILE": str(tmp_path / "t.json")}, topologies=[fitting()] * 4)
+    assert [len(warned) for warned, _ in results] == [1, 0, 0, 0]
+    assert "it was measured without switches; this job's hosts are below switches rack0, rack1" in results[0][0][0]
+    assert all(topology == fitting() for _, (topology, _, _) in results)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.timeout(120)
         ("a1,b2", "a1"),
         ("n[1,3]-ib", "n1-ib"),
         ("rack1-n[008]", "rack1-n008"),
+        ("rack[1-2]node[3-4],rack3node1", "rack1node3"),
+        ("rack[07,9]-n[3,5-6]-ib", "rack07-n3-ib"),
     ],
 )
 def test_first_node_of_slurms_lists(nodes: str, first: str) -> None:

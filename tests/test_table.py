@@ -13,7 +13,7 @@ from pycomm.explain import explain, format_s
 from pycomm.hosts import Link, Switch
 from pycomm.planners import PLANNERS
 from pycomm.predict import predict
-from pycomm.table import Times, TuningTable, from_json, layout, load
+from pycomm.table import Times, TuningTable, _digest, from_json, layout, load
 from pycomm.topology import Topology
 from pycomm.tuner import LADDER, TIE, candidates, choice_table, choose, costs
 
@@ -44,7 +44,10 @@ def tables(draw):
     times = tuple(
         Times(
             *name,
-            tuple((size, draw(st.floats(1e-9, 1e3))) for size in sorted(draw(st.sets(st.integers(1), min_size=1)))),
+            tuple(
+                (size, draw(st.floats(1e-9, 1e3)))
+                for size in sorted(draw(st.sets(st.integers(1, 1 << 62), min_size=1)))
+            ),
         )
         for name in draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
     )
@@ -69,25 +72,39 @@ def test_a_table_is_saved_whole_where_its_name_says_what_it_is(tmp_path):
     assert other_engine.file_name() != TABLE.file_name()
 
 
+def sealed(document):
+    """The text of a table that says this, with the digest of what it says."""
+    rest = {name: value for name, value in document.items() if name != "digest"}
+    return json.dumps({**rest, "digest": _digest(rest, 16)})
+
+
+def with_times(document, times):
+    return sealed({**document, "times": times})
+
+
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
         (lambda d: "{", "it is no tuning table (JSONDecodeError"),
+        (lambda d: "[" * 100_000, "it is no tuning table (RecursionError"),
         (lambda d: json.dumps([1]), "it is no tuning table (TypeError"),
-        (lambda d: json.dumps({**d, "format": 7}), "it has format 7, this pycomm reads format 2"),
-        (lambda d: json.dumps({**d, "engine": "9"}), "its fingerprint is"),
-        (
-            lambda d: json.dumps({k: v for k, v in d.items() if k != "times"}),
-            "it is no tuning table (KeyError: 'times')",
-        ),
-        (lambda d: json.dumps({**d, "hardware": ["x"]}), "1 hosts' hardware for 2 hosts"),
-        (lambda d: json.dumps({**d, "times": {"all_reduce": {"ring": [[8, -1]]}}}), "not a positive number of seconds"),
-        (lambda d: json.dumps({**d, "times": {"all_reduce": {"ring": [[8, 1], [4, 1]]}}}), "not ascending"),
-        (lambda d: json.dumps({**d, "times": {"all_reduce": {"ring": [[0, 1]]}}}), "not ascending from 1 up"),
-        (
-            lambda d: json.dumps({**d, "topology": {**d["topology"], "reduce_bytes_per_s": 0}}),
-            "reduce_bytes_per_s is 0",
-        ),
+        (lambda d: json.dumps({**d, "format": 2}), "it has format 2, this pycomm reads format 3"),
+        (lambda d: json.dumps({**d, "engine": "9"}), "its digest is"),
+        (lambda d: json.dumps(d).replace("0.004", "0.003"), "its digest is"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "digest"}), "KeyError: 'digest'"),
+        (lambda d: sealed({k: v for k, v in d.items() if k != "times"}), "it is no tuning table (KeyError: 'times')"),
+        (lambda d: sealed({**d, "hardware": ["x"]}), "1 hosts' hardware for 2 hosts"),
+        (lambda d: with_times(d, {"all_reduce": {"ring": [[8, -1]]}}), "not a positive number of seconds"),
+        (lambda d: with_times(d, {"all_reduce": {"ring": [[8, 1], [4, 1]]}}), "not ascending"),
+        (lambda d: with_times(d, {"all_reduce": {"ring": [[0, 1]]}}), "not ascending from 1 to"),
+        (lambda d: with_times(d, {"all_reduce": {"ring": [[1 << 70, 1]]}}), "not ascending from 1 to"),
+        (lambda d: with_times(d, {"all_reduce": {"ring": [[float("inf"), 1]]}}), "OverflowError"),
+        (lambda d: with_times(d, {"all_reduce": {"mine": [[8, 1]]}}), "times of all_reduce mine, which no planner"),
+        (lambda d: with_times(d, {"mine": {"ring": [[8, 1]]}}), "KeyError: 'mine'"),
+        (lambda d: sealed({**d, "device_times": {"mine": {"native": [[8, 1]]}}}), "times of mine on devices"),
+        (lambda d: sealed({**d, "topology": {**d["topology"], "reduce_bytes_per_s": 0}}), "reduce_bytes_per_s is 0"),
+        (lambda d: sealed({**d, "topology": {**d["topology"], "reduce_bytes_per_s": 10**400}}), "OverflowError"),
+        (lambda d: sealed(json.loads(json.dumps(d).replace("[0, 1, 2, 3]", "[0.0, 1, 2, 3]"))), "give whole numbers"),
     ],
 )
 def test_what_is_no_table_is_refused_by_name(tmp_path, change, fact):
@@ -96,6 +113,38 @@ def test_what_is_no_table_is_refused_by_name(tmp_path, change, fact):
     with pytest.raises(InvalidArgument) as caught:
         load(path)
     assert str(path) in str(caught.value) and fact in str(caught.value) and "pycomm tune" in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_anything_in_any_place_gives_a_table_or_invalid_argument(data):
+    document = json.loads(TABLE.to_json())
+    place = data.draw(st.sampled_from(list(places(document))), label="place")
+    within = document
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = data.draw(ANYTHING, label="value")
+    for text in (json.dumps(document), sealed(document)):
+        try:
+            table = from_json(text)
+        except InvalidArgument:
+            continue
+        assert from_json(table.to_json()).fingerprint() == table.fingerprint()
+
+
+def places(document):
+    """The keys that lead to each value in it."""
+    items = document.items() if isinstance(document, dict) else enumerate(document)
+    for key, value in items:
+        yield (key,)
+        if isinstance(value, (dict, list)):
+            yield from ((key, *rest) for rest in places(value))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -131,6 +180,31 @@ def test_what_a_table_holds_for(job, hardware, engine, fact):
         named = TABLE.for_hosts(job)
         assert [host.name for host in named.hosts] == [host.name for host in job.hosts]
         assert named.link(0, 7) == TOPOLOGY.link(0, 7)
+
+
+def below(*switches, parent=None):
+    """TOPOLOGY with each host below one of these."""
+    hosts = tuple(dataclasses.replace(host, switch=name) for host, name in zip(TOPOLOGY.hosts, switches, strict=True))
+    made = [Switch(name, Link(1e-4, 1e9), parent) for name in dict.fromkeys(switches) if name]
+    return dataclasses.replace(
+        TOPOLOGY, hosts=hosts, switches=(*made, *([Switch(parent, Link(0, 1e9))] if parent else ()))
+    )
+
+
+def test_a_table_holds_below_the_switches_it_was_measured_below():
+    below_racks = dataclasses.replace(TABLE, topology=below("r0", "r1"))
+    fingerprints = {TABLE.fingerprint(), below_racks.fingerprint()}
+    for job in (
+        TOPOLOGY,
+        below("r0", "r1"),
+        dataclasses.replace(below("r0", "r1"), hosts=below("r0", "r1").hosts[::-1]),
+    ):
+        assert below_racks.refusal(job, TABLE.hardware, TABLE.engine) is None
+    for job in (below("r0", "r0"), below("r0", None), below("r1", "r0"), below("r0", "r1", parent="row")):
+        assert "below switches r0, r1; this job's" in below_racks.refusal(job, TABLE.hardware, TABLE.engine)
+        assert "measured without switches; this" in TABLE.refusal(job, TABLE.hardware, TABLE.engine)
+        fingerprints.add(dataclasses.replace(TABLE, topology=job).fingerprint())
+    assert len(fingerprints) == 6
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))

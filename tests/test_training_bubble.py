@@ -32,6 +32,9 @@ def test_the_bubble_is_the_idle_time_of_the_schedule_with_the_measured_actions()
     timing = check(plan("1f1b", p, m), [f for f, _ in took.values()], [b for _, b in took.values()], 0.0)
     found = bubble.seconds(torch.tensor(rows, dtype=torch.float64), own_s=99.0)
     assert found == pytest.approx(of_stage * sum(timing.idle))
+    outermost = Bubble(plan("1f1b", p, m), AXES, copies=of_stage)
+    found = outermost.seconds(torch.tensor(rows[::of_stage] * of_stage, dtype=torch.float64), own_s=99.0)
+    assert found == pytest.approx(of_stage * sum(timing.idle))
 
 
 def test_ranks_of_a_stage_count_by_their_mean_and_chunks_as_the_v_places_them() -> None:
@@ -106,6 +109,18 @@ def test_a_stage_that_takes_longer_is_seen_in_its_actions_and_makes_the_other_on
     idle = check(plan("zb_h1", 2, m), *([a / m, b / m] for a, b in zip(first, second, strict=True))).idle
     assert bubble_s == pytest.approx(sum(idle))
     assert bubble_s > m * SLOW_S - sum(first)  # the first stage waits while the second one sleeps
+
+
+def ranks_of_copies(group: Any, config: Config) -> int:
+    trainer = Trainer(config, group)
+    trainer.close()
+    return trainer._bubble.copies
+
+
+def test_copies_of_the_pipeline_that_stand_outermost_are_told_apart(tmp_path: Path) -> None:
+    for outermost, copies in (("pp", 1), ("dp", 2)):
+        config = tiny(tmp_path, layout={"pp": 2, "outermost": outermost}, accumulation=2)
+        assert run_ranks(ranks_of_copies, 4, config) == [copies] * 4
 
 
 def run_config(group: Any, config: Config) -> None:

@@ -22,7 +22,7 @@ from training.context import attend
 from training.errors import ConfigError
 from training.machine import process_nbytes, resident_nbytes
 from training.model import specs_of_whole
-from training.offload import FileMemory
+from training.offload import ActivationFile, FileMemory
 from training.optimizer import MOMENTS, PARAMETERS
 from training.trainer import Trainer
 
@@ -298,3 +298,25 @@ def test_a_file_keeps_what_is_released_and_a_full_disk_is_named(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write to .*; set train.offload_dir to a disk with room"):
         FileMemory(tmp_path / "file")
+
+
+def test_saved_activations_leave_memory_until_backward_takes_them(tmp_path: Path) -> None:
+    weight = torch.ones(256, 256, requires_grad=True)
+    x = torch.linspace(-1.0, 1.0, 256 * 256).view(256, 256)
+    expected = [torch.autograd.grad(three_layers(x, weight), weight)[0] for _ in range(2)]
+    file = ActivationFile(tmp_path, [weight])
+    for n_steps in range(2):  # places are used again
+        with file.saving():
+            loss = three_layers(x, weight)
+        size, resident = in_files(str(tmp_path))
+        assert size >= file.nbytes > 2 * x.nbytes
+        assert resident <= 0.05 * size, (resident, size)
+        assert torch.equal(torch.autograd.grad(loss, weight)[0], expected[n_steps])
+        del loss
+        assert in_files(str(tmp_path))[1] <= 0.05 * size
+
+
+def three_layers(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    for _ in range(3):
+        x = torch.tanh(x @ weight)
+    return x.sum()

@@ -24,7 +24,7 @@ from training.config import Config
 from training.errors import ConfigError
 from training.layer_rate import layer_flops, planning_flops
 from training.layout import Layout, resolve_layout
-from training.links import Links, groups_of, neighbours, tied
+from training.links import Links, around_cp, between_stages, groups_of, tied
 from training.memory import require_fit
 from training.plan_layout import Plan, _possible, search, whole_specs
 from training.plan_report import settings
@@ -90,17 +90,21 @@ def test_groups_are_those_of_the_mesh(layout: Layout) -> None:
         for rank, at in enumerate(places):
             members.setdefault(colors[name](at), []).append(rank)
         assert sorted(groups.tolist()) == sorted(members.values()), name
-    for pairs, around in itertools.product(("pp", "cp"), (False, True)):
-        n = getattr(layout, pairs)
-        for here, there in neighbours(layout, pairs, around).tolist():
-            assert (getattr(places[here], pairs) + 1) % n == getattr(places[there], pairs)
-            assert places[here]._replace(**{pairs: 0}) == places[there]._replace(**{pairs: 0})
+    ways = [("cp", around_cp(layout))]
+    ways += [("pp", between_stages(layout, stage, (stage + 1) % layout.pp)) for stage in range(layout.pp)]
+    for axis, pairs in ways:
+        n = getattr(layout, axis)
+        assert len(pairs) == layout.n_ranks // (layout.pp if axis == "pp" else 1)
+        for here, there in pairs.tolist():
+            assert (getattr(places[here], axis) + 1) % n == getattr(places[there], axis)
+            assert places[here]._replace(**{axis: 0}) == places[there]._replace(**{axis: 0})
     assert len(set(places)) == layout.n_ranks
     outermost = [at.pp if layout.outermost == "pp" else at.replica for at in places]
     assert outermost == sorted(outermost)
     last = layout.pp - 1
     if last:
         for group in tied(layout, last).tolist():
+            assert group == sorted(group)  # as the mesh has them
             assert len({places[rank].tp for rank in group}) == 1
             assert {places[rank].pp for rank in group} == {0, last}
 
@@ -115,6 +119,16 @@ def test_groups_that_cross_a_nic_share_it() -> None:
     assert both == pytest.approx(2 * alone, rel=0.02)
     assert inside < alone / 50
     assert Links(topology).seconds(np.array([[0], [1]]), "all_reduce", nbytes) == 0.0
+
+
+def test_messages_both_ways_do_not_share_a_nic() -> None:
+    topology = cluster(2, 2, Link(0.0, 1e9, 0.0))
+    nbytes = 1 << 30
+    one, around, two = (
+        Links(topology).send_s(np.array(pairs), nbytes) for pairs in ([[0, 2]], [[0, 2], [2, 0]], [[0, 2], [1, 3]])
+    )
+    assert one == around == pytest.approx(nbytes / 1e9, rel=0.02)
+    assert two == pytest.approx(2 * one, rel=0.02)
 
 
 def test_groups_that_cross_an_uplink_share_it(tmp_path: Path) -> None:
@@ -278,9 +292,19 @@ def test_copies_outermost_keep_a_pipeline_off_the_slow_link() -> None:
     tried = [(each.pp > 1 and each.replicas > 1, each.outermost) for _, each in _possible(sparse(), 8, Counter())]
     assert set(tried) == {(False, "pp"), (True, "pp"), (True, "dp")}
     assert tried.count((True, "pp")) == tried.count((True, "dp"))
-    plan = chosen(dataclasses.replace(dense(), plan=dataclasses.replace(dense().plan, show=40)), topology)
-    pipelines = [each.layout for each, _ in plan.fitting if each.layout.pp == 2 and each.layout.dp == 2]
-    assert [each.outermost for each in pipelines] == ["dp"]
+    for sequences, best in ((64, "pp"), (256, "dp")):  # gradients are as many however long a step is
+        config = dense(global_batch=sequences)
+        plan = chosen(dataclasses.replace(config, plan=dataclasses.replace(config.plan, show=40)), topology)
+        pipelines = [each.layout for each, _ in plan.fitting if each.layout.pp == 2 and each.layout.dp == 2]
+        assert [each.outermost for each in pipelines] == [best]
+
+
+def test_each_message_between_stages_takes_the_time_of_its_own_link() -> None:
+    """Four stages on two hosts: one boundary of three crosses. Messages are shorter than actions, and fill the pipe."""
+    slow = Link(1e-5, 1e9, 1e-6)
+    config = with_layout(dense(), 16, pp=4, schedule="1f1b")
+    two, four = (timed(config, cluster(*shape, slow)).exposed_s["pp"] for shape in ((2, 2), (4, 1)))
+    assert 0 < two < 0.5 * four
 
 
 @pytest.mark.parametrize("context", ["ring", "ulysses"])

@@ -1,11 +1,14 @@
 """`pycomm tune` and `pycomm topo`: what they print, write and refuse, and that a job uses what was measured."""
 
+import dataclasses
+import functools
 import itertools
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import types
 
 import numpy as np
 import pytest
@@ -13,11 +16,15 @@ from commands import PYCOMM
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from spawn import run_ranks
 
+from pycomm import tune as tune_module
 from pycomm.agreement import engine_version
 from pycomm.errors import InvalidArgument
+from pycomm.explain import explain
 from pycomm.hosts import Link, Nic, Switch
+from pycomm.measure import measure_links
 from pycomm.planners import PLANNERS
 from pycomm.table import load
+from pycomm.timing import BLOCKS
 from pycomm.topo import Node, picture, tree
 from pycomm.topology import Host, Topology
 from pycomm.tune import tune, tune_in_background
@@ -77,6 +84,25 @@ def test_every_rank_gets_the_same_table():
     assert results[0][1] == 4 * 999
 
 
+def test_the_first_round_has_more_than_one_call_of_each_where_that_is_soon_done(monkeypatch):
+    nics = (Nic("eth0", Link(1e-5, 1.25e8)),)
+    topology = Topology((Host("a", (0, 1), nics), Host("b", (2, 3), nics)))
+    group = types.SimpleNamespace(topology=topology, size=4, all_reduce=lambda *_: None)
+    rounds = {}
+
+    def time_algorithms(group, collective, nbytes, names, calls, n_blocks):
+        rounds.setdefault((collective, nbytes), []).append((list(calls), n_blocks))
+        return [1e-4 + 1e-9 * nbytes] * len(names)
+
+    monkeypatch.setattr(tune_module, "time_algorithms", time_algorithms)
+    samples = {}
+    tune_module._measure(group, ("x", "x"), 15.0, samples)
+    short, long = rounds["all_reduce", 1 << 10], rounds["all_reduce", 1 << 24]
+    assert [set(calls) == {1} for calls, _ in short] == [set(calls) == {1} for calls, _ in long] == [True, False]
+    assert short[0][1] == BLOCKS and long[0][1] == 1
+    assert set(samples["all_reduce", "ring"]) == {size for collective, size in rounds if collective == "all_reduce"}
+
+
 def in_background(group, path):
     future = tune_in_background(group, path)
     x = np.ones(1000, np.float32)
@@ -98,6 +124,27 @@ def test_a_job_goes_on_while_it_is_measured_in_the_background(tmp_path):
     results = run_ranks(in_background, 3, tmp_path / "t.json", hosts=list("aab"))
     assert all(result == results[0] for result in results)
     assert load(tmp_path / "t.json") == results[0]
+
+
+def tuned_at_1_kib(group):
+    tune_module.SIZES, tune_module.PLANNERS = (1 << 10,), {"all_reduce": PLANNERS["all_reduce"]}
+    tune_module.measure_links = functools.partial(measure_links, target_s=0.002)
+    return tune(group, 60)
+
+
+def test_racks_are_kept_and_what_knows_them_is_measured(tmp_path):
+    racks = tuple(Switch(f"rack{number}", Link(1e-3, 1e7)) for number in range(2))
+    plain = Topology.from_host_ids("abcd")
+    hosts = tuple(dataclasses.replace(host, switch=f"rack{at // 2}") for at, host in enumerate(plain.hosts))
+    dataclasses.replace(plain, hosts=hosts, switches=racks).save(tmp_path / "racks.toml")
+    environment = {"PYCOMM_TOPOLOGY": str(tmp_path / "racks.toml"), "PYCOMM_TUNE_FILE": ""}
+    table, *others = run_ranks(tuned_at_1_kib, 4, hosts="abcd", environment=environment)
+    assert all(other == table for other in others)
+    assert table.topology.switches == racks
+    for host, given in zip(table.topology.hosts, hosts, strict=True):
+        assert host.switch == given.switch and host.nic != given.nic
+    found = explain(table.topology, "all_reduce", 1 << 10, table=table)
+    assert next(one for one in found.candidates if one.algorithm == "rack_leader").measured_s is not None
 
 
 def one_host(group):
@@ -123,7 +170,7 @@ def test_one_rank_has_nothing_to_measure():
     [
         (["tune"], "no ranks to measure"),
         (["tune", "--hosts", "2"], "needs --ranks-per-host"),
-        (["tune", "--hosts", "2,2", "--budget", "0"], "give seconds above 0"),
+        *((["tune", "--hosts", "2,2", "--budget", s], f"{s}; give seconds above 0") for s in ("0", "nan", "inf")),
         (["topo", "--measure"], "topo --measure needs ranks"),
         (["topo", "--topology", "x.toml", "--measure"], "leave --hosts, --ranks and --measure out"),
         (["topo", "--topology", "/no/such.toml"], "cannot read topology /no/such.toml"),

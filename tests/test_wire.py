@@ -1,6 +1,7 @@
 """Collectives with a wire against the numpy oracle, bit for bit, over emulated hosts; ranks are processes."""
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 
@@ -17,6 +18,7 @@ from pycomm.errors import InvalidArgument, NonfiniteError
 from pycomm.overlap import GradientBuckets
 from pycomm.planners import PLANNERS
 from pycomm.schedule import CODED
+from pycomm.topology import Link, Switch, Topology
 from pycomm.tuner import candidates, choice_table, choose
 
 pytestmark = pytest.mark.timeout(120)
@@ -55,7 +57,7 @@ def values(kind, numel, rank, dtype):
 
 
 def plan(group, collective, nbytes, algorithm=None):
-    chosen = algorithm or choose(choice_table(group.topology, collective, 0, coded=True), nbytes)
+    chosen = algorithm or choose(choice_table(group.topology, collective, 0, coded=group.wire_links), nbytes)
     return PLANNERS[collective][chosen](group.topology, 0)
 
 
@@ -111,7 +113,7 @@ def call(group, collective, wire, dtype, numel, kind="normal", op="sum", counts=
     want = np.empty(sum(come), np.float32)
     if me == 0:
         xs = [values(kind, length, rank, dtype).float().numpy() for rank, length in enumerate(lengths)]
-        np.concatenate(expected(schedule, group.topology.host_index, xs, wire, op, cut), out=want)
+        np.concatenate(expected(schedule, group.topology.sides(group.wire_links), xs, wire, op, cut), out=want)
     group.broadcast(want)
     begin = sum(come[:me])
     return output, torch.from_numpy(want[begin : begin + come[me]]).to(dtype)
@@ -155,7 +157,7 @@ def test_outliers_subnormals_zeros_and_what_is_not_finite(hosts):
 
 def every_algorithm_and_op(group):
     for collective in CODED:
-        for algorithm in candidates(group.topology, collective, coded=True):
+        for algorithm in candidates(group.topology, collective, coded=group.wire_links):
             for op in ("sum", "avg", "min", "max") if "reduce" in collective else ("sum",):
                 got, want = call(group, collective, "int8", torch.float32, 50000, op=op, algorithm=algorithm)
                 assert same(got, want), (collective, algorithm, op)
@@ -164,6 +166,66 @@ def every_algorithm_and_op(group):
 @pytest.mark.parametrize("hosts", ["aabb", "aabcc"])
 def test_every_algorithm_that_a_wire_can_run_on_and_every_op(hosts):
     run(every_algorithm_and_op, hosts)
+
+
+def between_racks(group):
+    """Hosts a and b hang from one switch, c and d from another."""
+    uplink = Link(1e-4, 1e7)
+    hosts = [dataclasses.replace(host, switch="01"[index // 2]) for index, host in enumerate(group.topology.hosts)]
+    racks = dataclasses.replace(group.topology, hosts=tuple(hosts), switches=(Switch("0", uplink), Switch("1", uplink)))
+    everyone = range(group.size)
+    with pytest.raises(InvalidArgument, match="wire_links 'racks', but the topology has no switches"):
+        group.new_group(everyone, wire_links="racks")
+    with pytest.raises(InvalidArgument, match="wire_links is 'rack'; choose from hosts, racks"):
+        group.new_group(everyone, wire_links="rack")
+    with group.replan(racks) as planned, planned.new_group(everyone, wire_links="racks") as coded:
+        assert (planned.wire_links, coded.wire_links) == ("hosts", "racks")
+        with coded.split(0) as child:
+            assert child.wire_links == "racks"
+        every_algorithm_and_op(coded)
+        usable = candidates(racks, "all_reduce", coded="racks")
+        assert set(usable) - set(candidates(racks, "all_reduce", coded="hosts"))
+        assert "halving_doubling" in coded.explain("all_reduce", 1 << 20, wire="int8")
+        x = data("normal", 1 << 16, group.rank)
+        sent = {}
+        for where in (planned, coded):
+            before = where.stats().bytes_between_hosts
+            where.all_reduce(x.copy(), wire="int8", algorithm="hierarchical_direct")
+            sent[where] = where.stats().bytes_between_hosts - before
+        assert sent[planned] < sent[coded]  # what stays in a rack crosses hosts whole
+        # A rack by itself has no link of the class.
+        with coded.split(int(racks.rack_index[group.rank])) as rack:
+            plain = rack.all_reduce(x.copy())
+            lost = np.full(1 << 16, 3, np.float32)
+            assert rack.all_reduce(x.copy(), wire="int4", wire_residual=lost).tobytes() == plain.tobytes()
+            assert not lost.any()
+        return losses(coded)
+
+
+def test_a_wire_between_racks_alone_gives_the_oracles_bits():
+    results = run(between_racks, "aabccd")
+    total, exact, _ = results[0]
+    pending = sum(residual.astype(np.float64) for _, _, residual in results)
+    assert np.abs(total + pending - exact).max() < 1e-3
+
+
+def links_of(group):
+    return group.wire_links
+
+
+def test_the_environment_chooses_the_links_of_a_job(tmp_path):
+    racks = Topology.emulated([1, 1], Link(1e-5, 1e9))
+    hosts = [dataclasses.replace(host, name=name, switch=name) for host, name in zip(racks.hosts, "ab", strict=True)]
+    switches = tuple(Switch(name, Link(1e-4, 1e7)) for name in "ab")
+    dataclasses.replace(racks, hosts=tuple(hosts), switches=switches).save(tmp_path / "racks.toml")
+    asked = {"PYCOMM_WIRE_LINKS": "racks"}
+    topology = {"PYCOMM_TOPOLOGY": str(tmp_path / "racks.toml")}
+    assert run(links_of, "ab") == ["hosts"] * 2
+    assert run(links_of, "ab", environment=asked | topology) == ["racks"] * 2
+    with pytest.raises(RanksFailed, match="PYCOMM_WIRE_LINKS=racks needs a topology with switches"):
+        run(links_of, "ab", environment=asked)
+    with pytest.raises(RanksFailed, match="PYCOMM_WIRE_LINKS='wan' is none of hosts, racks"):
+        run(links_of, "ab", environment={"PYCOMM_WIRE_LINKS": "wan"})
 
 
 def many_at_once(group):

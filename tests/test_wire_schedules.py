@@ -54,8 +54,8 @@ def test_what_passes_codes_contributions_and_results_once(collective, algorithm,
 def test_there_is_always_a_candidate_and_a_choice(collective):
     for n_ranks in (1, 2, 5, 8):
         for topology in topologies(n_ranks):
-            usable = candidates(topology, collective, coded=True)
-            assert {algorithm for _, algorithm in choice_table(topology, collective, coded=True)} <= set(usable)
+            usable = candidates(topology, collective, coded="hosts")
+            assert {algorithm for _, algorithm in choice_table(topology, collective, coded="hosts")} <= set(usable)
             for planner in usable.values():
                 check(planner(topology, 0))
 
@@ -121,7 +121,7 @@ def test_results_stay_within_the_bound_and_all_ranks_agree(data):
     ids = data.draw(st.lists(st.sampled_from("abc"), min_size=2, max_size=7))
     topology = Topology.from_host_ids(ids)
     n, host = topology.n_ranks, topology.host_index
-    algorithm = data.draw(st.sampled_from(sorted(candidates(topology, "all_reduce", coded=True))))
+    algorithm = data.draw(st.sampled_from(sorted(candidates(topology, "all_reduce", coded="hosts"))))
     wire = data.draw(st.sampled_from(WIRES))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     spread = data.draw(st.sampled_from([0, 8, 30]))

@@ -15,21 +15,24 @@ from training.schedules import Schedule
 @dataclass(frozen=True)
 class Bubble:
     """Of one schedule. axes: the groups in which a rank waits while it idles: first for other stages' messages, then,
-    when its own actions are done, where it meets the other stages."""
+    when its own actions are done, where it meets the other stages. copies: of the pipeline, which stand outermost."""
 
     schedule: Schedule
     axes: tuple[str, ...]
+    copies: int = 1
 
     @staticmethod
     def of(schedule: Schedule, mesh: Mesh) -> Bubble:
         """On this rank's mesh."""
-        return Bubble(schedule, (mesh.pp.name, mesh.tied.name, mesh.worker.name))
+        copies = mesh.layout.replicas if mesh.layout.outermost == "dp" else 1
+        return Bubble(schedule, (mesh.pp.name, mesh.tied.name, mesh.worker.name), copies)
 
     def seconds(self, action_s: Tensor, own_s: float) -> float:
         """What schedules.check() finds idle, summed over the ranks.
 
-        action_s: of each rank Pipeline.action_s(), fp64 [ranks, 3 * n_chunks], ranks of a stage together; 0 where
-        nothing is measured: then F, B and W count as equal, and as long as own_s, the ranks' own work together."""
+        action_s: of each rank Pipeline.action_s(), fp64 [ranks, 3 * n_chunks], of each copy the ranks of a stage
+        together; 0 where nothing is measured: then F, B and W count as equal, and as long as own_s, the ranks' own work
+        together."""
         placement, n = self.schedule.placement, self.schedule.n_micro_batches
         if placement.n_ranks == 1:
             return 0.0
@@ -37,7 +40,8 @@ class Bubble:
             timing = schedules.check(self.schedule)
             busy = sum(timing.makespan - each for each in timing.idle)
             return max(0.0, own_s) * sum(timing.idle) / busy
-        of_stage = action_s.view(placement.n_ranks, -1, placement.n_chunks, 3)
+        of_copies = action_s.view(self.copies, placement.n_ranks, -1, placement.n_chunks, 3)
+        of_stage = of_copies.transpose(0, 1).flatten(1, 2)
         of_rank = of_stage.mean(1) / n
         at = [(placement.rank(stage), stage // placement.n_ranks) for stage in range(placement.n_stages)]
         f, b, w = ([float(of_rank[rank, chunk, kind]) for rank, chunk in at] for kind in range(3))

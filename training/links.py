@@ -26,7 +26,7 @@ _OVER_TP: dict[str, dict[str, tuple[int, ...]]] = {  # by layout.experts_over_tp
 
 
 def groups_of(layout: Layout) -> dict[str, Groups]:
-    """By the names of training.mesh.AXES; "tied" and "pp" depend on where stages are: see tied() and neighbours()."""
+    """By the names of training.mesh.AXES; "tied" and "pp" depend on where stages are: tied() and between_stages()."""
     ranks = _grid(layout)
     spans = _SPANS | _OVER_TP[layout.experts_over_tp]
     return {name: _spanning(ranks, dimensions) for name, dimensions in spans.items()}
@@ -34,14 +34,19 @@ def groups_of(layout: Layout) -> dict[str, Groups]:
 
 def tied(layout: Layout, last: int) -> Groups:
     """The ranks of the first and the last stage that sum the gradient of the embedding's table."""
-    return _spanning(_grid(layout)[[0, last]], (0, 1, 2, 3))
+    return np.sort(_spanning(_grid(layout)[[0, last]], (0, 1, 2, 3)), 1)
 
 
-def neighbours(layout: Layout, axis: str, around: bool) -> Groups:
-    """Pairs of ranks next to each other along "pp" or "cp"; around: the last and the first too."""
-    ranks = np.moveaxis(_grid(layout), {"pp": 0, "cp": 3}[axis], 0).reshape(getattr(layout, axis), -1)
-    pairs = np.stack([ranks, np.roll(ranks, -1, 0)], -1)
-    return pairs[: None if around else -1].reshape(-1, 2)
+def around_cp(layout: Layout) -> Groups:
+    """Pairs of ranks next to each other in the context parallel ring, the last and the first too."""
+    ranks = np.moveaxis(_grid(layout), 3, 0)
+    return np.stack([ranks, np.roll(ranks, -1, 0)], -1).reshape(-1, 2)
+
+
+def between_stages(layout: Layout, here: int, there: int) -> Groups:
+    """Pairs of ranks of two pipeline ranks, of which the first sends to the second."""
+    ranks = _grid(layout)
+    return np.stack([ranks[here], ranks[there]], -1).reshape(-1, 2)
 
 
 def _grid(layout: Layout) -> Groups:
@@ -73,13 +78,15 @@ class Links:
             return 0.0
         key = (groups.tobytes(), groups.shape, collective)
         if key not in self._of_groups:
-            times = [self._times(each, collective) for each in self._distinct(groups)]
+            sends = collective == "send"
+            times = [self._times(each, "broadcast" if sends else collective) for each in self._distinct(groups, sends)]
             self._of_groups[key] = np.max(times, axis=0)
         return float(np.interp(nbytes, _NBYTES, self._of_groups[key]))
 
     def send_s(self, pairs: Groups, nbytes: float) -> float:
-        """Of a message from one rank of each pair to the other, all pairs at once."""
-        return self.seconds(pairs, "broadcast", nbytes)
+        """Of a message from the first rank of each pair to the second, all pairs at once: a link carries what leaves a
+        host beside what comes there."""
+        return self.seconds(pairs, "send", nbytes)
 
     def _times(self, topology: Any, collective: str) -> NDArray[np.float64]:
         key = (*_shape(topology), collective)
@@ -87,23 +94,31 @@ class Links:
             self._of_topology[key] = pycomm.costs(topology, collective, _NBYTES).predicted_s.min(axis=0)
         return self._of_topology[key]
 
-    def _distinct(self, groups: Groups) -> list[Any]:
-        """The topology of each group, with its part of what it shares; one for those that are alike."""
+    def _distinct(self, groups: Groups, sends: bool) -> list[Any]:
+        """The topology of each group, with its part of what it shares; one for those that are alike. sends: groups are
+        pairs, of which the first rank sends."""
         topology = self.topology
-        hosts_of = [set(topology.host_index[group].tolist()) for group in groups]
-        crossing = [sum(1 for hosts in hosts_of if host in hosts and len(hosts) > 1) for host in self._hosts()]
-        below = {
-            switch.name: {host for host in self._hosts() if index in topology.above[host]}
+        hosts_of = topology.host_index[groups]
+
+        def crossing(hosts: list[int]) -> int:
+            """The groups that cross what is around some hosts; of messages those of the busier direction."""
+            inside = np.isin(hosts_of, hosts)
+            if sends:
+                return int(max((inside[:, 0] & ~inside[:, 1]).sum(), (~inside[:, 0] & inside[:, 1]).sum()))
+            return int((inside.any(1) & ~inside.all(1)).sum())
+
+        climbing = {
+            switch.name: crossing([host for host in self._hosts() if index in topology.above[host]])
             for index, switch in enumerate(topology.switches)
         }
-        climbing = {name: sum(1 for hosts in hosts_of if hosts & at and hosts - at) for name, at in below.items()}
         parts = dataclasses.replace(
             topology,
             hosts=tuple(
                 dataclasses.replace(
                     host, nics=tuple(dataclasses.replace(nic, link=_part(nic.link, n)) for nic in host.nics)
                 )
-                for host, n in zip(topology.hosts, crossing, strict=True)
+                for index, host in enumerate(topology.hosts)
+                for n in [crossing([index])]
             ),
             switches=tuple(
                 dataclasses.replace(switch, uplink=_part(switch.uplink, climbing[switch.name]))

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -51,7 +52,11 @@ class FileMemory:
         # Only of a mapped file: other memory loses its values by MADV_DONTNEED.
         nbytes = self._nbytes.get(x.data_ptr())
         if nbytes is not None:
-            _LIBC.madvise(ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(nbytes), advice)
+            _advise(x.data_ptr(), nbytes, advice)
+
+
+def _advise(address: int, nbytes: int, advice: int) -> None:
+    _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice)
 
 
 def _writable(folder: Path) -> None:
@@ -77,25 +82,39 @@ def _mapped(folder: Path, nbytes: int) -> Tensor:
 
 
 class ActivationFile(SavedTensors):
-    """In files of a folder."""
+    """In files of a folder. What backward will most likely take next is read ahead, where the kernel wrote it out."""
 
     def __init__(self, folder: Path, parameters: Iterable[Tensor], min_nbytes: int = 1024) -> None:
         """Raises ConfigError where the folder cannot be written."""
         super().__init__(parameters, min_nbytes)
         _writable(folder)
         self._folder = folder
+        self._last: weakref.ref[_InFile] | None = None
 
     def _place(self, nbytes: int) -> Tensor:
         return _mapped(self._folder, nbytes)
 
     def _save(self, x: Tensor, free: list[Tensor]) -> Saved:
-        return _InFile(x, free)
+        saved = _InFile(x, free, self._last)
+        self._last = weakref.ref(saved)
+        return saved
 
 
 class _InFile(Saved):
-    def __init__(self, x: Tensor, free: list[Tensor]) -> None:
+    def __init__(self, x: Tensor, free: list[Tensor], before: weakref.ref[_InFile] | None) -> None:
+        """before: what was saved before it."""
         super().__init__(x, free)
+        self._before = before
         self.home().copy_(x)
+        self.advise(mmap.MADV_DONTNEED)
 
     def take(self) -> Tensor:
-        return self.home().clone()
+        before = self._before() if self._before is not None else None
+        if before is not None:
+            before.advise(mmap.MADV_WILLNEED)
+        x = self.home().clone()
+        self.advise(mmap.MADV_DONTNEED)
+        return x
+
+    def advise(self, advice: int) -> None:
+        _advise(self._place.data_ptr(), self._place.nbytes, advice)

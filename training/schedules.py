@@ -201,9 +201,10 @@ def _greedy(placement: Placement, n_micro_batches: int) -> list[list[Action]]:
 Costs = float | Sequence[float]  # of every stage, or one of each
 
 
-def check(schedule: Schedule, f: Costs = 1.0, b: Costs = 1.0, w: Costs = 1.0, hop: float = 0.0) -> Timing:
+def check(schedule: Schedule, f: Costs = 1.0, b: Costs = 1.0, w: Costs = 1.0, hop: Costs = 0.0) -> Timing:
     """Runs a schedule with the time of each action (B takes b + w where it is not split) and of a message to another
-    rank; messages from one rank to another go one after the other.
+    rank (of each pair of stages where that is a sequence: stage 0 and 1, 1 and 2, ..); messages from one rank to
+    another go one after the other.
 
     Raises ValueError where an action is missing, stands twice or on a rank that has no such chunk, where B comes before
     its F or W before its B, where gradients of a chunk are not added in the order of micro-batches, and where ranks
@@ -222,6 +223,7 @@ def check(schedule: Schedule, f: Costs = 1.0, b: Costs = 1.0, w: Costs = 1.0, ho
     forward, backward, weights = (
         [each] * placement.n_stages if isinstance(each, (int, float)) else each for each in (f, b, w)
     )
+    hops = [hop] * placement.n_stages if isinstance(hop, (int, float)) else hop
     if not schedule.split:
         backward = [each + later for each, later in zip(backward, weights, strict=True)]
     cost = {"F": forward, "B": backward, "W": weights}
@@ -246,7 +248,7 @@ def check(schedule: Schedule, f: Costs = 1.0, b: Costs = 1.0, w: Costs = 1.0, ho
                 following = stage + {"F": 1, "B": -1, "W": placement.n_stages}[action.kind]
                 if 0 <= following < placement.n_stages:
                     way = (rank, placement.rank(following))
-                    there[done] = free[way] = max(clock[rank], free.get(way, 0.0)) + hop
+                    there[done] = free[way] = max(clock[rank], free.get(way, 0.0)) + hops[min(stage, following)]
                 busy[rank] += cost[action.kind][stage]
                 held[rank] += (action.kind == "F") - (action.kind == kinds[-1])
                 peak[rank] = max(peak[rank], held[rank])

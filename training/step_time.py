@@ -7,7 +7,8 @@ bubble   what schedules.check() leaves that rank idle, with the time of each sta
 tp       all_gather and reduce_scatter of the sequence, less what tp_overlap computes beside them (tensor_time.py)
 ep       whole: layers wait for it (an all_to_all of a row an expert)
 cp       ring: what a pass takes longer than the attention beside it, and what is made anew of latents; ulysses: whole
-pp       by how much check() is later when messages between stages take their time, one after the other on each way
+pp       by how much check() is later when messages between stages take the time of the link that they cross, one after
+         the other on each way
 dp       gradients: what does not fit beside the last backward, at least what is filled when that ends (the embedding's
          table, with ZeRO a block), and is not done before the last pipeline rank is; ZeRO 1 and 2 gather parameters
          whole, stage 3 a block at a time beside the one before it
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from training import schedules
 from training.config import Config
 from training.layout import Layout, stages_of
-from training.links import Groups, Links, groups_of, neighbours, tied
+from training.links import Groups, Links, around_cp, between_stages, groups_of, tied
 from training.model_config import ModelConfig
 from training.sharding import ParamSpec
 from training.stages import Stages
@@ -107,8 +108,8 @@ def step_time(config: Config, layout: Layout, costs: Costs, links: Links, flops_
         [per_stage[placement.stage(rank, chunk)] for chunk in range(placement.n_chunks)] for rank in range(layout.pp)
     ]
     busiest = max(range(layout.pp), key=lambda rank: sum(each.total_s for each in of_rank[rank]))
-    hop = _hop(config, layout, links, stages)
-    still, moving = (_timing(config, layout, tuple(per_stage), placement.n_chunks, each) for each in (0.0, hop))
+    hops = _hops(config, layout, links, stages)
+    still, moving = (_timing(config, layout, tuple(per_stage), placement.n_chunks, each) for each in (0.0, hops))
     exposed = {axis: m * sum(sum(each.blocked[axis]) for each in of_rank[busiest]) for axis in ("tp", "cp", "ep")}
     exposed["pp"] = moving.makespan - still.makespan
     gradients = [
@@ -119,7 +120,9 @@ def step_time(config: Config, layout: Layout, costs: Costs, links: Links, flops_
     return StepTime(m * sum(each.compute_s for each in of_rank[busiest]), still.idle[busiest], exposed)
 
 
-def _timing(config: Config, layout: Layout, stages: tuple[_Action, ...], n_chunks: int, hop: float) -> schedules.Timing:
+def _timing(
+    config: Config, layout: Layout, stages: tuple[_Action, ...], n_chunks: int, hop: float | tuple[float, ...]
+) -> schedules.Timing:
     forward = tuple(each.forward_s + sum(f for f, _ in each.blocked.values()) for each in stages)
     backward = tuple(each.input_s + sum(b for _, b in each.blocked.values()) for each in stages)
     weights = tuple(each.weight_s for each in stages)
@@ -137,7 +140,7 @@ def _check(
     f: tuple[float, ...],
     b: tuple[float, ...],
     w: tuple[float, ...],
-    hop: float,
+    hop: float | tuple[float, ...],
 ) -> schedules.Timing:
     return schedules.check(schedules.plan(name, p, m, chunks), f, b, w, hop)
 
@@ -178,7 +181,6 @@ def _stage(
         ends_tp += n_chunks * sum(links.seconds(groups["tp"], "all_reduce", 4 * k * chunk) for k in (1, 2))
     twice = recompute == "full"
     attention_f, attention_b = _context_parallel(config, layout, links, groups, core * per_flop, flops_per_s)
-    attention_again = attention_f if recompute != "none" else 0.0
     n_moe, split = sum(model.has_experts(index) for index in layers), layout.experts_over_tp == "split"
     rows = tokens / (1 if split else layout.tp) * model.top_k * model.d_model * itemsize
     exchange = 2 * n_moe * links.seconds(groups["ep"], "all_to_all", rows) if n_moe else 0.0
@@ -188,7 +190,7 @@ def _stage(
         blocks_s,
         {
             "tp": (layers_tp + ends_tp, layers_back_tp + (layers_tp if twice else 0.0) + ends_back_tp),
-            "cp": (len(layers) * attention_f, len(layers) * (attention_b + attention_again)),
+            "cp": (len(layers) * attention_f, len(layers) * attention_b),
             "ep": (exchange, exchange * (2 if twice else 1)),
         },
     )
@@ -197,7 +199,8 @@ def _stage(
 def _context_parallel(
     config: Config, layout: Layout, links: Links, groups: Mapping[str, Groups], core_s: float, flops_per_s: float
 ) -> tuple[float, float]:
-    """What one layer adds to forward and backward. core_s: of its attention's forward."""
+    """What one layer adds to forward, and to backward with what that computes again. core_s: of its attention's
+    forward."""
     if layout.cp == 1:
         return 0.0, 0.0
     model, itemsize, n = config.model, config.train.itemsize, layout.cp
@@ -210,30 +213,35 @@ def _context_parallel(
         make_s = 2 * tokens * model.kv_lora_rank * heads * (model.head_width + model.v_width) / flops_per_s
     if config.layout.context == "ulysses":  # queries, keys and values, and attention's output back
         moved = (widths[0], widths[3]) if latents else widths
-        each = sum(links.seconds(groups["cp"], "all_to_all", tokens * width * itemsize) for width in moved)
-        if not latents:
-            return each, each
-        whole = numel * n * itemsize
-        gather, scatter = (links.seconds(groups["cp"], way, whole) for way in ("all_gather", "reduce_scatter"))
-        return each + gather, each + scatter
-    ring = neighbours(layout, "cp", around=True)
-    coming, gradients = links.send_s(ring, numel * itemsize), links.send_s(ring, numel * 4)
-    attention = core_s / n
-    # Backward makes keys and values twice, and their gradients once; what a rank makes of its own latents in forward
-    # and its gradients are the model's FLOPs.
-    forward = (n - 1) * max(make_s, coming - attention)
-    backward = (n - 1) * max(4 * make_s, coming + gradients - 2 * attention) + 2 * make_s
-    return forward, backward + gradients
+        forward = backward = sum(links.seconds(groups["cp"], "all_to_all", tokens * each * itemsize) for each in moved)
+        if latents:
+            whole = numel * n * itemsize
+            forward += links.seconds(groups["cp"], "all_gather", whole)
+            backward += links.seconds(groups["cp"], "reduce_scatter", whole)
+    else:
+        ring = around_cp(layout)
+        coming, gradients = links.send_s(ring, numel * itemsize), links.send_s(ring, numel * 4)
+        attention = core_s / n
+        # Backward makes keys and values twice, and their gradients once; what a rank makes of its own latents in
+        # forward and its gradients are the model's FLOPs.
+        forward = (n - 1) * max(make_s, coming - attention)
+        backward = (n - 1) * max(4 * make_s, coming + gradients - 2 * attention) + 2 * make_s + gradients
+    if config.train.recompute == "none":
+        return forward, backward
+    own_s = make_s if config.train.recompute == "selective" else 0.0  # "full": of the blocks' own FLOPs
+    return forward, backward + forward + own_s
 
 
-def _hop(config: Config, layout: Layout, links: Links, stages: Stages) -> float:
-    """Of a micro-batch from a stage to the next one's rank."""
-    if layout.pp == 1:
-        return 0.0
+def _hops(config: Config, layout: Layout, links: Links, stages: Stages) -> tuple[float, ...]:
+    """Of a micro-batch from each stage to the next one, when all ranks of the stage send at once."""
     placement = stages.placement
     nbytes = _tokens(config, layout) / layout.tp * config.model.d_model * config.train.itemsize
-    around = placement.n_chunks > 1 and not placement.v_shape
-    return links.send_s(neighbours(layout, "pp", around), nbytes)
+    took: dict[tuple[int, int], float] = {}
+    ways = [(placement.rank(stage), placement.rank(stage + 1)) for stage in range(placement.n_stages - 1)]
+    for here, there in ways:
+        if here != there and (here, there) not in took:
+            took[here, there] = links.send_s(between_stages(layout, here, there), nbytes)
+    return tuple(took.get(way, 0.0) for way in ways)
 
 
 def _data_parallel(

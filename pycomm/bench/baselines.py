@@ -6,9 +6,8 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from pycomm.bench import libraries, mpi
+from pycomm.bench.job import first_word
 from pycomm.group import Group
 
 
@@ -22,7 +21,7 @@ def open_libraries(
     refusals: dict[str, Callable[[], str]] = {
         "gloo": lambda: "",
         "nccl": lambda: libraries.nccl_refusal(group),
-        "mpi": lambda: mpi.mpi_refusal(group, mpiexec, python) if companion else "",
+        "mpi": lambda: mpi.mpi_refusal(group, mpiexec, python, timeout_s) if companion else "",
     }
     openers: dict[str, Callable[[], libraries.Library]] = {
         "gloo": lambda: libraries.open_gloo(group, timeout_s),
@@ -33,14 +32,17 @@ def open_libraries(
     unavailable: dict[str, str] = {}
     for name in baselines:
         library: libraries.Library | None = None
-        why = _first_word(control, refusals[name]())
+        try:
+            problem = refusals[name]()
+        except Exception as error:  # whatever a foreign library raises, it is not there
+            problem = _text(error)
+        why = first_word(control, problem)
         if not why:
-            problem = ""
             try:
                 library = openers[name]()
-            except Exception as error:  # whatever a foreign library raises, it is not there
-                problem = str(error) or type(error).__name__
-            why = _first_word(control, problem)
+            except Exception as error:
+                problem = _text(error)
+            why = first_word(control, problem)
         if why:
             unavailable[name] = why
             if library is not None:
@@ -50,11 +52,5 @@ def open_libraries(
     return opened, unavailable
 
 
-def _first_word(control: Group, word: str) -> str:
-    """What the lowest rank that has something to say says, on every rank; "" where none has."""
-    width = 400
-    mine = np.frombuffer(word.replace("\n", " ").encode()[:width].ljust(width), np.uint8).copy()
-    everyone = np.empty(control.size * width, np.uint8)
-    control.all_gather(everyone, mine)
-    words = [row.tobytes().decode(errors="replace").strip() for row in everyone.reshape(control.size, width)]
-    return next(filter(None, words), "")
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pycomm.bench.job import Interrupt
+from pycomm.bench.job import Interrupt, first_word
 from pycomm.bench.options import Work, parser, work
 from pycomm.bench.plot import plot, require_matplotlib
 from pycomm.errors import InvalidArgument, PycommError
@@ -23,17 +23,12 @@ if TYPE_CHECKING:
 
 RECORD: Final = "PYCOMM_BENCH_RECORD"  # where ranks that this command started leave their record for it to compare
 _GRACE_S: Final = 60.0  # from Ctrl-C until ranks that this command started are killed: a block may take long
-REGRESSION, WRONG = 1, 3  # exit codes
+REGRESSION, REFUSED, WRONG = 1, 2, 3  # exit codes
 
 
 def main(argv: Sequence[str]) -> int:
     """`pycomm bench`: returns the exit code. Raises PycommError for what the command line or the job lacks."""
     options = parser().parse_args(argv)
-    if options.png is not None:
-        require_matplotlib()
-    for path in filter(None, (options.json, options.csv, options.png)):
-        if not path.absolute().parent.is_dir():
-            raise InvalidArgument(f"the folder of {path} does not exist; make it first")
     if join_job():
         if (options.ranks, options.hosts, options.ranks_per_host) != (None, None, None):
             raise InvalidArgument("a launcher has started the ranks already; leave --ranks and --hosts out")
@@ -46,12 +41,12 @@ def _alone(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from pycomm import launch
     from pycomm.bench.record import load
 
+    old = _prepared(options)
     layout = (options.ranks, options.hosts, options.ranks_per_host)
     ranks_per_host = launch.parse_layout(*(layout if layout != (None, None, None) else (2, None, None)))
     all_places = launch.places(ranks_per_host)
     first_remote = ranks_per_host[0] if len(ranks_per_host) > 1 else None
     work(options, len(all_places), first_remote)  # what is wrong is said once, before any rank starts
-    old = load(options.compare) if options.compare is not None else None
     command = ["-m", "pycomm", "bench", *_without_layout(argv)]
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -61,8 +56,22 @@ def _alone(options: argparse.Namespace, argv: Sequence[str]) -> int:
         finally:
             del os.environ[RECORD]
         if old is not None and record.exists():
-            return _compared(old, load(record), options.noise) or code
+            return _compared(old, load(record), options.noise, code)
     return code
+
+
+def _prepared(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The record of --compare, if any, before anything is measured, by the one process that uses it and writes files.
+
+    Raises InvalidArgument where it cannot be read, or where what is measured could not be written."""
+    from pycomm.bench.record import load
+
+    if options.png is not None:
+        require_matplotlib()
+    for path in filter(None, (options.json, options.csv, options.png)):
+        if not path.absolute().parent.is_dir():
+            raise InvalidArgument(f"the folder of {path} does not exist; make it first")
+    return load(options.compare) if options.compare is not None else None
 
 
 def _without_layout(argv: Sequence[str]) -> list[str]:
@@ -73,17 +82,25 @@ def _without_layout(argv: Sequence[str]) -> list[str]:
     return layout.parse_known_args(argv)[1]
 
 
-def _compared(old: dict[str, Any], new: dict[str, Any], noise: float) -> int:
-    """Prints what became slower; the exit code."""
+def _compared(old: dict[str, Any], new: dict[str, Any], noise: float, code: int) -> int:
+    """Prints what became slower; the exit code, which is `code` where that is not 0.
+
+    Raises InvalidArgument where it is 0 and no row can be compared."""
     from pycomm.bench.record import compare
 
-    regressions, notes = compare(old, new, noise)
+    try:
+        regressions, notes = compare(old, new, noise)
+    except InvalidArgument as error:
+        if code == 0:
+            raise
+        print(f"# compare: {error}", flush=True)
+        return code
     for note in notes:
         print(f"# compare: {note}")
     for line in regressions:
         print(f"# regression: {line}")
     print(f"# compare: {len(regressions)} regression(s) beyond {noise:.0%}", flush=True)
-    return REGRESSION if regressions else 0
+    return code or (REGRESSION if regressions else 0)
 
 
 def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -95,33 +112,43 @@ def _rank(options: argparse.Namespace, argv: Sequence[str]) -> int:
     import pycomm
     from pycomm.bench.baselines import open_libraries
     from pycomm.bench.measure import Effort, Session
-    from pycomm.bench.record import load, machine
+    from pycomm.bench.record import machine
     from pycomm.bench.roofline import measure_links
 
     about: dict[str, Any] = {"command": ["pycomm", "bench", *argv], "machine": machine()}
     torch.set_num_threads(1)
-    ours_to_compare = options.compare is not None and RECORD not in os.environ
-    old = load(options.compare) if ours_to_compare else None
     with Interrupt() as interrupt, pycomm.init(timeout_s=options.timeout) as group:
         remote = [rank for rank in range(group.size) if group.host_ids[rank] != group.host_ids[0]]
         asked = work(options, group.size, remote[0] if remote else None)
         control = group.new_group(range(group.size), name="control")
         assert control is not None
+        old, problem = None, ""
+        if group.rank == 0 and RECORD not in os.environ:
+            try:
+                old = _prepared(options)
+            except InvalidArgument as error:
+                problem = str(error)
+        if problem := first_word(control, problem):
+            raise InvalidArgument(problem)
         libraries, unavailable = open_libraries(group, control, asked.baselines, options)
         try:
             effort = Effort(options.iters, options.warmup_iters, options.check)
             session = Session(group, control, libraries, effort, measure_links(control), interrupt)
             rows = run(session, asked, unavailable)
-            code = 0
+            code = interrupt.exit_code if session.stopped else WRONG if any(row.wrong for row in rows) else 0
             if group.rank == 0:
-                code = _finish(options, session, rows, about | {"unavailable": unavailable}, old)
+                try:
+                    code = _finish(options, session, rows, about | {"unavailable": unavailable}, old, code)
+                except (PycommError, OSError, ValueError) as error:  # the others wait for the code
+                    print(f"pycomm bench: error: {error}", file=sys.stderr, flush=True)
+                    code = code or REFUSED
             code = int(session.agree(code)[0])
         finally:
             for library in libraries:
                 library.close()
             if torch.distributed.is_initialized():  # Gloo's threads, or one of them may abort the process as it ends
                 torch.distributed.destroy_process_group()
-    return interrupt.exit_code if interrupt() or session.stopped else code
+    return interrupt.exit_code if interrupt() else code
 
 
 def run(session: Session, asked: Work, unavailable: dict[str, str]) -> list[Row]:
@@ -189,8 +216,9 @@ def _finish(
     rows: Sequence[Row],
     about: dict[str, Any],
     old: dict[str, Any] | None,
+    code: int,
 ) -> int:
-    """Writes the files, also of what was interrupted, and compares; the exit code."""
+    """Writes the files, also of what was interrupted, and compares; the exit code, `code` where that is not 0."""
     from pycomm import __version__
     from pycomm.bench.record import full_record, write_csv, write_json
 
@@ -213,5 +241,4 @@ def _finish(
         plot(record, options.png)
     for path in filter(None, (options.json, options.csv, options.png)):
         print(f"# written: {path}", flush=True)
-    code = _compared(old, record, options.noise) if old is not None else 0
-    return WRONG if any(row.wrong for row in rows) else code
+    return _compared(old, record, options.noise, code) if old is not None else code

@@ -1,30 +1,25 @@
-"""Interfaces by their addresses, and Ctrl-C that keeps what was measured."""
+"""What the ranks of a benchmark agree on, and Ctrl-C that keeps what was measured."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import json
 import signal
-import socket
-import struct
 import time
-from collections.abc import Sequence
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-_SIOCGIFADDR: Final = 0x8915  # linux/sockios.h
+from pycomm.discover import gather_bytes
+
+if TYPE_CHECKING:
+    from pycomm.group import Group
+
 _ECHO_S: Final = 1.0  # a signal that comes again sooner is the same one, from the terminal and from a launcher
 
 
-def interfaces(addresses: Sequence[str]) -> list[str]:
-    """The names of this host's network interfaces that have these IPv4 addresses, in their order."""
-    named: dict[str, str] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                named[socket.inet_ntoa(answer[20:24])] = name
-    return [named[address] for address in addresses if address in named]
+def first_word(group: Group, word: str) -> str:
+    """What the lowest rank that has something to say says, on every rank; "" where none has. All ranks together."""
+    said = gather_bytes(group, json.dumps(word).encode())
+    return next(filter(None, map(json.loads, said)), "")
 
 
 class Interrupt:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from pycomm.bench.buffers import Array
 from pycomm.bench.cases import IN_PLACE, Case
-from pycomm.bench.job import interfaces
 from pycomm.bench.trials import Call, LocalTrial, Memory, Nanoseconds, Trial, Unavailable, timed
 from pycomm.bench.workloads import as_tensor, local_trial, pair_call, ring_call
 from pycomm.group import Group
+from pycomm.machine import local_interfaces
 
 
 class Library(Protocol):
@@ -242,8 +242,7 @@ def nccl_refusal(group: Group) -> str:
 
 def open_gloo(group: Group, timeout_s: float) -> TorchDistributed:
     """Gloo on the interfaces that pycomm is told to use, where it is told (PYCOMM_ADDRESS); else on its own choice."""
-    names = interfaces(os.environ.get("PYCOMM_ADDRESS", "").split(","))
-    if names:
+    if os.environ.get("PYCOMM_ADDRESS") and (names := local_interfaces()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", ",".join(names))
     return TorchDistributed("gloo", _process_group("gloo", timeout_s), group.rank, group.size)
 

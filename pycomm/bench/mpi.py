@@ -16,18 +16,20 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pycomm.bench.cases import Case
+from pycomm.bench.mpi_meeting import Meeting
 from pycomm.bench.mpi_rank import KEY, mpi_module, mpi_trial, refusal
 from pycomm.bench.trials import Memory, Nanoseconds, Trial, Unavailable
 from pycomm.errors import PycommError
 from pycomm.group import Group
 
+_IMPORT_S = 60.0  # for mpi4py, also from a slow network's file system
 _STARTED_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -67,11 +69,9 @@ class MpiCompanion:
             return
         key = secrets.token_hex(16)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (until close())
-        with Listener(("127.0.0.1", 0), backlog=n_ranks, authkey=bytes.fromhex(key)) as listener:
-            listener._listener._socket.settimeout(0.2)  # type: ignore[attr-defined]
-            host, port = listener.address
+        with Meeting(bytes.fromhex(key), backlog=n_ranks) as meeting:
             self._process = subprocess.Popen(
-                [*shlex.split(mpiexec), "-n", str(n_ranks), python, "-m", "pycomm.bench.mpi_rank", f"{host}:{port}"],
+                [*shlex.split(mpiexec), "-n", str(n_ranks), python, "-m", "pycomm.bench.mpi_rank", meeting.address],
                 env=companion_environment(os.environ, key),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -79,7 +79,7 @@ class MpiCompanion:
                 start_new_session=True,
             )
             try:
-                self._meet(listener)
+                self._meet(meeting)
             except BaseException:
                 self.close()
                 raise
@@ -95,22 +95,22 @@ class MpiCompanion:
             connection.close()
         if self._process is not None:
             try:
-                self._process.wait(3)
+                self._process.wait(min(3, self._timeout_s / 4))  # they end with their connections
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
 
-    def _meet(self, listener: Listener) -> None:
-        until = time.monotonic() + self._timeout_s
+    def _meet(self, meeting: Meeting) -> None:
+        until = time.monotonic() + self._timeout_s / 2  # the job's other ranks wait timeout_s for this one's word
         while len(self._ranks) < self._n:
             assert self._process is not None
-            try:
-                connection = listener.accept()
-            except TimeoutError:
-                if self._process.poll() is not None or time.monotonic() > until:
-                    raise PycommError(f"{len(self._ranks)} of {self._n} MPI ranks came; {self._said()}") from None
+            ended = self._process.poll() is not None
+            came = meeting.next()
+            if came is None:
+                if ended or time.monotonic() > until:
+                    raise PycommError(f"{len(self._ranks)} of {self._n} MPI ranks came; {self._said()}")
                 continue
-            rank, size, self.version = connection.recv()
+            connection, (rank, size, self.version) = came
             if size != self._n:
                 raise PycommError(f"MPI started jobs of {size} ranks instead of {self._n}; is mpiexec this MPI's own?")
             self._ranks[rank] = connection
@@ -172,8 +172,8 @@ def started_by_mpi(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in _STARTED_BY_MPI)
 
 
-def mpi_refusal(group: Group, mpiexec: str, python: str) -> str:
-    """Why no companion can be started for this job; empty where one can."""
+def mpi_refusal(group: Group, mpiexec: str, python: str, timeout_s: float) -> str:
+    """Why no companion can be started for this job; empty where one can. timeout_s: for which other ranks wait."""
     if len(set(group.host_ids)) > 1:
         return (
             "the job has several hosts: a companion would be one job on this host alone; start the ranks "
@@ -181,11 +181,35 @@ def mpi_refusal(group: Group, mpiexec: str, python: str) -> str:
         )
     if not mpiexec:
         return f"no mpiexec beside {python} or on the path; install an MPI, or name one with --mpiexec"
-    if group.rank == 0:
-        probe = subprocess.run([python, "-c", "import mpi4py, numpy"], capture_output=True, text=True, check=False)
-        if probe.returncode:
-            return f"{python} has no mpi4py: {probe.stderr.strip().splitlines()[-1]}; name another with --mpi-python"
-    return ""
+    return _import_problem(python, min(_IMPORT_S, timeout_s / 2)) if group.rank == 0 else ""
+
+
+def _import_problem(python: str, patience_s: float) -> str:
+    """Why this interpreter cannot import mpi4py; empty where it can."""
+    other = "name another with --mpi-python"
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                [python, "-c", "import mpi4py, numpy"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return f"{python} cannot be started: {error.strerror}; {other}"
+        try:
+            code = process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            return f"{python} has not imported mpi4py in {patience_s:g} s; {other}"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()] or [f"it ends with {code} and says nothing"]
+        return f"{python} has no mpi4py: {said[-1]}; {other}" if code else ""
 
 
 def open_mpi(group: Group, timeout_s: float, mpiexec: str, python: str) -> MpiRanks | MpiCompanion:

@@ -27,6 +27,7 @@ from pycomm.bench.cases import (
 )
 from pycomm.errors import InvalidArgument
 from pycomm.explain import parse_nbytes
+from pycomm.launch.seconds import require_seconds
 
 BASELINES: Final = ("gloo", "mpi", "nccl")
 _DEFAULT_END: Final = 64 << 20
@@ -113,9 +114,9 @@ def _require_numbers(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise InvalidArgument(f"--{name.replace('_', '-')} is {value}; give {least} or more")
-    for name in ("noise", "timeout"):
-        if not 0 < getattr(options, name) < math.inf:
-            raise InvalidArgument(f"--{name} is {getattr(options, name)}; give a number above 0")
+    if not 0 < options.noise < math.inf:
+        raise InvalidArgument(f"--noise is {options.noise}; give a number above 0")
+    require_seconds("--timeout", options.timeout)
 
 
 def _sizes(options: argparse.Namespace, units: Sequence[int]) -> list[int]:

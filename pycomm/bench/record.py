@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # it needs torch, which the process that starts the ranks doe
     from pycomm.bench.measure import Row
 
 VERSION: Final = 1
+_COMPARED: Final = ("cpu", "cores", "torch")  # of the machine: what makes records hard to compare where it differs
 _KEY: Final = ("collective", "dtype", "op", "root", "nbytes", "pair", "moe")
 CSV_COLUMNS: Final = (
     "collective", "nbytes", "count", "dtype", "op", "root", "pair", "n_ranks", "library", "placement", "calls",
@@ -112,7 +113,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A record of --json. Raises InvalidArgument where it is none, or of another version."""
+    """A record of --json. Raises InvalidArgument where it is none, of another version, or lacks what is compared."""
     try:
         record = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -123,7 +124,25 @@ def load(path: Path) -> dict[str, Any]:
         raise InvalidArgument(
             f"{path} is a record of version {record.get('version')}, this pycomm writes {VERSION}; measure it again"
         )
+    try:
+        whole = _is_whole(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidArgument(f"{path} is no whole record of pycomm bench ({error!r}); measure it again") from error
+    if not whole:
+        raise InvalidArgument(f"{path} is no whole record of pycomm bench: times must be above 0; measure it again")
     return record
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    """Whether times are such; raises what a missing part raises."""
+    _layout(record)
+    for name in _COMPARED:
+        record["machine"][name]
+    medians = []
+    for row in record["rows"]:
+        _key(row)
+        medians += [timing["p50_us"] for timing in row["timings"].get("pycomm", {}).values()]
+    return all(median > 0 for median in medians)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], noise: float) -> tuple[list[str], list[str]]:
@@ -140,7 +159,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], noise: float) -> tuple[lis
         )
     notes = [
         f"{name} was {old['machine'][name]}, is {new['machine'][name]}"
-        for name in ("cpu", "cores", "torch")
+        for name in _COMPARED
         if old["machine"][name] != new["machine"][name]
     ]
     if missing := len(old["rows"]) - len(both):

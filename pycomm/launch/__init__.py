@@ -22,6 +22,7 @@ from pycomm.errors import InvalidArgument
 from pycomm.launch.environment import rank_environment, reserved_port, resolve_command
 from pycomm.launch.job import Job, bind_to_launcher, say, signals
 from pycomm.launch.layout import Place, parse_layout, places
+from pycomm.launch.seconds import require_seconds
 from pycomm.netns import Network, Unavailable, shaped_hosts
 
 __all__ = ["OUTPUTS", "launch", "parse_layout", "places"]
@@ -46,13 +47,14 @@ def launch(
     the hosts are labels alone.
     output: "prefix" puts `[rank]` before each line; "rank0" leaves the launcher's own stdout to rank 0, for live
     progress lines, and prefixes the others. log_dir: what would be prefixed goes to log_dir/rank<r>.log instead.
-    grace_s: from the signal that ends the job, or the first failure, until what is left gets SIGKILL.
+    grace_s: from the signal that ends the job, or the first failure, until what is left gets SIGKILL; 0 to 1e6.
 
     Returns 0 when every rank did; the exit code of the rank that failed first, 128 + signal where a signal ended it; or
     128 + the signal that ended the launch. Raises InvalidArgument, and PycommError where a rank cannot be started.
     """
     if output not in OUTPUTS:
         raise InvalidArgument(f"output is one of {', '.join(OUTPUTS)}, got {output!r}")
+    require_seconds("the grace period", grace_s, or_zero=True)
     all_places = places(ranks_per_host)
     argv = resolve_command(command)
     run_id = uuid.uuid4().hex[:12]

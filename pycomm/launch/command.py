@@ -13,6 +13,7 @@ from pycomm.errors import PycommError
 from pycomm.launch import OUTPUTS, launch, parse_layout
 from pycomm.launch.job import say
 from pycomm.launch.links import parse_links
+from pycomm.launch.seconds import require_seconds
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     own, command = _split(argv)
     options = _parser().parse_args(own)
     try:
+        require_seconds("--grace", options.grace, or_zero=True)
         layout = parse_layout(options.ranks, options.hosts, options.ranks_per_host)
         return launch(
             command,

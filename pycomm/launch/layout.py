@@ -24,8 +24,7 @@ class Place:
 
 def places(ranks_per_host: Sequence[int]) -> list[Place]:
     """Every rank's place, hosts one after the other. Raises InvalidArgument where a host has no rank."""
-    if not ranks_per_host or min(ranks_per_host) < 1:
-        raise InvalidArgument(f"each host needs at least 1 rank, got {list(ranks_per_host)} ranks per host")
+    _require_ranks(ranks_per_host)
     result: list[Place] = []
     for host_index, n_local in enumerate(ranks_per_host):
         host = f"host{host_index}" if len(ranks_per_host) > 1 else None
@@ -34,7 +33,22 @@ def places(ranks_per_host: Sequence[int]) -> list[Place]:
 
 
 def parse_layout(ranks: int | None, hosts: str | None, ranks_per_host: int | None) -> list[int]:
-    """Ranks of each host from the options: ranks alone; hosts as a count with ranks_per_host, or as a list, "3,1"."""
+    """Ranks of each host from the options: ranks alone; hosts as a count with ranks_per_host, or as a list, "3,1".
+
+    Raises InvalidArgument for options that do not go together, and where there is no host or one without ranks."""
+    found = _parsed(ranks, hosts, ranks_per_host)
+    _require_ranks(found)
+    return found
+
+
+def _require_ranks(ranks_per_host: Sequence[int]) -> None:
+    if not ranks_per_host or min(ranks_per_host) < 1:
+        raise InvalidArgument(
+            f"each host needs at least 1 rank, and a job a host, got {list(ranks_per_host)} ranks per host"
+        )
+
+
+def _parsed(ranks: int | None, hosts: str | None, ranks_per_host: int | None) -> list[int]:
     if (ranks is None) == (hosts is None):
         raise InvalidArgument("give either --ranks N, for one host, or --hosts, for emulated ones")
     if ranks is not None:

@@ -98,7 +98,7 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_node(nodes: str) -> str:
-    """The first name of Slurm's list: "gpu[03-07,9],login" is gpu03."""
-    match = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\])?([^\[,]*)", nodes.strip())
-    assert match is not None
-    return match[1] + (match[2] or "") + match[3]
+    """The first name of Slurm's list: "gpu[03-07,9],login" is gpu03, and "rack[1-2]node[3-4]" is rack1node3."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes.strip())
+    assert first is not None
+    return re.sub(r"\[(\d*)[^\]]*\]", r"\1", first[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +16,11 @@ from spawn import run_ranks
 from training_runs import tiny
 
 from training import checkpoint_files
-from training.config import Config
-from training.errors import CheckpointError
+from training.config import Config, SyncConfig
+from training.data import open_corpus
+from training.errors import CheckpointError, DataError, DivergenceError
+from training.metered import SLOW_S
+from training.run import run
 from training.trainer import Trainer
 
 MOE = {"n_experts": 4, "top_k": 2}
@@ -203,3 +207,105 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         run_ranks(train_and_save, 1, config, step, step)
     names = sorted(path.name for path in (config.run_dir / "checkpoints").iterdir())
     assert names == ["step_00000002", "step_00000003"]
+
+
+def resumed_losses(group: Any, config: Config) -> tuple[list[float], list[float], str]:
+    """The last losses of a run, those that it goes on with, and what is said of a jump in its first step then."""
+    torch.set_num_threads(1)
+    trainer = Trainer(config, group)
+    for _ in range(12):
+        trainer.train_step()
+    trainer.save()
+    before = list(trainer.divergence.recent_losses)
+    trainer.close()
+    trainer = Trainer(config, group)
+    trainer.resume()
+    after = list(trainer.divergence.recent_losses)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(30.0)
+    with pytest.raises(DivergenceError) as caught:
+        trainer.train_step()
+    trainer.close()
+    return before, after, str(caught.value)
+
+
+def test_a_jump_is_seen_in_the_first_step_after_a_resume(tmp_path: Path) -> None:
+    """By each of two workers against its own losses."""
+    config = dataclasses.replace(tiny(tmp_path, steps=13), sync=SyncConfig("local_sgd", workers=2, every=4))
+    of_ranks = run_ranks(resumed_losses, 2, config)
+    for before, after, said in of_ranks:
+        assert len(before) == 12 and after == before
+        assert said.startswith("step 13: the loss jumped from ")
+    assert of_ranks[0][0] != of_ranks[1][0]
+
+
+def refused_run(group: Any, config: Config) -> str:
+    with pytest.raises(DataError) as caught:
+        run(config, group)
+    return str(caught.value)
+
+
+def test_other_tokens_at_the_same_path_are_refused_and_at_another_one_taken(tmp_path: Path) -> None:
+    path, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("some text of a file\n" * 500)
+    other.write_text("same text of a file\n" * 500)
+    config = tiny(tmp_path, steps=3, data={"path": str(path)})
+    run_ranks(train_and_save, 1, config, 2, 2)
+    newest = checkpoint_files.latest(config.run_dir)
+    assert newest is not None
+    before, now = (open_corpus(dataclasses.replace(config.data, path=str(each)), 256) for each in (path, other))
+    checkpoint_files.require_same_data(newest, config, before.fingerprint())
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(other)))
+    checkpoint_files.require_same_data(newest, elsewhere, now.fingerprint())
+    assert any("data.path" in change for change in checkpoint_files.changed_since(newest, elsewhere))
+    other.rename(path)
+    said = run_ranks(refused_run, 1, config)[0]
+    assert said.startswith(f"{str(path)!r} holds other tokens than when {newest} was written")
+    assert said.endswith("(for 'stdlib': that Python version), or give the new ones another data.path")
+
+
+class Deadlines:
+    """A group that records the deadline of each collective."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.seen: list[tuple[str, float | None]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.group, name)
+        if name not in ("all_reduce", "all_gather", "broadcast", "send", "recv"):
+            return found
+
+        def call(*given: Any, **options: Any) -> Any:
+            self.seen.append((name, options.get("timeout_s")))
+            return found(*given, **options)
+
+        return call
+
+
+def deadlines(group: Any, config: Config) -> dict[str, list[tuple[str, float | None]]]:
+    """Of the world's collectives, those that workers wait in for each other."""
+    torch.set_num_threads(1)
+    trainer = Trainer(config, group)
+    trainer.train_step()
+    watched = trainer.mesh.world.group = Deadlines(group)  # type: ignore[assignment]
+    found = {}
+    for what in (trainer.evaluate, trainer.save, trainer.resume):
+        watched.seen = []
+        what()
+        found[what.__name__] = watched.seen
+    trainer.close()
+    return found
+
+
+def test_who_waits_for_a_slow_worker_or_a_disk_has_its_deadline(tmp_path: Path) -> None:
+    """A broadcast of what rank 0 just announced need not."""
+    config = dataclasses.replace(tiny(tmp_path), sync=SyncConfig("local_sgd", workers=2, every=4))
+    for found in run_ranks(deadlines, 2, config):
+        assert found["evaluate"] == [("all_reduce", SLOW_S)]
+        for what in ("save", "resume"):
+            assert len(found[what]) > 3
+            late = [call for call in zip(found[what], found[what][1:], strict=False) if call[1][1] != SLOW_S]
+            assert found[what][0][1] == SLOW_S
+            assert all(call == (("broadcast", SLOW_S), ("broadcast", None)) for call in late), late

@@ -239,7 +239,42 @@ def test_layouts() -> None:
         ({"layout": {"zero": 1, "zero_ranks": 3}}, 2, r"zero_ranks \(3\) does not divide data × context .* \(2\)"),
         ({"layout": {"zero": 2}, "offload_parameters": True}, 2, "offload_parameters needs layout.zero 3, it is 2"),
         ({"layout": {"zero": 1}, "offload_gradients": True}, 2, "offload_gradients needs layout.zero 2 or 3, it is 1"),
+        (
+            {"layout": {"zero": 3}, "offload_parameters": True, "device": "cuda"},
+            2,
+            "train.offload_parameters is for CPUs",
+        ),
+        (
+            {"layout": {"zero": 2}, "offload_gradients": True, "device": "cuda"},
+            2,
+            "train.offload_gradients is for CPUs",
+        ),
+        ({"layout": {"zero": 2}, "offload_optimizer": True, "device": "cuda"}, 2, "set layout.zero to 0, or train.off"),
         ({"steps": 0}, 1, "train.steps is 0; it must be at least 1"),
+        ({"model": {"n_experts": 4, "n_shared_experts": -1}}, 1, "model.n_shared_experts is -1; give experts, or 0"),
+        ({"model": {"n_experts": 4, "d_ff_expert": -4}}, 1, "model.d_ff_expert is -4; give a width, or 0"),
+        ({"model": {"head_dim": -8}}, 1, "model.head_dim is -8; give a width, or 0 for model.d_model / model.n_heads"),
+        ({"model": {"rope_base": 0.0}}, 1, "model.rope_base is 0.0; give a number above 0, such as 10000.0"),
+        (
+            {"model": {"rope_scaling": "yarn", "rope_base": 1.0}},
+            1,
+            "model.rope_base is 1.0, .*'yarn' needs one above 1",
+        ),
+        ({"model": {"rope_scaling": "yarn", "rope_original_len": 0}}, 1, "model.rope_original_len is 0; it must be at"),
+        ({"model": {"rope_low_freq_factor": 0.0}}, 1, "model.rope_low_freq_factor is 0.0; give a number above 0"),
+        ({"ep": -1}, 1, "layout.ep is -1; give ranks, or 0 for as many as divide both"),
+        ({"seed": 1 << 63}, 1, f"train.seed is {1 << 63}; give 0 to {(1 << 63) - 1}"),
+        (
+            {"seed": 1 << 40, "data": {"mix": {"a": 1.0}}},
+            1,
+            f"train.seed .*; give 0 to {(1 << 40) - 1} with data.mix",
+        ),
+        (
+            {"data": {"end_of_document": 256}},
+            1,
+            r"end_of_document is 256; .* below model.vocab_size \(256\), or -1",
+        ),
+        ({"data": {"mix": {"a": 1.0, "b": float("inf")}}}, 1, "data.mix gives b the weight inf; give a number above 0"),
         ({"data": {"val_fraction": 1.0}}, 1, "val_fraction is 1.0; it must lie between 0 and 1"),
     ],
 )
@@ -281,6 +316,35 @@ def test_a_number_out_of_its_range_is_refused_with_the_fix(table: str, key: str,
     config = dataclasses.replace(config, **{table: dataclasses.replace(getattr(config, table), **{key: value})})
     with pytest.raises(ConfigError, match=rf"^{table}\.{key} is {value}; .*{fix}"):
         resolve_layout(config, 1)
+
+
+def numbers(kind: type) -> list[tuple[str, str]]:
+    """(table, key) of each field of this type."""
+    tables = {each.name: getattr(Config(), each.name) for each in dataclasses.fields(Config)}
+    return [
+        (table, each.name)
+        for table, values in tables.items()
+        if dataclasses.is_dataclass(values)
+        for each in dataclasses.fields(values)
+        if type(getattr(values, each.name)) is kind
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        *((table, key, value) for table, key in numbers(float) for value in (float("nan"), float("inf"), -1.0)),
+        *((table, key, -7) for table, key in numbers(int)),
+    ],
+)
+def test_every_number_has_its_range(table: str, key: str, value: float) -> None:
+    """Of a model with experts, and with workers that read all of [sync]."""
+    config = tiny(model={"n_experts": 4}, layout={"zero": 1})
+    streaming = SyncConfig(**{**STREAMING, **({"method": "stale"} if key == "staleness" else {})})
+    config = dataclasses.replace(config, sync=streaming if table == "sync" else config.sync)
+    wrong = dataclasses.replace(config, **{table: dataclasses.replace(getattr(config, table), **{key: value})})
+    with pytest.raises(ConfigError, match=rf"{table}\.{key}\b[^;]*{value:g}"):
+        resolve_layout(wrong, 2)
 
 
 def test_a_prompt_of_tokens_that_the_model_does_not_have_is_refused() -> None:

@@ -248,6 +248,8 @@ def test_a_byte_pair_vocabulary_is_trained_and_read_back(tmp_path: Path) -> None
         open_corpus(data, 290)
     with pytest.raises(DataError, match=r"there is no tokenizer at .*gone.json"):
         open_tokenizer(str(tmp_path / "gone.json"), -1)
+    with pytest.raises(ConfigError, match=r"data.end_of_document is 70000, .*t.json has \d+ tokens; give one of them"):
+        open_tokenizer(str(path), 70000)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"bad.json is no tokenizer that `tokenizers` reads"):
         open_tokenizer(str(tmp_path / "bad.json"), -1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 from training_runs import tiny
 
 import pycomm
@@ -25,7 +26,8 @@ from training.layer_rate import layer_flops, planning_flops
 from training.layout import Layout, resolve_layout
 from training.links import Links, around_cp, between_stages, groups_of, tied
 from training.memory import require_fit
-from training.plan_layout import Plan, _possible, search, settings, whole_specs
+from training.plan_layout import Plan, _possible, search, whole_specs
+from training.plan_report import settings
 from training.presets import load_preset
 from training.step_time import AXES, Costs, StepTime, step_time
 
@@ -446,6 +448,9 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path, capsys: Any, monkeypatc
     ):
         assert main(["plan", "tiny", *options]) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["run", "tiny", "--layout.auto", "--model.n-layers", "0"]) == 2  # before its layers are timed
+    assert "error: model.n_layers is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_the_command_prints_a_table_and_the_options_of_its_first_choice(
@@ -463,7 +468,45 @@ def test_the_command_prints_a_table_and_the_options_of_its_first_choice(
     assert "4 ranks on 1 host, 1 TFLOP/s each" in printed
     assert str(plan.fitting[0][0]) in printed
     assert str(plan.fitting[1][0]) in printed
-    assert " ".join(settings(plan.first.config)) in printed
+    assert " ".join(settings(plan.first.config, config)) in printed
+
+
+GIVEN: list[dict[str, Any]] = [
+    {},
+    {"auto": True, "zero": 3, "zero_ranks": 4},
+    {"pp": 2, "stage_layers": "3,5", "outermost": "dp"},
+    {"pp": 2, "schedule": "interleaved", "chunks": 2, "ep": 0, "experts_over_tp": "split"},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_printed_options_give_the_layout_whatever_was_given(given: dict[str, Any]) -> None:
+    config = with_layout(sparse(), 4, **given)
+    tried = [each for each, _ in _possible(config, 8, Counter())]
+    for chosen in tried[:: len(tried) // 12]:
+        assert tyro.cli(Config, default=config, args=settings(chosen, config)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("offload", "stages"), [({"offload_parameters": True}, {3}), ({"offload_gradients": True}, {2, 3})]
+)
+def test_offloading_finds_the_zero_that_it_needs(offload: dict[str, bool], stages: set[int]) -> None:
+    """Also where a rank shares parameters with none: alone, or as a pipeline."""
+    config = dense(**offload)
+    assert {each.layout.zero for each, _ in _possible(config, 1, Counter())} == stages
+    assert chosen(config, cluster(1, 1)).first.config.layout.zero in stages
+    pipelines = {each.layout.zero for each, layout in _possible(config, 4, Counter()) if layout.pp == 4}
+    assert pipelines == stages
+
+
+def test_offloading_on_gpus_is_only_planned_where_it_can_be() -> None:
+    config = dense(offload_optimizer=True)
+    on_gpus = dataclasses.replace(config, train=dataclasses.replace(config.train, device="cuda"))
+    assert {each.layout.zero for each, _ in _possible(config, 4, Counter())} == {0, 1, 2, 3}
+    assert {each.layout.zero for each, _ in _possible(config, 4, Counter(), on_gpus=True)} == {0}
+    assert {each.layout.zero for each, _ in _possible(on_gpus, 4, Counter())} == {0}
+    with pytest.raises(ConfigError, match=r"no layout of 2 ranks is possible: train.offload_gradients is for CPUs"):
+        search(dense(offload_gradients=True), cluster(1, 2), RATE, on_gpus=True)
 
 
 def test_a_run_takes_the_first_choice(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ import os
 import sys
 from pathlib import Path
 
+from training import ranges
 from training.config import Config
-from training.errors import ConfigError, TrainingError
+from training.errors import ConfigError, TrainingError, common
 from training.layout import resolve_layout
 from training.presets import load_preset, nearest
 
@@ -73,15 +74,39 @@ def main(arguments: list[str]) -> int:
     """The program; returns its exit status. What a user can put right is one line, anything else a traceback."""
     if "RANK" not in os.environ:  # no launcher started this process: it is a job of one rank
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    rank = int(os.environ["RANK"])
     try:
-        _do(*parse(arguments))
+        try:
+            command, path, config = parse(arguments)
+            _check(command, config)
+        except TrainingError as error:
+            # No rank knows of another one yet, and hosts may differ in their files: one rank of each host says it.
+            common(error, rank if os.environ.get("LOCAL_RANK", "0") == "0" else 0)
+            raise
+        _do(command, path, config)
         return 0
     except TrainingError as error:
-        if _is_rank_0():
-            print(f"error: {error}", file=sys.stderr)
+        if error.said_by in (None, rank):
+            print(_in_words(error, rank), file=sys.stderr, flush=True)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _in_words(error: TrainingError, rank: int) -> str:
+    """With the rank that it is of, where there are others that may not have it."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or error.said_by == 0
+    return f"error: {error}" if alone else f"rank {rank}: error: {error}"
+
+
+def _check(command: str, config: Config) -> None:
+    """Refuses what cannot be before torch is loaded or a group is joined."""
+    if command not in ("run", "scorecard", "eval", "sample"):
+        return
+    if config.layout.auto:
+        ranges.check(config)
+    else:
+        resolve_layout(config, int(os.environ["WORLD_SIZE"]))
 
 
 def _do(command: str, path: Path | None, config: Config) -> None:
@@ -89,8 +114,6 @@ def _do(command: str, path: Path | None, config: Config) -> None:
         from training import plan_layout
 
         return plan_layout.plan(config)
-    if command in ("run", "scorecard", "eval", "sample") and not config.layout.auto:
-        resolve_layout(config, int(os.environ["WORLD_SIZE"]))  # refused before torch is loaded or a group is joined
     from training import commands
 
     if command == "inspect" and path is not None:

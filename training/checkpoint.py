@@ -3,7 +3,8 @@
     <run>/checkpoints/step_00000200/parameters.safetensors      fp32 masters
                                     exp_avg.safetensors         AdamW's moments
                                     exp_avg_sq.safetensors
-                                    state.json                  step, position in the data, config, checksums
+                                    state.json                  step, position in the data and its checksum, last
+                                                                losses, config, checksums
 and, of runs with [sync] or wires,  worker_00001_….safetensors  what each worker has of its own (outer.py)
                                     outer_….safetensors         the outer optimizer's, and exchanges under way
                                     rank_00003_residuals.…      what coding lost and is yet to be sent
@@ -16,6 +17,7 @@ seed and position: what is stored is all there is to a bit-equal continuation.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,25 @@ def find(run_dir: Path, mesh: Mesh) -> Path | None:
     return found and Path(found)
 
 
-def save(config: Config, mesh: Mesh, optimizer: Optimizer, sync: Synchronous, progress: Progress) -> None:
-    """Writes a checkpoint of all ranks, together; older ones beyond keep_checkpoints go. Raises CheckpointError."""
-    packed = sync.pack()
-    writer = Writer(config, progress, {"workers": mesh.layout.workers, "ranks": _ranks(config, mesh), "sync": packed})
+def save(
+    config: Config,
+    mesh: Mesh,
+    optimizer: Optimizer,
+    sync: Synchronous,
+    progress: Progress,
+    data: int,
+    recent_losses: Collection[float],
+) -> None:
+    """Writes a checkpoint of all ranks, together; older ones beyond keep_checkpoints go. data: the corpus's
+    fingerprint(). recent_losses: this worker's last ones. Raises CheckpointError."""
+    more = {
+        "workers": mesh.layout.workers,
+        "ranks": _ranks(config, mesh),
+        "data": data,
+        "recent_losses": _of_workers(mesh, recent_losses),
+        "sync": sync.pack(),
+    }
+    writer = Writer(config, progress, more)
     try:
         if not on_rank_0(mesh.world, writer.begin):
             return
@@ -93,8 +110,15 @@ def _residuals(optimizer: Optimizer, sync: Synchronous) -> list[Tensor]:
 
 def _every_length(mesh: Mesh, tensors: list[Tensor]) -> list[int]:
     lengths = torch.empty(mesh.world.size, dtype=torch.int64)
-    mesh.world.all_gather(lengths, torch.tensor([sum(each.numel() for each in tensors)]))
+    mesh.world.all_gather(lengths, torch.tensor([sum(each.numel() for each in tensors)]), timeout_s=SLOW_S)
     return [int(each) for each in lengths]
+
+
+def _of_workers(mesh: Mesh, losses: Collection[float]) -> list[list[float]]:
+    """The losses of each worker, of which there are as many in each."""
+    rows = torch.empty(mesh.world.size, len(losses), dtype=torch.float64)
+    mesh.world.all_gather(rows, torch.tensor([list(losses)], dtype=torch.float64), timeout_s=SLOW_S)
+    return [rows[mesh.leader(0, worker)].tolist() for worker in range(mesh.layout.workers)]
 
 
 def _to_rank_0(mesh: Mesh, rank: int, flat: Tensor | None, numel: int) -> Tensor | None:
@@ -157,9 +181,11 @@ def _refuse_another_model(folder: Path, state: dict[str, Any], config: Config) -
         )
 
 
-def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer, sync: Synchronous) -> Progress:
-    """Fills parameters, moments and what [sync] and wires keep from a checkpoint on all ranks, together, and says how
-    far it was.
+def load(
+    folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer, sync: Synchronous
+) -> tuple[Progress, list[float]]:
+    """Fills parameters, moments and what [sync] and wires keep from a checkpoint on all ranks, together; how far it
+    was, and this worker's last losses then.
 
     A run of other workers: each goes on from worker (its own number modulo theirs). What the run saved did not have is
     left as it is; residuals of other ranks or settings, and exchanges under way of another method, are lost.
@@ -168,7 +194,7 @@ def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer, sync: S
     def check() -> dict[str, Any]:
         state = read_state(folder)
         _refuse_another_model(folder, state, config)
-        known = ("step", "position", "updates", "workers", "ranks", "sync")
+        known = ("step", "position", "updates", "workers", "ranks", "recent_losses", "sync")
         return {"files": list(state["files"]), **{key: state[key] for key in known if key in state}}
 
     state = on_rank_0(mesh.world, check)
@@ -189,7 +215,8 @@ def load(folder: Path, config: Config, mesh: Mesh, optimizer: Optimizer, sync: S
     n_updates = state.get("updates", state["step"])
     optimizer.set_steps(n_updates)
     optimizer.publish()
-    return Progress(state["step"], state["position"], n_updates)
+    losses = state.get("recent_losses", [[]])  # checkpoints of before have none
+    return Progress(state["step"], state["position"], n_updates), losses[mesh.worker_index % len(losses)]
 
 
 def _first(available: set[str], *files: str) -> str | None:
@@ -213,7 +240,7 @@ def _read(
     file = safe_open(folder / file_name, "pt") if mesh.world.rank == 0 else None
     for name, whole_spec in specs_of_whole(config.model, mesh).items():
         whole = file.get_tensor(name) if file is not None else torch.empty(whole_spec.shape)
-        mesh.world.broadcast(whole, 0)
+        mesh.world.broadcast(whole, 0, timeout_s=SLOW_S)
         if name in optimizer.specs and worker in (None, mesh.worker_index):
             optimizer.put(kind, name, shard(whole, optimizer.specs[name], mesh))
 

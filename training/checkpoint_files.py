@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.config import Config
-from training.errors import CheckpointError
+from training.errors import CheckpointError, DataError
 from training.model_config import ModelConfig
 
 _FORMAT = 1
@@ -169,3 +169,16 @@ def changed_since(folder: Path, config: Config) -> list[str]:
         for key, value in values.items()
         if key in stored[table] and stored[table][key] != value
     ]
+
+
+def require_same_data(folder: Path, config: Config, fingerprint: int) -> None:
+    """Raises DataError where a checkpoint's run read other tokens with the same [data]. fingerprint: those of now."""
+    state = read_json(folder)
+    told = state["config"].get("data") != dataclasses.asdict(config.data)  # changed_since() says so
+    if told or state.get("data", fingerprint) == fingerprint:
+        return
+    paths = ", ".join(config.data.mix) or config.data.path
+    raise DataError(
+        f"{paths!r} holds other tokens than when {folder} was written, so the windows from there on would be others: "
+        "bring those files back (for 'stdlib': that Python version), or give the new ones another data.path"
+    )

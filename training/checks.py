@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.errors import ConfigError
@@ -40,6 +39,32 @@ def zero(config: Config, resolved: Layout) -> None:
             divides("layout.zero_ranks", layout.zero_ranks, "ranks that hold the same experts", copies)
 
 
+def offload_on_gpus(config: Config) -> None:
+    """Of a run whose ranks are on GPUs, where the optimizer's state can leave for the host and the rest cannot."""
+    train, layout, sync = config.train, config.layout, config.sync
+    for name, given in (
+        ("offload_parameters", train.offload_parameters),
+        ("offload_gradients", train.offload_gradients),
+    ):
+        if given:
+            raise ConfigError(
+                f"train.{name} is for CPUs, this run's ranks are on GPUs; leave it out (layout.zero 3 leaves a rank "
+                "1/n of parameters, gradients and state), or set train.device to 'cpu'"
+            )
+    if not train.offload_optimizer:
+        return
+    if layout.zero:
+        raise ConfigError(
+            f"train.offload_optimizer on GPUs is of whole parameters, layout.zero is {layout.zero}, which leaves a "
+            "rank 1/n of the state on the GPU: set layout.zero to 0, or train.offload_optimizer to false"
+        )
+    if sync.method != "synchronous":
+        raise ConfigError(
+            f"train.offload_optimizer on GPUs does not hold what sync.method {sync.method!r} keeps between exchanges; "
+            "set train.offload_optimizer to false, or sync.method to 'synchronous'"
+        )
+
+
 def context(config: Config) -> None:
     model, layout = config.model, config.layout
     if layout.cp == 1:
@@ -58,86 +83,6 @@ def context(config: Config) -> None:
 def divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     if divisor < 1 or value % divisor:
         raise ConfigError(f"{divisor_name} ({divisor}) does not divide {name} ({value}); change one of them")
-
-
-def ranges(config: Config) -> None:
-    model, data, train = config.model, config.data, config.train
-    for name, value in (
-        ("model.vocab_size", model.vocab_size),
-        ("model.n_layers", model.n_layers),
-        ("model.d_model", model.d_model),
-        ("model.n_heads", model.n_heads),
-        ("model.n_kv_heads", model.n_kv_heads),
-        ("model.d_ff", model.d_ff),
-        ("data.seq_len", data.seq_len),
-        ("train.steps", train.steps),
-        ("train.global_batch", train.global_batch),
-        ("train.accumulation", train.accumulation),
-        ("train.loss_chunk", train.loss_chunk),
-        ("train.eval_every", train.eval_every),
-        ("train.eval_sequences", train.eval_sequences),
-        ("train.checkpoint_every", train.checkpoint_every),
-        ("train.keep_checkpoints", train.keep_checkpoints),
-    ):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    model.check()
-    if model.block == "gpt2" and data.seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"data.seq_len is {data.seq_len}, the position table has model.max_seq_len = {model.max_seq_len} rows; "
-            "change one of them"
-        )
-    if train.bucket_kib < 0:
-        raise ConfigError(f"train.bucket_kib is {train.bucket_kib}; give KiB, or 0 for what the links ask for")
-    if not 0.0 < data.val_fraction < 1.0:
-        raise ConfigError(f"data.val_fraction is {data.val_fraction}; it must lie between 0 and 1")
-    if not config.name or Path(config.name).name != config.name:
-        raise ConfigError(f"name is {config.name!r}; it names a folder in out_dir, so it must not hold a path")
-    _settings(config)
-    prompt(config)
-
-
-def _settings(config: Config) -> None:
-    """Numbers that are no sizes: of the optimizer, and of what is done beside training."""
-    optimizer, sample, monitor, plan = config.optimizer, config.sample, config.monitor, config.plan
-    for name, value, fits, fix in (
-        ("optimizer.lr", optimizer.lr, optimizer.lr > 0, "give a rate above 0, such as 3e-4"),
-        ("optimizer.min_lr_ratio", optimizer.min_lr_ratio, 0 <= optimizer.min_lr_ratio <= 1, "give 0 to 1"),
-        ("optimizer.warmup_steps", optimizer.warmup_steps, optimizer.warmup_steps >= 0, "give steps, or 0 for none"),
-        ("optimizer.beta1", optimizer.beta1, 0 <= optimizer.beta1 < 1, "give at least 0 and below 1, such as 0.9"),
-        ("optimizer.beta2", optimizer.beta2, 0 <= optimizer.beta2 < 1, "give at least 0 and below 1, such as 0.95"),
-        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "give a number above 0, such as 1e-8"),
-        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "give 0 for none, or above"),
-        ("optimizer.clip_norm", optimizer.clip_norm, optimizer.clip_norm >= 0, "give a norm, or 0 for no clipping"),
-        ("sample.n_tokens", sample.n_tokens, sample.n_tokens >= 0, "give how many tokens follow the prompt"),
-        ("sample.temperature", sample.temperature, sample.temperature >= 0, "give 0 for the likeliest token, or above"),
-        ("sample.top_k", sample.top_k, sample.top_k >= 0, "give a number of tokens, or 0 for all"),
-        ("train.memory_gib", config.train.memory_gib, config.train.memory_gib >= 0, "give GiB, or 0 for no limit"),
-        ("monitor.peak_tflops", monitor.peak_tflops, monitor.peak_tflops >= 0, "give TFLOP/s, or 0 to measure"),
-        ("monitor.max_loss_jump", monitor.max_loss_jump, monitor.max_loss_jump >= 0, "give nats, or 0 for never"),
-        ("monitor.profile_first", monitor.profile_first, monitor.profile_first >= 0, "give a step, or 0 for none"),
-        ("monitor.profile_steps", monitor.profile_steps, monitor.profile_steps >= 1, "give at least 1"),
-        ("plan.gpus", plan.gpus, plan.gpus >= 0, "give ranks, or 0 for those of the topology"),
-        ("plan.tflops", plan.tflops, plan.tflops >= 0, "give TFLOP/s, or 0 to measure"),
-        ("plan.max_cp", plan.max_cp, plan.max_cp >= 1, "give at least 1"),
-        ("plan.max_pp", plan.max_pp, plan.max_pp >= 1, "give at least 1"),
-        ("plan.show", plan.show, plan.show >= 1, "give at least 1"),
-    ):
-        if not (fits and math.isfinite(value)):
-            raise ConfigError(f"{name} is {value}; {fix}")
-
-
-def prompt(config: Config) -> None:
-    """Of sample.prompt where it is token ids."""
-    vocab_size = config.model.vocab_size
-    if vocab_size == 256 or config.data.tokenizer != "bytes":
-        return
-    for word in config.sample.prompt.split():
-        if word.isdecimal() and int(word) >= vocab_size:
-            raise ConfigError(
-                f"sample.prompt has the token {word}, model.vocab_size is {vocab_size}; give tokens of 0 to "
-                f"{vocab_size - 1}"
-            )
 
 
 # What each method of [sync] reads beside `workers`.
@@ -200,7 +145,7 @@ def synchronisation(config: Config, world_size: int) -> None:
     for name, ratio in (("outer_momentum", sync.outer_momentum), ("mixing", sync.mixing)):
         if name in known and not 0.0 <= ratio < 1.0:
             raise ConfigError(f"sync.{name} is {ratio}; it must be at least 0 and below 1")
-    if "outer_lr" in known and not sync.outer_lr > 0.0:
+    if "outer_lr" in known and not 0.0 < sync.outer_lr < math.inf:
         raise ConfigError(f"sync.outer_lr is {sync.outer_lr}; it must be above 0")
 
 

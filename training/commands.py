@@ -23,7 +23,7 @@ from training.data import open_tokenizer, train_bpe, write_token_shard
 from training.data.streams import read_documents
 from training.data.tokens import as_text
 from training.device import dtype_of
-from training.errors import CheckpointError, ConfigError, DataError
+from training.errors import CheckpointError, ConfigError, DataError, common
 from training.generate import sample_text
 from training.hugging_face import export_model, import_model
 from training.layout import resolve_layout
@@ -47,7 +47,7 @@ def _trained(config: Config, world: Group) -> Trainer:
     if trainer.resume():
         return trainer
     trainer.close()
-    raise CheckpointError(_no_checkpoint(config))
+    raise common(CheckpointError(_no_checkpoint(config)))
 
 
 def _no_checkpoint(config: Config) -> str:
@@ -78,7 +78,9 @@ def sample(config: Config, world: Group) -> None:
 
 def _alone(world: Group, command: str) -> None:
     if world.size > 1:
-        raise ConfigError(f"{command} is the work of one process; there are {world.size} ranks: start it without them")
+        raise common(
+            ConfigError(f"{command} is the work of one process; there are {world.size} ranks: start it without them")
+        )
 
 
 def export(config: Config, world: Group) -> None:

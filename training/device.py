@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pycomm.overlap import InMemory
-from training.errors import ConfigError
+from training.errors import ConfigError, common
 
 if TYPE_CHECKING:
     from pycomm.group import Group
@@ -240,10 +240,12 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"], world: Group) -> Device
         if asked == "auto":
             return HOST
         rank = without[0]
-        raise ConfigError(
-            f"train.device is 'cuda', but rank {rank} has no GPU of its own: torch {torch.__version__} sees "
-            f"{int(numbers[rank, 0])} there; start as many ranks a host as it has GPUs, install a CUDA build of torch, "
-            "or set train.device to 'cpu'"
+        raise common(
+            ConfigError(
+                f"train.device is 'cuda', but rank {rank} has no GPU of its own: torch {torch.__version__} sees "
+                f"{int(numbers[rank, 0])} there; start as many ranks a host as it has GPUs, install a CUDA build of "
+                "torch, or set train.device to 'cpu'"
+            )
         )
     torch.cuda.set_device(mine)
     return Device(torch.device("cuda", mine), late=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from training.diagnose import first_not_finite, largest_loss_and_gradient
-from training.errors import DivergenceError
+from training.errors import DivergenceError, common
 from training.mesh import Mesh
 from training.step_result import Submitted
 
@@ -50,7 +50,10 @@ class Divergence:
             return
         if self._mesh.layout.workers > 1:
             where += f" of worker {self._mesh.worker_index}"
-        raise DivergenceError(
-            f"step {step.step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or longer "
-            "warmup_steps"
+        raise common(
+            DivergenceError(
+                f"step {step.step}: {what}; {where}; resume from the last checkpoint with a lower optimizer.lr or "
+                "longer warmup_steps"
+            ),
+            self._mesh.worker_index * self._mesh.layout.worker_ranks,
         )

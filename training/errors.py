@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot start or go on, for a reason that its user can remove."""
+    """A run that cannot start or go on, for a reason that its user can remove. said_by: the rank that says it for all
+    that raise it; None where others may not know of it."""
+
+    said_by: int | None = None
 
 
 class ConfigError(TrainingError, ValueError):
@@ -21,6 +24,12 @@ class CheckpointError(TrainingError):
 
 class DivergenceError(TrainingError):
     """The loss or the gradient is no longer a finite number."""
+
+
+def common(error: TrainingError, said_by: int = 0) -> TrainingError:
+    """The error, as one that several ranks raise with the same words."""
+    error.said_by = said_by
+    return error
 
 
 BY_NAME = {kind.__name__: kind for kind in (TrainingError, ConfigError, DataError, CheckpointError, DivergenceError)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import SampleConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, common
 from training.trainer import Trainer
 
 
@@ -20,7 +20,7 @@ def generate(trainer: Trainer, prompt: Sequence[int], config: SampleConfig) -> I
     vocab_size = trainer.config.model.vocab_size
     foreign = [token for token in prompt if not 0 <= token < vocab_size]
     if foreign:
-        raise ConfigError(f"the prompt has the token {foreign[0]}, the model those of 0 to {vocab_size - 1}")
+        raise common(ConfigError(f"the prompt has the token {foreign[0]}, the model those of 0 to {vocab_size - 1}"))
     generator = torch.Generator().manual_seed(config.seed)
     tokens, cache = list(prompt), trainer.new_cache()
     for _ in range(config.n_tokens):

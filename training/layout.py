@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from training import checks, schedules
+from training import checks, ranges, schedules
 from training.config import Config
 from training.errors import ConfigError
 from training.stages import Placement, Stages, assign_layers
@@ -69,7 +69,7 @@ class Layout:
 def resolve_layout(config: Config, world_size: int) -> Layout:
     """The layout of world_size ranks. Raises ConfigError where something does not divide, naming both numbers."""
     model, data, layout, train = config.model, config.data, config.layout, config.train
-    checks.ranges(config)
+    ranges.check(config)
     checks.synchronisation(config, world_size)
     world_size //= config.sync.workers
     checks.divides("layout.tp", layout.tp, "the ranks", world_size)
@@ -132,6 +132,8 @@ def resolve_layout(config: Config, world_size: int) -> Layout:
         outermost=layout.outermost,
     )
     checks.zero(config, found)
+    if train.device == "cuda":  # with "auto", when ranks know what they have
+        checks.offload_on_gpus(config)
     checks.wires(config)
     checks.products(config, found)
     if layout.moe_chunks < 0:

@@ -1,22 +1,23 @@
-"""Groups that count the time their callers wait, and what only rank 0 does."""
+"""Groups that count the time their callers wait, and what succeeds or fails on all ranks together."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from training.device import HOST, Device, Waits
-from training.errors import BY_NAME, TrainingError
+from training.errors import BY_NAME, TrainingError, common
 
 if TYPE_CHECKING:
     from pycomm.explain import Explanation
     from pycomm.group import Group, Work
 
+_T = TypeVar("_T")
 SLOW_S = 600.0  # a deadline for waits on another rank's disk, on what only rank 0 does, or on a slower worker
 
 
@@ -93,11 +94,21 @@ class MeteredGroup:
             )
         return MeteredWork(result, self) if async_op else x
 
-    def all_gather(self, output: Tensor, input: Tensor, *, async_op: bool = False, wire: str | None = None) -> Any:
+    def all_gather(
+        self,
+        output: Tensor,
+        input: Tensor,
+        *,
+        async_op: bool = False,
+        timeout_s: float | None = None,
+        wire: str | None = None,
+    ) -> Any:
         if self.size == 1 and not async_op:
             return output.copy_(input.view(output.shape))
         with self._blocking():
-            result = self.group.all_gather(self._array(output), self._array(input), async_op=async_op, wire=wire)
+            result = self.group.all_gather(
+                self._array(output), self._array(input), async_op=async_op, timeout_s=timeout_s, wire=wire
+            )
         return MeteredWork(result, self) if async_op else output
 
     def reduce_scatter(
@@ -174,20 +185,50 @@ def on_rank_0(world: MeteredGroup, action: Callable[[], Any]) -> Any:
     A TrainingError that it raises is raised on every rank, so that all of them end and none waits for rank 0.
     """
     message = b""
-    failure: TrainingError | None = None
     if world.rank == 0:
         try:
             message = json.dumps({"result": action()}).encode()
         except TrainingError as error:
-            failure = error
-            message = json.dumps({"kind": type(error).__name__, "text": str(error)}).encode()
-    length = torch.tensor([len(message)])
-    world.broadcast(length, 0, timeout_s=SLOW_S)
-    payload = torch.frombuffer(bytearray(message.ljust(int(length), b"\0")), dtype=torch.uint8)
-    world.broadcast(payload, 0)
-    answer = json.loads(bytes(payload.numpy()))
-    if failure is not None:
-        raise failure
+            message = _packed(error)
+    answer = _given(world, 0, message)
     if "kind" in answer:
-        raise BY_NAME[answer["kind"]](answer["text"])
+        raise _unpacked(answer)
     return answer["result"]
+
+
+def on_every_rank(world: MeteredGroup, action: Callable[[], _T]) -> _T:
+    """action's result, once it has succeeded on all ranks; where it may fail on some, it must not communicate after.
+
+    A TrainingError that it raises on some of them is raised on every rank: that of the first of these, which is named
+    unless all of them failed."""
+    result: list[_T] = []
+    message = b""
+    try:
+        result.append(action())
+    except TrainingError as error:
+        message = _packed(error)
+    lengths = torch.empty(world.size, dtype=torch.int64)
+    world.all_gather(lengths, torch.tensor([len(message)]), timeout_s=SLOW_S)
+    failed = lengths.nonzero().flatten().tolist()
+    if failed:
+        answer = _given(world, failed[0], message)
+        who = f"rank {failed[0]}: " if len(failed) < world.size else ""
+        raise _unpacked({**answer, "text": who + answer["text"]})
+    return result[0]
+
+
+def _packed(error: TrainingError) -> bytes:
+    return json.dumps({"kind": type(error).__name__, "text": str(error)}).encode()
+
+
+def _unpacked(answer: dict[str, str]) -> TrainingError:
+    return common(BY_NAME[answer["kind"]](answer["text"]))
+
+
+def _given(world: MeteredGroup, root: int, message: bytes) -> Any:
+    """What root's message says in JSON, on every rank."""
+    length = torch.tensor([len(message)])
+    world.broadcast(length, root, timeout_s=SLOW_S)
+    payload = torch.frombuffer(bytearray(message.ljust(int(length), b"\0")[: int(length)]), dtype=torch.uint8)
+    world.broadcast(payload, root)
+    return json.loads(bytes(payload.numpy()))

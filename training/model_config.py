@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,6 +132,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises ConfigError for what cannot be, naming the keys and the values."""
+        self._check_numbers()
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"model.n_kv_heads ({self.n_kv_heads}) does not divide model.n_heads ({self.n_heads}); change one of "
@@ -153,6 +155,10 @@ class ModelConfig:
                 f"model.rope_mscale is {self.rope_mscale}, but model.rope_scaling {self.rope_scaling!r} does not read "
                 "it; set that to 'yarn', or leave it out"
             )
+        if self.rope_scaling == "yarn" and self.rope_base <= 1:
+            raise ConfigError(
+                f"model.rope_base is {self.rope_base}, model.rope_scaling 'yarn' needs one above 1, such as 10000"
+            )
         self._check_latent()
         if self.rope_scaling in ("llama3", "yarn") and self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ConfigError(
@@ -164,11 +170,23 @@ class ModelConfig:
         elif self.n_shared_experts or self.router_bias:
             raise ConfigError("model.n_shared_experts and model.router_bias need model.n_experts, which is 0")
 
+    def _check_numbers(self) -> None:
+        """Each for itself."""
+        for name in _AT_LEAST_1:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, meaning in _AT_LEAST_0.items():
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"model.{name} is {value}; give {meaning}")
+        for name in _ABOVE_0:
+            value = getattr(self, name)
+            if not 0.0 < value < math.inf:
+                raise ConfigError(f"model.{name} is {value}; give a number above 0, such as {getattr(_DEFAULT, name)}")
+
     def _check_latent(self) -> None:
         widths = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "v_head_dim")
         given = {name: getattr(self, name) for name in widths}
-        if negative := [name for name, value in given.items() if value < 0]:
-            raise ConfigError(f"model.{negative[0]} is {given[negative[0]]}; give a width, or 0 for none")
         if not self.latent:
             if others := [f"model.{name}" for name, value in given.items() if value]:
                 raise ConfigError(
@@ -222,3 +240,34 @@ class ModelConfig:
                 f"model.top_k is {self.top_k}, but {self.topk_groups} groups of "
                 f"{self.n_experts // self.n_expert_groups} experts hold {reachable}; raise model.topk_groups"
             )
+
+
+_DEFAULT = ModelConfig()
+_AT_LEAST_1 = (
+    "vocab_size",
+    "n_layers",
+    "d_model",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "max_seq_len",
+    "rope_original_len",
+    "top_k",
+    "n_expert_groups",
+    "topk_groups",
+)
+_AT_LEAST_0 = {
+    "head_dim": "a width, or 0 for model.d_model / model.n_heads",
+    "kv_lora_rank": "a width, or 0 for none",
+    "q_lora_rank": "a width, or 0 for none",
+    "qk_rope_head_dim": "a width, or 0 for none",
+    "v_head_dim": "a width, or 0 for that of model.head_dim",
+    "rope_mscale": "1 for the temperature of yarn's authors, or 0 for none",
+    "n_experts": "experts, or 0 for none",
+    "d_ff_expert": "a width, or 0 for model.d_ff",
+    "n_dense_layers": "layers, or 0 for none",
+    "n_shared_experts": "experts, or 0 for none",
+    "router_bias_speed": "a change a step, such as 1e-3, or 0 for none",
+    "aux_loss_weight": "a weight, such as 0.01, or 0 for no balance loss",
+}
+_ABOVE_0 = ("norm_eps", "rope_base", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor", "router_scale")

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from training.config import Config, OptimizerConfig
 from training.device import DeviceMemory
-from training.errors import ConfigError
 from training.host_memory import HostMemory
 from training.mesh import Mesh
-from training.metered import MeteredGroup
+from training.metered import MeteredGroup, on_every_rank
 from training.offload import FileMemory
 from training.replicated import Replicated
 from training.sharding import ParamSpec, specs_of
@@ -33,17 +32,6 @@ def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
     return lowest + (config.lr - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _require_replicated(config: Config) -> None:
-    """Raises ConfigError where what is offloaded on GPUs is more than the optimizer's state of whole parameters."""
-    train = config.train
-    if config.layout.zero or train.offload_parameters or train.offload_gradients or config.sync.method != "synchronous":
-        raise ConfigError(
-            f"on GPUs train.offload_optimizer takes layout.zero 0 and sync.method 'synchronous', they are "
-            f"{config.layout.zero} and {config.sync.method!r}, and train.offload_parameters and offload_gradients are "
-            "for CPUs; raise layout.zero instead, which leaves a rank 1/n of the state, or offload without it"
-        )
-
-
 class Optimizer:
     """AdamW over what this rank keeps of a model."""
 
@@ -51,7 +39,9 @@ class Optimizer:
         self, model: nn.Module, mesh: Mesh, config: Config, dtype: torch.dtype, fill: Callable[[str], None]
     ) -> None:
         """dtype: what the model computes in; its parameters are converted here, the masters stay fp32. fill:
-        initialises the parameter of a name; called here for each, so that with ZeRO few are whole at a time."""
+        initialises the parameter of a name; called here for each, so that with ZeRO few are whole at a time.
+
+        Raises ConfigError where what is offloaded has no room; ranks do not communicate after that."""
         train, layout = config.train, config.layout
         parameters = dict(model.named_parameters())
         self.specs: dict[str, ParamSpec] = specs_of(model)
@@ -59,11 +49,11 @@ class Optimizer:
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self.untrained = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
         offloads = train.offload_optimizer or train.offload_parameters or train.offload_gradients
-        if offloads and mesh.device.late:
-            _require_replicated(config)
         self._files: FileMemory | HostMemory | None = None
-        if offloads:
-            self._files = HostMemory(mesh.device) if mesh.device.late else FileMemory(config.offload_dir)
+        if offloads and mesh.device.late:
+            self._files = HostMemory(mesh.device)
+        elif offloads:
+            self._files = on_every_rank(mesh.world, lambda: FileMemory(config.offload_dir))
         state_files = self._files if train.offload_optimizer else None
         self._state_memory = state_memory = state_files or DeviceMemory(mesh.device)
         for name in self.untrained if layout.zero else parameters:

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import pycomm
 from pycomm.errors import TopologyError
-from training import checks, schedules
+from training import checks, ranges, schedules
 from training.config import Config
 from training.device import choose_device, device_here, dtype_of
 from training.errors import ConfigError
@@ -33,8 +32,9 @@ from training.memory import Estimate, require_fit
 from training.mesh import Mesh
 from training.metered import MeteredGroup, on_rank_0
 from training.model import specs_of_whole
+from training.plan_report import duration, show
 from training.sharding import ParamSpec
-from training.step_time import AXES, Costs, StepTime, step_time
+from training.step_time import Costs, StepTime, step_time
 
 if TYPE_CHECKING:
     from pycomm.group import Group
@@ -47,7 +47,6 @@ _SCHEDULES: tuple[tuple[schedules.Name, int], ...] = (
     ("zbv", 1),
 )
 _OUTERMOST: tuple[Literal["pp", "dp"], ...] = ("pp", "dp")
-_NAMED = 3  # layouts that would be faster but do not fit
 
 
 @dataclass(frozen=True)
@@ -103,19 +102,25 @@ def whole_specs(config: Config) -> dict[str, ParamSpec]:
 
 
 def search(
-    config: Config, topology: Any, flops_per_s: float, process_nbytes: int = 0, gpu_nbytes: int | None = None
+    config: Config,
+    topology: Any,
+    flops_per_s: float,
+    process_nbytes: int = 0,
+    gpu_nbytes: int | None = None,
+    on_gpus: bool = False,
 ) -> Plan:
     """The best config.plan.show meshes of a topology's ranks (pycomm.Topology). flops_per_s: that a rank reaches.
-    process_nbytes, gpu_nbytes: as memory.require_fit() takes them.
+    process_nbytes, gpu_nbytes: as memory.require_fit() takes them. on_gpus: whether the ranks are, where
+    train.device is "auto".
 
     Raises ConfigError where no layout is possible, or none fits train.memory_gib."""
-    checks.ranges(config)
+    ranges.check(config)
     checks.plans(config)
     links, refused, specs = Links(topology), Counter[str](), whole_specs(config)
     costs = Costs(config.model, specs)
     candidates = [
         Candidate(each, layout, step_time(each, layout, costs, links, flops_per_s))
-        for each, layout in _possible(config, topology.n_ranks, refused)
+        for each, layout in _possible(config, topology.n_ranks, refused, on_gpus)
     ]
     if not candidates:
         why = f": {refused.most_common(1)[0][0]}" if refused else ""
@@ -139,8 +144,11 @@ def search(
     return Plan(tuple(fitting.values()), tuple(unfit.values()), refused, len(candidates), flops_per_s)
 
 
-def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[tuple[Config, Layout]]:
+def _possible(
+    config: Config, n_ranks: int, refused: Counter[str], on_gpus: bool = False
+) -> Iterator[tuple[Config, Layout]]:
     """Every layout that resolve_layout() accepts; refused: counts what it said of the others."""
+    sharded = config.train.offload_parameters or config.train.offload_gradients  # by ZeRO, also on one rank
     divisors = [n for n in range(1, n_ranks + 1) if n_ranks % n == 0]
     for tp in divisors:
         for cp in (n for n in divisors if n <= config.plan.max_cp and n_ranks // tp % n == 0):
@@ -151,7 +159,8 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                     for accumulation in _accumulations(config.train.global_batch, dp, pp):
                         for ep, over_tp in _experts(config, experts, tp):
                             both = pp > 1 and dp > ep
-                            zeros, outermosts = range(4 if dp * cp * tp > 1 else 1), _OUTERMOST[: 2 if both else 1]
+                            zeros = range(4 if dp * cp * tp > 1 or sharded else 1)
+                            outermosts = _OUTERMOST[: 2 if both else 1]
                             for zero, outermost in itertools.product(zeros, outermosts):
                                 layout = dataclasses.replace(
                                     config.layout,
@@ -167,13 +176,17 @@ def _possible(config: Config, n_ranks: int, refused: Counter[str]) -> Iterator[t
                                     zero_ranks=0,
                                     outermost=outermost,
                                     auto=False,
-                                )
+                                )  # settings() prints what it changes
                                 train = dataclasses.replace(config.train, accumulation=accumulation)
                                 each = dataclasses.replace(config, layout=layout, train=train)
                                 try:
-                                    yield each, resolve_layout(each, n_ranks)
+                                    resolved = resolve_layout(each, n_ranks)
+                                    if on_gpus:
+                                        checks.offload_on_gpus(each)
                                 except ConfigError as error:
                                     refused[str(error)] += 1
+                                    continue
+                                yield each, resolved
 
 
 def _experts(config: Config, most: int, tp: int) -> list[tuple[int, Literal["none", "spread", "split"]]]:
@@ -195,78 +208,10 @@ def _accumulations(global_batch: int, dp: int, pp: int) -> list[int]:
     return [n for n in divisors if pp <= n <= 8 * pp] or divisors[-1:]
 
 
-def why_lost(each: Candidate, first: Candidate) -> str:
-    """The part that costs it most against the first choice."""
-    more = {name: each.time.parts[name] - first.time.parts[name] for name in each.time.parts}
-    name = max(more, key=lambda part: more[part])
-    behind = each.time.total_s - first.time.total_s
-    if behind <= 1e-9 * first.time.total_s:
-        return "as fast; the first does less"
-    what = name if name in ("compute", "bubble") else f"{name} exposed"
-    return f"{what} +{_duration(more[name])} ({behind / first.time.total_s:+.1%} in all)"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def show(plan: Plan, config: Config, topology: Any, console: Console) -> None:
-    """The plan as tables."""
-    n_tokens = config.train.global_batch * config.data.seq_len
-    needed = config.model.flops_per_token(config.data.seq_len) * n_tokens
-    peak = config.monitor.peak_tflops * 1e12 or plan.flops_per_s
-    hosts = f"{len(topology.hosts)} host{'s' if len(topology.hosts) > 1 else ''}"
-    table = Table(
-        title=f"{config.name}: {config.model.n_parameters:,} parameters, {n_tokens:,} tokens a step, "
-        f"{topology.n_ranks} ranks on {hosts}, {plan.flops_per_s / 1e12:.4g} TFLOP/s each"
-    )
-    table.add_column("layout")
-    for name in ("step", "MFU", "memory", "bubble"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("exposed")
-    table.add_column("why not first")
-    for each, memory in plan.fitting:
-        time = each.time
-        exposed = {axis: time.exposed_s[axis] / time.total_s for axis in AXES if time.exposed_s[axis]}
-        table.add_row(
-            str(each),
-            _duration(time.total_s),
-            f"{needed / (time.total_s * topology.n_ranks * peak):.1%}",
-            f"{memory.total / 2**30:.2f} GiB",
-            f"{time.bubble_s / time.total_s:.1%}",
-            ", ".join(f"{axis} {share:.1%}" for axis, share in exposed.items()),
-            "" if each is plan.first else why_lost(each, plan.first),
-        )
-    console.print(table)
-    if not config.train.memory_gib:
-        console.print("Memory was not a limit: give a rank's with --train.memory-gib.", soft_wrap=True)
-    for each, reason in plan.unfit[:_NAMED]:
-        console.print(f"Does not fit: {each} ({_duration(each.time.total_s)}): {reason}", soft_wrap=True)
-    if len(plan.unfit) > _NAMED:
-        console.print(f"Nor do the fastest of {len(plan.unfit) - _NAMED} other meshes.", soft_wrap=True)
-    console.print(f"{plan.n_timed} layouts timed, {plan.refused.total()} are not possible.", soft_wrap=True)
-    for reason, n in plan.refused.most_common(_NAMED):
-        console.print(f"  {n}: {reason}", soft_wrap=True)
-    console.print(f"\nTrain with it: {' '.join(settings(plan.first.config))}", soft_wrap=True)
-
-
-def settings(config: Config) -> list[str]:
-    """The options of `run` that give this layout."""
-    layout = config.layout
-    values = {"tp": layout.tp, "cp": layout.cp, "pp": layout.pp, "ep": layout.ep, "zero": layout.zero}
-    options = [f"--layout.{name} {value}" for name, value in values.items()]
-    if layout.experts_over_tp != "none":
-        options.append(f"--layout.experts_over_tp {layout.experts_over_tp}")
-    if layout.pp > 1:
-        options += [f"--layout.schedule {layout.schedule}", f"--layout.chunks {layout.chunks}"]
-        options.append(f"--layout.outermost {layout.outermost}")
-    return [*options, f"--train.accumulation {config.train.accumulation}"]
-
-
 def plan(config: Config) -> None:
     """The command: plans for config.plan's topology and prints."""
     asked = config.plan
-    checks.ranges(config)
+    ranges.check(config)
     if not asked.topology:
         raise ConfigError(
             "plan needs the ranks' hosts and links: --topology FILE, as `pycomm topo --save FILE` writes it in a job, "
@@ -294,8 +239,8 @@ def automatic(config: Config, world: Group) -> Config:
     world.all_reduce(rate, "min")  # a step is as fast as its slowest rank
 
     def first() -> dict[str, Any]:
-        chosen = search(config, world.topology, float(rate), of_process, gpu_nbytes).first
-        print(f"layout.auto: {chosen}; {_duration(chosen.time.total_s)} a step expected", flush=True)
+        chosen = search(config, world.topology, float(rate), of_process, gpu_nbytes, device.late).first
+        print(f"layout.auto: {chosen}; {duration(chosen.time.total_s)} a step expected", flush=True)
         return {
             "layout": dataclasses.asdict(chosen.config.layout),
             "accumulation": chosen.config.train.accumulation,

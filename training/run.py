@@ -19,6 +19,7 @@ from training.config import Config
 from training.generate import sample_text
 from training.live import LiveTable
 from training.machine import be_deterministic, matmul_flops, share_cores
+from training.metered import MeteredGroup, on_rank_0
 from training.metrics import Sinks, check_sinks, plot_losses, read_metrics
 from training.profile import StepProfiler
 from training.report import Totals, communication_paragraph, max_peak_memory, training_paragraph
@@ -38,7 +39,7 @@ def run(config: Config, world: Group) -> None:
     A run that is complete is not trained further: its report is shown again, with a fresh evaluation and sample."""
     if config.monitor.deterministic:
         be_deterministic()
-    check_sinks(config)
+    on_rank_0(MeteredGroup(world, "world"), lambda: check_sinks(config))
     console = Console(quiet=world.rank != 0, highlight=False)
     share_cores(world)
     with contextlib.closing(Trainer(config, world)) as trainer:
@@ -65,6 +66,8 @@ def _run(trainer: Trainer, console: Console) -> None:
         )
         _finish(trainer, console, trainer.evaluate(), None)
         return
+    if resumed:
+        on_rank_0(trainer.mesh.world, lambda: _require_same_data(trainer))
     totals = Totals()
     metrics = Sinks(config, first_step) if trainer.mesh.world.rank == 0 else None
     with contextlib.closing(metrics) if metrics else contextlib.nullcontext(), _stop_on_signal(trainer):
@@ -76,6 +79,12 @@ def _run(trainer: Trainer, console: Console) -> None:
         )
         raise KeyboardInterrupt
     _finish(trainer, console, eval_loss, totals)
+
+
+def _require_same_data(trainer: Trainer) -> None:
+    newest = checkpoint_files.latest(trainer.config.run_dir)
+    if newest is not None:
+        checkpoint_files.require_same_data(newest, trainer.config, trainer.corpus.fingerprint())
 
 
 def _train(trainer: Trainer, console: Console, metrics: Sinks | None, totals: Totals) -> float | None:

@@ -15,24 +15,22 @@ from training.cache import KeyValueCache
 from training.checkpoint_files import Progress
 from training.config import Config
 from training.context import own_part, positions
-from training.data import Batch, Corpus, Prefetcher, open_corpus
+from training.data import Batch, Prefetcher
 from training.device import Span, choose_device, dtype_of
 from training.divergence import Divergence
-from training.errors import DataError
-from training.fp8 import require_fp8
 from training.graphed import Graphed
 from training.host_memory import HostActivations
 from training.layout import resolve_layout, stages_of
-from training.machine import give_back_free_memory, process_nbytes
-from training.memory import require_fit
+from training.machine import give_back_free_memory
 from training.mesh import Mesh
-from training.metered import SLOW_S
+from training.metered import SLOW_S, on_every_rank
 from training.model import GPT, Parallel, specs_of_whole
 from training.moe import balance_routers
 from training.offload import ActivationFile
 from training.optimizer import Optimizer, learning_rate
 from training.outer import Outer
 from training.pipeline import Pipeline, Saving, Scales
+from training.ready import open_same_corpus, require_device
 from training.sharding import filler
 from training.stale import Stale
 from training.step_result import Measuring, StepResult, Submitted
@@ -52,31 +50,30 @@ class Trainer:
         self.device = choose_device(train.device, world)
         self.dtype = dtype_of(train.precision)
         self.mesh = Mesh(world, resolved, stages.placement, config.wire, self.device)
-        self._graphed = Graphed(self.device, self._whole_step) if train.cuda_graph else None
-        if train.matmul == "fp8":
-            require_fp8(self.device)
-            self.mesh.fp8 = True
+        everywhere = self.mesh.world
+        self._graphed = None
+        if train.cuda_graph:
+            self._graphed = on_every_rank(everywhere, lambda: Graphed(self.device, self._whole_step))
+        self.mesh.fp8 = train.matmul == "fp8"
         checkpoint.require_same_model(config, self.mesh)
         specs = specs_of_whole(config.model, self.mesh)
-        gpu_nbytes = self.device.free_nbytes()
-        of_process = process_nbytes(self.dtype) if gpu_nbytes is None else 0
-        self.memory = require_fit(config, self.mesh.layout, specs, of_process, gpu_nbytes)
-        self.corpus: Corpus = open_corpus(config.data, config.model.vocab_size)
-        self.corpus.require(train.global_batch, train.eval_sequences)
-        self._check_same_corpus()
+        self.memory = require_device(config, self.mesh, specs)
+        self.corpus = open_same_corpus(config, everywhere)
         parallel = Parallel(stages, layout.context, layout.context_latents, train.recompute, train.loss_chunk)
         with self.device.making():
             self.model = GPT(config.model, self.mesh, parallel)
         self.model.to(self.device.where)  # the frequencies of rotations, which the CPU makes
         if train.compile:
             self.model.compile_blocks()
-        self.optimizer = Optimizer(self.model, self.mesh, config, self.dtype, filler(self.model, self.mesh, train.seed))
+        fill = filler(self.model, self.mesh, train.seed)
+        self.optimizer = on_every_rank(everywhere, lambda: Optimizer(self.model, self.mesh, config, self.dtype, fill))
         self.sync = _synchronisation(self.optimizer, self.mesh, config)
         saving: Saving = nullcontext
         if train.offload_activations and self.device.late:
             saving = HostActivations(self.device, self.model.parameters()).saving
         elif train.offload_activations:
-            saving = ActivationFile(config.offload_dir, self.model.parameters()).saving
+            saved = on_every_rank(everywhere, lambda: ActivationFile(config.offload_dir, self.model.parameters()))
+            saving = saved.saving
         schedule = schedules.plan(layout.schedule, layout.pp, train.accumulation, layout.chunks)
         self.pipeline = Pipeline(self.model, self.mesh, schedule, self.dtype, saving)
         self._bubble = Bubble.of(schedule, self.mesh)
@@ -85,21 +82,10 @@ class Trainer:
         self._measuring = Measuring(self.mesh)
         self._submitted: Submitted | None = None  # a step that a device may be busy with
         self._results: list[StepResult] = []
+        self._is_first = True
         self._broken = torch.zeros((), device=self.device.where)  # 1 from the first step on that must not update
         self.divergence = Divergence(self.model, self.mesh, config.monitor.max_loss_jump)
         self.stop_requested = False  # a signal handler sets it; all ranks learn of it in the same step
-
-    def _check_same_corpus(self) -> None:
-        """Raises DataError on every rank where ranks read different data, naming the first that differs from rank 0."""
-        world = self.mesh.world
-        fingerprints = torch.empty(world.size, dtype=torch.int64)
-        world.all_gather(fingerprints, torch.tensor([self.corpus.fingerprint()]))
-        differing = (fingerprints != fingerprints[0]).nonzero().flatten().tolist()
-        if differing:
-            raise DataError(
-                f"rank {differing[0]} reads other data at {self.corpus.name!r} than rank 0; give every host the "
-                "same files (for 'stdlib': the same Python version)"
-            )
 
     @property
     def n_parameters(self) -> int:
@@ -160,7 +146,8 @@ class Trainer:
             self._update(shares, lr, updates)
         self.sync.updated(step)
         self.progress = Progress(step, self.progress.position + train.global_batch, self.progress.updates + updates)
-        if not self.divergence.recent_losses:
+        if self._is_first:
+            self._is_first = False
             give_back_free_memory()  # of making the model and laying out buckets
         span.stop()
         if self.device.late:
@@ -265,7 +252,7 @@ class Trainer:
                 output = self.pipeline.forward(batch)
                 if output is not None:
                     total += self.model.cross_entropy(output, own_part(batch.targets, self.mesh))
-        self.mesh.world.all_reduce(total)
+        self.mesh.world.all_reduce(total, timeout_s=SLOW_S)  # the slowest worker may be some steps behind
         return float(total) / (self.mesh.tp.size * train.eval_sequences * self.config.data.seq_len)
 
     def new_cache(self) -> KeyValueCache | None:
@@ -306,14 +293,17 @@ class Trainer:
 
     def save(self) -> None:
         self._pause()
-        checkpoint.save(self.config, self.mesh, self.optimizer, self.sync, self.progress)
+        losses = self.divergence.recent_losses
+        data = self.corpus.fingerprint()
+        checkpoint.save(self.config, self.mesh, self.optimizer, self.sync, self.progress, data, losses)
 
     def resume(self) -> bool:
         """Continues from the run's newest checkpoint, if it has one."""
         folder = checkpoint.find(self.config.run_dir, self.mesh)
         if folder is None:
             return False
-        self.progress = checkpoint.load(folder, self.config, self.mesh, self.optimizer, self.sync)
+        self.progress, losses = checkpoint.load(folder, self.config, self.mesh, self.optimizer, self.sync)
+        self.divergence.recent_losses.extend(losses)
         return True
 
     def close(self) -> None:

@@ -82,6 +82,7 @@ class Corpus:
         self._shares = np.array(weights) / sum(weights)
         self._ends = np.cumsum([source.n_windows for source in sources])
         self._turns: tuple[tuple[int, int], Tokens, Tokens] | None = None
+        self._fingerprint: int | None = None
         self.name = ", ".join(source.path for source in sources)
         self.n_tokens = sum(source.n_tokens for source in sources)
         self.n_train = sum(source.n_train for source in sources)
@@ -152,6 +153,11 @@ class Corpus:
 
     def fingerprint(self) -> int:
         """A checksum of the number of tokens and of up to 2**22 of each stream: equal corpora have equal ones."""
+        if self._fingerprint is None:
+            self._fingerprint = self._checksum()
+        return self._fingerprint
+
+    def _checksum(self) -> int:
         streams = [stream.tokens for source in self._sources for stream in source.streams]
         value = zlib.crc32(str([len(stream) for stream in streams]).encode())
         for stream in streams:

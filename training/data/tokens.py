@@ -73,7 +73,8 @@ def as_text(where: str, content: bytes) -> str:
 
 
 def open_tokenizer(tokenizer: str, end_of_document: int) -> Tokenizer:
-    """ "bytes", or the vocabulary in a tokenizer.json. Raises ConfigError, DataError for one that cannot be read."""
+    """ "bytes", or the vocabulary in a tokenizer.json. Raises ConfigError, DataError for one that cannot be read, or
+    that has no such end_of_document."""
     if tokenizer == "bytes":
         return Bytes()
     backend = _tokenizers()
@@ -84,9 +85,15 @@ def open_tokenizer(tokenizer: str, end_of_document: int) -> Tokenizer:
             "`pycomm-train prepare` trains"
         )
     try:
-        return BytePairs(backend.Tokenizer.from_file(str(path)), end_of_document)
+        pairs = BytePairs(backend.Tokenizer.from_file(str(path)), end_of_document)
     except Exception as error:  # the package raises nothing narrower
         raise DataError(f"{path} is no tokenizer that `tokenizers` reads: {error}") from error
+    if end_of_document >= pairs.vocab_size:
+        raise ConfigError(
+            f"data.end_of_document is {end_of_document}, {path} has {pairs.vocab_size} tokens; give one of them, or -1 "
+            "for the one that the vocabulary calls so"
+        )
+    return pairs
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:

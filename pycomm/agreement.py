@@ -155,14 +155,16 @@ def _device_settings(host_ids: Sequence[str]) -> dict[str, Any]:
 def _wire_links(topology: Topology | None) -> WireLinks:
     """What the environment says. Raises InvalidArgument."""
     links = os.environ.get("PYCOMM_WIRE_LINKS") or "hosts"
-    if links not in ("hosts", "racks"):
+    if links == "hosts":
+        return "hosts"
+    if links != "racks":
         raise InvalidArgument(f"PYCOMM_WIRE_LINKS={links!r} is none of hosts, racks")
-    if links == "racks" and (topology is None or not topology.switches):
+    if topology is None or not topology.switches:
         raise InvalidArgument(
             "PYCOMM_WIRE_LINKS=racks needs a topology with switches; give it by PYCOMM_TOPOLOGY or init(topology=) "
             "(docs/topology.md)"
         )
-    return links
+    return "racks"
 
 
 def _await(own: Store, keys: list[str], limit: timedelta, whose: str) -> list[str]:

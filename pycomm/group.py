@@ -163,8 +163,8 @@ class Group(_C.Group):
                 "PYCOMM_TOPOLOGY or init(topology=) (docs/topology.md)"
             )
         self._n_children += 1
-        changes = {"max_ctas": max_ctas, "wire_links": wire_links}
-        job = dataclasses.replace(self._job, **{name: value for name, value in changes.items() if value is not None})
+        job = self._job if max_ctas is None else dataclasses.replace(self._job, max_ctas=max_ctas)
+        job = job if wire_links is None else dataclasses.replace(job, wire_links=wire_links)
         return self._child(list(ranks), f"{self._n_children}", name, job)
 
     def split(self, color: int | None, key: int = 0, name: str | None = None) -> Group | None:

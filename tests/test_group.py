@@ -350,6 +350,7 @@ def check_random_program(group, seed):
                 finish(*pending.pop())
     for entry in pending:
         finish(*entry)
+    group.barrier()  # who only gives, as to a gather, has nothing to wait for, and would leave too early
 
 
 @pytest.mark.parametrize("hosts", ("aa", "aaa", "aaaa"))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_runs import tiny
 
-import training.trainer
+import training.ready
 from training import activations, memory
 from training.config import SyncConfig
 from training.context import attend, attend_latents
@@ -177,7 +177,7 @@ def in_files(folder: str) -> tuple[int, int]:
 
 def run(group: Any, offload_dir: str) -> list[Any]:
     torch.set_num_threads(1)
-    training.trainer.require_fp8 = lambda device: None  # torch has these products on CPUs too
+    training.ready.require_fp8 = lambda device: None  # torch has these products on CPUs too
     found = []
     for layout, train, model in LAYOUTS:
         config = tiny(layout=layout, model=MODEL | model, bucket_kib=16, **train)

@@ -13,7 +13,7 @@ from pycomm.schedule import chunk_nbytes
 from pycomm.table import TuningTable
 from pycomm.topology import Topology, WireLinks
 from pycomm.traffic import host_bytes
-from pycomm.tuner import TIE, candidates, choice_table, choose, costs
+from pycomm.tuner import LARGE, TIE, candidates, choice_table, choose, costs
 
 _UNITS = {"": 0, "b": 0, "k": 10, "kib": 10, "m": 20, "mib": 20, "g": 30, "gib": 30, "t": 40, "tib": 40}
 _DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -23,7 +23,7 @@ _DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 class Candidate:
     """One algorithm's cost: `total_s` as the model predicts it, `measured_s` as `pycomm tune` measured it at this size
     or on both sides of it (None where it did not), `expected_s` what the tuner compares (tuner.py). `link_bytes` is
-    what crosses the busiest host link in its busier direction."""
+    what crosses the busiest host link in its busier direction; it reaches a host over at most `n_connections`."""
 
     algorithm: str
     total_s: float
@@ -32,6 +32,7 @@ class Candidate:
     link_bytes: int
     bytes_between_hosts: int
     n_rounds: int
+    n_connections: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Explanation:
             return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         if lead * TIE >= 1:
             why = "comes later in the planners' order"
-            if chosen.expected_s != chosen.total_s:
+            if self.nbytes >= LARGE and chosen.n_connections < rival.n_connections:
+                why = f"brings a host its part over {rival.n_connections} connections instead of {chosen.n_connections}"
+            elif chosen.expected_s != chosen.total_s:
                 why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
             return f"{self.choice} is taken: {name} is within {TIE - 1:.0%}, and {why}."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
@@ -121,8 +124,8 @@ def explain(
     found = []
     planners = candidates(topology, collective, own, coded, root)
     cost = costs(topology, collective, (nbytes,), root, table, own, coded)
-    rows = zip(cost.algorithms, cost.predicted_s[:, 0], cost.expected_s[:, 0], cost.measured[:, 0], strict=True)
-    for algorithm, predicted, expected, measured in rows:
+    columns = (cost.predicted_s[:, 0], cost.expected_s[:, 0], cost.measured[:, 0], cost.connections)
+    for algorithm, predicted, expected, measured, connections in zip(cost.algorithms, *columns, strict=True):
         schedule = planners[algorithm](topology, root)
         sent, received = host_bytes(schedule, topology, chunk_nbytes(schedule, nbytes))
         found.append(
@@ -134,6 +137,7 @@ def explain(
                 int(max(sent.max(), received.max())),
                 int(sent.sum()),
                 schedule.n_rounds,
+                int(connections),
             )
         )
     found.sort(key=lambda candidate: candidate.expected_s)

@@ -33,11 +33,12 @@ from pycomm.table import Times, TuningTable
 from pycomm.timing import BLOCKS, rounded, slowest, time_algorithms
 from pycomm.topology import Topology
 from pycomm.tune_devices import DEVICE_SIZES, Device, own_device, tune_devices
-from pycomm.tuner import Choices, choice_table, costs
+from pycomm.tuner import Choices, Costs, choice_table, costs
 
 SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
 BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
-CONTENDS: Final = 3.0  # times the best's expected cost, up to which a candidate is measured
+CONTENDS: Final = (3.0, 1.5, 1.2)  # times the best's expected cost, up to which a candidate is measured: the most for
+# which there is time
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
 _FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
 # allows, are measured well
@@ -107,19 +108,14 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
         for collective in PLANNERS:
             size = rounded(nbytes, group.size)
             cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
-            expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
-            contends = (expected <= CONTENDS * expected.min()) | (predicted <= _LIKELY * predicted.min())
-            names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
-            n_first = BLOCKS if BLOCKS * expected[contends].sum() <= _FIRST_S else 1
-            have_s = min(_LARGEST_SHARE * budget_s, budget_s - spent) - (1 + n_first) * expected[contends].sum()
-            best = np.cumsum(np.sort(expected[contends])) * (1 + BLOCKS * _LEAST_CALLS)
-            fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= have_s]
-            if len(names) < 2 or not fitting:
+            plan = _first_round(cost, min(_LARGEST_SHARE * budget_s, budget_s - spent))
+            if plan is None:
                 continue
-            first = time_algorithms(group, collective, size, names, [1] * len(names), n_first)
+            names, n_calls, n_blocks, n_final = plan
+            first = time_algorithms(group, collective, size, names, [n_calls] * len(names), n_blocks)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
-            final = final[: fitting[0]]
+            final = final[:n_final]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
             is_short = _LEAST_CALLS * min(first) <= _BLOCK_S
             n_blocks = _SHORT_BLOCKS if is_short else BLOCKS
@@ -127,6 +123,25 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             for name in names:  # whoever lost the first round, on lone calls, does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = slowest(group, time.perf_counter() - begin)
+
+
+def _first_round(cost: Costs, have_s: float) -> tuple[list[str], int, int, int] | None:
+    """Whom to measure in have_s: names, calls of each in a block, blocks, and how many to measure well after that; of
+    the widest circle for which there is time, None where that is no two."""
+    expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
+    for limit in CONTENDS:
+        likely = predicted <= min(limit, _LIKELY) * predicted.min()
+        contends = (expected <= limit * expected.min()) | likely
+        one_each = float(expected[contends].sum())
+        # A lone call ends before what it sent has crossed the link, and the sooner, the less its ranks wait for.
+        n_calls, n_blocks = (1, BLOCKS) if BLOCKS * one_each <= _FIRST_S else (2, 1)
+        left_s = have_s - (1 + n_calls * n_blocks) * one_each
+        best = np.cumsum(np.sort(expected[contends])) * (1 + BLOCKS * _LEAST_CALLS)
+        fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= left_s]
+        if contends.sum() > 1 and fitting:
+            names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
+            return names, n_calls, n_blocks, fitting[0]
+    return None
 
 
 # The command

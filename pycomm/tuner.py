@@ -30,21 +30,25 @@ Choices = tuple[tuple[int | None, str], ...]
 
 LADDER: Final = tuple(1 << power for power in range(8, 29))  # 256 B to 256 MiB; nothing changes beyond either end
 LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simulation costs n_ranks^2 steps and more
-# No expectation is better: within 5 % of the best one, what won at the nearest two measured sizes wins, the nearer
-# first; else the planner named first.
+# No expectation is better: within 5 % of the best one, what joins a host to others by the fewest connections wins from
+# LARGE on, since flows that share a link get in each other's way more than the model knows and short measurements show
+# (docs/hosts.md); else what won at the nearest two measured sizes, the nearer first; else the planner named first.
 TIE: Final = 1.05
+LARGE: Final = 1 << 16
 _LEAST_S: Final = 1e-12  # predictions below count as this long: one rank's are 0
 
 
 @dataclass(frozen=True, eq=False)
 class Costs:
     """What candidates cost at some sizes, [n_algorithms, n_sizes] each. predicted_s: the model's. expected_s: corrected
-    by what was measured. measured: whether the size lies between sizes that were measured."""
+    by what was measured. measured: whether the size lies between sizes that were measured. connections: [n_algorithms],
+    the most over which a host gets what comes from others."""
 
     algorithms: tuple[str, ...]
     predicted_s: NDArray[np.float64]
     expected_s: NDArray[np.float64]
     measured: NDArray[np.bool_]
+    connections: NDArray[np.int64]
 
 
 def candidates(
@@ -89,11 +93,13 @@ def costs(
     planners = candidates(topology, collective, own, coded, root)
     points = {} if table is None else table.points(collective)
     sizes = np.log2(np.maximum(1, nbytes))
-    predicted, ratios = [], []
+    predicted, ratios, connections = [], [], []
     measured = np.zeros((len(planners), len(nbytes)), np.bool_)
     for row, (name, plan) in enumerate(planners.items()):
         at = tuple(size for size, _ in points.get(name, ()))
-        times = np.maximum(_LEAST_S, predict(plan(topology, root), topology, (*nbytes, *at)))
+        schedule = plan(topology, root)
+        times = np.maximum(_LEAST_S, predict(schedule, topology, (*nbytes, *at)))
+        connections.append(_connections(schedule, topology))
         predicted.append(times[: len(nbytes)])
         if not at:
             ratios.append(np.full(len(nbytes), np.nan))
@@ -109,7 +115,16 @@ def costs(
         ratio = np.where(measured, ratio, np.fmax(ratio, worst))
     else:
         ratio = np.ones_like(ratio)
-    return Costs(tuple(planners), model, model * ratio, measured)
+    return Costs(tuple(planners), model, model * ratio, measured, np.array(connections))
+
+
+def _connections(schedule: Schedule, topology: Topology) -> int:
+    """Pairs of ranks that bring a host something from others, of the host that has the most."""
+    rows, host = schedule.transfers, topology.host_index
+    src, dst = (rows[end].astype(np.int64) for end in ("src", "dst"))
+    crosses = host[src] != host[dst]
+    pairs = np.unique(src[crosses] + dst[crosses] * topology.n_ranks)
+    return int(np.bincount(host[pairs // topology.n_ranks], minlength=1).max())
 
 
 def choice_table(
@@ -132,8 +147,10 @@ def choice_table(
     for nbytes, expected in zip(ladder, found.expected_s.T, strict=False):
         nearest = np.argsort(np.abs(np.log2(sizes) - np.log2(nbytes)), kind="stable")[:2].tolist() if sizes else []
         preferred = [*won[nearest], *range(len(expected))]
-        within = (row for row in preferred if expected[row] <= expected.min() * TIE)
-        winners.append(found.algorithms[next(within)])
+        within = [row for row in preferred if expected[row] <= expected.min() * TIE]
+        if nbytes >= LARGE:
+            within.sort(key=found.connections.__getitem__)
+        winners.append(found.algorithms[within[0]])
     return as_choices(ladder, winners)
 
 

@@ -28,6 +28,7 @@ from pycomm.timing import BLOCKS
 from pycomm.topo import Node, picture, tree
 from pycomm.topology import Host, Topology
 from pycomm.tune import tune, tune_in_background
+from pycomm.tuner import Costs
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -84,7 +85,7 @@ def test_every_rank_gets_the_same_table():
     assert results[0][1] == 4 * 999
 
 
-def test_the_first_round_has_more_than_one_call_of_each_where_that_is_soon_done(monkeypatch):
+def test_the_first_round_has_blocks_of_lone_calls_or_one_of_two(monkeypatch):
     nics = (Nic("eth0", Link(1e-5, 1.25e8)),)
     topology = Topology((Host("a", (0, 1), nics), Host("b", (2, 3), nics)))
     group = types.SimpleNamespace(topology=topology, size=4, all_reduce=lambda *_: None)
@@ -98,9 +99,25 @@ def test_the_first_round_has_more_than_one_call_of_each_where_that_is_soon_done(
     samples = {}
     tune_module._measure(group, ("x", "x"), 15.0, samples)
     short, long = rounds["all_reduce", 1 << 10], rounds["all_reduce", 1 << 24]
-    assert [set(calls) == {1} for calls, _ in short] == [set(calls) == {1} for calls, _ in long] == [True, False]
-    assert short[0][1] == BLOCKS and long[0][1] == 1
+    (first, n_blocks), (well, _) = short
+    assert set(first) == {1} and n_blocks == BLOCKS and min(well) >= 4
+    (first, n_blocks), (well, _) = long
+    assert set(first) == {2} and n_blocks == 1 and min(well) >= 4
     assert set(samples["all_reduce", "ring"]) == {size for collective, size in rounds if collective == "all_reduce"}
+
+
+def test_the_less_time_the_fewer_are_measured():
+    expected = np.array([[1.0], [1.1], [1.4], [2.0], [9.0]])
+    cost = Costs(tuple("abcde"), expected, expected, np.ones((5, 1), np.bool_), np.ones(5, np.int64))
+    found = [tune_module._first_round(cost, seconds) for seconds in (1000, 50, 42, 36, 31, 20)]
+    assert [plan and ("".join(plan[0]), plan[3]) for plan in found] == [
+        ("abcd", 4),
+        ("abcd", 2),
+        ("abc", 2),
+        ("ab", 4),  # all there are
+        None,
+        None,
+    ]
 
 
 def in_background(group, path):

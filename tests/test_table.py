@@ -299,7 +299,7 @@ def test_of_large_calls_that_tie_the_one_of_fewest_connections_wins():
 
     tied = found_for(1 << 20, 1.04e-3)
     assert tied.choice == "leader_split" and "over 6 connections instead of 2" in tied.reason
-    assert found_for(1 << 20, 1.06e-3).choice == found_for(1 << 10, 1.04e-3).choice == "hierarchical_direct"
+    assert found_for(1 << 20, 1.06e-3).choice == "hierarchical_direct"
 
 
 def test_an_explanation_has_measured_times_and_says_what_decided():

@@ -117,7 +117,8 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
             if size >= LARGE:  # it may win a tie
                 connections = dict(zip(cost.algorithms, cost.connections.tolist(), strict=True))
-                final.sort(key=lambda name: name != min(final, key=connections.__getitem__))
+                fewest = min(final, key=connections.__getitem__)
+                final.sort(key=lambda name: name != fewest)
             final = final[:n_final]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
             is_short = _LEAST_CALLS * min(first) <= _BLOCK_S

@@ -44,7 +44,8 @@ _FINAL = 1.5  # times the quickest's cost in the first round, up to which one ma
 _FINALISTS = ((4, 5), (3, 5), (2, 5), (2, BLOCKS))  # how many are, as time allows, and in how many blocks of each
 _FIRST_S = 0.1  # what the first round of one size may take with BLOCKS calls of each, not one
 _SHORT_BLOCKS = 9  # of each, where one takes no longer than _BLOCK_S: short calls vary most
-_BLOCK_S, _LARGE_BLOCK_S = (
+_BLOCK_S = 2.5e-3  # what a block of calls is to take
+_LARGE_BLOCK_S = 1e-2  # the same from LARGE: it takes some calls until flows fall out of step
     2.5e-3,
     1e-2,
 )  # what a block of calls is to take, the latter from LARGE: flows fall out of step

@@ -46,9 +46,6 @@ _FIRST_S = 0.1  # what the first round of one size may take with BLOCKS calls of
 _SHORT_BLOCKS = 9  # of each, where one takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LARGE_BLOCK_S = 1e-2  # the same from LARGE: it takes some calls until flows fall out of step
-    2.5e-3,
-    1e-2,
-)  # what a block of calls is to take, the latter from LARGE: flows fall out of step
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
 _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
 

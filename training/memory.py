@@ -2,8 +2,9 @@
 
 Parameters, gradients and optimizer state are counted by tensor, as the trainer makes them; activations, and what a
 backward makes on its way, by activations.py. Shared memory is what pycomm's groups use of it. What Python and the
-libraries take was measured (machine.process_nbytes()). What malloc() cannot reuse is not counted. Where a figure
-depends on the data (rows of an expert) the mean is taken."""
+libraries take was measured (machine.process_nbytes()), and so was what malloc() holds beside tensors, where it was told
+to give the large ones back (machine.give_back_large_tensors()). Where a figure depends on the data (rows of an expert)
+the mean is taken."""
 
 from __future__ import annotations
 
@@ -17,6 +18,10 @@ from training.errors import ConfigError
 from training.layout import Layout, stages_of
 from training.sharding import ParamSpec
 
+# Of tensors in host memory: pages between small ones that malloc() cannot give to others, and the libraries' buffers:
+# what layouts of benchmarks/training_memory.py had, whatever their size (docs/training_figures.md).
+_UNUSED_NBYTES = 32 << 20
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -29,11 +34,12 @@ class Estimate:
     backward: int  # what the loss, or a block's backward, has beside that
     communication: int  # shared memory of groups
     process: int  # Python and libraries
+    unused: int  # what malloc() holds beside all this
 
     @property
     def total(self) -> int:
         counted = self.parameters + self.gradients + self.optimizer + self.activations + self.backward
-        return counted + self.communication + self.process
+        return counted + self.communication + self.process + self.unused
 
     def __str__(self) -> str:
         parts = [
@@ -46,6 +52,7 @@ class Estimate:
                 ("backward", self.backward),
                 ("communication", self.communication),
                 ("process", self.process),
+                ("unused", self.unused),
             )
             if nbytes
         ]
@@ -61,7 +68,7 @@ def estimate(
     on_gpu: bool = False,
 ) -> Estimate:
     """Of the ranks of a pipeline rank. specs: of the whole model. process_nbytes: machine.process_nbytes() where the
-    ranks are processes like this one, 0 where nothing is known of them. on_gpu: whether tensors are on GPUs, whose
+    ranks are processes like this one, 0 where nothing is known of them: then of tensors alone. on_gpu: whether tensors are on GPUs, whose
     attention kernels are others."""
     train, zero = config.train, config.layout.zero
     itemsize = train.itemsize
@@ -111,6 +118,7 @@ def estimate(
         int(backward),
         _shared(layout),
         process_nbytes,
+        0 if on_gpu or not process_nbytes else _UNUSED_NBYTES,
     )
 
 

@@ -23,7 +23,8 @@ _DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 class Candidate:
     """One algorithm's cost: `total_s` as the model predicts it, `measured_s` as `pycomm tune` measured it at this size
     or on both sides of it (None where it did not), `expected_s` what the tuner compares (tuner.py). `link_bytes` is
-    what crosses the busiest host link in its busier direction; it reaches a host over at most `n_connections`."""
+    what crosses the busiest host link in its busier direction; it reaches a host over at most `n_connections`
+    (0 of devices, whose library decides)."""
 
     algorithm: str
     total_s: float
@@ -32,7 +33,7 @@ class Candidate:
     link_bytes: int
     bytes_between_hosts: int
     n_rounds: int
-    n_connections: int
+    n_connections: int = 0
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pycomm.table import Times, TuningTable
 from pycomm.timing import BLOCKS, rounded, slowest, time_algorithms
 from pycomm.topology import Topology
 from pycomm.tune_devices import DEVICE_SIZES, Device, own_device, tune_devices
-from pycomm.tuner import Choices, Costs, choice_table, costs
+from pycomm.tuner import LARGE, Choices, Costs, choice_table, costs
 
 SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
 BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
@@ -115,6 +115,10 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             first = time_algorithms(group, collective, size, names, [n_calls] * len(names), n_blocks)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
+            if size >= LARGE:  # it may win a tie
+                connections = dict(zip(cost.algorithms, cost.connections.tolist(), strict=True))
+                fewest = min(final, key=connections.__getitem__)
+                final.sort(key=lambda name: name != fewest)
             final = final[:n_final]
             calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
             is_short = _LEAST_CALLS * min(first) <= _BLOCK_S

@@ -97,15 +97,18 @@ def estimate(
         parameters += 2 * block_numel * itemsize  # one computes, the next one arrives
     if as_they_come:  # one is filled, the one before is on its way (pycomm.overlap.prefetch.IN_FLIGHT)
         gradients += 4 * (block_numel + max(largest.values(), default=0.0))
+    saved = activations.saved(config, layout, pp_index, on_gpu)
+    backward = activations.backward(config, layout, specs, pp_index, on_gpu)
     if train.offload_optimizer or train.offload_parameters or train.offload_gradients:
-        # One is updated, the next one arrives.
-        optimizer += 2 * (16 if train.offload_gradients else 12) * max(parts.values(), default=0.0)
+        # One is updated, the next one arrives, once all of backward is gone.
+        update = 2 * (16 if train.offload_gradients else 12) * max(parts.values(), default=0.0)
+        optimizer += max(0.0, update - saved - backward)
     return Estimate(
         int(parameters),
         int(gradients),
         int(optimizer),
-        int(activations.saved(config, layout, pp_index, on_gpu)),
-        int(activations.backward(config, layout, specs, pp_index, on_gpu)),
+        int(saved),
+        int(backward),
         _shared(layout),
         process_nbytes,
     )

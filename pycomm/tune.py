@@ -40,11 +40,12 @@ BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
 CONTENDS: Final = (3.0, 1.5, 1.2)  # times the best's expected cost, up to which a candidate is measured: the most for
 # which there is time
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)
-_FINAL, _FINALISTS = 1.5, (4, 3, 2)  # times the quickest's cost in the first round, up to which so many, as time
-# allows, are measured well
+_FINAL = 1.5  # times the quickest's cost in the first round, up to which one may be measured well
+_FINALISTS = ((4, 5), (3, 5), (2, 5), (2, BLOCKS))  # how many are, as time allows, and in how many blocks of each
 _FIRST_S = 0.1  # what the first round of one size may take with BLOCKS calls of each, not one
-_SHORT_BLOCKS = 9  # of each, not timing.BLOCKS, where one takes no longer than _BLOCK_S: short calls vary most
+_SHORT_BLOCKS = 9  # of each, where one takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
+_LARGE_BLOCK_S = 1e-2  # the same from LARGE: it takes some calls until flows fall out of step
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
 _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
 
@@ -111,7 +112,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             plan = _first_round(cost, min(_LARGEST_SHARE * budget_s, budget_s - spent))
             if plan is None:
                 continue
-            names, n_calls, n_blocks, n_final = plan
+            names, n_calls, n_blocks, (n_final, n_final_blocks) = plan
             first = time_algorithms(group, collective, size, names, [n_calls] * len(names), n_blocks)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
@@ -120,18 +121,18 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
                 fewest = min(final, key=connections.__getitem__)
                 final.sort(key=lambda name: name != fewest)
             final = final[:n_final]
-            calls = [max(_LEAST_CALLS, round(_BLOCK_S / seconds[name])) for name in final]
-            is_short = _LEAST_CALLS * min(first) <= _BLOCK_S
-            n_blocks = _SHORT_BLOCKS if is_short else BLOCKS
+            block_s = _LARGE_BLOCK_S if size >= LARGE else _BLOCK_S
+            calls = [max(_LEAST_CALLS, round(block_s / seconds[name])) for name in final]
+            n_blocks = _SHORT_BLOCKS if _LEAST_CALLS * min(first) <= _BLOCK_S else n_final_blocks
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
             for name in names:  # whoever lost the first round, on lone calls, does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = slowest(group, time.perf_counter() - begin)
 
 
-def _first_round(cost: Costs, have_s: float) -> tuple[list[str], int, int, int] | None:
-    """Whom to measure in have_s: names, calls of each in a block, blocks, and how many to measure well after that; of
-    the widest circle for which there is time, None where that is no two."""
+def _first_round(cost: Costs, have_s: float) -> tuple[list[str], int, int, tuple[int, int]] | None:
+    """Whom to measure in have_s: names, calls of each in a block, blocks, and which of _FINALISTS after that; of the
+    widest circle for which there is time, None where that is no two."""
     expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
     for limit in CONTENDS:
         likely = predicted <= min(limit, _LIKELY) * predicted.min()
@@ -140,8 +141,8 @@ def _first_round(cost: Costs, have_s: float) -> tuple[list[str], int, int, int] 
         # A lone call ends before what it sent has crossed the link, and the sooner, the less its ranks wait for.
         n_calls, n_blocks = (1, BLOCKS) if BLOCKS * one_each <= _FIRST_S else (2, 1)
         left_s = have_s - (1 + n_calls * n_blocks) * one_each
-        best = np.cumsum(np.sort(expected[contends])) * (1 + BLOCKS * _LEAST_CALLS)
-        fitting = [n for n in _FINALISTS if best[min(n, len(best)) - 1] <= left_s]
+        best = np.cumsum(np.sort(expected[contends]))
+        fitting = [(n, k) for n, k in _FINALISTS if best[min(n, len(best)) - 1] * (1 + k * _LEAST_CALLS) <= left_s]
         if contends.sum() > 1 and fitting:
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
             return names, n_calls, n_blocks, fitting[0]

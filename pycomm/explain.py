@@ -64,10 +64,10 @@ class Explanation:
             return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         if lead * TIE >= 1:
             why = "comes later in the planners' order"
-            if self.nbytes >= LARGE and chosen.n_connections < rival.n_connections:
-                why = f"brings a host its part over {rival.n_connections} connections instead of {chosen.n_connections}"
-            elif chosen.expected_s != chosen.total_s:
+            if chosen.expected_s != chosen.total_s:
                 why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
+                if self.nbytes >= LARGE and chosen.n_connections < rival.n_connections:
+                    why = f"reaches a host over {rival.n_connections} connections instead of {chosen.n_connections}"
             return f"{self.choice} is taken: {name} is within {TIE - 1:.0%}, and {why}."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
 

@@ -17,9 +17,6 @@ from training.device import HOST, Device, Span, of_this_machine
 if TYPE_CHECKING:
     from pycomm.group import Group
 
-LARGE_NBYTES = 4 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-
 
 def peak_memory_bytes(device: Device = HOST) -> int:
     """The most memory that this process has had resident, or that its tensors have had of a GPU."""
@@ -62,17 +59,6 @@ def give_back_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def give_back_large_tensors() -> None:
-    """From now on malloc() maps each block of LARGE_NBYTES or more by itself, so that its pages are the kernel's as soon
-    as it is freed. glibc otherwise moves that limit up to 32 MiB, and what lies between gradients of that size as they
-    come and go stays empty: a rank of 176 million parameters then had 5 to 18 % more resident than its tensors need, and
-    other ranks other shares; with the limit 1 %, in steps as long (docs/training_figures.md)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE_NBYTES)
-        mallopt(_M_TRIM_THRESHOLD, 64 << 20)  # of small blocks; to set the other one sets it to 128 KiB
 
 
 def share_cores(world: Group) -> None:

@@ -2,9 +2,8 @@
 
 Parameters, gradients and optimizer state are counted by tensor, as the trainer makes them; activations, and what a
 backward makes on its way, by activations.py. Shared memory is what pycomm's groups use of it. What Python and the
-libraries take was measured (machine.process_nbytes()), and so was what malloc() holds beside tensors, where it was told
-to give the large ones back (machine.give_back_large_tensors()). Where a figure depends on the data (rows of an expert)
-the mean is taken."""
+libraries take was measured (machine.process_nbytes()), and what malloc() holds beside tensors is a share of them that
+was measured too (_UNUSED). Where a figure depends on the data (rows of an expert) the mean is taken."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from training.errors import ConfigError
 from training.layout import Layout, stages_of
 from training.sharding import ParamSpec
 
-# Of tensors in host memory: pages between small ones that malloc() cannot give to others, and the libraries' buffers:
-# what layouts of benchmarks/training_memory.py had, whatever their size (docs/training_figures.md).
-_UNUSED_NBYTES = 32 << 20
+# Of tensors in host memory: pages between them that malloc() cannot give to others, and the libraries' buffers. Bytes,
+# and the share of what is counted, that layouts of benchmarks/training_memory.py had (docs/training_figures.md).
+_UNUSED = (24 << 20, 0.06)
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,12 @@ class Estimate:
     unused: int  # what malloc() holds beside all this
 
     @property
+    def tensors(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.backward
+
+    @property
     def total(self) -> int:
-        counted = self.parameters + self.gradients + self.optimizer + self.activations + self.backward
-        return counted + self.communication + self.process + self.unused
+        return self.tensors + self.communication + self.process + self.unused
 
     def __str__(self) -> str:
         parts = [
@@ -68,8 +70,8 @@ def estimate(
     on_gpu: bool = False,
 ) -> Estimate:
     """Of the ranks of a pipeline rank. specs: of the whole model. process_nbytes: machine.process_nbytes() where the
-    ranks are processes like this one, 0 where nothing is known of them: then of tensors alone. on_gpu: whether tensors are on GPUs, whose
-    attention kernels are others."""
+    ranks are processes like this one, 0 where nothing is known of them: then of tensors alone. on_gpu: whether tensors
+    are on GPUs, whose attention kernels are others."""
     train, zero = config.train, config.layout.zero
     itemsize = train.itemsize
     stages = stages_of(config)
@@ -110,7 +112,7 @@ def estimate(
         # One is updated, the next one arrives, once all of backward is gone.
         update = 2 * (16 if train.offload_gradients else 12) * max(parts.values(), default=0.0)
         optimizer += max(0.0, update - saved - backward)
-    return Estimate(
+    found = Estimate(
         int(parameters),
         int(gradients),
         int(optimizer),
@@ -118,8 +120,12 @@ def estimate(
         int(backward),
         _shared(layout),
         process_nbytes,
-        0 if on_gpu or not process_nbytes else _UNUSED_NBYTES,
+        0,
     )
+    if on_gpu or not process_nbytes:
+        return found
+    least, share = _UNUSED
+    return dataclasses.replace(found, unused=int(least + share * found.tensors))
 
 
 def _kept_between_workers(config: Config) -> int:

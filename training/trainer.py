@@ -21,7 +21,7 @@ from training.divergence import Divergence
 from training.graphed import Graphed
 from training.host_memory import HostActivations
 from training.layout import resolve_layout, stages_of
-from training.machine import give_back_free_memory, give_back_large_tensors
+from training.machine import give_back_free_memory
 from training.mesh import Mesh
 from training.metered import SLOW_S, on_every_rank
 from training.model import GPT, Parallel, specs_of_whole
@@ -58,7 +58,6 @@ class Trainer:
         checkpoint.require_same_model(config, self.mesh)
         specs = specs_of_whole(config.model, self.mesh)
         self.memory = require_device(config, self.mesh, specs)
-        give_back_large_tensors()
         self.corpus = open_same_corpus(config, everywhere)
         parallel = Parallel(stages, layout.context, layout.context_latents, train.recompute, train.loss_chunk)
         with self.device.making():

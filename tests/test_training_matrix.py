@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    return run_ranks(run_all, 8, CASES, str(tmp_path_factory.mktemp("runs")), timeout_s=560)
+    return run_ranks(run_all, 8, CASES, str(tmp_path_factory.mktemp("runs")), timeout_s=1500)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def difference(a: Any, b: Any) -> float:
     return float(np.linalg.norm(np.subtract(a, b, dtype=np.float64)) / np.linalg.norm(b))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_layout_trains_as_one_process(outcomes: dict[str, Outcome], case: Case) -> None:
     got, expected = outcomes[case.name], outcomes[f"{case.model} on 1: dp"]
@@ -49,7 +49,7 @@ def test_a_layout_trains_as_one_process(outcomes: dict[str, Outcome], case: Case
             assert np.array_equal(got.weights[name], weight), name
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1600)
 @pytest.mark.parametrize(("index", "chain", "tolerance"), [(0, CHAIN, TOLERANCE), (1, LATENT_CHAIN, 0.01)])
 def test_any_layout_resumes_from_any_other(
     by_rank: list[Found], outcomes: dict[str, Outcome], index: int, chain: list[Case], tolerance: float
@@ -62,6 +62,6 @@ def test_any_layout_resumes_from_any_other(
         np.testing.assert_allclose(losses, expected[: len(losses)], rtol=tolerance, atol=0)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1600)
 def test_workers_do_not_see_which_ranks_are_outermost(by_rank: list[Found]) -> None:
     assert [found.workers for found in by_rank] == [[]] * 8

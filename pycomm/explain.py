@@ -66,7 +66,7 @@ class Explanation:
             why = "comes later in the planners' order"
             if chosen.expected_s != chosen.total_s:
                 why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
-                if self.nbytes >= LARGE and chosen.n_connections < rival.n_connections:
+                if self.nbytes > LARGE // 2 and chosen.n_connections < rival.n_connections:
                     why = f"reaches a host over {rival.n_connections} connections instead of {chosen.n_connections}"
             return f"{self.choice} is taken: {name} is within {TIE - 1:.0%}, and {why}."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."

@@ -125,7 +125,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             calls = [max(_LEAST_CALLS, round(block_s / seconds[name])) for name in final]
             n_blocks = _SHORT_BLOCKS if _LEAST_CALLS * min(first) <= _BLOCK_S else n_final_blocks
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
-            for name in names:  # whoever lost the first round, on lone calls, does not win the second by it
+            for name in names:  # whoever lost the first round does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))
             spent = slowest(group, time.perf_counter() - begin)
 

@@ -24,7 +24,9 @@ HOSTS = ("a",) * 4 + ("b",) * 4
 PAYLOAD_SHARE = 1448 / 1514
 SIZES = (8 << 10, 128 << 10, 512 << 10, 2 << 20)  # between those that a table is measured at
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-BLOCKS, BLOCK_S = 3, 0.02
+BLOCKS, BLOCK_S = 3, 0.04
+LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
+CONTENDS = 2  # times the least of a first block's times, up to which a candidate is timed at all
 
 
 def measure(store: Any, rank: int, n: int) -> dict[str, Any]:
@@ -44,13 +46,16 @@ def measure(store: Any, rank: int, n: int) -> dict[str, Any]:
                 names = list(candidates(tuned.topology, collective))
                 choices = choice_table(tuned.topology, collective, table=table)
                 for nbytes in SIZES:
-                    first = time_algorithms(tuned, collective, nbytes, names, [1] * len(names), 1)
-                    calls = [max(1, round(BLOCK_S / seconds)) for seconds in first]
-                    seconds = time_algorithms(tuned, collective, nbytes, names, calls, BLOCKS)
-                    pair = [choose(choices, nbytes), names[int(np.argmin(seconds))]]
-                    again = time_algorithms(
-                        tuned, collective, nbytes, pair, [calls[names.index(name)] for name in pair], 2 * BLOCKS
-                    )
+                    chosen = choose(choices, nbytes)
+                    first = time_algorithms(tuned, collective, nbytes, names, [2] * len(names), 1)
+                    calls = {
+                        name: max(LEAST_CALLS, round(BLOCK_S / seconds))
+                        for name, seconds in zip(names, first, strict=True)
+                        if name == chosen or seconds <= CONTENDS * min(first)
+                    }
+                    seconds = time_algorithms(tuned, collective, nbytes, list(calls), list(calls.values()), BLOCKS)
+                    pair = [chosen, list(calls)[int(np.argmin(seconds))]]
+                    again = time_algorithms(tuned, collective, nbytes, pair, [calls[name] for name in pair], 2 * BLOCKS)
                     chosen_s, best_s = again if pair[0] != pair[1] else (min(again), min(again))
                     points.append([collective, nbytes, pair[0], chosen_s, pair[1], best_s])
         return {

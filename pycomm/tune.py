@@ -43,7 +43,7 @@ _LIKELY = 1.25  # the same of predictions: what was never measured is expected t
 _FINAL = 1.5  # times the quickest's cost in the first round, up to which one may be measured well
 _FINALISTS = ((4, 5), (3, 5), (2, 5), (2, BLOCKS))  # how many are, as time allows, and in how many blocks of each
 _FIRST_S = 0.1  # what the first round of one size may take with BLOCKS calls of each, not one
-_SHORT_BLOCKS = 9  # of each, where one takes no longer than _BLOCK_S: short calls vary most
+_SHORT_FINALISTS, _SHORT_BLOCKS = 6, 9  # where a block takes no longer than _BLOCK_S: short calls vary most
 _BLOCK_S = 2.5e-3  # what a block of calls is to take
 _LARGE_BLOCK_S = 1e-2  # the same from LARGE: it takes some calls until flows fall out of step
 _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed the link
@@ -112,18 +112,19 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             plan = _first_round(cost, min(_LARGEST_SHARE * budget_s, budget_s - spent))
             if plan is None:
                 continue
-            names, n_calls, n_blocks, (n_final, n_final_blocks) = plan
-            first = time_algorithms(group, collective, size, names, [n_calls] * len(names), n_blocks)
+            names, n_calls, n_first_blocks, (n_final, n_blocks) = plan
+            first = time_algorithms(group, collective, size, names, [n_calls] * len(names), n_first_blocks)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
+            sure = cost.algorithms[int(cost.expected_s[:, 0].argmin())]  # one bad first time does not rule it out
             if size >= LARGE:  # it may win a tie
                 connections = dict(zip(cost.algorithms, cost.connections.tolist(), strict=True))
-                fewest = min(final, key=connections.__getitem__)
-                final.sort(key=lambda name: name != fewest)
-            final = final[:n_final]
+                sure = min(final, key=connections.__getitem__)
+            if _LEAST_CALLS * min(first) <= _BLOCK_S:
+                n_final, n_blocks = _SHORT_FINALISTS, _SHORT_BLOCKS
+            final = [sure, *(name for name in final if name != sure)][:n_final]
             block_s = _LARGE_BLOCK_S if size >= LARGE else _BLOCK_S
             calls = [max(_LEAST_CALLS, round(block_s / seconds[name])) for name in final]
-            n_blocks = _SHORT_BLOCKS if _LEAST_CALLS * min(first) <= _BLOCK_S else n_final_blocks
             well = dict(zip(final, time_algorithms(group, collective, size, final, calls, n_blocks), strict=True))
             for name in names:  # whoever lost the first round does not win the second by it
                 samples.setdefault((collective, name), {})[size] = well.get(name, max(seconds[name], *well.values()))

@@ -1,7 +1,8 @@
 """Latency and rate of links, measured with a group's own messages.
 
-Pairs of ranks, and then of hosts, are measured in rounds (pairs.py). What a host's ranks get together, all sending and
-receiving at once, is the shared-NIC figure: planners reckon with it, since a schedule drives links both ways."""
+Pairs of ranks, and then of hosts, are measured in rounds (pairs.py). What a host's ranks get together, or one of them
+alone if that is more, sending and receiving at once, is the shared-NIC figure: planners reckon with it, since a
+schedule drives links both ways."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class Links:
     """Measured links of a group; NaN where nothing was measured.
 
     latency_s, overhead_s, bytes_per_s: [n_ranks, n_ranks], from row to column: of 8 bytes one way; of each message
-    that follows another; of one transfer at a time. host_bytes_per_s: [n_hosts, n_hosts], what a row's ranks send to
-    the column's together while those send back. reduce_bytes_per_s: of the slowest rank's sums in float32."""
+    that follows another; of one transfer at a time. host_bytes_per_s: [n_hosts, n_hosts], what a row's ranks, or
+    one of them, send to the column's while those send back. reduce_bytes_per_s: of the slowest rank's sums in float32."""
 
     latency_s: Matrix
     overhead_s: Matrix
@@ -247,32 +248,39 @@ def _follow(group: Group, leader: int) -> None:
 
 
 def _host_rates(group: Group, topology: Topology, machines: Sequence[str], rate: Matrix, target_s: float) -> Matrix:
-    """[n_hosts, n_hosts]: bytes per second from all ranks of a host to all of another, both ways at once; NaN where the
-    two did not meet. rate: [n_ranks, n_ranks], of one transfer at a time."""
-    n_hosts = len(topology.hosts)
-    sent, taken = np.zeros((2, n_hosts, n_hosts))  # bytes, seconds
+    """[n_hosts, n_hosts]: bytes per second from a host to another, both ways at once; NaN where the two did not meet.
+    Of all ranks together, or of one alone where that is more: flows that share a slow link may take turns and leave it
+    idle, and one may not fill a fast link. rate: [n_ranks, n_ranks], of one transfer at a time."""
+    n_hosts, most_flows = len(topology.hosts), max(len(host.ranks) for host in topology.hosts)
+    sent, taken = np.zeros((2, 2, n_hosts, n_hosts))  # bytes, seconds: [all ranks or one, from, to]
     own_host = int(topology.host_index[group.rank])
     for pairs in host_rounds(topology, machines):
         meets = next((pair for pair in pairs if own_host in pair), None)
-        for seconds in (target_s, _TOGETHER * target_s):  # the first opens connections and lets windows grow
-            peers, nbytes = _flows(group.rank, topology, meets, rate, seconds) if meets else ([], 0)
+        # The first opens connections and lets windows grow.
+        for index, flows, length in ((0, most_flows, 1), (0, most_flows, _TOGETHER), (1, 1, _TOGETHER)):
+            seconds = length * target_s
+            peers, nbytes = _flows(group.rank, topology, meets, rate, seconds, flows) if meets else ([], 0)
             # Written before anybody begins: new pages take time, and a send is done before its bytes have crossed, so
             # that who began late, while the others' bytes came in, would seem to have a faster link.
             out, into = np.ones(nbytes, np.uint8), np.ones((len(peers), nbytes), np.uint8)
             group.barrier()
             if meets:
-                way = (own_host, sum(meets) - own_host)
+                way = (index, own_host, sum(meets) - own_host)
                 sent[way], taken[way] = _exchange(group, peers, out, into)
     group.all_reduce(sent, "sum")
     group.all_reduce(taken, "max")
-    rates: Matrix = np.divide(sent, taken, out=np.full_like(sent, np.nan), where=taken > 0)
-    return rates
+    rates = np.divide(sent, taken, out=np.full_like(sent, np.nan), where=taken > 0)
+    best: Matrix = np.fmax(*rates)
+    return best
 
 
-def _flows(rank: int, topology: Topology, meets: Pair, rate: Matrix, seconds: float) -> tuple[list[int], int]:
-    """(the ranks that this one exchanges with, bytes each way) for the two hosts' exchange to take so long."""
+def _flows(
+    rank: int, topology: Topology, meets: Pair, rate: Matrix, seconds: float, most: int
+) -> tuple[list[int], int]:
+    """(the ranks that this one exchanges with, bytes each way) for the two hosts' exchange to take so long, over as
+    many flows as the larger host has ranks, at most so many."""
     here, there = (topology.hosts[host].ranks for host in meets)
-    n_flows = max(len(here), len(there))
+    n_flows = min(most, max(len(here), len(there)))
     flows = [(here[i % len(here)], there[i % len(there)]) for i in range(n_flows)]
     alone = float(np.nanmax([rate[np.ix_(here, there)], rate[np.ix_(there, here)].T]))
     nbytes = int(np.clip(seconds * alone, _LEAST_BYTES, _MOST_BYTES)) // n_flows

@@ -92,7 +92,7 @@ def matrices(topology: Topology, links: Links) -> str:
     if len(topology.hosts) > 1:
         hosts = [host.name for host in topology.hosts]
         together = links.host_bytes_per_s * 8 / 1e9
-        parts.append(_matrix("all ranks of a host together, both ways at once, Gbit/s", hosts, together))
+        parts.append(_matrix("hosts, both ways at once, Gbit/s", hosts, together))
     return "\n\n".join(parts)
 
 

@@ -47,7 +47,7 @@ class Links:
 
     latency_s, overhead_s, bytes_per_s: [n_ranks, n_ranks], from row to column: of 8 bytes one way; of each message
     that follows another; of one transfer at a time. host_bytes_per_s: [n_hosts, n_hosts], what a row's ranks, or
-    one of them, send to the column's while those send back. reduce_bytes_per_s: of the slowest rank's sums in float32."""
+    one of them, send to the column's while those send back. reduce_bytes_per_s: of the slowest rank's sums, float32."""
 
     latency_s: Matrix
     overhead_s: Matrix
@@ -252,12 +252,15 @@ def _host_rates(group: Group, topology: Topology, machines: Sequence[str], rate:
     Of all ranks together, or of one alone where that is more: flows that share a slow link may take turns and leave it
     idle, and one may not fill a fast link. rate: [n_ranks, n_ranks], of one transfer at a time."""
     n_hosts, most_flows = len(topology.hosts), max(len(host.ranks) for host in topology.hosts)
-    sent, taken = np.zeros((2, 2, n_hosts, n_hosts))  # bytes, seconds: [all ranks or one, from, to]
+    # The first opens connections and lets windows grow, as that of one flow does: several have left them small.
+    tries = [(most_flows, 1), (most_flows, _TOGETHER)]
+    if most_flows > 1:
+        tries += [(1, 1), (1, _TOGETHER), (1, _TOGETHER)]
+    sent, taken = np.zeros((2, len(tries), n_hosts, n_hosts))  # bytes, seconds
     own_host = int(topology.host_index[group.rank])
     for pairs in host_rounds(topology, machines):
         meets = next((pair for pair in pairs if own_host in pair), None)
-        # The first opens connections and lets windows grow.
-        for index, flows, length in ((0, most_flows, 1), (0, most_flows, _TOGETHER), (1, 1, _TOGETHER)):
+        for index, (flows, length) in enumerate(tries):
             seconds = length * target_s
             peers, nbytes = _flows(group.rank, topology, meets, rate, seconds, flows) if meets else ([], 0)
             # Written before anybody begins: new pages take time, and a send is done before its bytes have crossed, so
@@ -270,7 +273,8 @@ def _host_rates(group: Group, topology: Topology, machines: Sequence[str], rate:
     group.all_reduce(sent, "sum")
     group.all_reduce(taken, "max")
     rates = np.divide(sent, taken, out=np.full_like(sent, np.nan), where=taken > 0)
-    best: Matrix = np.fmax(*rates)
+    rates = rates[[length == _TOGETHER for _, length in tries]]
+    best: Matrix = np.fmax.reduce(rates)
     return best
 
 

@@ -13,7 +13,7 @@ from pycomm.schedule import chunk_nbytes
 from pycomm.table import TuningTable
 from pycomm.topology import Topology, WireLinks
 from pycomm.traffic import host_bytes
-from pycomm.tuner import LARGE, TIE, candidates, choice_table, choose, costs
+from pycomm.tuner import LARGE, TIE, TIE_OF_FEWER, candidates, choice_table, choose, costs
 
 _UNITS = {"": 0, "b": 0, "k": 10, "kib": 10, "m": 20, "mib": 20, "g": 30, "gib": 30, "t": 40, "tib": 40}
 _DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -62,13 +62,16 @@ class Explanation:
             if chosen.measured_s is None:
                 how = "predicted" if chosen.expected_s == chosen.total_s else "expected, from its times at other sizes,"
             return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
-        if lead * TIE >= 1:
+        is_measured = chosen.expected_s != chosen.total_s
+        fewer = is_measured and self.nbytes > LARGE // 2 and chosen.n_connections < rival.n_connections
+        tie = TIE_OF_FEWER if fewer else TIE
+        if lead * tie >= 1:
             why = "comes later in the planners' order"
-            if chosen.expected_s != chosen.total_s:
+            if fewer:
+                why = f"reaches a host over {rival.n_connections} connections instead of {chosen.n_connections}"
+            elif is_measured:
                 why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
-                if self.nbytes > LARGE // 2 and chosen.n_connections < rival.n_connections:
-                    why = f"reaches a host over {rival.n_connections} connections instead of {chosen.n_connections}"
-            return f"{self.choice} is taken: {name} is within {TIE - 1:.0%}, and {why}."
+            return f"{self.choice} is taken: {name} is within {tie - 1:.0%}, and {why}."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
 
     def __str__(self) -> str:

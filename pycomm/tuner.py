@@ -30,11 +30,12 @@ Choices = tuple[tuple[int | None, str], ...]
 
 LADDER: Final = tuple(1 << power for power in range(8, 29))  # 256 B to 256 MiB; nothing changes beyond either end
 LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simulation costs n_ranks^2 steps and more
-# No expectation is better: within 5 % of the best one, what reaches a host over the fewest connections wins from LARGE
-# on, since flows that share a link get in each other's way more than the model knows and short measurements show
-# (docs/hosts.md); else what won at the nearest two measured sizes, the nearer first; else the planner named first, as
-# where nothing was measured, for a link may also be too fast for one flow.
+# No expectation is better: within 5 % of the best one wins what won at the nearest two measured sizes, the nearer
+# first; else the planner named first. From LARGE on of all within 10 % only those take part in this that reach a host
+# over the fewest connections, since flows that share a link get in each other's way more than the model knows and short
+# measurements show (docs/hosts.md); not where nothing was measured, for a link may also be too fast for one flow.
 TIE: Final = 1.05
+TIE_OF_FEWER: Final = 1.1
 LARGE: Final = 1 << 16
 _LEAST_S: Final = 1e-12  # predictions below count as this long: one rank's are 0
 
@@ -148,10 +149,13 @@ def choice_table(
     for nbytes, expected in zip(ladder, found.expected_s.T, strict=False):
         nearest = np.argsort(np.abs(np.log2(sizes) - np.log2(nbytes)), kind="stable")[:2].tolist() if sizes else []
         preferred = [*won[nearest], *range(len(expected))]
-        within = [row for row in preferred if expected[row] <= expected.min() * TIE]
+        rows = preferred
         if sizes and nbytes >= LARGE:
-            within.sort(key=found.connections.__getitem__)
-        winners.append(found.algorithms[within[0]])
+            rows = [row for row in rows if expected[row] <= expected.min() * TIE_OF_FEWER]
+            fewest = found.connections[rows].min()
+            rows = [row for row in rows if found.connections[row] == fewest]
+        winner = next(row for row in rows if expected[row] <= expected[rows].min() * TIE)
+        winners.append(found.algorithms[winner])
     return as_choices(ladder, winners)
 
 

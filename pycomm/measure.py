@@ -255,21 +255,21 @@ def _host_rates(group: Group, topology: Topology, machines: Sequence[str], rate:
     # The first opens connections and lets windows grow, as that of one flow does: several have left them small.
     tries = [(most_flows, 1), (most_flows, _TOGETHER)]
     if most_flows > 1:
-        tries += [(1, 1), (1, _TOGETHER), (1, _TOGETHER)]
+        tries += [(1, 1), *[(1, _TOGETHER)] * (2 if n_hosts == 2 else 1)]  # more hosts meet more than once
     sent, taken = np.zeros((2, len(tries), n_hosts, n_hosts))  # bytes, seconds
     own_host = int(topology.host_index[group.rank])
+    # Written before anybody begins: new pages take time, and a send is done before its bytes have crossed, so that who
+    # began late, while the others' bytes came in, would seem to have a faster link.
+    pieces = np.ones((2, _PIECE_BYTES), np.uint8)
     for pairs in host_rounds(topology, machines):
         meets = next((pair for pair in pairs if own_host in pair), None)
         for index, (flows, length) in enumerate(tries):
             seconds = length * target_s
             peers, nbytes = _flows(group.rank, topology, meets, rate, seconds, flows) if meets else ([], 0)
-            # Written before anybody begins: new pages take time, and a send is done before its bytes have crossed, so
-            # that who began late, while the others' bytes came in, would seem to have a faster link.
-            out, into = np.ones(nbytes, np.uint8), np.ones((len(peers), nbytes), np.uint8)
             group.barrier()
             if meets:
                 way = (index, own_host, sum(meets) - own_host)
-                sent[way], taken[way] = _exchange(group, peers, out, into)
+                sent[way], taken[way] = _exchange(group, peers, pieces, nbytes)
     group.all_reduce(sent, "sum")
     group.all_reduce(taken, "max")
     rates = np.divide(sent, taken, out=np.full_like(sent, np.nan), where=taken > 0)
@@ -291,14 +291,19 @@ def _flows(
     return [other if rank == one else one for one, other in flows if rank in (one, other)], max(1, nbytes)
 
 
-def _exchange(group: Group, peers: Sequence[int], out: NDArray[np.uint8], into: NDArray[np.uint8]) -> tuple[int, float]:
-    """(bytes sent, seconds) of this rank's flows, out to each peer and a row of into from each, all at once."""
+def _exchange(group: Group, peers: Sequence[int], pieces: NDArray[np.uint8], nbytes: int) -> tuple[int, float]:
+    """(bytes sent, seconds) of this rank's flows with all peers at once, nbytes each way (rounded to whole messages of
+    one size). pieces: [2, _PIECE_BYTES], what is sent and where all that comes goes."""
+    times = -(-nbytes // _PIECE_BYTES)
+    out, into = pieces[:, : nbytes // times]
     begin = time.perf_counter()
-    works = [group.recv(into[index], peer, async_op=True) for index, peer in enumerate(peers)]
-    works += [group.send(out, peer, async_op=True) for peer in peers]
+    works = []
+    for _ in range(times):
+        works += [group.recv(into, peer, async_op=True) for peer in peers]
+        works += [group.send(out, peer, async_op=True) for peer in peers]
     for work in works:
         work.wait()
-    return len(peers) * len(out), time.perf_counter() - begin
+    return len(peers) * times * len(out), time.perf_counter() - begin
 
 
 def _reduce_rate() -> float:

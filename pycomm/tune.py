@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -50,6 +50,16 @@ _LEAST_CALLS = 4  # of a block: a lone one ends before what it sent has crossed 
 _LARGEST_SHARE = 0.2  # of the budget, for one collective at one size
 
 Samples = dict[tuple[str, str], dict[int, float]]
+
+
+class _Rounds(NamedTuple):
+    """What is measured of one collective at one size."""
+
+    names: list[str]  # in the first round
+    calls: int  # of each in a block of it
+    blocks: int
+    finalists: int  # as many are measured well, at most
+    final_blocks: int
 
 
 def tune(group: Group, budget_s: float = BUDGET_S, device: Device | None = None) -> TuningTable:
@@ -109,10 +119,10 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
         for collective in PLANNERS:
             size = rounded(nbytes, group.size)
             cost = costs(group.topology, collective, (size,), table=_table(group.topology, hardware, samples))
-            plan = _first_round(cost, min(_LARGEST_SHARE * budget_s, budget_s - spent))
-            if plan is None:
+            rounds = _rounds(cost, min(_LARGEST_SHARE * budget_s, budget_s - spent))
+            if rounds is None:
                 continue
-            names, n_calls, n_first_blocks, (n_final, n_blocks) = plan
+            names, n_calls, n_first_blocks, n_final, n_blocks = rounds
             first = time_algorithms(group, collective, size, names, [n_calls] * len(names), n_first_blocks)
             seconds = dict(zip(names, first, strict=True))
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
@@ -131,9 +141,8 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             spent = slowest(group, time.perf_counter() - begin)
 
 
-def _first_round(cost: Costs, have_s: float) -> tuple[list[str], int, int, tuple[int, int]] | None:
-    """Whom to measure in have_s: names, calls of each in a block, blocks, and which of _FINALISTS after that; of the
-    widest circle for which there is time, None where that is no two."""
+def _rounds(cost: Costs, have_s: float) -> _Rounds | None:
+    """What to measure in have_s: of the widest circle for which there is time, None where that is no two."""
     expected, predicted = cost.expected_s[:, 0], cost.predicted_s[:, 0]
     for limit in CONTENDS:
         likely = predicted <= min(limit, _LIKELY) * predicted.min()
@@ -146,7 +155,7 @@ def _first_round(cost: Costs, have_s: float) -> tuple[list[str], int, int, tuple
         fitting = [(n, k) for n, k in _FINALISTS if best[min(n, len(best)) - 1] * (1 + k * _LEAST_CALLS) <= left_s]
         if contends.sum() > 1 and fitting:
             names = [name for name, yes in zip(cost.algorithms, contends, strict=True) if yes]
-            return names, n_calls, n_blocks, fitting[0]
+            return _Rounds(names, n_calls, n_blocks, *fitting[0])
     return None
 
 

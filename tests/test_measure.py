@@ -163,6 +163,8 @@ def test_figures_become_a_topology():
     nics = (Nic("eth0", Link(1e-5, 3e9)), Nic("eth1", Link(1e-5, 1e9)))
     topology = dataclasses.replace(plain, hosts=(dataclasses.replace(plain.hosts[0], nics=nics), *plain.hosts[1:]))
     links = links_of(topology, 30e-6, 1e8, [[0, 4e8, 1e8], [3.9e8, 0, 1e8], [1e8, 1e8, 0]])
+    for figure, disturbed in ((links.latency_s, 1e-3), (links.overhead_s, 1e-3), (links.bytes_per_s, 1e8)):
+        figure[[2, 3], [3, 2]] = disturbed  # two ranks that shared a core
     measured = measured_topology(topology, links)
     assert measured.inside == Link(2e-6, 5e9, 1e-6)
     assert measured.reduce_bytes_per_s == 9e9

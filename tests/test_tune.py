@@ -109,8 +109,8 @@ def test_the_first_round_has_blocks_of_lone_calls_or_one_of_two(monkeypatch):
 def test_the_less_time_the_fewer_are_measured():
     expected = np.array([[1.0], [1.1], [1.4], [2.0], [9.0]])
     cost = Costs(tuple("abcde"), expected, expected, np.ones((5, 1), np.bool_), np.ones(5, np.int64))
-    found = [tune_module._first_round(cost, seconds) for seconds in (1000, 120, 70, 58, 50, 42, 36, 31, 20)]
-    assert [plan and ("".join(plan[0]), plan[3]) for plan in found] == [
+    found = [tune_module._rounds(cost, seconds) for seconds in (1000, 120, 70, 58, 50, 42, 36, 31, 20)]
+    assert [plan and ("".join(plan.names), plan[3:]) for plan in found] == [
         ("abcd", (4, 5)),
         ("abcd", (3, 5)),
         ("abcd", (2, 5)),

@@ -63,14 +63,16 @@ class Explanation:
                 how = "predicted" if chosen.expected_s == chosen.total_s else "expected, from its times at other sizes,"
             return f"{self.choice} is {how} fastest; {name} takes {lead:.2f} times as long{_fewer(chosen, rival)}."
         is_measured = chosen.expected_s != chosen.total_s
-        fewer = is_measured and self.nbytes > LARGE // 2 and chosen.n_connections < rival.n_connections
-        tie = TIE_OF_FEWER if fewer else TIE
+        is_large = is_measured and self.nbytes > LARGE // 2
+        tie, why = TIE, "comes later in the planners' order"
+        if is_large and rival.total_s > chosen.total_s * TIE_OF_FEWER:
+            tie, why = TIE_OF_FEWER, f"is predicted to take {rival.total_s / chosen.total_s:.2f} times as long"
+        elif is_large and chosen.n_connections < rival.n_connections:
+            connections = f"{rival.n_connections} connections instead of {chosen.n_connections}"
+            tie, why = TIE_OF_FEWER, f"reaches a host over {connections}"
+        elif is_measured:
+            why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
         if lead * tie >= 1:
-            why = "comes later in the planners' order"
-            if fewer:
-                why = f"reaches a host over {rival.n_connections} connections instead of {chosen.n_connections}"
-            elif is_measured:
-                why = f"{self.choice} was the fastest at a size measured nearby, or comes first in the planners' order"
             return f"{self.choice} is taken: {name} is within {tie - 1:.0%}, and {why}."
         return f"{self.choice} is best at the table's next size; here {name} would take {lead:.2f} of the time."
 

@@ -33,7 +33,7 @@ from pycomm.table import Times, TuningTable
 from pycomm.timing import BLOCKS, rounded, slowest, time_algorithms
 from pycomm.topology import Topology
 from pycomm.tune_devices import DEVICE_SIZES, Device, own_device, tune_devices
-from pycomm.tuner import LARGE, Choices, Costs, choice_table, costs
+from pycomm.tuner import LARGE, Choices, Costs, choice_table, costs, steadiest
 
 SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
 BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
@@ -128,8 +128,7 @@ def _measure(group: Group, hardware: tuple[str, ...], budget_s: float, samples: 
             final = [name for name in sorted(names, key=seconds.__getitem__) if seconds[name] <= _FINAL * min(first)]
             sure = cost.algorithms[int(cost.expected_s[:, 0].argmin())]  # one bad first time does not rule it out
             if size >= LARGE:  # it may win a tie
-                connections = dict(zip(cost.algorithms, cost.connections.tolist(), strict=True))
-                sure = min(final, key=connections.__getitem__)
+                sure = cost.algorithms[steadiest(cost, [cost.algorithms.index(name) for name in final], 0)[0]]
             if _LEAST_CALLS * min(first) <= _BLOCK_S:
                 n_final, n_blocks = _SHORT_FINALISTS, _SHORT_BLOCKS
             final = [sure, *(name for name in final if name != sure)][:n_final]

@@ -31,9 +31,8 @@ Choices = tuple[tuple[int | None, str], ...]
 LADDER: Final = tuple(1 << power for power in range(8, 29))  # 256 B to 256 MiB; nothing changes beyond either end
 LARGE_GROUP: Final = 32  # ranks beyond which every second size must do: a simulation costs n_ranks^2 steps and more
 # No expectation is better: within 5 % of the best one wins what won at the nearest two measured sizes, the nearer
-# first; else the planner named first. From LARGE on of all within 10 % only those take part in this that reach a host
-# over the fewest connections, since flows that share a link get in each other's way more than the model knows and short
-# measurements show (docs/hosts.md); not where nothing was measured, for a link may also be too fast for one flow.
+# first; else the planner named first. From LARGE on only those of all within 10 % take part in this that steadiest()
+# names; not where nothing was measured, for a link may also be too fast for one flow.
 TIE: Final = 1.05
 TIE_OF_FEWER: Final = 1.1
 LARGE: Final = 1 << 16
@@ -146,17 +145,27 @@ def choice_table(
     found = costs(topology, collective, ladder + sizes, root, table, own, coded)
     won = found.expected_s[:, len(ladder) :].argmin(axis=0)  # at each measured size
     winners = []
-    for nbytes, expected in zip(ladder, found.expected_s.T, strict=False):
+    for column, (nbytes, expected) in enumerate(zip(ladder, found.expected_s.T, strict=False)):
         nearest = np.argsort(np.abs(np.log2(sizes) - np.log2(nbytes)), kind="stable")[:2].tolist() if sizes else []
         preferred = [*won[nearest], *range(len(expected))]
         rows = preferred
         if sizes and nbytes >= LARGE:
-            rows = [row for row in rows if expected[row] <= expected.min() * TIE_OF_FEWER]
-            fewest = found.connections[rows].min()
-            rows = [row for row in rows if found.connections[row] == fewest]
+            within = [row for row in rows if expected[row] <= expected.min() * TIE_OF_FEWER]
+            rows = steadiest(found, within, column)
         winner = next(row for row in rows if expected[row] <= expected[rows].min() * TIE)
         winners.append(found.algorithms[winner])
     return as_choices(ladder, winners)
+
+
+def steadiest(found: Costs, rows: list[int], column: int) -> list[int]:
+    """Of some candidates for large calls of one size those that are as quick in a long series of calls as in the short
+    one that was measured: of all that the model has within TIE_OF_FEWER of the best of them, those that reach a host
+    over the fewest connections. A short series ends before bytes have crossed that the model counts, and flows that
+    share a link get in each other's way more than the model knows and a short series shows (docs/hosts.md)."""
+    predicted = found.predicted_s[:, column]
+    likely = [row for row in rows if predicted[row] <= predicted[rows].min() * TIE_OF_FEWER]
+    fewest = found.connections[likely].min()
+    return [row for row in likely if found.connections[row] == fewest]
 
 
 def as_choices(ladder: Sequence[int], winners: Sequence[str]) -> Choices:

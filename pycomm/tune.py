@@ -36,7 +36,7 @@ from pycomm.tune_devices import DEVICE_SIZES, Device, own_device, tune_devices
 from pycomm.tuner import LARGE, Choices, Costs, choice_table, costs, steadiest
 
 SIZES: Final = tuple(1 << power for power in range(10, 25, 2))
-BUDGET_S: Final = 15.0  # with the start of 8 ranks and the links below 30 s
+BUDGET_S: Final = 15.0  # with the links of 8 ranks below 30 s
 CONTENDS: Final = (3.0, 1.5, 1.2)  # times the best's expected cost, up to which a candidate is measured: the most for
 # which there is time
 _LIKELY = 1.25  # the same of predictions: what was never measured is expected to be as far off as the worst (tuner.py)

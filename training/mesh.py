@@ -187,11 +187,6 @@ class Mesh:
         each = self.stage.size if self.layout.outermost == "pp" else self.stage.size // self.layout.replicas
         return worker * self.layout.worker_ranks + pp_index * each
 
-    @property
-    def on_last_stage(self) -> bool:
-        """Whether this rank has the head and the loss."""
-        return self.pp_index == self.placement.last_rank
-
     @contextmanager
     def putting_off(self, later: WeightGradients) -> Iterator[None]:
         """Within it, layers put their weight gradients off into later."""

@@ -231,7 +231,3 @@ class Pipeline:
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
-
-
-def _documents(batch: Batch) -> Tensor | None:
-    return batch[2]

@@ -38,11 +38,13 @@ from training.presets import load_preset
 from training.trainer import Trainer
 
 N_RANKS = 4
+LIMIT_S = 600
 MODEL = {"vocab_size": 4096, "n_layers": 6, "d_model": 768, "n_heads": 12, "n_kv_heads": 12, "d_ff": 2048}
 DEEP = {"vocab_size": 1024, "n_layers": 24, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "d_ff": 1536}
 EXPERTS = {"n_experts": 8, "top_k": 2, "n_shared_experts": 1, "n_dense_layers": 1, "d_ff_expert": 512}
 LATENT = {"kv_lora_rank": 128, "q_lora_rank": 256, "head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 NARROW = {"n_layers": 4, "d_model": 512, "n_heads": 8, "n_kv_heads": 4, "d_ff": 1408}
+ALL_HEADS = {"n_kv_heads": NARROW["n_heads"]}  # latents have no groups
 LONG = {"seq_len": 1024, "global_batch": 4}  # what activations are most of
 
 
@@ -83,8 +85,8 @@ LAYOUTS: dict[str, dict[str, Setup]] = {
     },
     "latents": {
         "latents, dp 2 × tp 2": Setup({"tp": 2}, model=LATENT),
-        "latents, dp 4, long": Setup({}, {}, NARROW | LATENT, **LONG),
-        "latents, cp 4, long": Setup({"cp": 4}, {}, NARROW | LATENT, **LONG),
+        "latents, dp 4, long": Setup({}, {}, NARROW | LATENT | ALL_HEADS, **LONG),
+        "latents, cp 4, long": Setup({"cp": 4}, {}, NARROW | LATENT | ALL_HEADS, **LONG),
     },
     "pipelines": {
         "dp 2 × pp 2, interleaved × 3": Setup(
@@ -219,7 +221,7 @@ def estimate_section(section: str) -> dict[str, Any]:
     results = {}
     for name, setup in LAYOUTS[section].items():
         with tempfile.TemporaryDirectory() as folder:
-            found = run_ranks(run, N_RANKS, config_of(setup, folder), timeout_s=200)
+            found = run_ranks(run, N_RANKS, config_of(setup, folder), timeout_s=LIMIT_S)
         results[name] = found
         for rank, each in enumerate(found):
             predicted, peak, base = each["estimate"]["total"], max(each["making"], each["steps"]), each["base"]
@@ -235,7 +237,7 @@ def estimate_section(section: str) -> dict[str, Any]:
 
 def zero3_section() -> list[dict[str, Any]]:
     setup = Setup({"zero": 3}, {"recompute": "full"}, DEEP, 16, 4)
-    found = run_ranks(run, N_RANKS, config_of(setup), timeout_s=200)
+    found = run_ranks(run, N_RANKS, config_of(setup), timeout_s=LIMIT_S)
     for rank, each in enumerate(found):
         share, layer = 16 * each["n_parameters"] / N_RANKS, 4 * each["block_numel"]
         print(

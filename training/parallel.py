@@ -178,16 +178,20 @@ class VocabParallelEmbedding(ShardedModule):
         self.weight = self.new_parameter("weight", ParamSpec((vocab_size, d_model), std, axis, 0))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        local, mine = _local_ids(tokens, self.weight.shape[0], self.mesh.tp)
-        rows = F.embedding(local, self.weight).masked_fill(~mine.unsqueeze(-1), 0.0)
+        local, others = _local_ids(tokens, self.weight.shape[0], self.mesh.tp)
+        rows = F.embedding(local, self.weight)
+        if others is not None:
+            rows = rows.masked_fill(others.unsqueeze(-1), 0.0)
         return reduce_scatter_sequence(rows, self.mesh)
 
 
-def _local_ids(ids: Tensor, n_local: int, group: MeteredGroup) -> tuple[Tensor, Tensor]:
-    """ids in this rank's rows (0 where another rank's), and which are this rank's."""
+def _local_ids(ids: Tensor, n_local: int, group: MeteredGroup) -> tuple[Tensor, Tensor | None]:
+    """ids in this rank's rows (0 where another rank's), and which are another's; None where this rank has all."""
+    if group.size == 1:
+        return ids, None
     local = ids - group.rank * n_local
-    mine = (local >= 0) & (local < n_local)
-    return local.where(mine, 0), mine
+    others = (local < 0) | (local >= n_local)
+    return local.masked_fill(others, 0), others
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -200,7 +204,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor, group: MeteredGroup, chunk: int) -> Tensor:
         needed = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if needed[0] else None
-        grad_table = torch.zeros(table.shape, dtype=torch.float32, device=table.device) if needed[1] else None
+        grad_table: Tensor | None = None
         total = torch.zeros((), device=x.device)
         for first in range(0, len(x), chunk):
             rows = x[first : first + chunk]
@@ -209,32 +213,37 @@ class _FusedCrossEntropy(torch.autograd.Function):
             if group.size > 1:
                 group.all_reduce(peak, "max")
             logits -= peak.unsqueeze(-1)
-            local, mine = _local_ids(targets[first : first + chunk], logits.shape[-1], group)
-            target = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(~mine, 0.0)
+            local, others = _local_ids(targets[first : first + chunk], logits.shape[-1], group)
+            local = local.unsqueeze(-1)
+            target = logits.gather(-1, local).squeeze(-1)
+            if others is not None:
+                target.masked_fill_(others, 0.0)
             exponentials = logits.exp_()
             sums = torch.stack([exponentials.sum(-1), target])
             if group.size > 1:
                 group.all_reduce(sums)
             total += (sums[0].log() - sums[1]).sum()
-            if grad_x is None and grad_table is None:
+            if not any(needed[:2]):
                 continue
             grad = exponentials.div_(sums[0].unsqueeze(-1))
-            grad.scatter_add_(-1, local.unsqueeze(-1), mine.float().neg().unsqueeze(-1))
+            at_target = torch.full_like(target, -1.0) if others is None else others.float() - 1.0
+            grad.scatter_add_(-1, local, at_target.unsqueeze(-1))
             grad = grad.to(x.dtype)
             if grad_x is not None:
-                grad_x[first : first + chunk] = grad @ table
-            if grad_table is not None:
-                grad_table += (grad.mT @ rows).float()
+                torch.mm(grad, table, out=grad_x[first : first + chunk])
+            if needed[1]:
+                product = (grad.mT @ rows).float()
+                grad_table = product if grad_table is None else grad_table.add_(product)
         ctx.save_for_backward(grad_x, grad_table)
         ctx.table_dtype = table.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_x, grad_table = ctx.saved_tensors
+        grad_x, grad_table = ctx.saved_tensors  # torch refuses a second backward: they are scaled where they are
         return (
-            None if grad_x is None else grad_x * grad.to(grad_x.dtype),
-            None if grad_table is None else (grad_table * grad).to(ctx.table_dtype),
+            None if grad_x is None else grad_x.mul_(grad.to(grad_x.dtype)),
+            None if grad_table is None else grad_table.mul_(grad).to(ctx.table_dtype),
             None,
             None,
             None,

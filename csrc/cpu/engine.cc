@@ -7,7 +7,6 @@
 #include "cpu/failure.h"
 #include "cpu/shm_channel.h"
 #include "cpu/tcp_channel.h"
-#include "cpu/waiter.h"
 
 namespace pycomm::cpu {
 namespace {
@@ -377,7 +376,7 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   if (shares_core) endpoint_->leave_crowded_core();
   const int spins = !one_host_ ? kSpinsBetweenHosts : shares_core ? kSpinsOnSharedCore : kSpins;
   const bool receives_much = !one_host_ && op.sizeable;
-  Waiter waiter(spins, receives_much ? std::chrono::microseconds(20) : endpoint_->awake());
+  Waiter waiter(spins, receives_much ? Waiter::kBriefly : endpoint_->awake(), &patience_);
   struct Counted {
     explicit Counted(std::atomic<int>& count) : count(count) {
       count.fetch_add(1, std::memory_order_relaxed);
@@ -447,6 +446,7 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
     }
     run_callbacks();
   }
+  if (op.done()) waiter.moved();
   waiting.reset();
   run_callbacks();
   // What this caller drove along the way is the progress thread's again.

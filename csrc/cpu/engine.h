@@ -24,6 +24,7 @@
 #include "cpu/op.h"
 #include "cpu/segment.h"
 #include "cpu/store_word.h"
+#include "cpu/waiter.h"
 
 namespace pycomm::cpu {
 
@@ -154,6 +155,7 @@ class CpuEngine final : public Engine,
   std::atomic<bool> has_callbacks_{false};
   std::atomic<int> in_callbacks_{0};  // threads that run some
   std::atomic<int> waiters_{0};       // callers that drive
+  Patience patience_;                 // theirs
   std::atomic<int> background_{0};    // unfinished operations that no caller may be waiting for
 };
 

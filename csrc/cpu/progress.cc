@@ -26,8 +26,10 @@ ProgressThread::~ProgressThread() {
 
 namespace {
 constexpr auto kDoze = std::chrono::microseconds(100);
-constexpr auto kLongestDoze = std::chrono::microseconds(400);
-constexpr int kDozes = 14;  // 5 ms without a message; then the thread is parked
+constexpr std::chrono::microseconds kLongestDoze(400);  // while callers come with messages
+constexpr std::chrono::microseconds kLongestDozeAlone(1600);
+constexpr int kDozes = 6;  // some 5 ms alone; then the thread is parked
+constexpr std::chrono::milliseconds kNap(2), kLongestNap(10);
 }  // namespace
 
 void ProgressThread::add(std::shared_ptr<Driven> driven, When when) {
@@ -68,7 +70,7 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
   Waiter waiter(8, std::chrono::microseconds(50));
   std::vector<std::shared_ptr<Driven>> round;
   std::vector<pollfd> sockets;
-  int slept = 0;      // times in a row that nothing came of it
+  std::chrono::milliseconds nap = kNap;
   uint64_t seen = 0;  // of n_soon
   std::chrono::microseconds doze = kDoze;
   int dozed = 0;  // times in a row that no message came
@@ -92,11 +94,13 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
     const bool dozes = state->active.empty() || (callers_come && !state->in_earnest && !moved);
     if (dozes) {
       dozed = callers_come ? 0 : dozed + 1;
+      const auto longest = callers_come ? kLongestDoze : kLongestDozeAlone;
+      doze = std::min(doze, longest);
       if (dozed <= kDozes) {
         state->dozing = true;
         state->changed.wait_for(lock, doze, [&] { return state->stopping || state->in_earnest; });
         state->dozing = false;
-        doze = std::min(2 * doze, kLongestDoze);
+        doze = std::min(2 * doze, longest);
       } else {
         state->changed.wait(lock, [&] { return state->stopping || !state->active.empty(); });
         dozed = 0;
@@ -114,7 +118,7 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
     moved = drive();
     if (moved) {
       waiter.moved();
-      slept = 0;
+      nap = kNap;
     } else if (!dozes) {
       switch (waiter.idle()) {
         case Waiter::Next::again:
@@ -126,9 +130,10 @@ void ProgressThread::loop(std::shared_ptr<State> state, Endpoint* endpoint) {
           endpoint->prepare_sleep();
           sockets.clear();
           for (const auto& driven : round) driven->add_waits(sockets);
-          // A doorbell or a socket ends it; the limit is for deadlines and lost processes. At 2 ms
-          // an open receive costs 1 % of a core, at 10 ms a fifth of that.
-          endpoint->sleep(sockets, std::chrono::milliseconds(drive() ? 0 : ++slept < 50 ? 2 : 10));
+          // A doorbell or a socket ends it; the limit is for deadlines and lost processes. Each
+          // end of it takes a computing caller's core for some 40 us.
+          endpoint->sleep(sockets, drive() ? std::chrono::milliseconds(0) : nap);
+          nap = std::min(2 * nap, kLongestNap);
           for (const auto& driven : round) driven->check_background();
           break;
       }

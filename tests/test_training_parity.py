@@ -141,7 +141,7 @@ def test_bf16_stays_within_its_bound_over_200_steps() -> None:
             apart = np.abs(np.array(found[0]) / np.array(expected[0]) - 1)
             assert apart.max() < 5e-3 and apart.mean() < 5e-4
             assert found[2] == pytest.approx(expected[2], rel=1e-3)
-    assert fp32[0][-1] < fp32[0][0] - 3  # it learned, so that there was something to lose
+    assert fp32[0][-1] < fp32[0][0] - 2  # it learned, so that there was something to lose
     data_parallel, zero_3, _ = results[0]
     assert data_parallel[0] == zero_3[0]  # the same sums, cut over ranks
 

@@ -38,7 +38,7 @@ from training.presets import load_preset
 from training.trainer import Trainer
 
 N_RANKS = 4
-LIMIT_S = 600
+LIMIT_S = 600  # for the ranks of one set-up
 MODEL = {"vocab_size": 4096, "n_layers": 6, "d_model": 768, "n_heads": 12, "n_kv_heads": 12, "d_ff": 2048}
 DEEP = {"vocab_size": 1024, "n_layers": 24, "d_model": 512, "n_heads": 8, "n_kv_heads": 8, "d_ff": 1536}
 EXPERTS = {"n_experts": 8, "top_k": 2, "n_shared_experts": 1, "n_dense_layers": 1, "d_ff_expert": 512}

@@ -376,7 +376,9 @@ void CpuEngine::wait_for(Op& op, std::chrono::milliseconds limit) {
   if (shares_core) endpoint_->leave_crowded_core();
   const int spins = !one_host_ ? kSpinsBetweenHosts : shares_core ? kSpinsOnSharedCore : kSpins;
   const bool receives_much = !one_host_ && op.sizeable;
-  Waiter waiter(spins, receives_much ? Waiter::kBriefly : endpoint_->awake(), &patience_);
+  // A wait for much is long by its bytes, and says nothing of the peer.
+  Waiter waiter(spins, receives_much ? Waiter::kBriefly : endpoint_->awake(),
+                receives_much ? nullptr : &patience_);
   struct Counted {
     explicit Counted(std::atomic<int>& count) : count(count) {
       count.fetch_add(1, std::memory_order_relaxed);

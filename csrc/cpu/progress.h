@@ -33,7 +33,8 @@ class ProgressThread {
   // Drives `driven` until it has nothing in the background. Waking the thread costs the caller a
   // system call, and where ranks fill the cores a rank its core: `soon` leaves that to a thread
   // that has not been parked yet, and looks for what has come by itself: after 100 us, then less
-  // often, down to every 400 us, since callers so far have driven it themselves.
+  // often, down to every 400 us, since callers so far have driven it themselves; every 1.6 ms where
+  // none came for a while.
   enum class When { now, soon };
   void add(std::shared_ptr<Driven> driven, When when = When::now);
   // Rounds that begin after it leave `driven` alone. It does not wait for one under way: that one

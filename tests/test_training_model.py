@@ -22,6 +22,7 @@ from training.mesh import Mesh
 from training.model import GPT
 from training.model_config import ModelConfig
 from training.moe import balance_routers
+from training.norms import RMSNorm
 from training.optimizer import learning_rate
 from training.parallel import fused_cross_entropy, gather_sequence, gather_vocab, reduce_scatter_sequence
 from training.rotary import rotary_angles, rotary_frequencies, rotate
@@ -42,6 +43,41 @@ def test_rotary_positions_turn_inner_products_into_functions_of_distance() -> No
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rotated_query.norm(dim=-1), query.norm().expand(16))
+
+
+def check_rms_norms(group: Any) -> None:
+    """Outputs and gradients against the definition in fp64, of rows as they come and of parts of wider ones."""
+    mesh = Mesh(group, Layout(dp=1, tp=1, ep=1))
+    generator = torch.Generator().manual_seed(0)
+    for shape, dtype, part in (
+        ((5, 3, 16), torch.float32, False),
+        ((7, 1, 33), torch.float32, True),
+        ((1, 1), torch.float32, False),
+        ((0, 2, 8), torch.float32, False),
+        ((4, 2, 64), torch.bfloat16, True),
+    ):
+        width, tolerance = shape[-1], {"rtol": 0.0, "atol": 2e-6 if dtype == torch.float32 else 2e-2}
+        wide = torch.randn(*shape[:-1], 2 * width if part else width, generator=generator).to(dtype).requires_grad_()
+        norm = RMSNorm(width, 1e-3, mesh)
+        with torch.no_grad():
+            norm.weight.copy_(torch.randn(width, generator=generator))
+        norm.weight.requires_grad_()
+        gradient = torch.randn(*shape[::-1], generator=generator).permute(*reversed(range(len(shape)))).to(dtype)
+        y = norm(wide[..., :width])
+        y.backward(gradient)
+        exact, weight = (each.detach().double().requires_grad_() for each in (wide, norm.weight))
+        rows = exact[..., :width]
+        expected = rows / (rows.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+        expected.backward(gradient.double())
+        assert y.dtype == dtype and wide.grad is not None and norm.weight.grad is not None
+        largest = max([1.0, *(float(each.abs().max()) for each in (expected.detach(), exact.grad) if each.numel())])
+        torch.testing.assert_close(y.double() / largest, expected / largest, **tolerance)
+        torch.testing.assert_close(wide.grad.double() / largest, exact.grad / largest, **tolerance)
+        torch.testing.assert_close(norm.weight.grad.double(), weight.grad, rtol=tolerance["atol"], atol=1e-5)
+
+
+def test_rms_norms_are_the_definitions() -> None:
+    run_ranks(check_rms_norms, 1)
 
 
 def cross_entropy_of_vocab_parts(group: Any, chunk: int) -> tuple[float, Array, Array, Array]:

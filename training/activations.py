@@ -105,12 +105,14 @@ def of_block(config: Config, layout: Layout, index: int, on_gpu: bool, recompute
     if recompute == "full":
         return narrow * itemsize
     of_attention = (
-        _latent_attention(config, layout, recompute, tokens)
+        _latent_attention(config, layout, recompute, tokens, on_gpu)
         if model.latent
         else _attention(config, layout, recompute, tokens, on_gpu)
     )
     codes = 0 if _keeps_rows(config) else sum(_codes(config, layout, index, recompute, tokens))
-    return (sum(of_attention) + sum(_beside_attention(config, layout, index, tokens, narrow))) * itemsize + codes
+    return (
+        sum(of_attention) + sum(_beside_attention(config, layout, index, tokens, narrow, on_gpu))
+    ) * itemsize + codes
 
 
 def _keeps_rows(config: Config) -> bool:
@@ -153,11 +155,17 @@ def _exchanges_latents(config: Config, layout: Layout) -> bool:
     return config.model.latent and layout.cp > 1 and config.layout.context_latents
 
 
-def _beside_attention(config: Config, layout: Layout, index: int, tokens: int, narrow: float) -> Iterator[float]:
+def _of_norm(config: Config, on_gpu: bool) -> int:
+    """Numbers that a norm saves for each of its input's: the number, and as wide as two where bf16 is saved as fp32."""
+    return 2 if config.train.precision == "bf16" and (on_gpu or config.model.block == "gpt2") else 1
+
+
+def _beside_attention(
+    config: Config, layout: Layout, index: int, tokens: int, narrow: float, on_gpu: bool
+) -> Iterator[float]:
     """Numbers saved by each other part of a block."""
     model = config.model
-    of_norm = 1 if model.block == "gpt2" else 2  # RMSNorm keeps x and x / rms(x)
-    yield 2 * of_norm * narrow * (2 if config.train.precision == "bf16" else 1)  # in fp32
+    yield 2 * narrow * _of_norm(config, on_gpu)
     yield _keeps_rows(config) * tokens * model.d_model  # gathered, of feed-forward
     coded = 0.0 if _keeps_rows(config) else tokens * _inner_width(config, index) / layout.tp  # what goes to down
     yield _inner(config, layout, index) - coded
@@ -240,22 +248,25 @@ def _within_ring(config: Config, layout: Layout, on_gpu: bool) -> float:
     return 4 * query + max(step(1, 1, 1), step(0.5, min(layout.cp - 1, 2), 2) + 4 * weight)
 
 
-def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: int) -> Iterator[float]:
+def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: int, on_gpu: bool) -> Iterator[float]:
     model, heads = config.model, config.model.n_heads / layout.tp
     latents = model.q_lora_rank + model.kv_lora_rank
     if _keeps_rows(config):
         yield tokens * model.d_model / (layout.tp if model.q_lora_rank else 1)  # x, gathered where queries come from it
-    yield 2 * tokens / layout.tp * latents * (2 if config.train.precision == "bf16" else 1)  # their norms' own, in fp32
+    wide = _of_norm(config, on_gpu)
+    # What is saved as it is, is a part of what was made with the shared key's.
+    yield tokens / layout.tp * (latents * wide + (model.qk_rope_head_dim if wide == 1 else 0))
     if _keeps_rows(config) or recompute != "none" or (_exchanges_latents(config, layout) and _rings(config, layout)):
         yield tokens * (latents + model.qk_rope_head_dim)  # gathered
     both = model.head_width + model.v_width
     if _exchanges_latents(config, layout):
         yield from _latents_between_ranks(config, layout, recompute, tokens, heads)
     elif recompute == "none":
-        wide = max(model.qk_width, model.v_width)  # of a value too, as the flash kernel takes it
+        of_output = max(model.qk_width, model.v_width)  # the flash kernel takes and gives equal widths
         if _rings(config, layout):
-            wide = model.v_width  # each step widens it for itself
-        yield tokens * heads * (2 * model.qk_width + 2 * wide)  # query, key, value, output
+            of_output = model.v_width  # each step widens a value for itself
+        of_value = both if of_output == model.v_width else of_output  # not widened: a part of what it was made with
+        yield tokens * heads * (2 * model.qk_width + of_value + of_output)  # query, key, value, output
         if config.data.document_mask:
             yield sum(_of_cuts(config, layout, 0.0))
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +22,37 @@ class RMSNorm(ShardedModule):
         self.weight = self.new_parameter("weight", ParamSpec((width,), None))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        if x.is_cuda:  # where torch has a fused kernel
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Elsewhere torch puts it together from a dozen operations with a gradient each, and saves x / rms(x) beside x;
+    this makes half as many passes over the rows, and saves x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows = x.float()
+        squares = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms(x), of each row
+        ctx.save_for_backward(x, weight, scale)
+        return (rows * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        width = x.shape[-1]
+        rows, scale, factor = x.float().reshape(-1, width), scale.reshape(-1, 1), weight.float()
+        product = grad.float().reshape(-1, width) * rows
+        grad_weight = torch.mv(product.mT, scale[:, 0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        along = torch.mv(product, factor).unsqueeze(-1)  # what of the gradient changes a row's length alone
+        grad_x = torch.mul(grad.reshape(-1, width), factor, out=product).mul_(scale)
+        grad_x.addcmul_(rows, along.mul_(scale.pow(3)).div_(-width))
+        return grad_x.view_as(x).to(x.dtype), grad_weight, None
 
 
 class LayerNorm(ShardedModule):

@@ -156,7 +156,7 @@ def _exchanges_latents(config: Config, layout: Layout) -> bool:
 
 
 def _of_norm(config: Config, on_gpu: bool) -> int:
-    """Numbers that a norm saves for each of its input's: the number, and as wide as two where bf16 is saved as fp32."""
+    """Numbers of the run's dtype that a norm saves for each one of its input: itself, or fp32, which is two bf16."""
     return 2 if config.train.precision == "bf16" and (on_gpu or config.model.block == "gpt2") else 1
 
 
@@ -254,7 +254,7 @@ def _latent_attention(config: Config, layout: Layout, recompute: str, tokens: in
     if _keeps_rows(config):
         yield tokens * model.d_model / (layout.tp if model.q_lora_rank else 1)  # x, gathered where queries come from it
     wide = _of_norm(config, on_gpu)
-    # What is saved as it is, is a part of what was made with the shared key's.
+    # A latent that is saved as it is keeps the whole product that it is a part of, the shared key too.
     yield tokens / layout.tp * (latents * wide + (model.qk_rope_head_dim if wide == 1 else 0))
     if _keeps_rows(config) or recompute != "none" or (_exchanges_latents(config, layout) and _rings(config, layout)):
         yield tokens * (latents + model.qk_rope_head_dim)  # gathered

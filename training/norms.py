@@ -29,8 +29,9 @@ class RMSNorm(ShardedModule):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Elsewhere torch puts it together from a dozen operations with a gradient each, and saves x / rms(x) beside x;
-    this makes half as many passes over the rows, and saves x alone."""
+    """x [.., width] and weight [width] to x's shape and dtype, where torch has no fused kernel: it puts the norm
+    together from a dozen operations with a gradient each, and saves x / rms(x) beside x. This makes half as many passes
+    over the rows, and saves x and 1 / rms(x) of each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,13 +45,14 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         width = x.shape[-1]
-        rows, scale, factor = x.float().reshape(-1, width), scale.reshape(-1, 1), weight.float()
-        product = grad.float().reshape(-1, width) * rows
+        rows, grad = (each.float().reshape(-1, width) for each in (x, grad))
+        scale, factor = scale.reshape(-1, 1), weight.float()
+        product = grad * rows
         grad_weight = torch.mv(product.mT, scale[:, 0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
         along = torch.mv(product, factor).unsqueeze(-1)  # what of the gradient changes a row's length alone
-        grad_x = torch.mul(grad.reshape(-1, width), factor, out=product).mul_(scale)
+        grad_x = torch.mul(grad, factor, out=product).mul_(scale)
         grad_x.addcmul_(rows, along.mul_(scale.pow(3)).div_(-width))
         return grad_x.view_as(x).to(x.dtype), grad_weight, None
 

@@ -260,6 +260,7 @@ def interrupted_in(name):
             sys.setprofile(None)
             threading.Thread(target=interrupt, args=[caller]).start()
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     sys.setprofile(called)
     with raises_soon(KeyboardInterrupt, None, 10):  # far below the deadline
         yield

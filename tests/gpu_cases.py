@@ -64,13 +64,13 @@ CASES = (
 UNTOLD = Case(gpu_bodies.one_device_twice, 2, environment={"NCCL_MULTI_RANK_GPU_ENABLE": "0"})
 
 
-def run_case(case: Case, accelerator: Accelerator, n_ranks: int, timeout_s: float) -> None:
+def run_case(case: Case, accelerator: Accelerator, n_ranks: int) -> None:
     """Raises what run_torch_ranks() raises. n_ranks: where the case does not say."""
     n = case.n_ranks or n_ranks
     hosts = [f"host{rank * case.n_hosts // n}" for rank in range(n)] if case.n_hosts > 1 else None
     variables = {**accelerator.environment(n), **case.environment}
     if case.of_group:
-        run_ranks(_group_rank, n, accelerator, case.body, hosts=hosts, timeout_s=timeout_s, environment=variables)
+        run_ranks(_group_rank, n, accelerator, case.body, hosts=hosts, environment=variables)
         return
     run_torch_ranks(
         _torch_rank,
@@ -79,7 +79,6 @@ def run_case(case: Case, accelerator: Accelerator, n_ranks: int, timeout_s: floa
         case.body,
         backend=accelerator.backend,
         hosts=hosts,
-        timeout_s=timeout_s,
         environment=variables,
     )
 

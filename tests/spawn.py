@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as c10d
-from torch_ranks import run_processes
+from torch_ranks import HANGS_S, run_processes
 
 import pycomm
 
@@ -18,7 +18,7 @@ def run_ranks(
     n_ranks: int,
     *args: Any,
     hosts: Sequence[str] | None = None,
-    timeout_s: float = 60,
+    timeout_s: float = HANGS_S,
     op_timeout_s: float = 30,
     may_die: Collection[int] = (),
     environment: Mapping[str, str] | None = None,

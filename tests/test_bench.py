@@ -31,8 +31,6 @@ from pycomm.bench.workloads import MoeTrial
 from pycomm.errors import PycommError
 from pycomm.planners import PLANNERS
 
-pytestmark = pytest.mark.timeout(120)
-
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ("-m", "pycomm", "bench")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *BENCH)
@@ -212,7 +210,7 @@ def measure_everything(group) -> list[Row]:
 
 @pytest.mark.parametrize("hosts", [None, ["a", "b", "a"]], ids=["one host", "two hosts"])
 def test_every_case_is_right_on_every_library(hosts: list[str] | None) -> None:
-    everyone = run_ranks(measure_everything, 3, hosts=hosts, timeout_s=110)
+    everyone = run_ranks(measure_everything, 3, hosts=hosts)
     for rows in everyone:
         assert {row.case.collective for row in rows} == set(EVERY)
         for row in rows:
@@ -270,7 +268,7 @@ def test_one_rank_that_is_interrupted_stops_all_at_the_same_round() -> None:
 def bench(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess[str]:
     command = [*(launcher or (*PYCOMM, "bench")), *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYCOMM_BENCH")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment | variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment | variables)
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -425,7 +423,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
         seen.append(process.stdout.readline())
         assert seen[-1], "it ended before two rows were measured"
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=90)
+    rest, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "# interrupted" in rest and "Out of bounds values : 0 OK" in rest and "Traceback" not in errors
     found = json.loads(path.read_text())
@@ -572,5 +570,5 @@ import sys
 sys.modules["torch"] = sys.modules["pycomm._C"] = None
 import pycomm.bench.mpi_rank, pycomm.bench.options, pycomm.bench.job
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr

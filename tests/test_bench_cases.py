@@ -36,8 +36,6 @@ from pycomm.errors import InvalidArgument
 from pycomm.overlap import Scorecard
 from pycomm.topology import Topology
 
-pytestmark = pytest.mark.timeout(60)
-
 
 # nccl-tests' definitions, worked out by hand for 8 ranks: 10^9 bytes in half a second.
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ from pycomm.errors import ScheduleError
 from pycomm.schedule import COLLECTIVES, TRANSFER, Schedule, required_chunks
 from pycomm.topology import Topology
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def schedule(collective, n_ranks, rows, n_chunks=None, root=0):
     if n_chunks is None:

@@ -11,8 +11,6 @@ from pycomm.gpus import Gpu
 from pycomm.hosts import TCP
 from pycomm.machine import Interface, this_machine
 
-pytestmark = pytest.mark.timeout(60)
-
 MACHINE = dataclasses.replace(
     this_machine(in_a_job=False),
     cpu="Test CPU",

@@ -10,8 +10,6 @@ from torch_ranks import RanksFailed, run_torch_ranks
 
 import pycomm.distributed as dist
 
-pytestmark = pytest.mark.timeout(60)
-
 PUBLIC = sorted(name for name in dir(torch.distributed) if not name.startswith("_"))
 OURS = {"get_default_backend_for_device", "init_device_mesh", "init_process_group"}
 

@@ -145,8 +145,8 @@ def run_overlap(group: Any) -> None:
 
 
 def test_of_the_moe_page() -> None:
-    run_ranks(run_moe, 2, timeout_s=50)
+    run_ranks(run_moe, 2)
 
 
 def test_of_the_overlap_page() -> None:
-    run_ranks(run_overlap, 2, timeout_s=50)
+    run_ranks(run_overlap, 2)

@@ -13,8 +13,6 @@ from pycomm.predict import predict
 from pycomm.topology import Link, Topology
 from pycomm.tuner import LADDER, TIE, choice_table, choose
 
-pytestmark = pytest.mark.timeout(60)
-
 SHAPES = [[1], [2], [4], [2, 2], [3, 1], [4, 4], [2, 2, 2]]
 
 

@@ -16,21 +16,21 @@ from gpu_cases import CASES, UNTOLD, Case, run_case
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_on_the_fake_device(case: Case) -> None:
-    run_case(case, Fake(str(build())), 4 if case.n_hosts > 1 else 3, timeout_s=100)
+    run_case(case, Fake(str(build())), 4 if case.n_hosts > 1 else 3)
 
 
 def test_a_device_with_two_ranks_is_refused_where_nccl_is_not_told_of_it() -> None:
     told_in_vain = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}  # the fake's NCCL is older than that
     for variables in (UNTOLD.environment, told_in_vain):
         case = replace(UNTOLD, environment={**variables, "FAKE_DEVICE_ID": "one"})
-        run_case(case, Fake(str(build())), 2, timeout_s=100)
+        run_case(case, Fake(str(build())), 2)
 
 
 @pytest.mark.parametrize("way", ["told", "as hosts"])
 def test_ranks_share_a_device_as_their_nccl_lets_them(way: str) -> None:
     told = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "FAKE_NCCL_VERSION": "23003"}
     case = Case(_shares, 3, environment={"FAKE_DEVICE_ID": "one", **(told if way == "told" else {})})
-    run_case(case, Fake(str(build())), 3, timeout_s=100)
+    run_case(case, Fake(str(build())), 3)
 
 
 def _shares(rank: int, n: int, a: Accelerator) -> None:

@@ -13,8 +13,6 @@ from spawn import run_ranks
 
 import pycomm
 
-pytestmark = pytest.mark.timeout(120)
-
 SLOT, STAGE = 64 * 1024, 2 << 20
 EDGES = (SLOT // 2, SLOT, 4 * SLOT, STAGE)  # bytes
 NUMELS = sorted({8193, *(edge // 4 + d for edge in EDGES for d in (-1, 0, 1)), 3 * STAGE // 4 + 77})
@@ -37,7 +35,7 @@ def filled(group, numel, shared, rank=None):
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 4, 5])
 def test_even_collectives(n_ranks):
-    run_ranks(check_even, n_ranks, hosts=["a"] * n_ranks, timeout_s=110)
+    run_ranks(check_even, n_ranks, hosts=["a"] * n_ranks)
 
 
 def check_even(group):
@@ -96,7 +94,7 @@ def check_even(group):
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 4])
 def test_uneven_collectives(n_ranks):
-    run_ranks(check_uneven, n_ranks, hosts=["a"] * n_ranks, timeout_s=110)
+    run_ranks(check_uneven, n_ranks, hosts=["a"] * n_ranks)
 
 
 def check_uneven(group):
@@ -126,7 +124,7 @@ def check_uneven(group):
 
 
 def test_input_and_output_that_overlap():
-    run_ranks(check_overlap, 2, hosts=["a"] * 2, timeout_s=60)
+    run_ranks(check_overlap, 2, hosts=["a"] * 2)
 
 
 def check_overlap(group):
@@ -143,7 +141,7 @@ def check_overlap(group):
 
 
 def test_large_messages_to_and_from_the_heap():
-    run_ranks(check_messages, 3, hosts=["a"] * 3, timeout_s=60)
+    run_ranks(check_messages, 3, hosts=["a"] * 3)
 
 
 def check_messages(group):

@@ -12,13 +12,11 @@ from spawn import run_ranks
 
 from pycomm.errors import CollectiveMismatch, PeerTimeout
 
-pytestmark = pytest.mark.timeout(60)
-
 LONG_S = 1.5  # of waiting: three times what it takes to find a circle
 
 
 def run(fn, n_ranks, *args):
-    run_ranks(fn, n_ranks, *args, timeout_s=50)
+    run_ranks(fn, n_ranks, *args)
 
 
 @pytest.mark.parametrize("started", (False, True))

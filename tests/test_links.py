@@ -22,8 +22,6 @@ from pycomm.netns import Network, emulated_hosts, why_unavailable
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from netns import cut
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(scope="module")
 def namespaces():
@@ -98,7 +96,7 @@ def rank_on_host(_port, rank, n_ranks, network, folder, timeout_s, body):
 def run_on_hosts(network, folder, body, timeout_s=20.0):
     (Path(folder) / "store").unlink(missing_ok=True)
     arguments = (network, str(folder), timeout_s, body)
-    return run_processes(rank_on_host, len(network.hosts), *arguments, hosts=network.hosts, timeout_s=50, may_die=())
+    return run_processes(rank_on_host, len(network.hosts), *arguments, hosts=network.hosts)
 
 
 def over_every_nic(group, network):

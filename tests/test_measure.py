@@ -18,8 +18,6 @@ from pycomm.measure import Links, measure_links, measured_topology, slow_paths
 from pycomm.pairs import circle, host_pairs, host_rounds, link_rounds, pair_rounds
 from pycomm.topology import Topology
 
-pytestmark = pytest.mark.timeout(90)
-
 
 @given(st.integers(1, 40))
 def test_ranks_of_their_own_machines_need_the_fewest_rounds(n):

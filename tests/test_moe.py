@@ -61,7 +61,7 @@ def run_checks(group: Any) -> dict[str, str | None]:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, str | None]]:
-    return run_ranks(run_checks, 4, hosts=HOSTS, timeout_s=110)
+    return run_ranks(run_checks, 4, hosts=HOSTS)
 
 
 def same_bits(ours: Array, expected: Array) -> bool:

@@ -201,7 +201,7 @@ def killed_and_rebuilt(group: Any) -> bool:
 
 
 def test_others_go_on_when_a_rank_is_killed() -> None:
-    found = run_ranks(killed_and_rebuilt, len(HOSTS), hosts=HOSTS, timeout_s=50, op_timeout_s=45, may_die=[1])
+    found = run_ranks(killed_and_rebuilt, len(HOSTS), hosts=HOSTS, op_timeout_s=45, may_die=[1])
     assert found == [True, None, True, True]
 
 
@@ -213,4 +213,4 @@ def every_check(group: Any) -> None:
 
 
 def test_on_four_ranks_of_two_hosts() -> None:
-    run_ranks(every_check, len(HOSTS), hosts=HOSTS, timeout_s=50, op_timeout_s=45)
+    run_ranks(every_check, len(HOSTS), hosts=HOSTS, op_timeout_s=45)

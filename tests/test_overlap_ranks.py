@@ -617,7 +617,7 @@ def every_check(group: Any) -> None:
 
 
 def test_overlapped_equals_whole_on_ranks_of_two_hosts() -> None:
-    run_ranks(every_check, len(HOSTS), hosts=HOSTS, timeout_s=100)
+    run_ranks(every_check, len(HOSTS), hosts=HOSTS)
 
 
 def test_overlapped_equals_whole_on_one_rank() -> None:

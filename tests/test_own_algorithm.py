@@ -26,13 +26,11 @@ TEXT = (ROOT / "docs" / "own_algorithm.md").read_text()
 PROGRAM = "\n".join(re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 PRINTED = re.findall(r"^It prints\n\n```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def run(folder, command):
     (folder / "own.py").write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_example_prints_what_the_page_says(tmp_path):

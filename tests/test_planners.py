@@ -23,8 +23,6 @@ from pycomm.simulate import simulate
 from pycomm.topology import TCP, Host, Link, Switch, Topology
 from pycomm.tuner import candidates
 
-pytestmark = pytest.mark.timeout(60)
-
 EVEN = [[2, 2], [4, 4], [3, 3, 3], [4, 4, 4, 4], [1, 1, 1]]
 RANKS = [*range(1, 13), 15, 16, 17, 24, 32, 33]
 UNEVEN = [[3, 1], [3, 1, 2], [1, 4], [5, 2, 2, 1]]

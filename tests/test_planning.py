@@ -26,8 +26,6 @@ from pycomm.table import Times, TuningTable
 from pycomm.topology import Topology
 from pycomm.tuner import choice_table, choose
 
-pytestmark = pytest.mark.timeout(90)
-
 HOSTS = ("a", "a", "b", "b")
 SLOW = Link(2e-3, 1e6, 1e-5)
 
@@ -64,7 +62,7 @@ def run(body, environments=None, hosts=HOSTS, topologies=None):
         environments = [environments or {}] * n
     empty = {"PYCOMM_TUNE_DIR": "/nonexistent"}
     environments = [{**empty, **environment} for environment in environments]
-    return run_processes(rank_main, n, environments, body, topologies, hosts=list(hosts), timeout_s=60, may_die=())
+    return run_processes(rank_main, n, environments, body, topologies, hosts=list(hosts))
 
 
 def say(group):
@@ -308,7 +306,7 @@ def test_torchs_backend_plans_from_the_table_and_explains_each_choice_once(tmp_p
     folder, output = tmp_path / "tables", tmp_path / "errors"
     output.mkdir()
     table().save(folder / table().file_name())
-    results = run_processes(torch_main, 4, str(folder), str(output), hosts=list(HOSTS), timeout_s=60, may_die=())
+    results = run_processes(torch_main, 4, str(folder), str(output), hosts=list(HOSTS))
     assert results == [4, 8, 8, 4]
     lines = [
         [line for line in (output / str(rank)).read_text().splitlines() if line.startswith("pycomm: ")]

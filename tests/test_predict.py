@@ -17,8 +17,6 @@ from pycomm.simulate import simulate
 from pycomm.topology import Link, Topology
 from pycomm.tuner import candidates, choice_table, choose
 
-pytestmark = pytest.mark.timeout(100)
-
 INSIDE = Link(latency_s=1.0, bytes_per_s=10.0, overhead_s=0.5)
 NIC = Link(latency_s=7.0, bytes_per_s=2.0, overhead_s=3.0)
 WHOLE = 1 << 40  # no chunk is longer: a chunk is passed on only when all of it has come

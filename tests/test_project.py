@@ -15,8 +15,6 @@ from pycomm.project import COPY, INPUT, OUTPUT, RECV, RECV_REDUCE, SCRATCH, SEND
 from pycomm.schedule import COLLECTIVES, Schedule, transfers
 from pycomm.topology import Topology
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def all_programs(schedule):
     return [project(schedule, rank) for rank in range(schedule.n_ranks)]

@@ -16,8 +16,6 @@ from pycomm.schedule import Schedule, chunk_nbytes, transfers
 from pycomm.simulate import simulate
 from pycomm.topology import TCP, Host, Link, Nic, Switch, Topology
 
-pytestmark = pytest.mark.timeout(60)
-
 INSIDE = Link(latency_s=1.0, bytes_per_s=10.0, overhead_s=0.5)
 NIC = Link(latency_s=7.0, bytes_per_s=2.0, overhead_s=3.0)
 REDUCE = 4.0  # bytes per second

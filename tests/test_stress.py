@@ -196,7 +196,7 @@ def check_stress(world, seed, seconds):
     return rounds
 
 
-@pytest.mark.timeout(SECONDS + 150)
+@pytest.mark.timeout(SECONDS + 400)
 @pytest.mark.parametrize("hosts", ("aaa", "aab"))
 def test_everything_at_once(hosts):
     print(f"PYCOMM_STRESS_SEED={SEED}")  # shown where it fails

@@ -17,8 +17,6 @@ from pycomm.table import Times, TuningTable, _digest, from_json, layout, load
 from pycomm.topology import Topology
 from pycomm.tuner import LADDER, LARGE, TIE, TIE_OF_FEWER, candidates, choice_table, choose, costs
 
-pytestmark = pytest.mark.timeout(60)
-
 TOPOLOGY = Topology.emulated([4, 4], nic=Link(20e-6, 1e8, 4e-6))
 TABLE = TuningTable(
     "1+abc",

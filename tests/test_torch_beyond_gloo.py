@@ -7,8 +7,6 @@ import torch.distributed as dist
 from test_torch_collectives import LAYOUTS, pattern, reduced, same
 from torch_ranks import run_torch_ranks
 
-pytestmark = pytest.mark.timeout(60)
-
 RARE_DTYPES = [torch.int16, torch.complex64, torch.complex128]
 ReduceOp = dist.ReduceOp
 

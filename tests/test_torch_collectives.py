@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch_ranks import run_torch_ranks
 
-pytestmark = pytest.mark.timeout(90)
-
 LAYOUTS = {
     "1 rank": ["a"],
     "2 ranks": ["a", "a"],

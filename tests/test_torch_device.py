@@ -19,7 +19,7 @@ from pycomm.errors import CollectiveMismatch, GroupClosed, InvalidArgument, Peer
 
 
 def test_collectives_equal_gloos() -> None:
-    run_device_ranks(_collectives, 3, timeout_s=60, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
+    run_device_ranks(_collectives, 3, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
 
 
 def _collectives(rank: int, n: int, switches: Any) -> None:
@@ -159,7 +159,7 @@ def _collectives(rank: int, n: int, switches: Any) -> None:
 
 def test_ddp_trains_through_the_host_where_nccl_cannot_connect_hosts() -> None:
     variables = {"FAKE_NCCL_NO_NETWORK": "1"}
-    run_device_ranks(_through_host, 3, hosts=["a", "a", "b"], timeout_s=60, environment=variables)
+    run_device_ranks(_through_host, 3, hosts=["a", "a", "b"], environment=variables)
 
 
 def _through_host(rank: int, n: int, switches: Any) -> None:
@@ -196,7 +196,7 @@ def _through_host(rank: int, n: int, switches: Any) -> None:
 
 
 def test_a_late_rank_and_a_mistaken_one_raise_and_the_processes_live() -> None:
-    run_device_ranks(_failures, 2, timeout_s=40, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
+    run_device_ranks(_failures, 2, environment={"PYCOMM_CUDA_PEER_BYTES": "4096"})
 
 
 def _failures(rank: int, n: int, switches: Any) -> None:
@@ -225,7 +225,7 @@ def _failures(rank: int, n: int, switches: Any) -> None:
 
 def test_hierarchical_calls_equal_gloos() -> None:
     variables = {"PYCOMM_CUDA_HIERARCHICAL_BYTES": "1"}
-    run_device_ranks(_hierarchical, 4, hosts=["a", "b", "a", "b"], timeout_s=60, environment=variables)
+    run_device_ranks(_hierarchical, 4, hosts=["a", "b", "a", "b"], environment=variables)
 
 
 def _hierarchical(rank: int, n: int, switches: Any) -> None:
@@ -328,7 +328,7 @@ def _hierarchical(rank: int, n: int, switches: Any) -> None:
 
 def test_tensors_of_another_device_than_the_groups_or_the_calls_are_refused() -> None:
     """What a torch for the CPU can show of it; between CPU and GPU, `make test-gpu` does (gpu_bodies.refusals)."""
-    run_device_ranks(_other_devices, 2, timeout_s=60)
+    run_device_ranks(_other_devices, 2)
 
 
 def _other_devices(rank: int, n: int, switches: Any) -> None:

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch_ranks import run_torch_ranks
 
-pytestmark = pytest.mark.timeout(60)
-
 SOON_S = 6.0  # on a machine that runs other tests meanwhile; the engine itself needs milliseconds
 
 

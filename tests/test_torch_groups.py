@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 from torch_ranks import BACKEND, run_torch_ranks
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(params=["aaaa", "aabb", "abab"], ids=["4 ranks", "2x2", "interleaved"])
 def hosts(request):

@@ -4,11 +4,8 @@ import json
 import subprocess
 import sys
 
-import pytest
 import torch_ranks  # noqa: F401  (its RES_OPTIONS reach these ranks too)
 from commands import PYCOMM
-
-pytestmark = pytest.mark.timeout(90)
 
 PROGRAM = """
 import json
@@ -30,7 +27,7 @@ group.close()
 def run(tmp_path, *command):
     """What rank 0 found."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = subprocess.run([*command, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=80)
+    done = subprocess.run([*command, str(tmp_path / "program.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.partition("found ")[2])
 
@@ -61,6 +58,6 @@ def test_the_store_outlives_ranks_that_leave_later_than_its_own(tmp_path):
         [*PYCOMM, "launch", "--hosts", "2,1", "--", "python", program],
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,8 +13,6 @@ from torch_ranks import run_torch_ranks
 
 import pycomm  # noqa: F401  (what it puts in the place of torch's functions is under test)
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(params=["aa", "aabb"], ids=["2 ranks", "2x2"])
 def hosts(request):

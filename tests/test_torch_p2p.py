@@ -5,8 +5,6 @@ import torch
 import torch.distributed as dist
 from torch_ranks import run_torch_ranks
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(params=["aa", "ab", "aabb"], ids=["2 ranks", "2 hosts", "2x2"])
 def hosts(request):

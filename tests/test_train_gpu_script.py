@@ -18,7 +18,7 @@ def test_the_trainer_and_plain_torch_run_in_turns() -> None:
         [*command, "--rounds", "1", "--steps", "1"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         cwd=ROOT,
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=False,

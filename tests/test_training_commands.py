@@ -49,7 +49,7 @@ def commands(*lines: str) -> list[tuple[int, str]]:
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([line.split() for line in lines])],
-        capture_output=True, text=True, timeout=100, env=environment,
+        capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [(status, printed) for status, printed in map(json.loads, done.stdout.splitlines())]

@@ -121,7 +121,7 @@ def run_both(group: Any) -> dict[str, Any]:
 def by_rank() -> list[dict[str, Any]]:
     library = str(build())
     variables = {"PYCOMM_NCCL_LIB": library, "PYCOMM_TEST_DEVICE": library}
-    return run_ranks(run_both, 4, environment=variables, timeout_s=110)
+    return run_ranks(run_both, 4, environment=variables)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

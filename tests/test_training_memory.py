@@ -275,9 +275,8 @@ def numbers_of_a_block(trainer: Trainer, index: int) -> int:
     return sum(p.numel() for p in each) // trainer.mesh.world.size
 
 
-@pytest.mark.timeout(240)
 def test_the_estimate_counts_what_ranks_hold(tmp_path: Path) -> None:
-    results = run_ranks(run, 4, str(tmp_path), timeout_s=220)
+    results = run_ranks(run, 4, str(tmp_path))
     for case, (layout, train, model) in enumerate(LAYOUTS):
         of_ranks = [found[case] for found in results]
         saved_in_the_mean = sum(found[2][3] for found in of_ranks) / 4

@@ -396,7 +396,7 @@ def test_every_layout_generates_the_same_text_on_every_rank() -> None:
         dataclasses.replace(config, layout=dataclasses.replace(config.layout, **layout))
         for config, (_, layout) in zip(configs, cases, strict=True)
     ]
-    assert all(result == expected for result in run_ranks(generated, 4, cut, timeout_s=110))
+    assert all(result == expected for result in run_ranks(generated, 4, cut))
 
 
 def test_choosing_a_token() -> None:

@@ -30,13 +30,11 @@ from pycomm.topology import Host, Topology
 from pycomm.tune import tune, tune_in_background
 from pycomm.tuner import Costs
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def pycomm(*arguments, **options):
     """(exit code, stdout, stderr)."""
     command = PYCOMM if arguments[0] in ("launch", "explain") else [sys.executable, "-m", "pycomm"]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=100, **options)
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -21,8 +21,6 @@ from pycomm.schedule import CODED
 from pycomm.topology import Link, Switch, Topology
 from pycomm.tuner import candidates, choice_table, choose
 
-pytestmark = pytest.mark.timeout(120)
-
 LAYOUTS = ("ab", "aabb", "aaabcc", "abcab", "abbc")  # a letter is a rank's host
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 0, less than a rank, a block, not multiples of one, beyond a segment of 16,384 values for each rank
@@ -30,7 +28,7 @@ SIZES = (0, 1, 5, 128, 1000, 70001, 300000)
 
 
 def run(fn, hosts, *args, **kwargs):
-    return run_ranks(fn, len(hosts), *args, hosts=list(hosts), timeout_s=110, **kwargs)
+    return run_ranks(fn, len(hosts), *args, hosts=list(hosts), **kwargs)
 
 
 def data(kind, numel, rank, seed=0):
@@ -427,10 +425,10 @@ def ddp_hook(rank, n, wire, error_feedback):
 
 
 def test_a_ddp_hook_trains_with_a_wire():
-    fed = run_torch_ranks(ddp_hook, 3, "int4", True, hosts=list("aab"), timeout_s=100)
+    fed = run_torch_ranks(ddp_hook, 3, "int4", True, hosts=list("aab"))
     assert all(np.array_equal(given, fed[0][0]) for given, _ in fed)
     error = np.linalg.norm(fed[0][0] - fed[0][1])
-    without = run_torch_ranks(ddp_hook, 3, "int4", False, hosts=list("aab"), timeout_s=100)
+    without = run_torch_ranks(ddp_hook, 3, "int4", False, hosts=list("aab"))
     assert 0 < error < 0.7 * np.linalg.norm(without[0][0] - without[0][1])
 
 

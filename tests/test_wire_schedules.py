@@ -17,8 +17,6 @@ from pycomm.schedule import CODED, Schedule, transfers
 from pycomm.topology import Topology
 from pycomm.tuner import candidates, choice_table
 
-pytestmark = pytest.mark.timeout(60)
-
 PAIRS = [(collective, algorithm) for collective in CODED for algorithm in PLANNERS[collective]]
 
 

@@ -46,6 +46,7 @@ _context.set_forkserver_preload(
         "torch.nn.parallel",
     ]
 )
+HANGS_S = 300.0  # no test's ranks take so long, not on a slow machine that does other things either
 _SETTLE_S = 3.0  # after a rank failed, how long the others may take to say what they saw of it
 
 
@@ -59,7 +60,7 @@ def run_torch_ranks(
     *args: Any,
     backend: str = BACKEND,
     hosts: Sequence[str] | None = None,
-    timeout_s: float = 60,
+    timeout_s: float = HANGS_S,
     op_timeout_s: float = 30,
     may_die: Collection[int] = (),
     environment: Mapping[str, str] | None = None,
@@ -91,8 +92,8 @@ def run_processes(
     n_ranks: int,
     *args: Any,
     hosts: Sequence[str] | None,
-    timeout_s: float,
-    may_die: Collection[int],
+    timeout_s: float = HANGS_S,
+    may_die: Collection[int] = (),
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """What body(store_port, rank, n_ranks, *args) returned in a process of its own, by rank."""

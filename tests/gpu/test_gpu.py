@@ -25,8 +25,8 @@ def accelerator() -> Cuda:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_on_gpus(case: Case) -> None:
     gpus = accelerator()
-    run_case(case, gpus, max(gpus.n_gpus, 4), timeout_s=110)
+    run_case(case, gpus, max(gpus.n_gpus, 4))
 
 
 def test_a_gpu_with_two_ranks_is_refused_where_nccl_is_not_told_of_it() -> None:
-    run_case(UNTOLD, Cuda(1, accelerator().nccl_version), 2, timeout_s=110)
+    run_case(UNTOLD, Cuda(1, accelerator().nccl_version), 2)

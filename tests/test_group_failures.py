@@ -278,6 +278,55 @@ def check_store_stopped(group):
         group.barrier()
 
 
+@contextmanager
+def slow_to_answer(port, seconds):
+    """The port of a relay to another of this machine, which takes so long over each new connection."""
+
+    def pump(source, sink):
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def relay(near):
+        time.sleep(seconds)
+        with near, socket.create_connection(("127.0.0.1", port)) as far:
+            back = threading.Thread(target=pump, args=(far, near), daemon=True)
+            back.start()
+            pump(near, far)
+            back.join()
+
+    def accept():
+        with suppress(OSError):  # closed
+            while True:
+                threading.Thread(target=relay, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
+def test_a_rank_whose_link_breaks_off_is_told_why_by_a_slow_store():
+    """A rank that gives up in the middle of a frame cannot say why over that connection."""
+    store = c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with slow_to_answer(store.port, 1.2) as port:
+        run(check_cut_off, "ab", port)
+
+
+def check_cut_off(group, port):
+    store = c10d.TCPStore("127.0.0.1", port, is_master=False)
+    with pycomm.init(store, group.rank, group.size, host_id="ab"[group.rank], timeout_s=20) as inner:
+        inner.barrier()
+        if group.rank == 0:
+            with raises_soon(PeerTimeout, r"all_reduce #1 .*waited \d\.\d"):
+                inner.all_reduce(np.zeros(1_000_000), timeout_s=0.3)
+        group.barrier()
+        if group.rank == 1:
+            with raises_soon(PeerTimeout, r"all_reduce #1 .*rank 0 waited \d\.\d"):
+                inner.all_reduce(np.zeros(1_000_000))
+        group.barrier()
+
+
 @pytest.mark.parametrize("hosts", ("aa", "ab", "ba", "aabb"))
 def test_revoke_reaches_every_rank(hosts):
     run(check_revoke, hosts)

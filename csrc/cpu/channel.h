@@ -39,6 +39,8 @@ class Channel {
   }  // all that was written has left this rank's own buffers
   // Tells the peer that the group is broken, past anything half-written. Best effort; never throws.
   virtual void poison(const Status& why) = 0;
+  // Whether poison() can say why; else the peer sees the link break.
+  virtual bool can_say_why() const { return true; }
   virtual size_t segment_nbytes() const = 0;  // the most that one write() should be offered
   // What to sleep on until it can go on, where that is a socket.
   virtual void add_waits(std::vector<pollfd>&) const {}

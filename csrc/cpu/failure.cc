@@ -331,13 +331,17 @@ void CpuEngine::fail(Status why) {
   messages_.fail_all(why);
 }
 
-// The first rank of a host to find out tells the others; then word goes over every open connection,
-// and into the store for ranks that have none.
+// The first rank of a host to find out tells the others, and the store, for ranks that no
+// connection can tell: those whose link is to break must find it there. Then word goes over every
+// connection that can carry it.
 void CpuEngine::publish(const Status& why) {
   poison(segment_.header(), why);
   if (one_host_) return;
+  bool all_hear = true;
+  for (const auto& lane : channels_)
+    for (const auto& channel : lane) all_hear &= !channel || channel->can_say_why();
   store_word_->set_first(kBroken, std::to_string(static_cast<int>(why.code)) + " " + why.message,
-                         kStorePatience);
+                         all_hear ? kStorePatience : kWordPatience);
 }
 
 Status CpuEngine::word() const {

@@ -12,7 +12,7 @@ namespace pycomm::cpu {
 constexpr auto kStorePatience =
     std::chrono::milliseconds(200);  // for the store's answer, where it matters
 constexpr auto kWordPatience = std::chrono::milliseconds(
-    1000);  // likewise where else nobody learns why: a connection to the store may take that long
+    2000);  // likewise where else nobody learns why: a connection to the store may take that long
 constexpr auto kGrace = std::chrono::milliseconds(
     50);  // after a broken link: the reason is on its way from a rank of this host
 constexpr auto kRetire =

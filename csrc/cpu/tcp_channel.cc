@@ -237,8 +237,7 @@ bool TcpChannel::flushed() const {
 
 void TcpChannel::poison(const Status& why) {
   if (out_ < 0) return;
-  if (frame_left_out_ > 0) {
-    // Mid-frame no word gets through: the peer sees the connection close instead.
+  if (!can_say_why()) {  // mid-frame no word gets through
     for (const auto& path : paths_)
       if (path) path->shut_down();
     return;

@@ -39,6 +39,7 @@ class TcpChannel final : public Channel {
   void flush() override;
   bool flushed() const override;
   void poison(const Status& why) override;
+  bool can_say_why() const override { return out_ < 0 || frame_left_out_ == 0; }
   size_t segment_nbytes() const override { return kFrameBytes; }
   void add_waits(std::vector<pollfd>& entries) const override;
   bool joined() const override { return out_ >= 0; }

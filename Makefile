@@ -50,7 +50,7 @@ benchmark: build
 test: build build/cc-plain$(PYCOMM_CUDA)/CMakeCache.txt
 	cmake --build build/cc-plain$(PYCOMM_CUDA)
 	$(CTEST) build/cc-plain$(PYCOMM_CUDA)
-	$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile tests
+	$(PY) -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 # On a machine with GPUs, nvcc, and a Python that has a torch for CUDA, ninja, cmake and pytest (PYCOMM_PYTHON; nothing is
 # fetched then). Each fails where there is no GPU. Its compiler may be any, so what that warns of is no error.

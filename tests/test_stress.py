@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from spawn import run_ranks
+from torch_ranks import HANGS_S
 
 import pycomm
 
@@ -200,5 +201,5 @@ def check_stress(world, seed, seconds):
 @pytest.mark.parametrize("hosts", ("aaa", "aab"))
 def test_everything_at_once(hosts):
     print(f"PYCOMM_STRESS_SEED={SEED}")  # shown where it fails
-    rounds = run_ranks(check_stress, len(hosts), SEED, SECONDS, hosts=list(hosts), timeout_s=SECONDS + 140)
+    rounds = run_ranks(check_stress, len(hosts), SEED, SECONDS, hosts=list(hosts), timeout_s=SECONDS + HANGS_S)
     assert min(rounds) >= 1

@@ -60,7 +60,6 @@ def run_torch_ranks(
     *args: Any,
     backend: str = BACKEND,
     hosts: Sequence[str] | None = None,
-    timeout_s: float = HANGS_S,
     op_timeout_s: float = 30,
     may_die: Collection[int] = (),
     environment: Mapping[str, str] | None = None,
@@ -81,7 +80,6 @@ def run_torch_ranks(
         backend,
         op_timeout_s,
         hosts=hosts,
-        timeout_s=timeout_s,
         may_die=may_die,
         environment=environment,
     )
